@@ -1,0 +1,204 @@
+"""The arithmetic of uniform grids: ``real = (code - zero_point) * scale``. Written once, here.
+
+Two rounding orders exist (semantics.md 4.1). *Kernel order* is ``clamp(round(x * (1 / s)) + z)``, *expression order*
+``clamp(round(x / s + z))``; they put exact ties on different sides when ``z`` is odd, and ``x * (1 / s)`` may differ from
+``x / s`` by one unit in the last place. Rounding is half to even.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sophq_func.base import QParams
+from sophq_func.errors import StateError, explain
+from sophq_func.scheme import Granularity, PerChannel, PerGroup, PerTensor, QScheme
+
+EPS = torch.finfo(torch.float32).eps
+"""Smallest scale of an integer grid, 2 ** -23."""
+
+Order = Literal["kernel", "expression"]
+
+
+def ste(x: Tensor, y: Tensor) -> Tensor:
+    """The value of ``y`` with the gradient of ``x`` (straight-through; Bengio et al. 2013, arXiv:1308.3432).
+
+    Example:
+      >>> x = torch.tensor(0.7, requires_grad=True)
+      >>> y = ste(x, x.round()); y.backward(); y.item(), x.grad.item()
+      (1.0, 1.0)
+    """
+    return y.detach() + (x - x.detach())
+
+
+def working(x: Tensor) -> Tensor:
+    """``x`` in the dtype in which arithmetic is done: float32 for half types, else its own."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def rows(x: Tensor, granularity: Granularity) -> Tensor:
+    """``x`` rearranged so that a reduction over the last axis has the shape of the scale; a view where it can be."""
+    if isinstance(granularity, PerTensor):
+        return x.reshape(-1)
+    axis = channel_axis(x, granularity)
+    flat = x.movedim(axis, 0).reshape(x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]))
+    if isinstance(granularity, PerChannel):
+        return flat
+    if flat.shape[1] % granularity.size:
+        allowed = f"a divisor of {flat.shape[1]}, the length of a channel"
+        raise StateError(explain(f"tensor of shape {tuple(x.shape)}", f"{granularity}", got=granularity.size, allowed=allowed))
+    return flat.reshape(flat.shape[0], flat.shape[1] // granularity.size, granularity.size)
+
+
+def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
+    """A scale-shaped ``value`` in a shape that broadcasts against ``x``."""
+    if value.ndim == 0 or isinstance(granularity, PerTensor):
+        return value
+    axis = channel_axis(x, granularity)
+    rest = [*x.shape[:axis], *x.shape[axis + 1 :]]
+    expected = [x.shape[axis]]
+    if isinstance(granularity, PerGroup):
+        expected.append(math.prod(rest) // granularity.size)
+    if list(value.shape) != expected:
+        allowed = f"{tuple(expected)} for {granularity} on a tensor of shape {tuple(x.shape)}"
+        raise StateError(explain("qparams", "this shape", got=tuple(value.shape), allowed=allowed))
+    if isinstance(granularity, PerChannel):
+        return value.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    full = value.unsqueeze(-1).expand(*value.shape, granularity.size)
+    return full.reshape([x.shape[axis], *rest]).movedim(0, axis)
+
+
+def channel_axis(x: Tensor, granularity: PerChannel | PerGroup) -> int:
+    """The axis of ``granularity`` in ``x``, counted from the front."""
+    if not -x.ndim <= granularity.axis < x.ndim:
+        raise StateError(explain(f"tensor of shape {tuple(x.shape)}", "this axis", got=granularity.axis, fix="PerTensor()"))
+    return granularity.axis % x.ndim
+
+
+def no_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """The range of nothing, ``(inf, -inf)``, float32, for each scale that ``x`` has."""
+    empty = torch.full(rows(x, granularity).shape[:-1], torch.inf, dtype=torch.float32, device=x.device)
+    return empty, -empty
+
+
+def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value for each scale, float32, no gradient; ``(inf, -inf)`` of an empty tensor."""
+    if x.numel() == 0:
+        return no_range(x, granularity)
+    lo, hi = torch.aminmax(rows(x.detach(), granularity), dim=-1)
+    return lo.float(), hi.float()
+
+
+def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme) -> QParams:
+    """Scale and zero point whose grid covers ``[lo, hi]`` and 0 (semantics.md 3.1).
+
+    With ``m- = min(lo, 0)``, ``m+ = max(hi, 0)``: symmetric ``s = max(-m-, m+) / ((qmax - qmin) / 2)``; affine
+    ``s = (m+ - m-) / (qmax - qmin)``, ``z = clamp(qmin - round(m- / s), qmin, qmax)``; ``s`` is at least 2 ** -23.
+
+    Args:
+      lo: lower bounds, float32, scale-shaped.
+      hi: upper bounds, same shape.
+      scheme: the grid.
+
+    Returns:
+      :class:`QParams` shaped like ``lo``; the scale is NaN where a bound is not finite.
+
+    Differs from sophgo-mq: with ``pot_scale`` the affine zero point belongs to the rounded scale.
+
+    Example:
+      >>> range_to_qparams(torch.tensor(-1.0), torch.tensor(2.55), QScheme(symmetric=False)).zero_point
+      tensor(72, dtype=torch.int32)
+    """
+    finite = torch.isfinite(lo) & torch.isfinite(hi)
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    steps = scheme.qmax - scheme.qmin
+    if scheme.symmetric:
+        scale = torch.maximum(-lo, hi) / (steps / 2)
+    else:
+        width = hi - lo
+        scale = torch.where(torch.isinf(width), hi / steps - lo / steps, width / steps)
+    scale = scale.clamp(min=EPS)
+    if scheme.pot_scale:
+        scale = torch.exp2(torch.log2(scale).round())
+    if scheme.symmetric:
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        zero = (scheme.qmin - torch.round(lo / scale)).clamp(scheme.qmin, scheme.qmax)
+        zero_point = torch.where(finite, zero, 0).to(torch.int32)
+    return QParams(torch.where(finite, scale, torch.nan), zero_point, {})
+
+
+def qparams_to_range(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """The range that was handed to :func:`range_to_qparams`, as far as scale and zero point remember it."""
+    if scheme.symmetric:
+        half = qparams.scale * ((scheme.qmax - scheme.qmin) / 2)
+        return -half, half
+    zero = qparams.zero_point.to(qparams.scale.dtype)
+    return (scheme.qmin - zero) * qparams.scale, (scheme.qmax - zero) * qparams.scale
+
+
+def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QScheme) -> Tensor:
+    """Quantize and dequantize in kernel order, no gradient; all three tensors broadcast."""
+    code = (torch.round(x * (1 / scale)) + zero_point).clamp(scheme.qmin, scheme.qmax)
+    return (code - zero_point) * scale
+
+
+def bounds(qparams: QParams, scheme: QScheme) -> tuple[Tensor | int, Tensor | int]:
+    """Smallest and largest code: tensors of ``extras`` where they are data, else the scheme's numbers."""
+    return qparams.extras.get("qmin", scheme.qmin), qparams.extras.get("qmax", scheme.qmax)
+
+
+def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order) -> Tensor:
+    """Quantize and dequantize with the straight-through surrogate of LSQ (arXiv:1902.08153, semantics.md 4.3).
+
+    Forward ``y = s * (clamp(q, n, p) - z)`` with the code ``q`` in the given order. For gradients of any order the
+    function is ``y = s * where(n <= q <= p, x / s + c, clamp(q) - z)`` with the constant ``c = q - z - x / s``, so
+    inside ``dy/dx = 1``, ``dy/ds = q - z - x / s``, ``dy/dz = 0``; outside ``dy/dx = 0``, ``dy/ds`` is the bound less
+    ``z`` and ``dy/dz = -s``.
+
+    Args:
+      x: any floating tensor.
+      qparams: scale, zero point; ``extras["qmin"]`` and ``extras["qmax"]`` replace the scheme's bounds.
+      scheme: the grid; a symmetric one ignores the zero point.
+      order: ``"kernel"`` or ``"expression"``, see the top of this file.
+
+    Returns:
+      A tensor like ``x``.
+
+    Example:
+      >>> qp = QParams(torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), {})
+      >>> fake_quantize(torch.tensor([0.26, -1.3]), qp, QScheme(bits=4), "kernel")
+      tensor([ 0.3000, -0.8000])
+    """
+    granularity = scheme.granularity
+    work = working(x)
+    low, high = (expand(b, x, granularity) if isinstance(b, Tensor) else b for b in bounds(qparams, scheme))
+    scale = expand(qparams.scale, x, granularity)
+    zero = _zero_point(qparams, scheme, x, low, high)
+    ratio = work / scale
+    if order == "kernel":
+        code = (work * (1 / scale)).round().detach() + zero.detach()
+    else:
+        code = (ratio + zero).round().detach()
+    inside = (code >= low) & (code <= high)
+    within = (code - zero).detach() + (ratio - ratio.detach())
+    level = torch.where(inside, within, _clamp(code, low, high) - zero)
+    return (scale * level).to(x.dtype)
+
+
+def _clamp(code: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = (torch.as_tensor(b, dtype=code.dtype, device=code.device) for b in (low, high))
+        return torch.minimum(torch.maximum(code, low), high)
+    return code.clamp(low, high)
+
+
+def _zero_point(qparams: QParams, scheme: QScheme, x: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """The zero point clamped to the grid and rounded, straight through both, in a shape that broadcasts."""
+    if scheme.symmetric:
+        return torch.zeros((), dtype=qparams.scale.dtype, device=x.device)
+    zero = expand(qparams.zero_point.to(qparams.scale.dtype), x, scheme.granularity)
+    return ste(zero, _clamp(zero, low, high).round())

@@ -1,0 +1,98 @@
+"""The two kinds of pieces, as NamedTuples of pure functions, the state they share, and their registries.
+
+The text of each protocol is the contract; ``tests/contracts`` holds its laws over everything registered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from sophq_func.registry import Factories
+from sophq_func.scheme import QScheme
+
+State = Any
+"""An observer's state: a NamedTuple of tensors, each of a shape and dtype that no update changes."""
+
+
+class QParams(NamedTuple):
+    """How one tensor is quantized: ``real = (code - zero_point) * scale``.
+
+    Attributes:
+      scale: float32 step; shape ``()`` per tensor, ``(C,)`` per channel, ``(C, groups)`` per group.
+      zero_point: the code of 0.0, shaped like ``scale``; int32, or float32 when it is learned.
+      extras: further tensors by sorted name: learned ones of a quantizer, ``"noise"``, or the bounds ``"qmin"`` and
+        ``"qmax"`` where they are data instead of the scheme's.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    extras: dict[str, Tensor]
+
+
+class InitState(Protocol):
+    """A neutral state for tensors like ``x``, whose values are not looked at."""
+
+    def __call__(self, x: Tensor, scheme: QScheme) -> State: ...
+
+
+class Update(Protocol):
+    """The state after one more tensor; an empty tensor leaves it as it is. No gradient flows into statistics."""
+
+    def __call__(self, state: State, x: Tensor, scheme: QScheme) -> State: ...
+
+
+class Merge(Protocol):
+    """The state of two shards of data: associative, ``init`` neutral; a ``StateError`` where the statistic has no such law."""
+
+    def __call__(self, a: State, b: State) -> State: ...
+
+
+class Resolve(Protocol):
+    """Scale and zero point from a state; NaN where a statistic is not finite."""
+
+    def __call__(self, state: State, scheme: QScheme) -> QParams: ...
+
+
+class Observer(NamedTuple):
+    """A statistic of tensors: ``init``, ``update``, ``merge``, and ``qparams`` to read it."""
+
+    init: InitState
+    update: Update
+    merge: Merge
+    qparams: Resolve
+
+
+class InitQParams(Protocol):
+    """Add what a fake quantizer needs to the qparams of an observer; ``x`` is the weight, or gives shape and dtype."""
+
+    def __call__(self, qparams: QParams, x: Tensor, scheme: QScheme) -> QParams: ...
+
+
+class Apply(Protocol):
+    """``x`` as the grid represents it, in the dtype of ``x``; ``noise`` holds uniform numbers shaped like ``x``."""
+
+    def __call__(self, x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor: ...
+
+
+class FakeQuantize(NamedTuple):
+    """Quantize and dequantize, with a surrogate gradient.
+
+    Attributes:
+      init: see :class:`InitQParams`.
+      apply: see :class:`Apply`.
+      learnable: fields of the qparams that may be learned: ``"scale"``, ``"zero_point"``, or names of extras.
+      integer: codes are integers times ``scale``, so that ``scale`` can round a bias.
+      noisy: ``apply`` needs noise.
+    """
+
+    init: InitQParams
+    apply: Apply
+    learnable: tuple[str, ...] = ()
+    integer: bool = True
+    noisy: bool = False
+
+
+OBSERVERS: Factories[Observer] = Factories("observer")
+FAKE_QUANTIZERS: Factories[FakeQuantize] = Factories("fake quantizer")

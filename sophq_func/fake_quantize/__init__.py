@@ -1,0 +1,44 @@
+"""Fake quantizers: arithmetic with a surrogate gradient. Each name here returns a :class:`~sophq_func.registry.Spec`."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sophq_func.affine import min_max, range_to_qparams
+from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.fake_quantize._float import bf16, e4m3, e5m2, fp16
+from sophq_func.fake_quantize._integer import fixed, learnable
+from sophq_func.registry import Spec
+from sophq_func.scheme import QScheme
+
+__all__ = ["bf16", "e4m3", "e5m2", "fixed", "fp16", "learnable", "fake_quantizer"]
+
+
+def fake_quantizer(name: str, **options: Any) -> FakeQuantize:
+    """A fake quantizer to use alone, by short or reference name.
+
+    Args:
+      name: ``"fixed"``, ``"LearnableFakeQuantize"``, ...
+      **options: the factory's options by own or reference name.
+
+    Raises:
+      ConfigError: unknown name or option.
+
+    Example:
+      >>> fake_quantizer("LearnableFakeQuantize", use_grad_scaling=True).learnable
+      ('scale', 'zero_point')
+    """
+    return build(FAKE_QUANTIZERS.spec(name, **options))
+
+
+def build(spec: Spec) -> FakeQuantize:
+    """The fake quantizer that ``spec`` describes; with a dynamic scheme it takes the range from the tensor at hand."""
+    made = FAKE_QUANTIZERS.build(spec)
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        if scheme.dynamic:
+            found = range_to_qparams(*min_max(x, scheme.granularity), scheme)
+            qparams = made.init(QParams(found.scale, found.zero_point, qparams.extras), x, scheme)
+        return made.apply(x, qparams, scheme, noise)
+
+    return made._replace(apply=apply)

@@ -1,0 +1,111 @@
+"""Floating-point formats: FP8 with a scale, half precision without one. All gradients pass straight through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
+from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.errors import ConfigError, explain
+from sophq_func.formats import round_to_dtype, round_to_float8
+from sophq_func.scheme import QScheme
+
+SCALING = ("max", "none")
+
+
+@FAKE_QUANTIZERS.register("e4m3", "E4M3FakeQuantize", scaling_method="scaling")
+def e4m3(scaling: str = "max") -> FakeQuantize:
+    """OCP FP8 E4M3: 3 mantissa bits, largest value 448, saturating (OFP8 rev. 1.0; semantics.md 4.11).
+
+    ``y = E4M3(x / s) * s``; gradient 1 to ``x`` everywhere, none to ``s``. The scale comes from the observer, or with
+    ``QScheme(dynamic=True)`` from the tensor at hand. ``bits`` of the scheme plays no part.
+
+    Args:
+      scaling: ``"max"``: ``s = amax / 448``; ``"none"``: ``s = 1``.
+
+    Differs from sophgo-mq: the scale multiplies (there it is the reciprocal), has no jump at small ranges, and is
+    calibrated; values below the smallest normal are rounded on the grid of the standard; per channel works.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq = sq.fake_quantizer("E4M3FakeQuantize", scaling="none")
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> fq.apply(torch.tensor([1.1, 19.0, 1000.0]), qp, sq.QScheme())
+      tensor([  1.1250,  20.0000, 448.0000])
+    """
+    return _float8(torch.float8_e4m3fn, scaling)
+
+
+@FAKE_QUANTIZERS.register("e5m2", "E5M2FakeQuantize", scaling_method="scaling")
+def e5m2(scaling: str = "none") -> FakeQuantize:
+    """OCP FP8 E5M2: 2 mantissa bits, largest value 57344, saturating; otherwise as :func:`e4m3`.
+
+    Args:
+      scaling: ``"max"``: ``s = amax / 57344``; ``"none"``: ``s = 1``, as in sophgo-mq.
+
+    Differs from sophgo-mq: saturates where that overflows to infinity; per channel works.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> sq.fake_quantize.e5m2()
+      e5m2(scaling='none')
+    """
+    return _float8(torch.float8_e5m2, scaling)
+
+
+@FAKE_QUANTIZERS.register("fp16", "Fp16FakeQuantize")
+def fp16() -> FakeQuantize:
+    """IEEE half precision: cast and back (semantics.md 4.12). Beyond 65504 the value is infinite; the gradient is 1, itself cast.
+
+    Differs from sophgo-mq: differentiable per channel too.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> sq.fake_quantizer("fp16").learnable
+      ()
+    """
+    return _cast(torch.float16)
+
+
+@FAKE_QUANTIZERS.register("bf16", "BF16FakeQuantize")
+def bf16() -> FakeQuantize:
+    """bfloat16: cast and back (semantics.md 4.12); the gradient is 1, itself cast.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> sq.fake_quantizer("bf16").integer
+      False
+    """
+    return _cast(torch.bfloat16)
+
+
+def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
+    if scaling not in SCALING:
+        raise ConfigError(explain("FP8", "this scaling", got=scaling, allowed=" or ".join(map(repr, SCALING))))
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        lo, hi = qparams_to_range(qparams, scheme)
+        scale = torch.maximum(-lo, hi) / torch.finfo(dtype).max
+        if scaling == "none":
+            scale = torch.where(scale.isnan(), scale, 1.0)
+        elif scheme.pot_scale:
+            scale = torch.exp2(torch.log2(scale).ceil())
+        return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        work = working(x)
+        scale = expand(qparams.scale.detach().abs().clamp(min=EPS**2), x, scheme.granularity)
+        return ste(x, (round_to_float8(work / scale, dtype) * scale).to(x.dtype))
+
+    return FakeQuantize(init, apply, integer=False)
+
+
+def _cast(dtype: torch.dtype) -> FakeQuantize:
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        return qparams
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        return round_to_dtype(x, dtype)
+
+    return FakeQuantize(init, apply, integer=False)

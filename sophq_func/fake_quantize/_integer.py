@@ -1,0 +1,90 @@
+"""Uniform integer grids: scale given by an observer, or learned (LSQ)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sophq_func.affine import EPS, fake_quantize
+from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.pytree import tree_map
+from sophq_func.scheme import PerTensor, QScheme
+
+
+@FAKE_QUANTIZERS.register("fixed", "FixedFakeQuantize")
+def fixed() -> FakeQuantize:
+    """Scale and zero point are constants: ``y = (clamp(round(x * (1 / s)) + z, n, p) - z) * s`` (semantics.md 4.2).
+
+    Gradient: 1 to ``x`` where the code is inside ``[n, p]``, else 0; none to scale and zero point.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq, scheme = sq.fake_quantizer("fixed"), sq.QScheme(bits=4)
+      >>> qp = sq.QParams(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), {})
+      >>> fq.apply(torch.tensor([0.7, 9.0]), qp, scheme)
+      tensor([0.5000, 3.5000])
+    """
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel")
+
+    return FakeQuantize(_keep, apply)
+
+
+@FAKE_QUANTIZERS.register("learnable", "LearnableFakeQuantize", "lsq")
+def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
+    """Learned step size, and zero point where the scheme is affine (LSQ, arXiv:1902.08153; semantics.md 4.3).
+
+    Forward as :func:`fixed` per tensor; per channel and per group in expression order, ``round(x / s + z)``. Gradients
+    as :func:`sophq_func.affine.fake_quantize` states, those of scale and zero point times
+    ``g = 1 / sqrt(numel(x) / scales * p)``. The scale in force is ``max(|s|, 2 ** -23)``, straight through the floor.
+
+    Args:
+      use_grad_scaling: multiply the gradients of scale and zero point by ``g``; else ``g = 1``.
+
+    Differs from sophgo-mq: half inputs come back as half; a symmetric zero point is not a learnable leaf; the state is
+    not rewritten by the forward.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> sq.fake_quantizer("LearnableFakeQuantize", use_grad_scaling=False).learnable
+      ('scale', 'zero_point')
+    """
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        scale, zero_point = _floored(qparams.scale), qparams.zero_point
+        if use_grad_scaling:
+            factor = _grad_factor(x, qparams, scheme)
+            scale = _scale_grad(scale, factor)
+            zero_point = _scale_grad(zero_point, factor) if zero_point.is_floating_point() else zero_point
+        order = "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
+        return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, order)
+
+    return FakeQuantize(init, apply, ("scale", "zero_point"))
+
+
+def _keep(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+    return qparams
+
+
+def _floored(scale: Tensor) -> Tensor:
+    size = torch.where(scale < 0, -scale, scale)
+    return size + (size.clamp(min=EPS) - size).detach()
+
+
+def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float:
+    """``1 / sqrt(elements per scale * qmax)``; a constant."""
+    elements = x.numel() / max(qparams.scale.numel(), 1)
+    if "qmax" in qparams.extras:
+        return torch.rsqrt(elements * qparams.extras["qmax"].detach())
+    return 1 / math.sqrt(elements * scheme.qmax) if elements else 1.0
+
+
+def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:
+    """``value``, with its gradient multiplied by ``factor``."""
+    return value.detach() + (value - value.detach()) * factor

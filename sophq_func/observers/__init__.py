@@ -1,0 +1,42 @@
+"""Observers: statistics of tensors that give ranges. Each name here returns a :class:`~sophq_func.registry.Spec`."""
+
+from typing import Any
+
+from sophq_func.base import OBSERVERS, Observer, QParams, State
+from sophq_func.errors import StateError, explain
+from sophq_func.observers._minmax import ema_minmax, minmax
+from sophq_func.observers._mse import mse
+from sophq_func.pytree import is_plain, tensors
+from sophq_func.scheme import QScheme
+
+__all__ = ["ema_minmax", "minmax", "mse", "observer"]
+
+
+def observer(name: str, **options: Any) -> Observer:
+    """An observer to use alone, by short or reference name.
+
+    Its ``qparams`` refuses statistics that are not finite, when numbers can be read (eager, plain tensors); inside a
+    transform they give NaN.
+
+    Args:
+      name: ``"minmax"``, ``"EMAMinMaxObserver"``, ...
+      **options: the factory's options by own or reference name.
+
+    Raises:
+      ConfigError: unknown name or option.
+
+    Example:
+      >>> observer("EMAMinMaxObserver", ema_ratio=0.9).init
+      <function ema_minmax.<locals>.init at ...>
+    """
+    made = OBSERVERS.build(OBSERVERS.spec(name, **options))
+
+    def qparams(state: State, scheme: QScheme) -> QParams:
+        result = made.qparams(state, scheme)
+        if is_plain(tensors(state)) and bool(result.scale.isnan().any()):
+            raise StateError(
+                explain(f"observer {name!r}", "qparams", got=state, allowed="finite statistics of at least one value")
+            )
+        return result
+
+    return made._replace(qparams=qparams)

@@ -1,0 +1,74 @@
+"""Trees of tensors that both tree libraries read alike. The only file that imports either of them.
+
+``torch.func`` flattens with ``torch.utils._pytree``, which keeps the order in which a dict was filled; ``optree`` sorts
+keys. Dicts made here are filled in sorted order, so the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+V = TypeVar("V")
+
+
+def sorted_dict(items: Mapping[str, V] | Iterable[tuple[str, V]]) -> dict[str, V]:
+    """A dict filled in sorted key order.
+
+    Example:
+      >>> list(sorted_dict({"b": 1, "a": 2}))
+      ['a', 'b']
+    """
+    return dict(sorted(dict(items).items()))
+
+
+def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply ``f`` to corresponding leaves, as ``torch.func`` sees leaves."""
+    return _pytree.tree_map(f, tree, *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """All leaves, in the order in which ``torch.func`` sees them."""
+    return _pytree.tree_leaves(tree)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """All leaves, and the function that puts a list of as many leaves back into the same structure."""
+    found, spec = _pytree.tree_flatten(tree)
+    return found, lambda new: _pytree.tree_unflatten(new, spec)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of a tree; plain dataclasses are walked too."""
+    found: list[Tensor] = []
+    for leaf in leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(t for f in fields(leaf) for t in tensors(getattr(leaf, f.name)))
+    return found
+
+
+def named_leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with dotted names that start with ``name``; a tree that is a leaf is called just ``name``.
+
+    Example:
+      >>> named_leaves("x", {"b": (1, 2), "a": 3})
+      [('x.a', 3), ('x.b.0', 1), ('x.b.1', 2)]
+    """
+    paths, found, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)  # type: ignore[arg-type]
+    return [(".".join([name, *map(str, path)]), leaf) for path, leaf in zip(paths, found, strict=True)]
+
+
+def is_plain(values: Iterable[Tensor]) -> bool:
+    """Whether numbers can be read: eager, and no tensor is batched, traced, fake or without storage."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return all(type(v) in (Tensor, torch.nn.Parameter) and not wrapped(v) and not v.is_meta for v in values)
