@@ -73,9 +73,10 @@ def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
 
 def channel_axis(x: Tensor, granularity: PerChannel | PerGroup) -> int:
     """The axis of ``granularity`` in ``x``, counted from the front."""
-    if not -x.ndim <= granularity.axis < x.ndim:
-        raise StateError(explain(f"tensor of shape {tuple(x.shape)}", "this axis", got=granularity.axis, fix="PerTensor()"))
-    return granularity.axis % x.ndim
+    axis = granularity.axis or 0
+    if not -x.ndim <= axis < x.ndim:
+        raise StateError(explain(f"tensor of shape {tuple(x.shape)}", "this axis", got=axis, fix="PerTensor()"))
+    return axis % x.ndim
 
 
 def no_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:

@@ -55,15 +55,22 @@ def tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def named_leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
-    """Leaves with dotted names that start with ``name``; a tree that is a leaf is called just ``name``.
+def map_named(name: str, tree: Any, f: Callable[[str, Tensor], Tensor]) -> Any:
+    """Apply ``f`` to each tensor in nested dicts, lists and tuples, which is told its dotted name.
 
     Example:
-      >>> named_leaves("x", {"b": (1, 2), "a": 3})
-      [('x.a', 3), ('x.b.0', 1), ('x.b.1', 2)]
+      >>> map_named("x", {"a": torch.ones(1)}, lambda name, t: name)
+      {'a': 'x.a'}
     """
-    paths, found, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)  # type: ignore[arg-type]
-    return [(".".join([name, *map(str, path)]), leaf) for path, leaf in zip(paths, found, strict=True)]
+    if isinstance(tree, Tensor):
+        return f(name, tree)
+    if type(tree) is dict:
+        return {key: map_named(f"{name}.{key}", item, f) for key, item in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)([map_named(f"{name}.{i}", item, f) for i, item in enumerate(tree)])
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*[map_named(f"{name}.{key}", getattr(tree, key), f) for key in tree._fields])
+    return tree
 
 
 def is_plain(values: Iterable[Tensor]) -> bool:

@@ -18,9 +18,12 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each index along ``axis``: ``(O, I, H, W)`` with ``axis=0`` has a scale of shape ``(O,)``."""
+    """One scale for each index along ``axis``: ``(O, I, H, W)`` with ``axis=0`` has a scale of shape ``(O,)``.
 
-    axis: int = 0
+    Without an axis it is that of a weight's output channels, which a plan knows; alone, it is 0.
+    """
+
+    axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class PerGroup:
     shape ``(O, I * H * W // 32)``. The size must divide the channel.
     """
 
-    axis: int = 0
+    axis: int | None = None
     size: int = 128
 
     def __post_init__(self) -> None:

@@ -1,0 +1,304 @@
+"""Run a model purely, and let a frame see every call that it makes.
+
+A :class:`Skeleton` is a private copy of a model without its weights. Running it with given parameters is a pure
+function; a :class:`Frame` handed to the run sees each call of a leaf module (through hooks) and of a torch function
+outside leaf modules (through a ``TorchFunctionMode``), and may replace operands and results. Python control flow just
+runs. This file is the only caller of ``functional_call``.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from sophq_func.decompose import DECOMPOSED
+from sophq_func.errors import PlanError, StateError, explain, near, raise_all
+from sophq_func.functions import canonical_name
+from sophq_func.pytree import sorted_dict
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def is_leaf(module: nn.Module, leaf_types: tuple[type, ...] = ()) -> bool:
+    """Whether calls inside ``module`` are its own affair.
+
+    A class of torch.nn without child modules, or a subclass of one that keeps its ``forward``, or one of ``leaf_types``.
+    Parametrizations (``torch.nn.utils.parametrize``) do not count as children.
+    """
+    if leaf_types and isinstance(module, leaf_types):
+        return True
+    if isinstance(module, CONTAINERS) or any(name != "parametrizations" for name, _ in module.named_children()):
+        return False
+    owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+    return owner is not nn.Module and owner.__module__.startswith("torch.nn.modules.")
+
+
+class Frame:
+    """All state of one run: which module is running, and whether it is a leaf.
+
+    Subclasses say what happens at each call. ``scope`` is the path of the innermost module that is no leaf.
+    """
+
+    def __init__(self) -> None:
+        self.scopes = [""]
+        self.leaves = 0
+
+    @property
+    def scope(self) -> str:
+        return self.scopes[-1]
+
+    def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Operands of a leaf module's call, perhaps replaced."""
+        return args, kwargs
+
+    def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Result of a leaf module's call, perhaps replaced."""
+        return output
+
+    def function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make the call of a torch function outside leaf modules; ``name`` is canonical."""
+        return func(*args, **kwargs)
+
+    def inner_function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make the call of a torch function inside a leaf module."""
+        return func(*args, **kwargs)
+
+
+class _Slot:
+    """Where the hooks of one skeleton find the frame of the run in progress."""
+
+    frame: Frame | None = None
+
+
+class _Place:
+    """What a hook needs to know of the module that it sits on."""
+
+    def __init__(self, path: str, leaf: bool, slot: _Slot) -> None:
+        self.path, self.leaf, self.slot = path, leaf, slot
+
+
+def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    place: _Place = module._sophq_place  # type: ignore[assignment]
+    frame = place.slot.frame
+    if frame is None or frame.leaves and not place.leaf:
+        return None
+    if not place.leaf:
+        frame.scopes.append(place.path)
+        return None
+    if not frame.leaves:
+        args, kwargs = frame.before_module(place.path, args, kwargs)
+    frame.leaves += 1
+    return args, kwargs
+
+
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    place: _Place = module._sophq_place  # type: ignore[assignment]
+    frame = place.slot.frame
+    if frame is None or frame.leaves and not place.leaf:
+        return None
+    if not place.leaf:
+        frame.scopes.pop()
+        return None
+    frame.leaves -= 1
+    return None if frame.leaves else frame.after_module(place.path, module, args, kwargs, output)
+
+
+class _Watch(TorchFunctionMode):
+    """Shows a frame each torch function that is called outside leaf modules."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.frame = frame
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = canonical_name(func.__name__)
+        if self.frame.leaves:
+            return self.frame.inner_function(name, func, args, kwargs)
+        if name in DECOMPOSED:
+            with self:
+                return DECOMPOSED[name](*args, **kwargs)
+        return self.frame.function(name, func, args, kwargs)
+
+
+def params_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers of a model, detached, not copied; one name per tensor (the first), sorted.
+
+    Non-persistent buffers are included. This dict is what every function of the library calls ``params``.
+
+    Example:
+      >>> list(params_of(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False))))
+      ['0.bias', '0.weight', '1.num_batches_tracked', '1.running_mean', '1.running_var']
+    """
+    if not isinstance(model, nn.Module):
+        raise PlanError(explain("params_of", "this model", got=type(model).__name__, allowed="a torch.nn.Module"))
+    return sorted_dict({name: tensor.detach() for name, tensor in _registered(model).items()})
+
+
+def _registered(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+class Skeleton:
+    """A private copy of a model: its modules and hooks without its weights, ready to be run purely.
+
+    Attributes:
+      module: the copy; parameters and buffers are on the ``meta`` device.
+      names: canonical names of all parameters and buffers.
+      buffers: canonical names of the buffers.
+      owned: for each module path the canonical names of its own tensors, by attribute.
+      paths: every path of each module, by its first.
+      constants: tensors that are plain attributes of modules, copied; they belong to the skeleton.
+    """
+
+    def __init__(self, model: nn.Module, leaf_types: tuple[type, ...] = ()) -> None:
+        registered = _registered(model)
+        by_id = {id(tensor): name for name, tensor in registered.items()}
+        self.names = frozenset(registered)
+        self.buffers = sorted(name for name, _ in model.named_buffers())
+        self.owned = {
+            path: {attribute: by_id[id(t)] for attribute, t in _own(module) if t is not None}
+            for path, module in model.named_modules()
+        }
+        self.paths = _all_paths(model)
+        self._aliases = _aliases(model, by_id)
+        self.module, self.constants = _copy_without_weights(model, registered)
+        self._slot = _Slot()
+        self._lock = threading.RLock()
+        for path, module in self.module.named_modules():
+            module._sophq_place = _Place(path, is_leaf(module, leaf_types), self._slot)  # type: ignore[assignment]
+            module.register_forward_pre_hook(_enter, with_kwargs=True)
+            module.register_forward_hook(_leave, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def in_mode(self, training: bool) -> Skeleton:
+        """A copy whose modules all have this training flag."""
+        other = copy.deepcopy(self)
+        other.module.train(training)
+        return other
+
+    def check(self, params: Mapping[str, Tensor], where: str) -> None:
+        """Raise a :class:`StateError` that names every parameter that is missing, unknown or no tensor."""
+        fix = "params = sq.params_of(model)"
+        if not isinstance(params, Mapping):
+            raise StateError(explain(where, "params", got=type(params).__name__, allowed="a dict {name: Tensor}", fix=fix))
+        problems = []
+        if params.keys() != self.names:
+            missing = sorted(self.names - params.keys())
+            problems += [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
+            for name in sorted(map(str, params.keys() - self.names)):
+                hint = near(name, missing or self.names)
+                problems.append(f"{where}: params hold {name!r}, which the model has not. Fix: {hint or 'leave it out'}.")
+        for name, value in params.items():
+            if not isinstance(value, Tensor):
+                problems.append(explain(where, f"params[{name!r}]", got=type(value).__name__, allowed="a Tensor", fix=fix))
+        raise_all(problems, StateError)
+
+    def run(
+        self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Call the model with ``params`` while ``frame`` watches; without a frame nothing is intercepted.
+
+        Buffers enter detached and cloned. In eager one run at a time uses a skeleton; nested runs are fine.
+
+        Returns:
+          The model's output, and its buffers afterwards.
+        """
+        if torch.compiler.is_compiling():
+            return self._run(frame, params, args, kwargs)
+        with self._lock:
+            before = [(module, dict(module.__dict__)) for module in self.module.modules()]
+            try:
+                return self._run(frame, params, args, kwargs)
+            finally:
+                for module, attributes in before:
+                    module.__dict__.clear()
+                    module.__dict__.update(attributes)
+
+    def _run(
+        self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        now = {**params, **{name: params[name].detach().clone() for name in self.buffers}}
+        tensors = {
+            f"{path}.{attribute}" if path else attribute: now[name]
+            for path, own in self.owned.items()
+            for attribute, name in own.items()
+        }
+        for path, attribute, names in self._aliases:
+            value = now[names] if isinstance(names, str) else [now[name] for name in names]
+            self.module.get_submodule(path).__dict__[attribute] = value
+        outer, self._slot.frame = self._slot.frame, frame
+        try:
+            if frame is None:
+                output = functional_call(self.module, tensors, args, dict(kwargs), tie_weights=False)
+            else:
+                with _Watch(frame):
+                    output = functional_call(self.module, tensors, args, dict(kwargs), tie_weights=False)
+        finally:
+            self._slot.frame = outer
+        after = {
+            name: tensors[f"{path}.{attribute}" if path else attribute]
+            for path, own in self.owned.items()
+            for attribute, name in own.items()
+            if name in self.buffers
+        }
+        return output, sorted_dict(after)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+
+
+def _all_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every path of each module, by its first; a module registered twice has two."""
+    first = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, list[str]] = {path: [] for path in first.values()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[first[id(module)]].append(path)
+    return {path: tuple(paths) for path, paths in found.items()}
+
+
+def _aliases(model: nn.Module, by_id: Mapping[int, str]) -> list[tuple[str, str, str | list[str]]]:
+    """Plain attributes that hold registered tensors, alone or in a list: ``(module path, attribute, names)``."""
+    found: list[tuple[str, str, str | list[str]]] = []
+    for path, module in model.named_modules():
+        for attribute, value in module.__dict__.items():
+            if id(value) in by_id:
+                found.append((path, attribute, by_id[id(value)]))
+            elif isinstance(value, list) and value and all(id(item) in by_id for item in value):
+                found.append((path, attribute, [by_id[id(item)] for item in value]))
+    return found
+
+
+def _copy_without_weights(model: nn.Module, registered: Mapping[str, Tensor]) -> tuple[nn.Module, list[Tensor]]:
+    """A deep copy with registered tensors on ``meta``, and the copies of tensors that are plain attributes."""
+    memo: dict[int, Any] = {}
+    for tensor in registered.values():
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    constants = []
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+                constants.append(memo[id(value)])
+    try:
+        return copy.deepcopy(model, memo), constants
+    except Exception as error:
+        what = f"a private copy of {type(model).__name__}"
+        fix = "give the class whose instance cannot be copied a __deepcopy__"
+        raise PlanError(explain("trace", what, because=f"copy.deepcopy says: {error}", fix=fix)) from error

@@ -1,0 +1,172 @@
+"""The plan: an immutable config tree, ``{quantizer name: QuantizerConfig}``, that explains itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sophq_func.errors import ConfigError, StateError, explain, near
+from sophq_func.rules import Rule, underscored
+from sophq_func.scheme import PerTensor, QuantizerConfig, config_from_data, to_data
+from sophq_func.site import Site
+
+VERSION = 1
+
+Counts = Mapping[tuple[str, str], int]
+"""Number of calls of each (module path, function) that some quantizer is anchored to; function is empty for modules."""
+
+
+class Plan(Mapping[str, QuantizerConfig]):
+    """What is quantized how, in execution order. Made by :func:`sophq_func.plan`; immutable, equal by value.
+
+    Attributes:
+      counts: for each example, how often the planned modules and functions were called.
+      notes: remarks for people on what the plan left out, and why.
+      unused: rules that matched nothing.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, QuantizerConfig],
+        sites: Mapping[str, Site],
+        counts: tuple[Counts, ...],
+        reasons: Mapping[str, Mapping[str, str]],
+        notes: tuple[str, ...] = (),
+        unused: tuple[Rule, ...] = (),
+    ) -> None:
+        self._configs, self._sites, self._reasons = dict(configs), dict(sites), dict(reasons)
+        self.counts = tuple(dict(c) for c in counts)
+        self.notes, self.unused = tuple(notes), tuple(unused)
+
+    def __getitem__(self, name: str) -> QuantizerConfig:
+        return self._configs[self.find(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._configs)
+
+    def __len__(self) -> int:
+        return len(self._configs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def __repr__(self) -> str:
+        weights = sum(site.role == "weight" for site in self._sites.values())
+        return f"Plan({weights} weight and {len(self) - weights} activation quantizers, digest {self.digest()[:12]})"
+
+    def find(self, name: str) -> str:
+        """The full name of a quantizer that is given by it, dotted or underscored.
+
+        Raises:
+          KeyError: there is none; the message lists near matches.
+        """
+        if name in self._configs:
+            return name
+        found = [own for own in self._configs if underscored(own) == name]
+        if len(found) != 1:
+            raise KeyError(f"no quantizer {name!r} in the plan; {near(str(name), self._configs)}")
+        return found[0]
+
+    def site(self, name: str) -> Site:
+        """Where a quantizer sits."""
+        return self._sites[self.find(name)]
+
+    def reasons(self, name: str) -> Mapping[str, str]:
+        """For each field of a quantizer's config, which default or rule decided it; ``"placed"`` says why it is there."""
+        return dict(self._reasons[self.find(name)])
+
+    def rows(self) -> list[dict[str, str]]:
+        """The plan as rows of text, one for each quantizer."""
+        return [self._row(name) for name in self]
+
+    def _row(self, name: str) -> dict[str, str]:
+        config, site, reasons = self._configs[name], self._sites[name], self._reasons[name]
+        grid = f"{'int' if config.scheme.symmetric else 'uint'}{config.scheme.bits}"
+        because: dict[str, list[str]] = {}
+        for field, reason in reasons.items():
+            because.setdefault(reason, []).append(field)
+        placed = reasons.get("placed", "")
+        why = "; ".join(f"{', '.join(f)}: {r}" for r, f in because.items() if r != placed)
+        acts = site.members[-1] if site.members else site.value
+        return {
+            "quantizer": name,
+            "grid": grid + (" narrow" if config.scheme.symmetric_range else "") + (" pot" if config.scheme.pot_scale else ""),
+            "granularity": "tensor" if config.scheme.granularity == PerTensor() else str(config.scheme.granularity),
+            "observer": repr(config.observer),
+            "fake quantizer": repr(config.fake_quantize) + (", observes only" if config.observe_only else ""),
+            "where": ((f"weight {site.parameter}" if site.parameter else f"after {acts}") + (f", {site.note}" if site.note else "")),
+            "why": f"{placed}; {why}" if placed else why,
+        }
+
+    def table(self) -> str:
+        """The plan as text, one block of columns for each quantizer: what, where, and which rule or default decided."""
+        rows = self.rows()
+        if not rows:
+            return "nothing is quantized"
+        columns = list(rows[0])
+        widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns[:-1]}
+        lines = ["  ".join(c.ljust(widths.get(c, 0)) for c in columns).rstrip()]
+        lines += ["  ".join(row[c].ljust(widths.get(c, 0)) for c in columns).rstrip() for row in rows]
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"unused: {rule!r}" for rule in self.unused]
+        return "\n".join(lines)
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides about numbers, as data; what only explains is left out."""
+        return {
+            "quantizers": [
+                {"name": name, "config": to_data(config), "site": self._sites[name].to_data()}
+                for name, config in self._configs.items()
+            ],
+            "counts": [sorted([path, function, n] for (path, function), n in c.items()) for c in self.counts],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text: stable, and all that :func:`sophq_func.build` needs. Unused rules are left out."""
+        data = {"version": VERSION, **self._identity(), "reasons": self._reasons, "notes": self.notes}
+        return json.dumps(data, indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+          ConfigError: the text is no plan, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise ConfigError(explain("Plan.from_json", "this version", got=data["version"], allowed=VERSION))
+            entries = data["quantizers"]
+            return Plan(
+                {e["name"]: config_from_data(e["config"]) for e in entries},
+                {e["name"]: Site.from_data(e["site"]) for e in entries},
+                tuple({(path, function): n for path, function, n in counts} for counts in data["counts"]),
+                data["reasons"],
+                tuple(data["notes"]),
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            what = "reading a plan"
+            raise ConfigError(explain("Plan.from_json", what, because=f"{type(error).__name__}: {error}")) from error
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides about numbers; equal exactly for equal plans."""
+        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
+
+    def check(self, names: Mapping[str, Any], what: str) -> None:
+        """Raise a :class:`StateError` unless ``names`` has exactly the quantizers of the plan."""
+        if not isinstance(names, Mapping):
+            raise StateError(explain(what, "this type", got=type(names).__name__, allowed="a dict {quantizer: state}"))
+        if names.keys() == self._configs.keys():
+            return
+        missing = [name for name in self if name not in names]
+        if missing:
+            fix = "q.init(params)" if what == "ostate" else "q.calibrate(params, batches)"
+            raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
+        extra = next(name for name in names if name not in self._configs)
+        raise StateError(f"{what} holds {extra!r}, which the plan has not; {near(extra, self._configs)}.")

@@ -1,0 +1,295 @@
+"""What a user asks for: a :class:`QuantConfig` with its ordered :class:`Rule` s. Frozen, compared by value.
+
+One resolver serves every quantizer: start from the config's half, go through the rules in order, and let each that
+matches override the fields it names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from sophq_func.chips import CHIPS, ChipSpec
+from sophq_func.errors import ConfigError, explain, unknown
+from sophq_func.functions import canonical, is_operation
+from sophq_func.patterns import PATTERNS, Fused
+from sophq_func.scheme import SCHEME_FIELDS, Override, QuantizerConfig
+from sophq_func.site import Role, Site, class_names
+
+QUANTMODES = ("weight_activation", "weight_only")
+STRATEGIES = ("CNN", "Transformer", "Dataflow")
+DEFAULT_CHIP = "BM1690"
+
+
+class _Unset:
+    """Marks a half that a rule or config does not mention."""
+
+    def __repr__(self) -> str:
+        return "unset"
+
+    def __reduce__(self) -> str:
+        return "UNSET"
+
+
+UNSET = _Unset()
+Half = QuantizerConfig | Override | None | _Unset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which quantizers, and what is different about them. Later rules override earlier ones, field by field.
+
+    Attributes:
+      name: a module path (that module and all below it), a value, a quantizer, or a glob over any of them; dots may be
+        written as underscores.
+      type: a module class, a fused pattern, a function, a Tensor method, or a string that names one.
+      where: a predicate on the :class:`~sophq_func.site.Site`.
+      weight, activation: an :func:`~sophq_func.scheme.override`, a whole config, or ``None``: not quantized.
+      requests: ``False``: the matched module (with its subtree) or function asks for no quantizer, neither on its inputs
+        nor on its output; ``True``: it asks for one on each input, whatever the strategy says.
+      observe_only: the quantizer observes, and values pass unchanged.
+      optional: a run may leave the value out.
+
+    Example:
+      >>> from sophq_func.scheme import override
+      >>> Rule(name="layer1.*", weight=override(bits=4))
+      Rule(name='layer1.*', weight=override(bits=4))
+    """
+
+    name: str | None = None
+    type: Any = None
+    where: Callable[[Site], bool] | None = None
+    weight: Half = UNSET
+    activation: Half = UNSET
+    requests: bool | None = None
+    observe_only: bool | None = None
+    optional: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.type is None and self.where is None:
+            raise ConfigError(explain("Rule", "matching", allowed="name, type or where", fix='Rule(name="*", ...)'))
+        if self.name is not None and (not isinstance(self.name, str) or not self.name):
+            raise ConfigError(explain("Rule", "this name", got=self.name, allowed="a module path, quantizer name or glob"))
+        for half in ("weight", "activation"):
+            value = getattr(self, half)
+            if not isinstance(value, QuantizerConfig | Override | None | _Unset):
+                allowed = "sq.override(...), a QuantizerConfig or None"
+                raise ConfigError(explain(f"{self!r}", half, got=value, allowed=allowed))
+        check_type_key(self.type, "Rule")
+
+    def __repr__(self) -> str:
+        parts = [f"name={self.name!r}"] if self.name is not None else []
+        parts += [f"type={type_text(self.type)}"] if self.type is not None else []
+        parts += [f"where={getattr(self.where, '__name__', self.where)}"] if self.where is not None else []
+        for field in ("weight", "activation"):
+            parts += [f"{field}={getattr(self, field)}"] if getattr(self, field) is not UNSET else []
+        for field in ("requests", "observe_only", "optional"):
+            parts += [f"{field}={getattr(self, field)}"] if getattr(self, field) is not None else []
+        return f"Rule({', '.join(parts)})"
+
+    def half(self, role: Role) -> Half:
+        """What the rule says about quantizers of this role."""
+        return self.weight if role == "weight" else self.activation
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule speaks of this quantizer."""
+        return (
+            (self.name is None or matches_name(self.name, site))
+            and (self.type is None or matches_type(self.type, site))
+            and (self.where is None or bool(self.where(site)))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Everything a plan is made of: chip, strategy, the two default configs, and rules.
+
+    Attributes:
+      chip: fills what is not given, and validates; ``None``: no limits, and BM1690's defaults.
+      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"`` or ``"Dataflow"`` (the default without a
+        chip; with one it is ``"CNN"``).
+      quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
+      weight, activation: config of every quantizer that no rule changes; ``None`` leaves that half float.
+      rules: in order; later ones override earlier ones.
+      leaf_module: module classes whose inside is not looked at.
+
+    Raises:
+      ConfigError: an unknown name, a combination that does not exist, or a default beyond the chip's limits.
+
+    Example:
+      >>> QuantConfig(chip="SG2260").spec.activation_bits
+      (8,)
+    """
+
+    chip: str | None = None
+    strategy: str | None = None
+    quantmode: str = "weight_activation"
+    weight: QuantizerConfig | None | _Unset = UNSET
+    activation: QuantizerConfig | None | _Unset = UNSET
+    rules: tuple[Rule, ...] = ()
+    leaf_module: tuple[type, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.chip is not None:
+            object.__setattr__(self, "chip", CHIPS.canonical(self.chip))
+        if self.strategy is None:
+            object.__setattr__(self, "strategy", "Dataflow" if self.chip is None else "CNN")
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(unknown("QuantConfig", "strategy", self.strategy, STRATEGIES))
+        if self.quantmode not in QUANTMODES:
+            raise ConfigError(unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES))
+        if self.quantmode == "weight_only" and self.strategy == "CNN":
+            fix = 'strategy="Transformer" or quantmode="weight_activation"'
+            raise ConfigError(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise ConfigError(explain("QuantConfig.rules", "this entry", got=rule, allowed="sq.Rule(...)"))
+
+    @property
+    def spec(self) -> ChipSpec:
+        """Defaults and limits in force."""
+        return CHIPS.get(self.chip or DEFAULT_CHIP)
+
+    @property
+    def placement(self) -> str:
+        """Name of the strategy that places activation quantizers."""
+        return (self.chip is not None and self.spec.placement) or str(self.strategy)
+
+    def default(self, role: Role) -> QuantizerConfig | None:
+        """Config of a quantizer that no rule changes."""
+        given = self.weight if role == "weight" else self.activation
+        return self.spec_default(role) if isinstance(given, _Unset) else given
+
+    def spec_default(self, role: Role) -> QuantizerConfig:
+        """Config of a quantizer where neither this config nor a rule says anything: the chip's."""
+        return self.spec.weight if role == "weight" else self.spec.activation
+
+    def source(self, role: Role) -> str:
+        """Who said :meth:`default`."""
+        given = self.weight if role == "weight" else self.activation
+        if not isinstance(given, _Unset):
+            return f"config {role}"
+        return f"chip {self.chip}" if self.chip else f"default ({DEFAULT_CHIP})"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The config of one quantizer, and who decided it.
+
+    Attributes:
+      config: ``None`` where the quantizer is left out.
+      reasons: for each field of the config, and of its scheme, the default or rule that set it last.
+      matched: indices of the rules that changed something.
+    """
+
+    config: QuantizerConfig | None
+    reasons: dict[str, str]
+    matched: tuple[int, ...]
+
+
+def resolve(config: QuantConfig, site: Site) -> Decision:
+    """Config of the quantizer at ``site``: the default of its half, then every matching rule in order."""
+    current = config.default(site.role)
+    reasons = dict.fromkeys(("observer", "fake_quantize", *SCHEME_FIELDS), config.source(site.role))
+    matched: list[int] = []
+    for index, rule in enumerate(config.rules):
+        if not rule.matches(site):
+            continue
+        half, text = rule.half(site.role), repr(rule)
+        if half is None:
+            current = None
+            reasons["quantized"] = text
+        elif isinstance(half, QuantizerConfig):
+            current = half
+            reasons = dict.fromkeys(reasons, text)
+        elif isinstance(half, Override):
+            current = half(current or config.default(site.role) or config.spec_default(site.role))
+            reasons.update(dict.fromkeys(half.names(), text))
+        flags = {n: v for n in ("observe_only", "optional") if (v := getattr(rule, n)) is not None}
+        if current is not None and flags:
+            current = replace(current, **flags)
+            reasons.update(dict.fromkeys(flags, text))
+        if flags or not isinstance(half, _Unset):
+            matched.append(index)
+    return Decision(current, reasons, tuple(matched))
+
+
+def requested(config: QuantConfig, site: Site) -> tuple[bool | None, int | None]:
+    """The last word of the rules on whether the call at ``site`` asks for quantizers, and which rule it is."""
+    for index in range(len(config.rules) - 1, -1, -1):
+        rule = config.rules[index]
+        if rule.requests is not None and rule.matches(site):
+            return rule.requests, index
+    return None, None
+
+
+def not_grouped(site: Site) -> bool:
+    """Whether ``site`` is no grouped or depthwise convolution: those stay as the global config says (semantics.md 1.3)."""
+    return site.groups == 1
+
+
+def matches_name(pattern: str, site: Site) -> bool:
+    """Whether a name or glob of a rule speaks of ``site``.
+
+    A path matches the module and everything below it.
+    """
+    names = site.names()
+    if any(c in pattern for c in "*?["):
+        return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(underscored(name), pattern) for name in names)
+    return pattern in names or pattern in map(underscored, names)
+
+
+def underscored(name: str) -> str:
+    """A dotted name as sophgo-mq writes names of graph nodes.
+
+    Example:
+      >>> underscored("layer1.0.conv1")
+      'layer1_0_conv1'
+    """
+    return name.replace(".", "_")
+
+
+def matches_type(key: Any, site: Site) -> bool:
+    """Whether a type key speaks of ``site``."""
+    if isinstance(key, str):
+        text = key.rpartition(".")[2]
+        if text in PATTERNS:
+            return site.pattern == PATTERNS.canonical(text)
+        text = text.removesuffix("_sophgo")
+        return text in _short(site.types) or bool(site.function) and canonical(key) == site.function
+    if isinstance(key, type):
+        if issubclass(key, Fused):
+            return site.pattern == key.__name__
+        return class_names(key)[:1] == () or class_names(key)[0] in site.types
+    return bool(site.function) and canonical(key) == site.function
+
+
+def _short(types: tuple[str, ...]) -> list[str]:
+    return [name.rpartition(".")[2] for name in types]
+
+
+def type_text(key: Any) -> str:
+    """A type key as a person would write it."""
+    return repr(key) if isinstance(key, str) else getattr(key, "__name__", repr(key))
+
+
+def check_type_key(key: Any, where: str) -> None:
+    """Raise a :class:`ConfigError` for what can be no type key."""
+    if key is None or isinstance(key, type):
+        return
+    name = key if isinstance(key, str) else getattr(key, "__name__", None)
+    known = isinstance(name, str) and (
+        is_operation(canonical(name)) or isinstance(key, str) and (name.rpartition(".")[2] in PATTERNS or _is_class(name))
+    )
+    if not known:
+        allowed = "a module class, a fused pattern, a torch function, a Tensor method, or the name of one"
+        raise ConfigError(explain(where, "this type key", got=key, allowed=allowed))
+
+
+def _is_class(name: str) -> bool:
+    return hasattr(nn, name.rpartition(".")[2].removesuffix("_sophgo"))

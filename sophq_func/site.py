@@ -1,0 +1,91 @@
+"""Where one quantizer sits. Data only, so that a plan can be written to a file and built from again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Role = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where one quantizer sits, and what its arithmetic needs to know about the place.
+
+    Attributes:
+      quantizer: its name, ``<value>.post_act_fake_quantizer`` or ``<module path>.<parameter>_fake_quant``.
+      role: ``"weight"`` or ``"activation"``.
+      value: name of the value that an activation quantizer follows.
+      path: module path: the module that makes the value or owns the weight, or in which the function is called.
+      paths: every path of that module, and of every other module that uses the weight.
+      types: qualified names of the module's class and its bases, most special first.
+      pattern: name of the fused pattern; empty outside fused groups.
+      members: names of a fused group's calls; ``value`` alone otherwise.
+      function: canonical name; empty for modules and inputs.
+      anchor: path, function and call count at which it acts; for a group that of the last member.
+      output: which tensor of that call's result; -1: an operand (see ``operand``).
+      operand: which tensor of that call's operands; -1: a result.
+      argument: name of the model's input that it follows; empty elsewhere.
+      parameter: canonical name of the weight; empty where the weight is computed in the forward.
+      axis: axis of the weight's output channels.
+      groups: of a convolution.
+      norm: path of the BatchNorm that is folded into the weight; empty without.
+      bias: canonical name of the layer's bias; empty without.
+      source: quantizer whose scale, times the weight's, rounds the bias; empty where the bias is not rounded.
+      note: a remark for people.
+    """
+
+    quantizer: str
+    role: Role
+    value: str = ""
+    path: str = ""
+    paths: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    pattern: str = ""
+    members: tuple[str, ...] = ()
+    function: str = ""
+    anchor: tuple[str, str, int] = ("", "", 0)
+    output: int = 0
+    operand: int = -1
+    argument: str = ""
+    parameter: str = ""
+    axis: int = 0
+    groups: int = 1
+    norm: str = ""
+    bias: str = ""
+    source: str = ""
+    note: str = ""
+
+    def names(self) -> tuple[str, ...]:
+        """Every dotted name that a rule may call it: quantizer, value, and each module around it."""
+        found = dict.fromkeys((self.quantizer, self.value))
+        for path in self.paths:
+            parts = path.split(".")
+            found.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts), 0, -1)))
+        return tuple(name for name in found if name)
+
+    def to_data(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Site:
+        """The inverse of :meth:`to_data`."""
+        return Site(**{key: _tuples(value) for key, value in data.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def class_names(cls: type) -> tuple[str, ...]:
+    """Qualified names of a class and of its bases, without ``nn.Module`` and ``object``.
+
+    Example:
+      >>> from torch import nn
+      >>> class_names(nn.ReLU)
+      ('torch.nn.modules.activation.ReLU',)
+    """
+    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__ if base is not object)
+    return tuple(name for name in names if name != "torch.nn.modules.module.Module")

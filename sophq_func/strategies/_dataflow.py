@@ -1,0 +1,135 @@
+"""``Dataflow``: operands of every contraction, and the tensors that stay in memory between kernels, once each.
+
+What only moves data (views, slices, dropout, max pooling) passes a quantizer through: the value before it is quantized,
+and nothing behind it again. Quantized are
+
+* each operand of a convolution, linear layer, matrix product, ``einsum`` or attention,
+* both terms of an element-wise ``add``, ``sub`` or ``mul`` of two tensors of one shape (residual branches and gates; masks,
+  biases and position tables are broadcast and stay as they are),
+* what is concatenated, stacked or averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from sophq_func.graph import Graph, Node, Operand
+from sophq_func.strategies._base import PLACEMENTS, Asks, Placement, Strategy, floating_operands
+
+WEIGHTS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+)
+
+CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
+    "addbmm": ("1", "2", "batch1", "batch2"),
+    "addmm": ("1", "2", "mat1", "mat2"),
+    "baddbmm": ("1", "2", "batch1", "batch2"),
+    "bmm": ("0", "1", "mat2"),
+    "conv1d": ("0", "1", "input", "weight"),
+    "conv2d": ("0", "1", "input", "weight"),
+    "conv3d": ("0", "1", "input", "weight"),
+    "conv_transpose1d": ("0", "1", "input", "weight"),
+    "conv_transpose2d": ("0", "1", "input", "weight"),
+    "conv_transpose3d": ("0", "1", "input", "weight"),
+    "embedding": ("1", "weight"),
+    "einsum": ("1", "2", "3", "1.0", "1.1", "1.2"),
+    "linear": ("0", "1", "input", "weight"),
+    "matmul": ("0", "1", "other"),
+    "mm": ("0", "1", "mat2"),
+    "mv": ("0", "1", "vec"),
+    "scaled_dot_product_attention": ("0", "1", "2", "query", "key", "value"),
+}
+"""Which operands of a function are multiplied and summed, by position or name; an embedding multiplies by one-hot rows."""
+
+CONTRACTING_MODULES = tuple(cls for cls in WEIGHTS if cls not in (nn.Embedding, nn.EmbeddingBag))
+
+ELEMENTWISE = frozenset(("add", "sub", "mul"))
+STORED = frozenset(("cat", "stack", "adaptive_avg_pool2d", "adaptive_avg_pool1d", "avg_pool2d", "avg_pool1d"))
+STORED_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+
+MOVES = frozenset(
+    "adaptive_max_pool1d adaptive_max_pool2d chunk clone contiguous detach dropout expand expand_as flatten flip float "
+    "gather get getitem index_select max_pool1d max_pool2d max_pool3d movedim moveaxis narrow pad permute pixel_shuffle "
+    "pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze swapaxes t tile to transpose type_as "
+    "unbind unflatten unfold unsqueeze view view_as".split()
+)
+MOVING_MODULES = (
+    nn.AdaptiveMaxPool2d,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.Identity,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Unflatten,
+    nn.ZeroPad2d,
+)
+"""What returns elements of its first operand (or zeros), and so keeps them on the grid."""
+
+
+def moves(node: Node) -> bool:
+    """Whether a node only moves data."""
+    return node.function in MOVES or node.is_module(*MOVING_MODULES)
+
+
+def source_of(graph: Graph, operand: Operand) -> Operand:
+    """Where the data of an operand comes from, before everything that only moved it."""
+    while operand.value:
+        producer = graph.producer(operand.value)
+        if not moves(producer) or not producer.operands:
+            return operand
+        before = producer.operands[0]
+        if before.value and not graph.values[before.value].floating:
+            return operand
+        if not before.value and not before.parameter:
+            return operand
+        operand = before
+    return operand
+
+
+def wanted(graph: Graph, node: Node) -> list[Operand]:
+    """The operands of a node that ought to be on a grid."""
+    if node.is_module(*CONTRACTING_MODULES):
+        return list(node.operands[:1])
+    if node.function in CONTRACTIONS:
+        return [o for o in node.operands if o.role in CONTRACTIONS[node.function]]
+    if node.function in ELEMENTWISE:
+        pair = [o for o in node.operands if o.value]
+        shapes = {graph.values[o.value].shape for o in pair}
+        return pair if len(pair) == 2 and len(shapes) == 1 else []
+    if node.function in STORED or node.is_module(*STORED_MODULES):
+        return list(node.operands)
+    return []
+
+
+def place_dataflow(graph: Graph, asks: Asks) -> Placement:
+    """Every wanted operand, at its source."""
+    chosen: dict[str, str] = {}
+    for node in graph:
+        asked = asks(node)
+        if asked:
+            chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
+        elif asked is None:
+            for operand in wanted(graph, node):
+                source = source_of(graph, operand)
+                if source.value and graph.values[source.value].floating:
+                    chosen.setdefault(source.value, f"operand of {node.name}")
+    return Placement(chosen)
+
+
+PLACEMENTS.add("Dataflow", Strategy(place_dataflow, WEIGHTS, functions=True))

@@ -1,0 +1,140 @@
+"""Which weights are quantized: one site for each parameter, or for each weight that is computed in the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from sophq_func.graph import Graph, Node, Operand
+from sophq_func.site import Site, class_names
+from sophq_func.strategies import CONTRACTIONS, Strategy, source_of
+
+OUTPUT_AXIS_1 = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
+"""Modules whose weight has its output channels along axis 1."""
+
+RIGHT_OPERANDS = ("1", "2", "mat1", "mat2", "other", "batch1", "batch2", "vec")
+
+
+class WeightUse(NamedTuple):
+    """One call that multiplies with a weight.
+
+    Attributes:
+      node: the call, or the fused group that starts with it.
+      attribute: name of the weight in its module.
+      parameter: canonical name; empty where it is computed in the forward.
+      axis: axis of its output channels.
+      operand: which tensor of a function's call it is; -1 for modules.
+    """
+
+    node: Node
+    attribute: str
+    parameter: str
+    axis: int
+    operand: int = -1
+
+
+def weight_uses(graph: Graph, strategy: Strategy) -> Iterator[WeightUse]:
+    """Each use of a weight that ``strategy`` quantizes, in execution order."""
+    varying = input_dependent(graph)
+    for node in graph:
+        if node.is_module(*strategy.weights):
+            axis = 1 if node.is_module(*OUTPUT_AXIS_1) else 0
+            recurrent = node.is_module(nn.RNNBase)
+            names = [a for a in node.parameters if a.startswith("weight")] if recurrent else ["weight"]
+            for attribute in names:
+                yield WeightUse(node, attribute, node.parameters.get(attribute, ""), axis)
+        elif strategy.functions and node.function in CONTRACTIONS:
+            for operand in node.operands:
+                source = source_of(graph, operand)
+                if operand.role not in CONTRACTIONS[node.function] or source.value in varying:
+                    continue
+                if source.parameter:
+                    axis = _output_axis(graph, node, operand)
+                    yield WeightUse(node, "weight", source.parameter, axis)
+                elif source.value:
+                    yield WeightUse(node, "weight", "", _output_axis(graph, node, operand), operand.slot)
+
+
+def input_dependent(graph: Graph) -> frozenset[str]:
+    """Names of the values that depend on an input of the model; the others are functions of the parameters alone."""
+    found: set[str] = set()
+    for node in graph:
+        if node.kind == "input" or any(o.value in found for o in node.operands):
+            found.update(node.outputs)
+    return frozenset(found)
+
+
+def _output_axis(graph: Graph, node: Node, operand: Operand) -> int:
+    """Axis of output channels in the parameter behind an operand, transpositions on the way undone."""
+    if node.function.startswith("conv_transpose") or node.function == "embedding":
+        axis = 1
+    elif node.function in ("linear", "conv1d", "conv2d", "conv3d"):
+        axis = 0
+    else:
+        axis = -1 if operand.role in RIGHT_OPERANDS else -2
+    turns = 0
+    while operand.value and graph.producer(operand.value).operands:
+        producer = graph.producer(operand.value)
+        turns += producer.function in ("t", "transpose", "get")
+        operand = producer.operands[0]
+    return -3 - axis if turns % 2 and axis < 0 else axis
+
+
+def weight_sites(graph: Graph, strategy: Strategy) -> tuple[list[tuple[Site, list[Node]]], list[str]]:
+    """One site for each weight with the nodes that use it, and notes on weights used in several ways."""
+    by_name: dict[str, list[WeightUse]] = {}
+    for use in weight_uses(graph, strategy):
+        owner = use.parameter or ".".join(filter(None, (use.node.path, use.attribute)))
+        by_name.setdefault(f"{owner}_fake_quant", []).append(use)
+    sites, notes = [], []
+    for name, uses in by_name.items():
+        site, note = _site(name, uses)
+        sites.append((site, [use.node for use in uses]))
+        notes += [note] if note else []
+    return sites, notes
+
+
+def _site(name: str, uses: list[WeightUse]) -> tuple[Site, str]:
+    first = next((use for use in uses if not use.node.is_module(nn.Embedding)), uses[0])
+    lead = first.node.members[0] if first.node.members else first.node
+    norms = {use.node.norm.path if use.node.norm else "" for use in uses}
+    paths = dict.fromkeys(path for use in uses for path in use.node.paths)
+    types = dict.fromkeys(t for use in uses for t in node_types(use.node))
+    site = Site(
+        quantizer=name,
+        role="weight",
+        path=first.node.path,
+        paths=tuple(paths),
+        types=tuple(types),
+        pattern=pattern_name(first.node),
+        members=tuple(m.name for m in first.node.members),
+        function=first.node.function,
+        anchor=(lead.path, lead.function, lead.call),
+        output=-1,
+        operand=first.operand,
+        parameter=first.parameter,
+        axis=first.axis,
+        groups=int(first.node.options.get("groups", 1)),
+        bias=first.node.parameters.get("bias") or "",
+    )
+    if not first.parameter:
+        return replace(site, note="computed in the forward, quantized at the call"), ""
+    if len(norms) > 1:
+        note = f"{first.parameter} feeds {len(norms)} different normalizations or none: quantized once, unfolded"
+        return replace(site, note="unfolded"), note
+    (norm,) = norms
+    return replace(site, norm=norm), ""
+
+
+def node_types(node: Node) -> tuple[str, ...]:
+    """Qualified class names of the module that a node calls; of a group's first."""
+    lead = node.members[0] if node.members else node
+    return class_names(lead.type) if lead.kind == "module" and lead.type is not None else ()
+
+
+def pattern_name(node: Node) -> str:
+    """Name of the pattern of a fused group; empty for other nodes."""
+    return node.type.__name__ if node.members and node.type is not None else ""
