@@ -147,6 +147,12 @@ def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QScheme)
     return (code - zero_point) * scale
 
 
+def positive(scale: Tensor) -> Tensor:
+    """The scale in force, ``max(|s|, 2 ** -23)``; its gradient is the sign of ``s``, straight through the floor."""
+    size = torch.where(scale < 0, -scale, scale)
+    return size + (size.clamp(min=EPS) - size).detach()
+
+
 def bounds(qparams: QParams, scheme: QScheme) -> tuple[Tensor | int, Tensor | int]:
     """Smallest and largest code: tensors of ``extras`` where they are data, else the scheme's numbers."""
     return qparams.extras.get("qmin", scheme.qmin), qparams.extras.get("qmax", scheme.qmax)

@@ -84,14 +84,12 @@ class FakeQuantize(NamedTuple):
       apply: see :class:`Apply`.
       learnable: fields of the qparams that may be learned: ``"scale"``, ``"zero_point"``, or names of extras.
       integer: codes are integers times ``scale``, so that ``scale`` can round a bias.
-      noisy: ``apply`` needs noise.
     """
 
     init: InitQParams
     apply: Apply
     learnable: tuple[str, ...] = ()
     integer: bool = True
-    noisy: bool = False
 
 
 OBSERVERS: Factories[Observer] = Factories("observer")

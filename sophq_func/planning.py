@@ -130,6 +130,7 @@ class _Draft:
                 anchor=(lead.path, lead.function, lead.call),
                 output=-1,
                 operand=0,
+                shape=self.graph.values[node.operands[0].value].shape if node.operands[0].value else (),
                 note=f"operand of {node.name}",
             )
             self._decide(own, f"4-bit layer {node.name}")
@@ -253,6 +254,7 @@ def _activation_site(graph: Graph, node: Node, value: str) -> Site:
         value=value,
         anchor=(last.path, last.function, last.call),
         output=made.index,
+        shape=made.shape,
         argument=node.name if node.kind == "input" else "",
     )
 

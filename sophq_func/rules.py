@@ -11,14 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from sophq_func.chips import CHIPS, ChipSpec
 from sophq_func.errors import ConfigError, explain, unknown
 from sophq_func.functions import canonical, is_operation
 from sophq_func.patterns import PATTERNS, Fused
 from sophq_func.scheme import SCHEME_FIELDS, Override, QuantizerConfig
-from sophq_func.site import Role, Site, class_names
+from sophq_func.site import Role, Site
 
 QUANTMODES = ("weight_activation", "weight_only")
 STRATEGIES = ("CNN", "Transformer", "Dataflow")
@@ -265,7 +263,7 @@ def matches_type(key: Any, site: Site) -> bool:
     if isinstance(key, type):
         if issubclass(key, Fused):
             return site.pattern == key.__name__
-        return class_names(key)[:1] == () or class_names(key)[0] in site.types
+        return f"{key.__module__}.{key.__qualname__}" in site.types
     return bool(site.function) and canonical(key) == site.function
 
 
@@ -279,17 +277,9 @@ def type_text(key: Any) -> str:
 
 
 def check_type_key(key: Any, where: str) -> None:
-    """Raise a :class:`ConfigError` for what can be no type key."""
-    if key is None or isinstance(key, type):
+    """Raise a :class:`ConfigError` for what can be no type key; whether a string names anything, the plan will see."""
+    if key is None or isinstance(key, type | str):
         return
-    name = key if isinstance(key, str) else getattr(key, "__name__", None)
-    known = isinstance(name, str) and (
-        is_operation(canonical(name)) or isinstance(key, str) and (name.rpartition(".")[2] in PATTERNS or _is_class(name))
-    )
-    if not known:
+    if not callable(key) or not is_operation(canonical(getattr(key, "__name__", ""))):
         allowed = "a module class, a fused pattern, a torch function, a Tensor method, or the name of one"
         raise ConfigError(explain(where, "this type key", got=key, allowed=allowed))
-
-
-def _is_class(name: str) -> bool:
-    return hasattr(nn, name.rpartition(".")[2].removesuffix("_sophgo"))

@@ -27,6 +27,7 @@ class Site:
       output: which tensor of that call's result; -1: an operand (see ``operand``).
       operand: which tensor of that call's operands; -1: a result.
       argument: name of the model's input that it follows; empty elsewhere.
+      shape: of the tensor in the example.
       parameter: canonical name of the weight; empty where the weight is computed in the forward.
       axis: axis of the weight's output channels.
       groups: of a convolution.
@@ -49,6 +50,7 @@ class Site:
     output: int = 0
     operand: int = -1
     argument: str = ""
+    shape: tuple[int, ...] = ()
     parameter: str = ""
     axis: int = 0
     groups: int = 1

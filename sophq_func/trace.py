@@ -130,7 +130,8 @@ class _Recorder(Frame):
         return args, kwargs
 
     def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        name = self._free_name(path, own=(path, "") not in self._calls)
+        base = path or type(module).__name__.lower()
+        name = self._free_name(base, own=(path, "") not in self._calls)
         node = Node(
             name=name,
             kind="module",
@@ -139,7 +140,7 @@ class _Recorder(Frame):
             call=self._count(path, ""),
             type=type(module),
             parameters=self._skeleton.owned[path],
-            options={name: getattr(module, name) for name in OPTIONS if hasattr(module, name)},
+            options=_options(module),
         )
         return self._record(node, self._before, args, kwargs, output)
 
@@ -225,6 +226,12 @@ class _Recorder(Frame):
         for name, arg in kwargs.items():
             map_named(name, arg, note)
         return tuple(found)
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    found = {name: getattr(module, name) for name in OPTIONS if hasattr(module, name)}
+    weight = getattr(module, "weight", None)
+    return found | ({"weight_shape": tuple(weight.shape)} if isinstance(weight, Tensor) else {})
 
 
 def _versions(tree: Any) -> dict[int, int]:

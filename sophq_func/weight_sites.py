@@ -27,6 +27,7 @@ class WeightUse(NamedTuple):
       parameter: canonical name; empty where it is computed in the forward.
       axis: axis of its output channels.
       operand: which tensor of a function's call it is; -1 for modules.
+      shape: where it is computed in the forward, of the example's.
     """
 
     node: Node
@@ -34,6 +35,7 @@ class WeightUse(NamedTuple):
     parameter: str
     axis: int
     operand: int = -1
+    shape: tuple[int, ...] = ()
 
 
 def weight_uses(graph: Graph, strategy: Strategy) -> Iterator[WeightUse]:
@@ -45,7 +47,8 @@ def weight_uses(graph: Graph, strategy: Strategy) -> Iterator[WeightUse]:
             recurrent = node.is_module(nn.RNNBase)
             names = [a for a in node.parameters if a.startswith("weight")] if recurrent else ["weight"]
             for attribute in names:
-                yield WeightUse(node, attribute, node.parameters.get(attribute, ""), axis)
+                shape = () if attribute in node.parameters else node.options["weight_shape"]
+                yield WeightUse(node, attribute, node.parameters.get(attribute, ""), axis, shape=shape)
         elif strategy.functions and node.function in CONTRACTIONS:
             for operand in node.operands:
                 source = source_of(graph, operand)
@@ -55,7 +58,8 @@ def weight_uses(graph: Graph, strategy: Strategy) -> Iterator[WeightUse]:
                     axis = _output_axis(graph, node, operand)
                     yield WeightUse(node, "weight", source.parameter, axis)
                 elif source.value:
-                    yield WeightUse(node, "weight", "", _output_axis(graph, node, operand), operand.slot)
+                    axis = _output_axis(graph, node, operand)
+                    yield WeightUse(node, "weight", "", axis, operand.slot, graph.values[operand.value].shape)
 
 
 def input_dependent(graph: Graph) -> frozenset[str]:
@@ -115,6 +119,7 @@ def _site(name: str, uses: list[WeightUse]) -> tuple[Site, str]:
         anchor=(lead.path, lead.function, lead.call),
         output=-1,
         operand=first.operand,
+        shape=first.shape,
         parameter=first.parameter,
         axis=first.axis,
         groups=int(first.node.options.get("groups", 1)),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from sophq_func.affine import EPS, fake_quantize
+from sophq_func.affine import Order, fake_quantize, positive
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
 from sophq_func.pytree import tree_map
 from sophq_func.scheme import PerTensor, QScheme
@@ -57,12 +58,12 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
         return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        scale, zero_point = _floored(qparams.scale), qparams.zero_point
+        order: Order = "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
+        scale, zero_point = positive(qparams.scale), qparams.zero_point
         if use_grad_scaling:
-            factor = _grad_factor(x, qparams, scheme)
-            scale = _scale_grad(scale, factor)
-            zero_point = _scale_grad(zero_point, factor) if zero_point.is_floating_point() else zero_point
-        order = "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
+            factor, scaled = _grad_factor(x, qparams, scheme), SCALE_GRAD[order]
+            scale = scaled(scale, factor)
+            zero_point = scaled(zero_point, factor) if zero_point.is_floating_point() else zero_point
         return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, order)
 
     return FakeQuantize(init, apply, ("scale", "zero_point"))
@@ -70,11 +71,6 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
 
 def _keep(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
     return qparams
-
-
-def _floored(scale: Tensor) -> Tensor:
-    size = torch.where(scale < 0, -scale, scale)
-    return size + (size.clamp(min=EPS) - size).detach()
 
 
 def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float:
@@ -88,3 +84,20 @@ def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float
 def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:
     """``value``, with its gradient multiplied by ``factor``."""
     return value.detach() + (value - value.detach()) * factor
+
+
+def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
+    """The same as the sum of two parts, which may round to a neighbour of ``value``.
+
+    Recorded numbers of sophgo-mq show this rounding where it decides an exact tie: with ``s = amax / 127.5`` the extreme
+    of every channel is one.
+    """
+    part = value * factor
+    return (value - part).detach() + part
+
+
+SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor | float], Tensor]] = {
+    "kernel": _scale_grad,
+    "expression": _scale_grad_by_parts,
+}
+"""How each rounding order multiplies the gradient of a scale."""

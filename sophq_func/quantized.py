@@ -1,0 +1,421 @@
+"""A model and a plan as pure functions of ``(params, state, batch)``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sophq_func import fake_quantize as fake_quantizers
+from sophq_func.base import OBSERVERS, FakeQuantize, Observer, QParams, State
+from sophq_func.calibrate import calibrate
+from sophq_func.dicts import from_dicts
+from sophq_func.errors import ConfigError, PlanError, StateError, explain, near
+from sophq_func.intercept import Skeleton
+from sophq_func.plan import Plan
+from sophq_func.planning import plan as make_plan
+from sophq_func.pytree import is_plain, leaves, sorted_dict
+from sophq_func.rules import QuantConfig
+from sophq_func.running import Effect, Runner, Schedule
+from sophq_func.scheme import QuantizerConfig
+from sophq_func.site import Site
+from sophq_func.trace import arguments, map_inputs, trace
+from sophq_func.weights import Norm, WeightQuantizer, quantize_weights
+
+OState = dict[str, State]
+QParamsDict = dict[str, QParams]
+Params = Mapping[str, Tensor]
+
+
+class RunQuantizer(NamedTuple):
+    """One quantizer that acts while the model runs: on an activation, or on a weight computed in the forward."""
+
+    site: Site
+    config: QuantizerConfig
+    observer: Observer
+    fake_quantize: FakeQuantize
+
+
+class Quantized:
+    """A model and a plan, frozen. Every method is a pure function; ``params`` and states are dicts of tensors.
+
+    Made by :func:`build`, :func:`quantize` or :func:`prepare_by_platform`. Attributes cannot be set. ``params``,
+    ``ostate`` and ``qparams`` are positional-only; all further arguments go to the model.
+
+    Attributes:
+      plan: the :class:`~sophq_func.plan.Plan`.
+      training: the training flag of the model at hand, see :meth:`train` and :meth:`eval`.
+    """
+
+    plan: Plan
+    training: bool
+
+    def __init__(self, skeleton: Skeleton, plan: Plan) -> None:
+        schedule = Schedule(plan)
+        weights, running = _quantizers(skeleton, plan)
+        set_ = object.__setattr__
+        set_(self, "plan", plan)
+        set_(self, "training", skeleton.module.training)
+        set_(self, "_skeleton", skeleton)
+        set_(self, "_schedule", schedule)
+        set_(self, "_arguments", arguments(skeleton.module))
+        set_(self, "_weights", weights)
+        set_(self, "_running", running)
+        set_(self, "_pieces", {**{w.site.quantizer: w for w in weights}, **running})
+
+    def __setattr__(self, name: str, value: object) -> None:
+        fix = "make a new one with sq.build(model, plan)"
+        raise AttributeError(explain("Quantized", f"setting {name!r}", because="it is frozen", fix=fix))
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Quantized({type(self._skeleton.module).__name__}, {self.plan!r}, training={self.training})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Quantized, (self._skeleton, self.plan)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
+        return Quantized(copy.deepcopy(self._skeleton, memo), self.plan)
+
+    def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
+        """Observer states before any batch: weights are observed here, activations start neutral.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          ostate: states to keep for activations; weights are observed anew all the same.
+
+        Returns:
+          ``{quantizer name: state}``, sorted.
+
+        Raises:
+          StateError: names that are missing or unknown.
+        """
+        self._skeleton.check(params, "init")
+        if ostate is not None:
+            self.plan.check(ostate, "ostate")
+        states = {w.site.quantizer: w.observe(params) for w in self._weights}
+        for name, piece in self._running.items():
+            neutral = piece.observer.init(_example(piece.site, params), piece.config.scheme)
+            states[name] = neutral if ostate is None else ostate[name]
+        return sorted_dict(states)
+
+    def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Any, OState]:
+        """Run the float model and update the observers of activations.
+
+        Returns:
+          The model's output, and the new states.
+        """
+        self._check(params, ostate, "observe", "ostate")
+        states = dict(ostate)
+        output, _ = self._run(params, self._observing(states), args, kwargs)
+        return output, sorted_dict(states)
+
+    def observe_quantized(
+        self, params: Params, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+    ) -> tuple[Any, OState]:
+        """Run the quantized model and update the observers of activations with what it sees before each quantizer.
+
+        Returns:
+          The model's output, and the new states.
+        """
+        self._check(params, ostate, "observe_quantized", "ostate")
+        self.plan.check(qparams, "qparams")
+        states = dict(ostate)
+        observe, quantize = self._observing(states), self._quantizing(qparams)
+
+        def effect(name: str, x: Tensor) -> Tensor:
+            return quantize(name, observe(name, x))
+
+        output, _ = self._run(quantize_weights(self._weights, params, qparams), effect, args, kwargs)
+        return output, sorted_dict(states)
+
+    def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
+        """Scales and zero points from observer states.
+
+        Returns:
+          ``{quantizer name: QParams}``, sorted.
+
+        Raises:
+          StateError: in eager on plain tensors, a quantizer that has seen nothing, or NaN or infinity. Inside a transform
+            nothing is checked, and such a quantizer has a NaN scale.
+        """
+        self._check(params, ostate, "qparams", "ostate")
+        self._check_finite(ostate)
+        found = {}
+        for name, piece in self._pieces.items():
+            weight = isinstance(piece, WeightQuantizer)
+            scheme = piece.scheme if weight else piece.config.scheme
+            x = piece.seen(params) if weight else _example(piece.site, params)
+            found[name] = piece.fake_quantize.init(piece.observer.qparams(ostate[name], scheme), x, scheme)
+        return sorted_dict(found)
+
+    def calibrate(self, params: Params, batches: Iterable[Any], *, progress: bool = True) -> QParamsDict:
+        """Observe the weights and every batch, and return qparams: :meth:`init`, :meth:`observe`, :meth:`qparams`.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+          progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
+
+        Raises:
+          StateError: no batches, a value that no batch reached, or data with NaN or infinity.
+        """
+        return calibrate(self, params, batches, progress)
+
+    def apply(self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.
+
+        Returns:
+          What the model returns. Updates of buffers are dropped.
+        """
+        return self._apply(params, qparams, "apply", args, kwargs)[0]
+
+    def apply_and_update(
+        self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """:meth:`apply`, and the params with new buffers (BatchNorm statistics).
+
+        Returns:
+          What the model returns; all params, with the buffers as the run left them.
+        """
+        output, buffers = self._apply(params, qparams, "apply_and_update", args, kwargs)
+        after: dict[str, Tensor] = {**params, **buffers}
+        for weight in self._weights:
+            if weight.site.source and not weight.config.observe_only:
+                own, source = qparams[weight.site.quantizer], qparams[weight.site.source]
+                after.update(weight.mean_shift(params, own, source, after))
+        return output, sorted_dict(after)
+
+    def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is learned, and the rest, both flat: ``{"<quantizer>.<field>": Tensor}``. :func:`merge` is the inverse.
+
+        Learned are the floating fields that a fake quantizer names: not the zero point of a symmetric scheme, nothing of
+        a quantizer that only observes or whose scheme is dynamic.
+        """
+        self.plan.check(qparams, "qparams")
+        learnable, rest = {}, {}
+        for name, own in qparams.items():
+            config = self.plan[name]
+            fixed = config.observe_only or config.scheme.dynamic
+            chosen = () if fixed else self._pieces[name].fake_quantize.learnable
+            for field, value in {"scale": own.scale, "zero_point": own.zero_point, **own.extras}.items():
+                learned = field in chosen and value.is_floating_point()
+                if field == "zero_point" and config.scheme.symmetric:
+                    learned = False
+                (learnable if learned else rest)[f"{name}.{field}"] = value
+        return sorted_dict(learnable), sorted_dict(rest)
+
+    def train(self) -> Quantized:
+        """The same plan with the model's training flag set; a new object."""
+        return Quantized(self._skeleton.in_mode(True), self.plan)
+
+    def eval(self) -> Quantized:
+        """The same plan with the model's training flag cleared; a new object."""
+        return Quantized(self._skeleton.in_mode(False), self.plan)
+
+    def _apply(
+        self, params: Params, qparams: Mapping[str, QParams], where: str, args: Any, kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        self._check(params, qparams, where, "qparams")
+        return self._run(quantize_weights(self._weights, params, qparams), self._quantizing(qparams), args, kwargs)
+
+    def _observing(self, states: OState) -> Effect:
+        def effect(name: str, x: Tensor) -> Tensor:
+            piece = self._running[name]
+            states[name] = piece.observer.update(states[name], x, piece.config.scheme)
+            return x
+
+        return effect
+
+    def _quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
+        def effect(name: str, x: Tensor) -> Tensor:
+            piece = self._running[name]
+            if piece.config.observe_only:
+                return x
+            return piece.fake_quantize.apply(x, qparams[name], piece.config.scheme)
+
+        return effect
+
+    def _run(self, params: Params, effect: Effect, args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        if not self._schedule:
+            return self._skeleton.run(None, params, args, kwargs)
+        runner = Runner(self._schedule, effect)
+        if self._schedule.inputs:
+            args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
+        output, buffers = self._skeleton.run(runner, params, args, kwargs)
+        runner.check()
+        return output, buffers
+
+    def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
+        self._skeleton.check(params, where)
+        self.plan.check(state, what)
+
+    def _check_finite(self, ostate: Mapping[str, State]) -> None:
+        """One reduction over all statistics, where numbers can be read."""
+        names = [n for n in ostate if not self.plan[n].optional and not self.plan[n].scheme.dynamic]
+        found = {name: [t for t in leaves(ostate[name]) if t.is_floating_point()] for name in names}
+        if not names or not is_plain(t for values in found.values() for t in values):
+            return
+        if bool(torch.stack([t.isfinite().all() for values in found.values() for t in values]).all()):
+            return
+        bad = {name: values for name, values in found.items() if not all(bool(t.isfinite().all()) for t in values)}
+        raise StateError("; ".join(_complaint(name, self.plan.site(name), values) for name, values in bad.items()))
+
+
+def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
+    if any(bool(t.isnan().any()) for t in values):
+        fix = f"look at parameter {site.parameter}" if site.parameter else f"look at what reaches {site.value or site.path}"
+        return explain(name, "a scale", got="NaN in the data", allowed="finite numbers", fix=fix)
+    if site.parameter:
+        return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=f"look at {site.parameter}")
+    return f"not calibrated: {name} has seen no data, or infinite data. Fix: q.calibrate(params, batches) with finite batches."
+
+
+def _example(site: Site, params: Params) -> Tensor:
+    """A tensor with the shape of the example's, on the device of the params; it takes no memory."""
+    device = next((p.device for p in params.values()), torch.device("cpu"))
+    return torch.zeros((), device=device).expand(site.shape)
+
+
+def _quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantizer, ...], dict[str, RunQuantizer]]:
+    weights, running = [], {}
+    for name, config in plan.items():
+        site = plan.site(name)
+        observer, fake = OBSERVERS.build(config.observer), fake_quantizers.build(config.fake_quantize)
+        if site.parameter:
+            if site.parameter not in skeleton.names:
+                hint = near(site.parameter, skeleton.names)
+                raise PlanError(f"{name}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew.")
+            norm = _norm(skeleton, site.norm) if site.norm else None
+            weights.append(WeightQuantizer(site, config, observer, fake, norm))
+        else:
+            running[name] = RunQuantizer(site, config, observer, fake)
+    return tuple(weights), running
+
+
+def _norm(skeleton: Skeleton, path: str) -> Norm:
+    module, own = skeleton.module.get_submodule(path), skeleton.owned[path]
+    return Norm(
+        own["weight"],
+        own["bias"],
+        own["running_mean"],
+        own["running_var"],
+        own["num_batches_tracked"],
+        float(module.eps),  # type: ignore[arg-type]
+        module.momentum,  # type: ignore[arg-type]
+        module.training,
+    )
+
+
+def build(model: nn.Module, plan: Plan, *, leaf_module: tuple[type, ...] = ()) -> Quantized:
+    """Bind a plan to a model. The model is copied without its weights and never changed.
+
+    Args:
+      model: the traced model, or one of the same structure.
+      plan: from :func:`sophq_func.plan` or :meth:`Plan.from_json`.
+      leaf_module: as given to :func:`sophq_func.trace`.
+
+    Raises:
+      PlanError: the plan names parameters that the model has not.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> model, x = nn.Linear(2, 3), torch.ones(1, 2)
+      >>> build(model, sq.plan(sq.trace(model, (x,)), sq.QuantConfig()))
+      Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(explain("build", "this plan", got=type(plan).__name__, allowed="a sq.Plan"))
+    return Quantized(Skeleton(model, leaf_module), plan)
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantConfig,
+    *,
+    example_args: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
+) -> Quantized:
+    """Trace, plan and build in one call.
+
+    Args:
+      model: any ``nn.Module``; it is not changed.
+      config: what is asked for.
+      example_args: positional arguments of one call of the model, a tuple or a single tensor.
+      example_kwargs: keyword arguments of that call.
+      examples: instead, several calls ``[(args, kwargs), ...]``; the plan is the union of their traces.
+
+    Raises:
+      ConfigError, PlanError: see :func:`sophq_func.plan` and :func:`sophq_func.trace`.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> model, x = nn.Linear(2, 3), torch.ones(1, 2)
+      >>> q = quantize(model, sq.QuantConfig(), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> q.apply(params, q.calibrate(params, [x]), x).shape
+      torch.Size([1, 3])
+    """
+    if not isinstance(config, QuantConfig):
+        fix = "sq.from_dicts(...) makes one from the three dictionaries"
+        raise ConfigError(explain("quantize", "this config", got=type(config).__name__, allowed="sq.QuantConfig", fix=fix))
+    calls = [(example_args, example_kwargs)] if examples is None else list(examples)
+    graphs = [trace(model, args, kwargs, leaf_module=config.leaf_module) for args, kwargs in calls]
+    return build(model, make_plan(graphs, config), leaf_module=config.leaf_module)
+
+
+def prepare_by_platform(
+    model: nn.Module,
+    prepare_custom_config_dict: Mapping[str, Any],
+    *,
+    example_args: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
+) -> Quantized:
+    """:func:`quantize` with the three dictionaries of sophgo-mq's fine-grained control.
+
+    Args:
+      model: any ``nn.Module``; it is not changed.
+      prepare_custom_config_dict: ``quant_dict``, ``extra_qconfig_dict``, ``extra_quantizer_dict``, see
+        :func:`sophq_func.from_dicts`.
+      example_args, example_kwargs, examples: see :func:`quantize`.
+
+    Example:
+      >>> quant_dict = {"chip": "BM1690", "quantmode": "weight_activation", "strategy": "CNN"}
+      >>> q = prepare_by_platform(nn.Linear(2, 3), {"quant_dict": quant_dict}, example_args=(torch.ones(1, 2),))
+      >>> list(q.plan)
+      ['input.post_act_fake_quantizer', 'weight_fake_quant', 'linear.post_act_fake_quantizer']
+    """
+    config = from_dicts(prepare_custom_config_dict)
+    return quantize(model, config, example_args=example_args, example_kwargs=example_kwargs, examples=examples)
+
+
+def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> QParamsDict:
+    """Put together what :meth:`Quantized.split` took apart; names are split at the last dot.
+
+    Raises:
+      StateError: a name in both halves, or a quantizer without scale or zero point.
+
+    Example:
+      >>> merge({"a.scale": torch.tensor(1.0)}, {"a.zero_point": torch.tensor(0)})
+      {'a': QParams(scale=tensor(1.), zero_point=tensor(0), extras={})}
+    """
+    twice = sorted(learnable.keys() & rest.keys())
+    if twice:
+        raise StateError(explain("merge", "one name in both halves", got=twice))
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, value in {**learnable, **rest}.items():
+        name, _, field = key.rpartition(".")
+        fields.setdefault(name, {})[field] = value
+    for name, own in fields.items():
+        missing = [field for field in ("scale", "zero_point") if field not in own]
+        if missing:
+            raise StateError(f"merge: {name!r} has no {' and no '.join(missing)}. Fix: pass both results of q.split(qparams).")
+    return sorted_dict(
+        {n: QParams(own.pop("scale"), own.pop("zero_point"), sorted_dict(own)) for n, own in fields.items()}
+    )

@@ -1,0 +1,175 @@
+"""The frame in which a planned model runs: acts at the planned values, and counts, so that none is missed or mistaken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sophq_func.errors import StateError
+from sophq_func.intercept import Frame
+from sophq_func.plan import Plan
+from sophq_func.pytree import flatten
+from sophq_func.site import Site
+from sophq_func.strategies import CONTRACTIONS
+
+Effect = Callable[[str, Tensor], Tensor]
+"""What happens to a planned value: told the quantizer's name and the tensor, it returns the tensor to go on with."""
+
+Pair = tuple[str, str]
+
+OPTIONAL = "Rule(name=..., optional=True) where a run may leave the value out"
+
+
+class Actions(NamedTuple):
+    """What happens at one call: quantizer names by operand, by result, and for weights computed inside a leaf module."""
+
+    operands: dict[int, str]
+    outputs: dict[int, str]
+    inner: str
+
+
+class Schedule:
+    """All actions of a plan, by call, and what calls a run must make.
+
+    Attributes:
+      inputs: quantizer name by the model's argument.
+      actions: by (module path, function), then by call count.
+      counts: for each example, calls of each pair.
+      optional: pairs, and arguments, that a run may leave out.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        sites = [plan.site(name) for name in plan if not plan.site(name).parameter]
+        self.inputs = {site.argument: site.quantizer for site in sites if site.argument}
+        self.actions: dict[Pair, dict[int, Actions]] = {}
+        for site in sites:
+            if not site.argument:
+                self._add(site)
+        self.counts = [dict(counts) for counts in plan.counts]
+        required = {_place(site) for site in sites if not plan[site.quantizer].optional}
+        self.optional = {_place(site) for site in sites} - required
+        self.hidden = {pair for pair in self.actions if pair[1] in hidden_from_compile()}
+
+    def _add(self, site: Site) -> None:
+        path, function, call = site.anchor
+        at = self.actions.setdefault((path, function), {}).setdefault(call, Actions({}, {}, ""))
+        if site.output >= 0:
+            at.outputs[site.output] = site.quantizer
+        elif site.operand >= 0:
+            at.operands[site.operand] = site.quantizer
+        else:
+            self.actions[path, function][call] = at._replace(inner=site.quantizer)
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.actions)
+
+
+def _place(site: Site) -> Pair | str:
+    return site.argument or site.anchor[:2]
+
+
+def hidden_from_compile() -> frozenset[str]:
+    """Functions of ``torch.nn.functional`` that Dynamo does not show to function modes, by name; and Python's ``abs``."""
+    shown = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
+    public = {name: getattr(torch.nn.functional, name) for name in dir(torch.nn.functional) if not name.startswith("_")}
+    return frozenset(("abs", "pad", *(n for n, f in public.items() if callable(f) and f not in shown)))
+
+
+class Runner(Frame):
+    """Acts at each planned call of one run."""
+
+    def __init__(self, schedule: Schedule, effect: Effect) -> None:
+        super().__init__()
+        self.schedule, self.effect = schedule, effect
+        self.counts: dict[Pair, int] = dict.fromkeys(schedule.actions, 0)
+        self.seen_inputs: list[str] = []
+        self.inner = ""
+
+    def input(self, name: str, tensor: Tensor) -> Tensor:
+        """An argument of the model."""
+        quantizer = self.schedule.inputs.get(name)
+        if quantizer is None:
+            return tensor
+        self.seen_inputs.append(name)
+        return self.effect(quantizer, tensor)
+
+    def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        actions = self._actions((path, ""))
+        if actions is None:
+            return args, kwargs
+        args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
+        self.inner = actions.inner
+        return args, kwargs
+
+    def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self.inner = ""
+        return self._on_output((path, ""), output)
+
+    def function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        pair = (self.scope, name)
+        if pair not in self.counts:
+            return func(*args, **kwargs)
+        actions = self._actions(pair)
+        if actions is not None:
+            args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
+        return self._on_output(pair, func(*args, **kwargs))
+
+    def inner_function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.inner and name in CONTRACTIONS:
+            args, kwargs = self._on_tensors({1: self.inner}, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def check(self) -> None:
+        """Raise a :class:`StateError` unless the run made the calls of one of the examples."""
+        schedule = self.schedule
+        for name in schedule.inputs:
+            if name not in self.seen_inputs and name not in schedule.optional:
+                raise StateError(f"input {name!r} has a quantizer, but this run was not given it. Fix: {OPTIONAL}.")
+        if not any(self._fits(counts) for counts in schedule.counts):
+            raise StateError(self._mismatch(schedule.counts[0]))
+
+    def _fits(self, expected: Mapping[Pair, int]) -> bool:
+        return all(self.counts[pair] == count or self._skippable(pair) for pair, count in expected.items())
+
+    def _skippable(self, pair: Pair) -> bool:
+        hidden = torch.compiler.is_compiling() and pair in self.schedule.hidden
+        return self.counts[pair] == 0 and pair in self.schedule.optional and not hidden
+
+    def _mismatch(self, expected: Mapping[Pair, int]) -> str:
+        wrong = [pair for pair, count in expected.items() if self.counts[pair] != count and not self._skippable(pair)]
+        path, function = wrong[0]
+        place = ".".join([part for part in (path, function) if part])
+        text = f"{place}: this run calls it {self.counts[path, function]} times, the example {expected[path, function]} times"
+        if torch.compiler.is_compiling() and (path, function) in self.schedule.hidden:
+            return f"{text}, because torch.compile hides this spelling of {function}. Fix: write torch.{function}(x) or a module."
+        return f"{text}, so its quantizers cannot be told apart. Fix: plan with examples of both ways, or {OPTIONAL}."
+
+    def _actions(self, pair: Pair) -> Actions | None:
+        planned = self.schedule.actions.get(pair)
+        return None if planned is None else planned.get(self.counts[pair])
+
+    def _on_output(self, pair: Pair, output: Any) -> Any:
+        if pair not in self.counts:
+            return output
+        actions = self._actions(pair)
+        self.counts[pair] += 1
+        return output if actions is None else self._on_tensors(actions.outputs, output)
+
+    def _on_tensors(self, names: Mapping[int, str], tree: Any) -> Any:
+        """``tree`` with the effect on some of its tensors; what the effect computes is not watched."""
+        if not names:
+            return tree
+        self.leaves += 1
+        if isinstance(tree, Tensor):
+            result = self.effect(names[0], tree)
+        else:
+            found, rebuild = flatten(tree)
+            slots = [i for i, item in enumerate(found) if isinstance(item, Tensor)]
+            for index, name in names.items():
+                found[slots[index]] = self.effect(name, found[slots[index]])
+            result = rebuild(found)
+        self.leaves -= 1
+        return result

@@ -1,0 +1,151 @@
+"""Weights are quantized as a function from params to params: folding, rounding and biases, no module in sight.
+
+With a BatchNorm behind a layer, ``f = gamma / sqrt(var + eps)`` is folded in for the time of the rounding:
+``W' = where(f == 0, W, FQ(W f) / f)``. A bias is rounded to multiples of ``S = s_weight * s_input`` (semantics.md 5.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sophq_func.affine import positive
+from sophq_func.base import FakeQuantize, Observer, QParams, State
+from sophq_func.scheme import PerChannel, PerGroup, QScheme, QuantizerConfig
+from sophq_func.site import Site
+
+Params = Mapping[str, Tensor]
+
+
+class Norm(NamedTuple):
+    """A BatchNorm, by the canonical names of its tensors."""
+
+    weight: str
+    bias: str
+    mean: str
+    var: str
+    tracked: str
+    eps: float
+    momentum: float | None
+    training: bool
+
+    def factor(self, params: Params) -> Tensor:
+        """``gamma / sqrt(var + eps)``; shape ``(C,)``."""
+        return params[self.weight] / torch.sqrt(params[self.var].detach() + self.eps)
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """One weight quantizer: where it sits, its config, and the functions made from it."""
+
+    site: Site
+    config: QuantizerConfig
+    observer: Observer
+    fake_quantize: FakeQuantize
+    norm: Norm | None = None
+
+    @property
+    def scheme(self) -> QScheme:
+        """The scheme, for the weight as :meth:`seen` shows it."""
+        granularity = self.config.scheme.granularity
+        if not self._regrouped or not isinstance(granularity, PerChannel | PerGroup):
+            return self.config.scheme
+        return replace(self.config.scheme, granularity=replace(granularity, axis=0))
+
+    @property
+    def _regrouped(self) -> bool:
+        """Whether it is a grouped deconvolution, whose weight has no axis with all output channels."""
+        return self.site.groups > 1 and self.site.axis == 1
+
+    def seen(self, params: Params) -> Tensor:
+        """The weight that is observed: with the BatchNorm folded in; of grouped deconvolutions, output channels first."""
+        weight = self._arrange(params[self.site.parameter])
+        return weight if self.norm is None else weight * self._along(self.norm.factor(params), weight)
+
+    def observe(self, params: Params) -> State:
+        """The state after seeing the weight once."""
+        weight = self.seen(params)
+        return self.observer.update(self.observer.init(weight, self.scheme), weight, self.scheme)
+
+    def quantize(self, params: Params, qparams: QParams) -> Tensor:
+        """The weight on its grid, in its own layout."""
+        weight = self._arrange(params[self.site.parameter])
+        if self.norm is None:
+            return self._restore(self.fake_quantize.apply(weight, qparams, self.scheme))
+        factor = self._along(self.norm.factor(params), weight)
+        divisor = torch.where(factor == 0, 1, factor)
+        rounded = self.fake_quantize.apply(weight * divisor, qparams, self.scheme) / divisor
+        return self._restore(torch.where(factor == 0, weight, rounded).to(weight.dtype))
+
+    def round_bias(self, params: Params, qparams: QParams, source: QParams, new: dict[str, Tensor]) -> None:
+        """Write into ``new`` what changes when the layer's bias is rounded to multiples of ``S``.
+
+        ``d = round(B / S) S - B``, ``B`` the folded bias, goes into the layer's bias as ``d / f``. Without one it goes
+        into BatchNorm's bias in eval; in training it only moves the running mean, see :meth:`mean_shift`.
+        """
+        site, norm = self.site, self.norm
+        shift = self._shift(params, qparams, source)
+        if site.bias:
+            shift = shift if norm is None else self._unfold(shift, norm, params)
+            new[site.bias] = params[site.bias] + shift.to(params[site.bias].dtype)
+        elif norm is not None and not norm.training:
+            new[norm.bias] = params[norm.bias] + shift.to(params[norm.bias].dtype)
+
+    def mean_shift(self, params: Params, qparams: QParams, source: QParams, after: Params) -> dict[str, Tensor]:
+        """The running mean that a training step returns where the layer has no bias to carry ``d``."""
+        norm = self.norm
+        if norm is None or self.site.bias or not norm.training:
+            return {}
+        momentum = norm.momentum if norm.momentum is not None else 1 / after[norm.tracked]
+        shift = self._unfold(self._shift(params, qparams, source), norm, params).detach()
+        return {norm.mean: after[norm.mean] + momentum * shift}
+
+    def _shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
+        """``d``: straight-through in the rounding, constant in ``B``."""
+        bias = params[self.site.bias].detach() if self.site.bias else torch.zeros(())
+        if self.norm is not None:
+            mean, beta = params[self.norm.mean].detach(), params[self.norm.bias].detach()
+            bias = (bias.to(mean) - mean) * self.norm.factor(params).detach() + beta
+        step = positive(qparams.scale) * positive(source.scale)
+        ratio = bias / step.detach()
+        return step * (ratio.round() - ratio)
+
+    def _unfold(self, shift: Tensor, norm: Norm, params: Params) -> Tensor:
+        factor = norm.factor(params).detach()
+        return torch.where(factor == 0, 0, shift / torch.where(factor == 0, 1, factor))
+
+    def _along(self, factor: Tensor, weight: Tensor) -> Tensor:
+        axis = 0 if self._regrouped else self.site.axis
+        return factor.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
+
+    def _arrange(self, weight: Tensor) -> Tensor:
+        """``(in, out / groups, ...)`` as ``(out, in / groups, ...)``."""
+        if not self._regrouped:
+            return weight
+        groups, (rows, columns) = self.site.groups, weight.shape[:2]
+        split = weight.reshape(groups, rows // groups, columns, *weight.shape[2:])
+        return split.transpose(1, 2).reshape(groups * columns, rows // groups, *weight.shape[2:])
+
+    def _restore(self, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`_arrange`."""
+        if not self._regrouped:
+            return weight
+        groups, (rows, columns) = self.site.groups, weight.shape[:2]
+        split = weight.reshape(groups, rows // groups, columns, *weight.shape[2:])
+        return split.transpose(1, 2).reshape(groups * columns, rows // groups, *weight.shape[2:])
+
+
+def quantize_weights(quantizers: tuple[WeightQuantizer, ...], params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+    """``params`` with weights on their grids and biases rounded; a new dict."""
+    new = dict(params)
+    for quantizer in quantizers:
+        if not quantizer.config.observe_only:
+            own = qparams[quantizer.site.quantizer]
+            new[quantizer.site.parameter] = quantizer.quantize(params, own)
+            if quantizer.site.source:
+                quantizer.round_bias(params, own, qparams[quantizer.site.source], new)
+    return new

@@ -1,0 +1,123 @@
+"""Whole models against recorded placements, scales, outputs, gradients and BatchNorm statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sophq_func as sq
+from tests.golden import models
+from tests.golden.cases import Case, params
+
+DECONV = "defect 36: the reference does not fuse a transposed convolution with the BatchNorm and ReLU behind it"
+DEFECTS = {
+    "DeconvNet_*": DECONV,
+    "PoolClassifier_badmode": "defect 10: the reference accepts an unknown quantmode",
+    "PoolClassifier_badstrategy": "defect 10: the reference accepts an unknown strategy",
+}
+
+
+def model_of(case: Case) -> nn.Module:
+    model: nn.Module = getattr(models, case.config["model"])()
+    model.load_state_dict(case.named("state_dict"))
+    return model.train(case.config["prepared_in"] == "train")
+
+
+def calibrated(case: Case) -> tuple[sq.Quantized, dict[str, Tensor], dict[str, sq.QParams]]:
+    model = model_of(case)
+    dictionaries = {"quant_dict": case.config["quant_dict"]}
+    q = sq.prepare_by_platform(model, dictionaries, example_args=(case.get("test_input"),)).eval()
+    weights = sq.params_of(model)
+    return q, weights, q.calibrate(weights, case.all("calib_input"))
+
+
+def recorded_quantizers(case: Case, plan: sq.Plan) -> dict[str, dict[str, Any]]:
+    """Recorded facts by the name that the plan gives the quantizer."""
+    found = {}
+    for entry in case.facts["quantizers"]:
+        names = [entry["name"], *entry["aliases"]]
+        own = [n for n in names if n.endswith("post_act_fake_quantizer") and "." not in n]
+        own += [n for n in names if n.endswith("weight_fake_quant")]
+        found[plan.find(own[0])] = entry
+    return found
+
+
+def within_noise(case: Case, out: Tensor) -> None:
+    """Within 2e-5, or 2 % of the quantization noise."""
+    expected, noise = case.get("output"), (case.get("output") - case.get("float_output")).norm()
+    error = (out - expected).norm()
+    assert error <= max(2e-5 * float(expected.norm()), 0.02 * float(noise)), float(error / noise)
+
+
+@pytest.mark.parametrize("case", params("end_to_end", "matrix", defects=DEFECTS))
+def test_placement_scales_and_outputs(case: Case) -> None:
+    q, weights, qparams = calibrated(case)
+    facts = recorded_quantizers(case, q.plan)
+    assert facts.keys() == q.plan.keys()
+    for (name, entry), layout in zip(facts.items(), case.facts["calibrated_layout"], strict=True):
+        config = q.plan[name]
+        assert (config.scheme.qmin, config.scheme.qmax) == (entry["quant_min"], entry["quant_max"])
+        assert getattr(config.scheme.granularity, "axis", -1) == entry["ch_axis"]
+        assert config.observe_only == entry["only_enable_observer"]
+        offset, shape = layout["scale"]
+        expected = case.get("calibrated_scale")[offset : offset + torch.Size(shape).numel()]
+        torch.testing.assert_close(qparams[name].scale.reshape(-1), expected, rtol=1e-5, atol=0)
+    within_noise(case, q.apply(weights, qparams, case.get("test_input")))
+
+
+@pytest.mark.parametrize("case", params("end_to_end", "training_step", defects=DEFECTS))
+def test_training_step(case: Case) -> None:
+    q, weights, qparams = calibrated(case)
+    q = q.train()
+    learnable, rest = q.split(qparams)
+    floats = {n: p for n, p in weights.items() if p.is_floating_point()}
+    counters = {n: p for n, p in weights.items() if not p.is_floating_point()}
+
+    def loss(floats: Any, learnable: Any, x: Tensor) -> Any:
+        out, after = q.apply_and_update(floats | counters, sq.merge(learnable, rest), x)
+        return (out - case.get("target")).square().mean(), (out, after)
+
+    gradient = torch.func.grad_and_value(loss, argnums=(0, 1, 2), has_aux=True)
+    (of_params, of_scales, of_input), (value, (out, after)) = gradient(floats, learnable, case.get("test_input"))
+    torch.testing.assert_close(value, case.get("loss").reshape(()), rtol=1e-5, atol=0)
+    within_noise(case, out)
+    torch.testing.assert_close(of_input, case.get("grad_input"), rtol=1e-4, atol=1e-6 * float(of_input.abs().max()))
+    compare_gradients(case, q.plan, of_params, of_scales)
+    for name, offset, shape in case.facts.get("running_layout", ()):
+        expected = case.get("running_stats")[offset : offset + torch.Size(shape).numel()].reshape(shape)
+        torch.testing.assert_close(after[own_name(name)].to(expected.dtype), expected, rtol=1e-5, atol=1e-6)
+
+
+def own_name(recorded: str) -> str:
+    """``conv1.bn.weight`` of the fused module as the parameter of the model, ``bn1.weight``."""
+    layer, _, field = recorded.partition(".bn.")
+    norms = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "stem": "stem_bn", "dw": "dw_bn", "pw": "pw_bn", "up1": "bn2"}
+    return f"{norms[layer]}.{field}" if field else recorded
+
+
+def compare_gradients(case: Case, plan: sq.Plan, of_params: dict[str, Tensor], of_scales: dict[str, Tensor]) -> None:
+    """Each recorded gradient; differences below 1e-5 of the largest gradient are noise of sums that cancel."""
+    recorded = case.get("grads")
+    floor = 1e-5 * float(recorded.abs().max())
+    seen = set()
+    for name, offset, shape in case.facts["grad_layout"]:
+        quantizer, _, field = name.rpartition(".")
+        if offset is None or field == "zero_point":
+            continue
+        expected = recorded[offset : offset + torch.Size(shape).numel()]
+        if quantizer.endswith("input_fake_quantizer"):
+            (quantizer,) = (
+                n for n, e in recorded_quantizers(case, plan).items() if quantizer in (e["name"], *e["aliases"])
+            )
+        if quantizer.endswith(("_fake_quant", "_fake_quantizer")):
+            key = f"{plan.find(quantizer)}.{field}"
+            actual = of_scales[key]
+        else:
+            key = own_name(name)
+            actual = of_params[key]
+        seen.add(key)
+        torch.testing.assert_close(actual.reshape(-1), expected, rtol=2e-3, atol=floor, msg=lambda m, n=name: f"{n}: {m}")
+    assert of_scales.keys() <= seen
