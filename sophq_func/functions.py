@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,8 +60,50 @@ def canonical(func: Callable[..., Any] | str) -> str:
     return canonical_name(func.rpartition(".")[2] if isinstance(func, str) else func.__name__)
 
 
+def _all_functions() -> Iterable[Callable[..., Any]]:
+    for functions in torch.overrides.get_overridable_functions().values():
+        yield from functions
+    for place in (torch, torch.nn.functional):
+        yield from (f for name in dir(place) if callable(f := getattr(place, name)) and not isinstance(f, type))
+
+
+def _named() -> list[tuple[Callable[..., Any], str]]:
+    return [(f, f.__name__) for f in _all_functions() if isinstance(getattr(f, "__name__", None), str)]
+
+
+PYTHON: Mapping[str, str] = {name: canonical_name(name) for f, name in _named() if isinstance(f, types.FunctionType)}
+"""Canonical name by the name of a Python function of torch."""
+
+BUILTIN: Mapping[Callable[..., Any], str] = {
+    f: canonical_name(name) for f, name in _named() if not isinstance(f, types.FunctionType | types.MethodWrapperType)
+}
+"""Canonical name by function, for all others: Dynamo looks them up in a table, but does not read their names."""
+
+
+def called(func: Callable[..., Any]) -> str:
+    """The canonical name of a function that a mode sees; ``"get"`` for attributes of tensors, such as ``T``.
+
+    Empty for one unknown to torch, when compiling.
+    """
+    if isinstance(func, types.MethodWrapperType):
+        return "get"
+    name = PYTHON.get(func.__name__) if isinstance(func, types.FunctionType) else BUILTIN.get(func)
+    if name is None:
+        name = "" if torch.compiler.is_compiling() else canonical_name(getattr(func, "__name__", ""))
+    return name
+
+
 def is_operation(name: str) -> bool:
     """Whether a canonical name is one that torch has."""
-    places = (torch, torch.Tensor, torch.nn.functional)
-    spellings = [name, *(alias for alias, own in SAME.items() if own == name)]
-    return any(hasattr(place, spelling) for place in places for spelling in spellings)
+    return name in PYTHON.values() or name in BUILTIN.values()
+
+
+def hidden_from_compile() -> frozenset[str]:
+    """Canonical names of operations that Dynamo does not show to function modes in one of their spellings.
+
+    They are the Python functions in ``torch.nn.functional`` that cannot be overridden, and Python's ``abs``.
+    """
+    shown = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
+    public = (getattr(torch.nn.functional, name) for name in dir(torch.nn.functional) if not name.startswith("_"))
+    hidden = (f for f in public if isinstance(f, types.FunctionType) and f not in shown)
+    return frozenset(("abs", "pad", *(canonical_name(f.__name__) for f in hidden)))

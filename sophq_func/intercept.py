@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sophq_func.decompose import DECOMPOSED
 from sophq_func.errors import PlanError, StateError, explain, near, raise_all
-from sophq_func.functions import canonical_name
+from sophq_func.functions import called
 from sophq_func.pytree import sorted_dict
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -66,7 +66,7 @@ class Frame:
         """Make the call of a torch function outside leaf modules; ``name`` is canonical."""
         return func(*args, **kwargs)
 
-    def inner_function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Make the call of a torch function inside a leaf module."""
         return func(*args, **kwargs)
 
@@ -119,9 +119,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = canonical_name(func.__name__)
         if self.frame.leaves:
-            return self.frame.inner_function(name, func, args, kwargs)
+            return self.frame.inner_function(func, args, kwargs)
+        name = called(func)
         if name in DECOMPOSED:
             with self:
                 return DECOMPOSED[name](*args, **kwargs)

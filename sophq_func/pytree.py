@@ -25,7 +25,8 @@ def sorted_dict(items: Mapping[str, V] | Iterable[tuple[str, V]]) -> dict[str, V
       >>> list(sorted_dict({"b": 1, "a": 2}))
       ['a', 'b']
     """
-    return dict(sorted(dict(items).items()))
+    found = dict(items)
+    return {key: found[key] for key in sorted(found)}
 
 
 def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:

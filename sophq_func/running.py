@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.errors import StateError
+from sophq_func.functions import called, hidden_from_compile
 from sophq_func.intercept import Frame
 from sophq_func.plan import Plan
 from sophq_func.pytree import flatten
@@ -71,13 +72,6 @@ def _place(site: Site) -> Pair | str:
     return site.argument or site.anchor[:2]
 
 
-def hidden_from_compile() -> frozenset[str]:
-    """Functions of ``torch.nn.functional`` that Dynamo does not show to function modes, by name; and Python's ``abs``."""
-    shown = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
-    public = {name: getattr(torch.nn.functional, name) for name in dir(torch.nn.functional) if not name.startswith("_")}
-    return frozenset(("abs", "pad", *(n for n, f in public.items() if callable(f) and f not in shown)))
-
-
 class Runner(Frame):
     """Acts at each planned call of one run."""
 
@@ -117,8 +111,8 @@ class Runner(Frame):
             args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
         return self._on_output(pair, func(*args, **kwargs))
 
-    def inner_function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.inner and name in CONTRACTIONS:
+    def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.inner and called(func) in CONTRACTIONS:
             args, kwargs = self._on_tensors({1: self.inner}, (args, kwargs))
         return func(*args, **kwargs)
 
