@@ -24,6 +24,8 @@ from sophq_func.quantized import merge as merge
 from sophq_func.quantized import prepare_by_platform as prepare_by_platform
 from sophq_func.quantized import quantize as quantize
 from sophq_func.registry import Spec as Spec
+from sophq_func.report import Fidelity as Fidelity
+from sophq_func.report import fidelity as fidelity
 from sophq_func.rules import QuantConfig as QuantConfig
 from sophq_func.rules import Rule as Rule
 from sophq_func.scheme import PerChannel as PerChannel

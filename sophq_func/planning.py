@@ -120,7 +120,7 @@ class _Draft:
         output = self.decisions.get(site.quantizer)
         if weight is None or output is None or not node.operands or self.strategy.functions:
             return
-        asked = all(d.reasons["bits"] != self.config.source(role) for d, role in _roles(weight, output))
+        asked = all(d.reasons["bits"].startswith("Rule(") for d in (weight, output))
         four = all(d.config is not None and d.config.scheme.bits == 4 for d in (weight, output))
         if asked and four:
             lead = node.members[0] if node.members else node
@@ -186,10 +186,6 @@ class _Draft:
             return (rank[site.anchor], order[site.role] if site.operand < 0 else 0, site.output)
 
         self.sites = dict(sorted(self.sites.items(), key=key))
-
-
-def _roles(weight: Decision, output: Decision) -> tuple[tuple[Decision, str], tuple[Decision, str]]:
-    return (weight, "weight"), (output, "activation")
 
 
 def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:

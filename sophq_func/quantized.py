@@ -190,6 +190,22 @@ class Quantized:
                 after.update(weight.mean_shift(params, own, source, after))
         return output, sorted_dict(after)
 
+    def capture(self, params: Params, /, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What each quantizer is there for: weights with BatchNorm folded in, and activations of the float model.
+
+        Returns:
+          ``{quantizer name: Tensor}``, sorted.
+        """
+        self._skeleton.check(params, "capture")
+        seen = {w.site.quantizer: w.seen(params) for w in self._weights}
+
+        def effect(name: str, x: Tensor) -> Tensor:
+            seen[name] = x.clone()
+            return x
+
+        self._run(params, effect, args, kwargs)
+        return sorted_dict(seen)
+
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is learned, and the rest, both flat: ``{"<quantizer>.<field>": Tensor}``. :func:`merge` is the inverse.
 
@@ -216,6 +232,12 @@ class Quantized:
     def eval(self) -> Quantized:
         """The same plan with the model's training flag cleared; a new object."""
         return Quantized(self._skeleton.in_mode(False), self.plan)
+
+    def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
+        """``x`` as the quantizer ``name`` represents it, also where it only observes."""
+        piece = self._pieces[self.plan.find(name)]
+        scheme = piece.scheme if isinstance(piece, WeightQuantizer) else piece.config.scheme
+        return piece.fake_quantize.apply(x, qparams, scheme)
 
     def _apply(
         self, params: Params, qparams: Mapping[str, QParams], where: str, args: Any, kwargs: Any

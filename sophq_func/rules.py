@@ -72,11 +72,8 @@ class Rule:
             raise ConfigError(explain("Rule", "matching", allowed="name, type or where", fix='Rule(name="*", ...)'))
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
             raise ConfigError(explain("Rule", "this name", got=self.name, allowed="a module path, quantizer name or glob"))
-        for half in ("weight", "activation"):
-            value = getattr(self, half)
-            if not isinstance(value, QuantizerConfig | Override | None | _Unset):
-                allowed = "sq.override(...), a QuantizerConfig or None"
-                raise ConfigError(explain(f"{self!r}", half, got=value, allowed=allowed))
+        for role in ("weight", "activation"):
+            _check_half("Rule", role, getattr(self, role))
         check_type_key(self.type, "Rule")
 
     def __repr__(self) -> str:
@@ -111,7 +108,8 @@ class QuantConfig:
       strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"`` or ``"Dataflow"`` (the default without a
         chip; with one it is ``"CNN"``).
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
-      weight, activation: config of every quantizer that no rule changes; ``None`` leaves that half float.
+      weight, activation: config of every quantizer that no rule changes: a whole one, an override of the chip's, or
+        ``None``, which leaves that half float.
       rules: in order; later ones override earlier ones.
       leaf_module: module classes whose inside is not looked at.
 
@@ -126,8 +124,8 @@ class QuantConfig:
     chip: str | None = None
     strategy: str | None = None
     quantmode: str = "weight_activation"
-    weight: QuantizerConfig | None | _Unset = UNSET
-    activation: QuantizerConfig | None | _Unset = UNSET
+    weight: Half = UNSET
+    activation: Half = UNSET
     rules: tuple[Rule, ...] = ()
     leaf_module: tuple[type, ...] = ()
 
@@ -144,6 +142,8 @@ class QuantConfig:
             fix = 'strategy="Transformer" or quantmode="weight_activation"'
             raise ConfigError(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
         object.__setattr__(self, "rules", tuple(self.rules))
+        for role in ("weight", "activation"):
+            _check_half("QuantConfig", role, getattr(self, role))
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise ConfigError(explain("QuantConfig.rules", "this entry", got=rule, allowed="sq.Rule(...)"))
@@ -160,19 +160,31 @@ class QuantConfig:
 
     def default(self, role: Role) -> QuantizerConfig | None:
         """Config of a quantizer that no rule changes."""
-        given = self.weight if role == "weight" else self.activation
+        given = self.half(role)
+        if isinstance(given, Override):
+            return given(self.spec_default(role))
         return self.spec_default(role) if isinstance(given, _Unset) else given
 
     def spec_default(self, role: Role) -> QuantizerConfig:
         """Config of a quantizer where neither this config nor a rule says anything: the chip's."""
         return self.spec.weight if role == "weight" else self.spec.activation
 
-    def source(self, role: Role) -> str:
-        """Who said :meth:`default`."""
-        given = self.weight if role == "weight" else self.activation
-        if not isinstance(given, _Unset):
-            return f"config {role}"
-        return f"chip {self.chip}" if self.chip else f"default ({DEFAULT_CHIP})"
+    def half(self, role: Role) -> Half:
+        """What the config itself says about quantizers of this role."""
+        return self.weight if role == "weight" else self.activation
+
+    def source(self, role: Role, field: str) -> str:
+        """Who said what :meth:`default` has in a field."""
+        given = self.half(role)
+        if isinstance(given, _Unset) or (isinstance(given, Override) and field not in given.names()):
+            return f"chip {self.chip}" if self.chip else f"default ({DEFAULT_CHIP})"
+        return f"config {role}"
+
+
+def _check_half(where: str, role: str, value: object) -> None:
+    if not isinstance(value, QuantizerConfig | Override | None | _Unset):
+        allowed = "sq.override(...), a QuantizerConfig or None"
+        raise ConfigError(explain(where, f"{role}={value!r}", got=type(value).__name__, allowed=allowed))
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,7 @@ class Decision:
 def resolve(config: QuantConfig, site: Site) -> Decision:
     """Config of the quantizer at ``site``: the default of its half, then every matching rule in order."""
     current = config.default(site.role)
-    reasons = dict.fromkeys(("observer", "fake_quantize", *SCHEME_FIELDS), config.source(site.role))
+    reasons = {field: config.source(site.role, field) for field in ("observer", "fake_quantize", *SCHEME_FIELDS)}
     matched: list[int] = []
     for index, rule in enumerate(config.rules):
         if not rule.matches(site):

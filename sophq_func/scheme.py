@@ -145,8 +145,8 @@ class Override:
     values: tuple[tuple[str, Any], ...]
 
     def names(self) -> list[str]:
-        """Names of the fields that it sets."""
-        return [name for name, _ in self.values]
+        """Names of the fields that it sets; a whole scheme sets each of its fields."""
+        return [field for name, _ in self.values for field in (SCHEME_FIELDS if name == "scheme" else (name,))]
 
     def __call__(self, config: QuantizerConfig) -> QuantizerConfig:
         """``config`` with these fields replaced."""

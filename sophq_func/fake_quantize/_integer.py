@@ -73,20 +73,21 @@ def _keep(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
     return qparams
 
 
-def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float:
-    """``1 / sqrt(elements per scale * qmax)``; a constant."""
-    elements = x.numel() / max(qparams.scale.numel(), 1)
+def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+    """``1 / sqrt(elements per scale * qmax)``; a constant, as a tensor: forward AD widens numbers times scalars."""
+    elements = max(x.numel(), 1) / max(qparams.scale.numel(), 1)
     if "qmax" in qparams.extras:
-        return torch.rsqrt(elements * qparams.extras["qmax"].detach())
-    return 1 / math.sqrt(elements * scheme.qmax) if elements else 1.0
+        return torch.rsqrt(elements * qparams.extras["qmax"].detach().to(qparams.scale.dtype))
+    factor = 1 / math.sqrt(elements * scheme.qmax)
+    return torch.full((), factor, dtype=qparams.scale.dtype, device=x.device)
 
 
-def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:
+def _scale_grad(value: Tensor, factor: Tensor) -> Tensor:
     """``value``, with its gradient multiplied by ``factor``."""
     return value.detach() + (value - value.detach()) * factor
 
 
-def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
+def _scale_grad_by_parts(value: Tensor, factor: Tensor) -> Tensor:
     """The same as the sum of two parts, which may round to a neighbour of ``value``.
 
     Recorded numbers of sophgo-mq show this rounding where it decides an exact tie: with ``s = amax / 127.5`` the extreme
@@ -96,7 +97,7 @@ def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
     return (value - part).detach() + part
 
 
-SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor | float], Tensor]] = {
+SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor], Tensor]] = {
     "kernel": _scale_grad,
     "expression": _scale_grad_by_parts,
 }
