@@ -138,7 +138,12 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     results: dict[str, list[float]] = {"float": []}
     sizes: dict[str, float] = {}
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         for seed in SEEDS:
             task = progress.add_task(f"seed {seed}: train in float", total=1)

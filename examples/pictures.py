@@ -49,7 +49,7 @@ def layer_picture(plan: sq.Plan, found: Mapping[str, sq.Fidelity], path: Path) -
         left.plot([lo, hi], [row, row], color=color, linewidth=6, solid_capstyle="butt")
         faint = 0.35 if plan[name].observe_only else 0.9
         right.barh(row, sqnr, color=color, height=0.62, alpha=faint)
-        note = f"{sqnr:.1f} dB, {plan[name].scheme.bits} bit" + (", observes only" if plan[name].observe_only else "")
+        note = f"{sqnr:.1f} dB, {plan[name].scheme.bits} bit" + ", observes only" * plan[name].observe_only
         right.annotate(note, (max(sqnr, 0), row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     short = [n.removesuffix(".post_act_fake_quantizer").replace("_fake_quant", "") for n in names]
     left.set_yticks(range(len(names)), short, fontsize=9)
@@ -62,7 +62,15 @@ def layer_picture(plan: sq.Plan, found: Mapping[str, sq.Fidelity], path: Path) -
     left.set_title("Each quantizer alone: range", loc="left", fontweight="bold", pad=24)
     right.set_title("noise", loc="left", fontweight="bold", pad=24)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, ORANGE)]
-    left.legend(handles, ["weight", "activation"], loc="lower left", bbox_to_anchor=(0, 1.02, 1, 0), ncols=2, fontsize=8, frameon=False)
+    left.legend(
+        handles,
+        ["weight", "activation"],
+        loc="lower left",
+        bbox_to_anchor=(0, 1.02, 1, 0),
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140, format="png")

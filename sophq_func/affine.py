@@ -49,7 +49,8 @@ def rows(x: Tensor, granularity: Granularity) -> Tensor:
         return flat
     if flat.shape[1] % granularity.size:
         allowed = f"a divisor of {flat.shape[1]}, the length of a channel"
-        raise StateError(explain(f"tensor of shape {tuple(x.shape)}", f"{granularity}", got=granularity.size, allowed=allowed))
+        where = f"tensor of shape {tuple(x.shape)}"
+        raise StateError(explain(where, str(granularity), got=granularity.size, allowed=allowed))
     return flat.reshape(flat.shape[0], flat.shape[1] // granularity.size, granularity.size)
 
 

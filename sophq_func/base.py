@@ -44,7 +44,7 @@ class Update(Protocol):
 
 
 class Merge(Protocol):
-    """The state of two shards of data: associative, ``init`` neutral; a ``StateError`` where the statistic has no such law."""
+    """The state of two shards of data: associative, ``init`` neutral; ``StateError`` where there is no such law."""
 
     def __call__(self, a: State, b: State) -> State: ...
 

@@ -29,18 +29,14 @@ class ChipSpec:
 
 CHIPS: Registry[ChipSpec] = Registry("chip")
 
-_WEIGHT = QuantizerConfig(
-    scheme=QScheme(granularity=PerChannel()), observer=minmax(), fake_quantize=learnable()
-)
+_WEIGHT = QuantizerConfig(scheme=QScheme(granularity=PerChannel()), observer=minmax(), fake_quantize=learnable())
 _NARROW_WEIGHT = QuantizerConfig(
     scheme=QScheme(granularity=PerChannel(), symmetric_range=True), observer=minmax(), fake_quantize=learnable()
 )
 _FP8_WEIGHT = QuantizerConfig(scheme=QScheme(granularity=PerChannel()), observer=minmax(), fake_quantize=e4m3())
 _ACTIVATION = QuantizerConfig(scheme=QScheme(), observer=ema_minmax(), fake_quantize=learnable())
 
-CHIPS.add(
-    "BM1688", ChipSpec(weight=_WEIGHT, activation=_ACTIVATION, weight_bits=(4, 8), activation_bits=(4, 8))
-)
+CHIPS.add("BM1688", ChipSpec(weight=_WEIGHT, activation=_ACTIVATION, weight_bits=(4, 8), activation_bits=(4, 8)))
 CHIPS.add("BM1684X", ChipSpec(weight=_WEIGHT, activation=_ACTIVATION, activation_bits=(8,)))
 CHIPS.add("BM1690", ChipSpec(weight=_WEIGHT, activation=_ACTIVATION, activation_bits=(8,)), "SG2260")
 for _name in ("MARS3", "CV183X", "CV182X", "CV181X", "CV180X", "CV186X"):

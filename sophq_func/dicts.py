@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.chips import CHIPS, ChipSpec
 from sophq_func.errors import ConfigError, explain, near, raise_all, unknown
-from sophq_func.registry import Spec
-from sophq_func.rules import QUANTMODES, QuantConfig, Rule, check_type_key, not_grouped
+from sophq_func.rules import QUANTMODES, QuantConfig, Rule, not_grouped
 from sophq_func.scheme import PerChannel, PerTensor, QScheme, QuantizerConfig, as_bits, override
+from sophq_func.site import Role
+
+T = TypeVar("T")
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "prepare_custom_config_dict": ("quant_dict", "extra_qconfig_dict", "extra_quantizer_dict"),
@@ -91,13 +94,18 @@ def from_dicts(prepare_custom_config_dict: Mapping[str, Any]) -> QuantConfig:
     reader.quant_dict(quant)
     raise_all(reader.problems)
     chip = CHIPS.get(quant["chip"])
-    halves = {role: reader.half(role, qconfig, chip) for role in ("weight", "activation")}
+    weight, activation = reader.half("weight", qconfig, chip), reader.half("activation", qconfig, chip)
     rules = reader.entries("object_type", qconfig, chip)
     rules += sorted(reader.entries("module_name", qconfig, chip), key=lambda rule: len(str(rule.name)))
     rules += reader.quantizers(quantizer)
     raise_all(reader.problems)
     return QuantConfig(
-        chip=quant["chip"], quantmode=quant["quantmode"], strategy=quant["strategy"], rules=tuple(rules), **halves
+        chip=quant["chip"],
+        quantmode=quant["quantmode"],
+        strategy=quant["strategy"],
+        weight=weight,
+        activation=activation,
+        rules=tuple(rules),
     )
 
 
@@ -107,13 +115,13 @@ class _Reader:
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def attempt(self, read: Callable[[], Any], default: Any = None) -> Any:
-        """The result of ``read``, or ``default`` and one more problem."""
+    def attempt(self, read: Callable[[], T]) -> T | None:
+        """The result of ``read``, or ``None`` and one more problem."""
         try:
             return read()
         except ConfigError as error:
             self.problems.append(str(error))
-            return default
+            return None
 
     def mapping(self, name: str, value: Any, where: str = "") -> Mapping[str, Any]:
         """``value`` checked to be a dict with known keys only."""
@@ -133,7 +141,7 @@ class _Reader:
             if key not in quant:
                 self.problems.append(f"quant_dict: {key!r} is missing. Fix: quant_dict[{key!r}] = ...")
         if "chip" in quant:
-            self.attempt(lambda: CHIPS.canonical(quant["chip"]))
+            self.attempt(partial(CHIPS.canonical, quant["chip"]))
         if "quantmode" in quant and quant["quantmode"] not in QUANTMODES:
             self.problems.append(unknown("quant_dict", "quantmode", quant["quantmode"], QUANTMODES))
         if "strategy" in quant and quant["strategy"] not in ("CNN", "Transformer"):
@@ -142,23 +150,23 @@ class _Reader:
             if quant.get(key):
                 self.problems.append(explain("quant_dict", key, got=quant[key], allowed="False", because=why))
 
-    def half(self, role: str, qconfig: Mapping[str, Any], chip: ChipSpec) -> QuantizerConfig:
+    def half(self, role: Role, qconfig: Mapping[str, Any], chip: ChipSpec) -> QuantizerConfig:
         """The global config of one half."""
         default = chip.weight if role == "weight" else chip.activation
-        prefix = role[0]
-        values: dict[str, Any] = {}
-        for key, field, registry in (
-            (f"{prefix}_observer", "observer", OBSERVERS),
-            (f"{prefix}_fakequantize", "fake_quantize", FAKE_QUANTIZERS),
-        ):
-            if qconfig.get(key) is not None:
-                values[field] = self.attempt(lambda registry=registry, key=key: registry.spec(qconfig[key]))
-        key = f"{prefix}_qscheme"
+        values = self.pieces("extra_qconfig_dict", qconfig, f"{role[0]}_observer", f"{role[0]}_fakequantize")
+        key = f"{role[0]}_qscheme"
         if qconfig.get(key) is not None:
             values["scheme"] = self.scheme(key, self.mapping("qscheme", qconfig[key], key), default)
-        if None in values.values():
-            return default
-        return override(**values)(default)
+        return default if None in values.values() else override(**values)(default)
+
+    def pieces(self, where: str, given: Mapping[str, Any], observer: str, fake_quantize: str) -> dict[str, Any]:
+        """The observer and the fake quantizer that are named under these keys, if any."""
+        found: dict[str, Any] = {}
+        if given.get(observer) is not None:
+            found["observer"] = self.attempt(partial(OBSERVERS.spec, given[observer]))
+        if given.get(fake_quantize) is not None:
+            found["fake_quantize"] = self.attempt(partial(FAKE_QUANTIZERS.spec, given[fake_quantize]))
+        return found
 
     def scheme(self, where: str, given: Mapping[str, Any], default: QuantizerConfig) -> QScheme | None:
         """A whole grid: what is not given has the defaults of sophgo-mq, but ``symmetric_range`` is the chip's."""
@@ -195,39 +203,27 @@ class _Reader:
         self.mapping(f"entry with mode {mode!r}", entry, where)
         prefix, default = mode[0], chip.weight if mode == "weight" else chip.activation
         scheme = {"bit": entry.get("bit", 8), "per_channel": entry.get("wperchannel", False)}
-        values: dict[str, Any] = {"scheme": self.scheme(where, scheme, default)}
-        for field, found in (
-            ("observer", self.spec(where, OBSERVERS, entry, f"{prefix}observer")),
-            ("fake_quantize", self.spec(where, FAKE_QUANTIZERS, entry, f"{prefix}fakequantize")),
-        ):
-            if found is not None:
-                values[field] = found
-        if values["scheme"] is None:
+        values = self.pieces(where, entry, f"{prefix}observer", f"{prefix}fakequantize")
+        values["scheme"] = self.scheme(where, scheme, default)
+        if None in values.values():
             return None
-        half = {mode: override(**values)}
-        if name == "module_name":
-            return self.attempt(lambda: Rule(name=key, **half))
-        guard = {} if chip.placement else {"where": not_grouped}
-        self.attempt(lambda: check_type_key(key, where))
-        return self.attempt(lambda: Rule(type=key, **guard, **half))
-
-    def spec(self, where: str, registry: Any, entry: Mapping[str, Any], key: str) -> Spec | None:
-        """The observer or fake quantizer that an entry names, if it names one."""
-        if entry.get(key) is None:
-            return None
-        return self.attempt(lambda: registry.spec(entry[key]))
+        named: dict[str, Any] = {"name": key} if name == "module_name" else {"type": key}
+        named[mode] = override(**values)
+        if name == "object_type" and not chip.placement:
+            named["where"] = not_grouped
+        return self.attempt(partial(Rule, **named))
 
     def quantizers(self, given: Mapping[str, Any]) -> list[Rule]:
         """Rules of the third dictionary."""
-        rules: list[Rule] = []
+        rules = []
         for item in self.items(given, "exclude_module_name"):
-            key = {"name": item} if isinstance(item, str) else {"type": item}
-            rules += self.attempt(lambda key=key: [Rule(**key, weight=None, requests=False)], [])
+            named = {"name": item} if isinstance(item, str) else {"type": item}
+            rules.append(self.attempt(partial(Rule, **named, weight=None, requests=False)))
         for item in self.items(given, "exclude_function_type"):
-            rules += self.attempt(lambda item=item: [Rule(type=item, requests=False)], [])
+            rules.append(self.attempt(partial(Rule, type=item, requests=False)))
         for item in self.items(given, "module_only_enable_observer"):
-            rules += self.attempt(lambda item=item: [Rule(name=item, observe_only=True)], [])
-        return rules
+            rules.append(self.attempt(partial(Rule, name=item, observe_only=True)))
+        return [rule for rule in rules if rule is not None]
 
     def items(self, given: Mapping[str, Any], key: str) -> Sequence[Any]:
         """The items of a list; a lone string is refused, it would be read letter by letter."""

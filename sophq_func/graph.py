@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
+
+Class: TypeAlias = type
+"""``type``, where an attribute has that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class Node:
         """The normalization behind the first member, if the group has one."""
         return next((m for m in self.members[1:] if "running_mean" in m.parameters), None)
 
-    def is_module(self, *types: type) -> bool:
+    def is_module(self, *types: Class) -> bool:
         """Whether it calls a leaf module of one of these classes, or is a group that starts with one."""
         lead = self.members[0] if self.members else self
         return lead.kind == "module" and lead.type is not None and issubclass(lead.type, types)

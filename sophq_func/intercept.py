@@ -87,7 +87,7 @@ class _Place:
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     place: _Place = module._sophq_place  # type: ignore[assignment]
     frame = place.slot.frame
-    if frame is None or frame.leaves and not place.leaf:
+    if frame is None or (frame.leaves and not place.leaf):
         return None
     if not place.leaf:
         frame.scopes.append(place.path)
@@ -101,7 +101,7 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     place: _Place = module._sophq_place  # type: ignore[assignment]
     frame = place.slot.frame
-    if frame is None or frame.leaves and not place.leaf:
+    if frame is None or (frame.leaves and not place.leaf):
         return None
     if not place.leaf:
         frame.scopes.pop()

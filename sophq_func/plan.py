@@ -92,14 +92,15 @@ class Plan(Mapping[str, QuantizerConfig]):
             because.setdefault(reason, []).append(field)
         placed = reasons.get("placed", "")
         why = "; ".join(f"{', '.join(f)}: {r}" for r, f in because.items() if r != placed)
-        acts = site.members[-1] if site.members else site.value
+        grid += " narrow" * config.scheme.symmetric_range + " pot" * config.scheme.pot_scale
+        where = f"weight {site.parameter}" if site.parameter else f"after {site.members[-1] if site.members else site.value}"
         return {
             "quantizer": name,
-            "grid": grid + (" narrow" if config.scheme.symmetric_range else "") + (" pot" if config.scheme.pot_scale else ""),
+            "grid": grid,
             "granularity": "tensor" if config.scheme.granularity == PerTensor() else str(config.scheme.granularity),
             "observer": repr(config.observer),
             "fake quantizer": repr(config.fake_quantize) + (", observes only" if config.observe_only else ""),
-            "where": ((f"weight {site.parameter}" if site.parameter else f"after {acts}") + (f", {site.note}" if site.note else "")),
+            "where": where + (f", {site.note}" if site.note else ""),
             "why": f"{placed}; {why}" if placed else why,
         }
 

@@ -14,7 +14,7 @@ from sophq_func.graph import Graph, Node
 from sophq_func.patterns import PATTERNS, fuse
 from sophq_func.plan import Plan
 from sophq_func.rules import Decision, QuantConfig, Rule, requested, resolve, underscored
-from sophq_func.scheme import PerChannel, PerGroup, PerTensor, QuantizerConfig
+from sophq_func.scheme import PerChannel, PerTensor, QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.strategies import PLACEMENTS, source_of
 from sophq_func.weight_sites import node_types, pattern_name, weight_sites
@@ -174,9 +174,7 @@ class _Draft:
 
     def _in_execution_order(self) -> None:
         """Inputs first, then call by call: weight, own input, result."""
-        rank = {
-            (node.path, node.function, node.call): i for i, node in enumerate(self.raw) if node.kind != "input"
-        }
+        rank = {(node.path, node.function, node.call): i for i, node in enumerate(self.raw) if node.kind != "input"}
         order = {"weight": 0, "activation": 1}
 
         def key(item: tuple[str, Site]) -> tuple[int, int, int]:
@@ -295,7 +293,7 @@ def _union(drafts: Sequence[_Draft], config: QuantConfig) -> Plan:
                 site = replace(site, source="")
             sites[name] = site
             decisions.setdefault(name, draft.decisions[name])
-    pairs = {site.anchor[:2] for site in sites.values() if not site.argument and (site.role == "activation" or not site.parameter)}
+    pairs = {site.anchor[:2] for site in sites.values() if not site.argument and not site.parameter}
     counts = tuple(
         {pair: sum((n.path, n.function) == pair and n.kind != "input" for n in draft.raw) for pair in sorted(pairs)}
         for draft in drafts

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
-import optree
 import torch
 from torch import Tensor
 from torch.utils import _pytree

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from sophq_func.planning import plan as make_plan
 from sophq_func.pytree import is_plain, leaves, sorted_dict
 from sophq_func.rules import QuantConfig
 from sophq_func.running import Effect, Runner, Schedule
-from sophq_func.scheme import QuantizerConfig
+from sophq_func.scheme import QScheme, QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.trace import arguments, map_inputs, trace
 from sophq_func.weights import Norm, WeightQuantizer, quantize_weights
@@ -30,13 +31,24 @@ QParamsDict = dict[str, QParams]
 Params = Mapping[str, Tensor]
 
 
-class RunQuantizer(NamedTuple):
+@dataclass(frozen=True)
+class RunQuantizer:
     """One quantizer that acts while the model runs: on an activation, or on a weight computed in the forward."""
 
     site: Site
     config: QuantizerConfig
     observer: Observer
     fake_quantize: FakeQuantize
+
+    @property
+    def scheme(self) -> QScheme:
+        """The scheme."""
+        return self.config.scheme
+
+    def seen(self, params: Params) -> Tensor:
+        """A tensor of the example's shape, on the device of the params; it takes no memory."""
+        device = next((p.device for p in params.values()), torch.device("cpu"))
+        return torch.zeros((), device=device).expand(self.site.shape)
 
 
 class Quantized:
@@ -52,6 +64,12 @@ class Quantized:
 
     plan: Plan
     training: bool
+    _skeleton: Skeleton
+    _schedule: Schedule
+    _arguments: tuple[list[str], str]
+    _weights: tuple[WeightQuantizer, ...]
+    _running: dict[str, RunQuantizer]
+    _pieces: dict[str, WeightQuantizer | RunQuantizer]
 
     def __init__(self, skeleton: Skeleton, plan: Plan) -> None:
         schedule = Schedule(plan)
@@ -99,8 +117,7 @@ class Quantized:
             self.plan.check(ostate, "ostate")
         states = {w.site.quantizer: w.observe(params) for w in self._weights}
         for name, piece in self._running.items():
-            neutral = piece.observer.init(_example(piece.site, params), piece.config.scheme)
-            states[name] = neutral if ostate is None else ostate[name]
+            states[name] = piece.observer.init(piece.seen(params), piece.scheme) if ostate is None else ostate[name]
         return sorted_dict(states)
 
     def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Any, OState]:
@@ -147,10 +164,8 @@ class Quantized:
         self._check_finite(ostate)
         found = {}
         for name, piece in self._pieces.items():
-            weight = isinstance(piece, WeightQuantizer)
-            scheme = piece.scheme if weight else piece.config.scheme
-            x = piece.seen(params) if weight else _example(piece.site, params)
-            found[name] = piece.fake_quantize.init(piece.observer.qparams(ostate[name], scheme), x, scheme)
+            resolved = piece.observer.qparams(ostate[name], piece.scheme)
+            found[name] = piece.fake_quantize.init(resolved, piece.seen(params), piece.scheme)
         return sorted_dict(found)
 
     def calibrate(self, params: Params, batches: Iterable[Any], *, progress: bool = True) -> QParamsDict:
@@ -213,7 +228,8 @@ class Quantized:
         a quantizer that only observes or whose scheme is dynamic.
         """
         self.plan.check(qparams, "qparams")
-        learnable, rest = {}, {}
+        learnable: dict[str, Tensor] = {}
+        rest: dict[str, Tensor] = {}
         for name, own in qparams.items():
             config = self.plan[name]
             fixed = config.observe_only or config.scheme.dynamic
@@ -236,8 +252,7 @@ class Quantized:
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` as the quantizer ``name`` represents it, also where it only observes."""
         piece = self._pieces[self.plan.find(name)]
-        scheme = piece.scheme if isinstance(piece, WeightQuantizer) else piece.config.scheme
-        return piece.fake_quantize.apply(x, qparams, scheme)
+        return piece.fake_quantize.apply(x, qparams, piece.scheme)
 
     def _apply(
         self, params: Params, qparams: Mapping[str, QParams], where: str, args: Any, kwargs: Any
@@ -248,7 +263,7 @@ class Quantized:
     def _observing(self, states: OState) -> Effect:
         def effect(name: str, x: Tensor) -> Tensor:
             piece = self._running[name]
-            states[name] = piece.observer.update(states[name], x, piece.config.scheme)
+            states[name] = piece.observer.update(states[name], x, piece.scheme)
             return x
 
         return effect
@@ -258,7 +273,7 @@ class Quantized:
             piece = self._running[name]
             if piece.config.observe_only:
                 return x
-            return piece.fake_quantize.apply(x, qparams[name], piece.config.scheme)
+            return piece.fake_quantize.apply(x, qparams[name], piece.scheme)
 
         return effect
 
@@ -290,17 +305,13 @@ class Quantized:
 
 def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
     if any(bool(t.isnan().any()) for t in values):
-        fix = f"look at parameter {site.parameter}" if site.parameter else f"look at what reaches {site.value or site.path}"
+        fix = f"look at {site.parameter or 'what reaches ' + (site.value or site.path)}"
         return explain(name, "a scale", got="NaN in the data", allowed="finite numbers", fix=fix)
     if site.parameter:
-        return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=f"look at {site.parameter}")
-    return f"not calibrated: {name} has seen no data, or infinite data. Fix: q.calibrate(params, batches) with finite batches."
-
-
-def _example(site: Site, params: Params) -> Tensor:
-    """A tensor with the shape of the example's, on the device of the params; it takes no memory."""
-    device = next((p.device for p in params.values()), torch.device("cpu"))
-    return torch.zeros((), device=device).expand(site.shape)
+        fix = f"look at {site.parameter}"
+        return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=fix)
+    fix = "q.calibrate(params, batches) with finite batches"
+    return f"not calibrated: {name} has seen no data, or infinite data. Fix: {fix}."
 
 
 def _quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantizer, ...], dict[str, RunQuantizer]]:
@@ -437,7 +448,6 @@ def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> QParam
     for name, own in fields.items():
         missing = [field for field in ("scale", "zero_point") if field not in own]
         if missing:
-            raise StateError(f"merge: {name!r} has no {' and no '.join(missing)}. Fix: pass both results of q.split(qparams).")
-    return sorted_dict(
-        {n: QParams(own.pop("scale"), own.pop("zero_point"), sorted_dict(own)) for n, own in fields.items()}
-    )
+            fix = "pass both results of q.split(qparams)"
+            raise StateError(f"merge: {name!r} has no {' and no '.join(missing)}. Fix: {fix}.")
+    return sorted_dict({n: QParams(own.pop("scale"), own.pop("zero_point"), sorted_dict(own)) for n, own in fields.items()})

@@ -92,9 +92,7 @@ class _Factory(Generic[T]):
 class Factories(Registry[_Factory[T]]):
     """Registry of functions with keyword options; ``spec`` describes a call, ``build`` makes it."""
 
-    def register(
-        self, name: str, *aliases: str, **renamed: str
-    ) -> Callable[[Callable[P, T]], Callable[P, Spec]]:
+    def register(self, name: str, *aliases: str, **renamed: str) -> Callable[[Callable[P, T]], Callable[P, Spec]]:
         """Decorator: register a factory and leave in its place a function that returns its :class:`Spec`.
 
         Args:

@@ -271,7 +271,7 @@ def matches_type(key: Any, site: Site) -> bool:
         if text in PATTERNS:
             return site.pattern == PATTERNS.canonical(text)
         text = text.removesuffix("_sophgo")
-        return text in _short(site.types) or bool(site.function) and canonical(key) == site.function
+        return text in _short(site.types) or (bool(site.function) and canonical(key) == site.function)
     if isinstance(key, type):
         if issubclass(key, Fused):
             return site.pattern == key.__name__

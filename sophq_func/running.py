@@ -136,9 +136,11 @@ class Runner(Frame):
         wrong = [pair for pair, count in expected.items() if self.counts[pair] != count and not self._skippable(pair)]
         path, function = wrong[0]
         place = ".".join([part for part in (path, function) if part])
-        text = f"{place}: this run calls it {self.counts[path, function]} times, the example {expected[path, function]} times"
+        now, then = self.counts[path, function], expected[path, function]
+        text = f"{place}: this run calls it {now} times, the example {then} times"
         if torch.compiler.is_compiling() and (path, function) in self.schedule.hidden:
-            return f"{text}, because torch.compile hides this spelling of {function}. Fix: write torch.{function}(x) or a module."
+            why = f"torch.compile hides this spelling of {function}"
+            return f"{text}, because {why}. Fix: write torch.{function}(x) or a module."
         return f"{text}, so its quantizers cannot be told apart. Fix: plan with examples of both ways, or {OPTIONAL}."
 
     def _actions(self, pair: Pair) -> Actions | None:

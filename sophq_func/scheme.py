@@ -96,15 +96,19 @@ class QScheme:
             allowed = " or ".join(GRANULARITIES)
             raise ConfigError(explain("QScheme", "this granularity", got=self.granularity, allowed=allowed))
 
+    def __repr__(self) -> str:
+        changed = (f.name for f in fields(self) if f.name == "bits" or getattr(self, f.name) != f.default)
+        return f"QScheme({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
+
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1)) + self.symmetric_range if self.symmetric else 0
+        return int(self.symmetric_range) - (1 << self.bits - 1) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << self.bits - self.symmetric) - 1
 
 
 SCHEME_FIELDS = tuple(f.name for f in fields(QScheme))
@@ -151,9 +155,7 @@ class Override:
     def __call__(self, config: QuantizerConfig) -> QuantizerConfig:
         """``config`` with these fields replaced."""
         values = dict(self.values)
-        scheme = replace(
-            values.pop("scheme", config.scheme), **{k: values.pop(k) for k in SCHEME_FIELDS if k in values}
-        )
+        scheme = replace(values.pop("scheme", config.scheme), **{k: values.pop(k) for k in SCHEME_FIELDS if k in values})
         return replace(config, scheme=scheme, **values)
 
     def __repr__(self) -> str:

@@ -92,9 +92,7 @@ def map_inputs(
     return args, {name: map_named(name, arg, f) for name, arg in kwargs.items()}
 
 
-def named_inputs(
-    names: tuple[list[str], str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[tuple[str, Tensor]]:
+def named_inputs(names: tuple[list[str], str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     """Each tensor among a call's arguments, with its name."""
     found: list[tuple[str, Tensor]] = []
 
@@ -180,7 +178,7 @@ class _Recorder(Frame):
     def _free_name(self, base: str, own: bool = False) -> str:
         """``base``, or the first of ``base_1``, ``base_2``, ... that nobody has; module paths belong to their modules."""
         name, number = base, 0
-        while name in self._nodes or name in self._modules and not (own and name == base):
+        while name in self._nodes or (name in self._modules and not (own and name == base)):
             number += 1
             name = f"{base}_{number}"
         return name

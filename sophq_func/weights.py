@@ -139,7 +139,9 @@ class WeightQuantizer:
         return split.transpose(1, 2).reshape(groups * columns, rows // groups, *weight.shape[2:])
 
 
-def quantize_weights(quantizers: tuple[WeightQuantizer, ...], params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+def quantize_weights(
+    quantizers: tuple[WeightQuantizer, ...], params: Params, qparams: Mapping[str, QParams]
+) -> dict[str, Tensor]:
     """``params`` with weights on their grids and biases rounded; a new dict."""
     new = dict(params)
     for quantizer in quantizers:

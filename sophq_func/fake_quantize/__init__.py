@@ -11,7 +11,7 @@ from sophq_func.fake_quantize._integer import fixed, learnable
 from sophq_func.registry import Spec
 from sophq_func.scheme import QScheme
 
-__all__ = ["bf16", "e4m3", "e5m2", "fixed", "fp16", "learnable", "fake_quantizer"]
+__all__ = ["bf16", "e4m3", "e5m2", "fake_quantizer", "fixed", "fp16", "learnable"]
 
 
 def fake_quantizer(name: str, **options: Any) -> FakeQuantize:

@@ -56,7 +56,9 @@ def e5m2(scaling: str = "none") -> FakeQuantize:
 
 @FAKE_QUANTIZERS.register("fp16", "Fp16FakeQuantize")
 def fp16() -> FakeQuantize:
-    """IEEE half precision: cast and back (semantics.md 4.12). Beyond 65504 the value is infinite; the gradient is 1, itself cast.
+    """IEEE half precision: cast and back (semantics.md 4.12).
+
+    Beyond 65504 the value is infinite; the gradient is 1, itself cast.
 
     Differs from sophgo-mq: differentiable per channel too.
 

@@ -25,7 +25,7 @@ class EMAMinMaxState(NamedTuple):
 
     lo: Tensor
     hi: Tensor
-    count: Tensor
+    seen: Tensor
 
 
 def init_min_max(x: Tensor, scheme: QScheme) -> MinMaxState:
@@ -94,11 +94,11 @@ def ema_minmax(decay: float = 0.9) -> Observer:
         if x.numel() == 0:
             return state
         lo, hi = min_max(x, scheme.granularity)
-        first = state.count == 0
+        first = state.seen == 0
         return EMAMinMaxState(
             torch.where(first, lo, decay * state.lo + (1 - decay) * lo),
             torch.where(first, hi, decay * state.hi + (1 - decay) * hi),
-            state.count + 1,
+            state.seen + 1,
         )
 
     def merge(a: EMAMinMaxState, b: EMAMinMaxState) -> EMAMinMaxState:

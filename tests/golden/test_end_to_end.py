@@ -109,9 +109,7 @@ def compare_gradients(case: Case, plan: sq.Plan, of_params: dict[str, Tensor], o
             continue
         expected = recorded[offset : offset + torch.Size(shape).numel()]
         if quantizer.endswith("input_fake_quantizer"):
-            (quantizer,) = (
-                n for n, e in recorded_quantizers(case, plan).items() if quantizer in (e["name"], *e["aliases"])
-            )
+            (quantizer,) = (n for n, e in recorded_quantizers(case, plan).items() if quantizer in (e["name"], *e["aliases"]))
         if quantizer.endswith(("_fake_quant", "_fake_quantizer")):
             key = f"{plan.find(quantizer)}.{field}"
             actual = of_scales[key]

@@ -12,9 +12,7 @@ from tests.golden.cases import Case, params
 DEFECTS = {"*_aff_*_pot_*": "defect 15: the reference keeps the zero point of the scale before its rounding"}
 
 
-@pytest.mark.parametrize(
-    "case", params("observers", "MinMaxObserver", "EMAMinMaxObserver", "MSEObserver", defects=DEFECTS)
-)
+@pytest.mark.parametrize("case", params("observers", "MinMaxObserver", "EMAMinMaxObserver", "MSEObserver", defects=DEFECTS))
 def test_follows_the_recording(case: Case) -> None:
     observer, scheme = sq.observer(case.cls, **case.config["observer_args"]), case.scheme
     inputs = case.all("input")

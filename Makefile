@@ -1,0 +1,52 @@
+# make demo: the main job on real data.  make test: all tests.  Both set up what they need; a second run reuses it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo examples test lint types contract doctest check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+examples: $(VENV)/.demo
+	for script in examples/0*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2
+
+doctest: $(VENV)/.test
+	$(BIN)/python -m pytest --doctest-modules sophq_func -p no:cacheprovider
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+contract: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+check: lint types contract doctest test
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/interception.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[demo]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[test,demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[test,demo,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_out
