@@ -3,6 +3,7 @@
 from sophq_func import fake_quantize as fake_quantize
 from sophq_func import observers as observers
 from sophq_func import patterns as patterns
+from sophq_func import rules as rules
 from sophq_func.base import FakeQuantize as FakeQuantize
 from sophq_func.base import Observer as Observer
 from sophq_func.base import QParams as QParams

@@ -185,16 +185,23 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order) ->
     work = working(x)
     low, high = (expand(b, x, granularity) if isinstance(b, Tensor) else b for b in bounds(qparams, scheme))
     scale = expand(qparams.scale, x, granularity)
-    zero = _zero_point(qparams, scheme, x, low, high)
     ratio = work / scale
-    if order == "kernel":
-        code = (work * (1 / scale)).round().detach() + zero.detach()
-    else:
-        code = (ratio + zero).round().detach()
+    zero = None if scheme.symmetric else _zero_point(qparams, scheme, x, low, high)
+    code = _code(work * (1 / scale) if order == "kernel" else ratio, zero, order)
     inside = (code >= low) & (code <= high)
-    within = (code - zero).detach() + (ratio - ratio.detach())
-    level = torch.where(inside, within, _clamp(code, low, high) - zero)
+    within, beyond = code, _clamp(code, low, high)
+    if zero is not None:
+        within, beyond = (code - zero).detach(), beyond - zero
+    level = torch.where(inside, within + (ratio - ratio.detach()), beyond)
     return (scale * level).to(x.dtype)
+
+
+def _code(ratio: Tensor, zero: Tensor | None, order: Order) -> Tensor:
+    """The rounded, unclamped code; a constant."""
+    ratio = ratio.detach()
+    if zero is None:
+        return ratio.round()
+    return ratio.round() + zero.detach() if order == "kernel" else (ratio + zero.detach()).round()
 
 
 def _clamp(code: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
@@ -206,7 +213,5 @@ def _clamp(code: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
 
 def _zero_point(qparams: QParams, scheme: QScheme, x: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     """The zero point clamped to the grid and rounded, straight through both, in a shape that broadcasts."""
-    if scheme.symmetric:
-        return torch.zeros((), dtype=qparams.scale.dtype, device=x.device)
     zero = expand(qparams.zero_point.to(qparams.scale.dtype), x, scheme.granularity)
     return ste(zero, _clamp(zero, low, high).round())
