@@ -165,6 +165,8 @@ class Quantized:
         found = {}
         for name, piece in self._pieces.items():
             resolved = piece.observer.qparams(ostate[name], piece.scheme)
+            if piece.scheme.dynamic:
+                resolved = resolved._replace(scale=torch.ones_like(resolved.scale))
             found[name] = piece.fake_quantize.init(resolved, piece.seen(params), piece.scheme)
         return sorted_dict(found)
 

@@ -53,19 +53,32 @@ def trace(
         0(input)
         1(0)
     """
-    args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {})
-    skeleton = Skeleton(model, leaf_module)
     params = params_of(model)
+    args, kwargs = _checked_call(model, args, kwargs)
+    skeleton = Skeleton(model, leaf_module)
     frame = _Recorder(skeleton, params)
-    for name, tensor in named_inputs(arguments(model), args, kwargs):
-        frame.input(name, tensor)
     versions = [constant._version for constant in skeleton.constants]
     with torch.random.fork_rng(), torch.no_grad():
+        args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
     if versions != [constant._version for constant in skeleton.constants]:
         what = "writing in place into a tensor that is a plain attribute"
         raise PlanError(explain(type(model).__name__, what, fix="register_buffer it"))
     return frame.graph(output, model)
+
+
+def _checked_call(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example as positional and keyword arguments that ``forward`` takes."""
+    fix = "example_args=(x,) and example_kwargs={'name': x}, as in model(x, name=x)"
+    if not isinstance(args, Tensor | tuple | list) or not isinstance(kwargs, Mapping | None):
+        got = type(args if not isinstance(args, Tensor | tuple | list) else kwargs).__name__
+        raise PlanError(explain("trace", "this example", got=got, allowed="a tuple and a dict", fix=fix))
+    args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {})
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise PlanError(explain("trace", f"calling {type(model).__name__}", because=str(error), fix=fix)) from error
+    return args, kwargs
 
 
 def arguments(model: nn.Module) -> tuple[list[str], str]:
@@ -92,18 +105,6 @@ def map_inputs(
     return args, {name: map_named(name, arg, f) for name, arg in kwargs.items()}
 
 
-def named_inputs(names: tuple[list[str], str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Each tensor among a call's arguments, with its name."""
-    found: list[tuple[str, Tensor]] = []
-
-    def note(name: str, tensor: Tensor) -> Tensor:
-        found.append((name, tensor))
-        return tensor
-
-    map_inputs(names, args, kwargs, note)
-    return found
-
-
 class _Recorder(Frame):
     """Writes down each call. A call that returns its own operand returns a view of it here, so that they differ."""
 
@@ -119,9 +120,11 @@ class _Recorder(Frame):
         }
         self._before: dict[int, int] = {}
 
-    def input(self, name: str, tensor: Tensor) -> None:
-        """An argument of the model."""
+    def input(self, name: str, tensor: Tensor) -> Tensor:
+        """An argument of the model; of one tensor given twice, the second time a view."""
+        tensor = tensor.view_as(tensor) if id(tensor) in self._known else tensor
         self._add(Node(name=self._free_name(name), kind="input", path="", paths=("",)), [tensor])
+        return tensor
 
     def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._before = _versions((args, kwargs))

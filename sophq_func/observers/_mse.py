@@ -60,9 +60,9 @@ def mse(p: float = 2.0) -> Observer:
 
     Example:
       >>> import sophq_func as sq
-      >>> obs, scheme = sq.observer("MSEObserver"), sq.QScheme(bits=2)
-      >>> x = torch.tensor([-0.1, 0.1, 0.1, 0.1, 5.0])
-      >>> bool(obs.update(obs.init(x, scheme), x, scheme).hi < 5.0)
+      >>> obs, scheme = sq.observer("MSEObserver"), sq.QScheme(bits=4)
+      >>> x = torch.cat([torch.linspace(-1, 1, 99), torch.tensor([2.0])])
+      >>> bool(obs.update(obs.init(x, scheme), x, scheme).hi < 2.0)
       True
     """
     if not isinstance(p, int | float) or p <= 0:

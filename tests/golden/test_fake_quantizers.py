@@ -11,7 +11,7 @@ from tests.golden.cases import Case, assert_on_grid, params
 
 DEFECTS = {
     "Fp16FakeQuantize_*_axis*": "defect 31: the reference cuts the gradient of Fp16 per channel",
-    "LearnableFakeQuantize_*_axis*_onlyobs*": "defect 31: the reference ignores observe-only per channel",
+    "LearnableFakeQuantize_*_onlyobs*": "defect 31: observe-only differs per tensor and per channel in the reference",
 }
 
 
@@ -37,8 +37,7 @@ def test_integer_grids_follow_the_recording(case: Case) -> None:
     out = fq.apply(x, sq.QParams(scale, zero_point, {}), scheme)
     out.backward(case.get("upstream_grad"))
     step = expand(scale.detach().abs().clamp(min=2**-23), x, scheme.granularity)
-    if not case.config.get("attributes"):
-        assert_on_grid(out.detach(), case.get("output"), step)
+    assert_on_grid(out.detach(), case.get("output"), step)
     torch.testing.assert_close(x.grad, case.get("grad_input"), rtol=1e-5, atol=1e-7)
     for name, leaf in zip(("scale", "zero_point"), leaves, strict=False):
         if case.has(f"grad_{name}"):
@@ -65,3 +64,17 @@ def test_defect_31_fp16_per_channel_passes_the_gradient() -> None:
     qparams = sq.QParams(torch.ones(3), torch.zeros(3, dtype=torch.int32), {})
     sq.fake_quantizer("fp16").apply(x, qparams, scheme).sum().backward()
     assert torch.equal(x.grad, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("granularity", [sq.PerTensor(), sq.PerChannel(1)], ids=str)
+def test_defect_31_observe_only_passes_values_and_gradients_whatever_the_granularity(granularity: sq.PerChannel) -> None:
+    model, x = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.randn(3, 4)
+    activation = sq.override(granularity=granularity, observe_only=True)
+    q = sq.quantize(model, sq.QuantConfig(weight=None, activation=activation), example_args=(x,))
+    assert list(q.plan) == ["0.post_act_fake_quantizer"]
+    params = sq.params_of(model)
+    qparams = q.calibrate(params, [x])
+    gradient = torch.func.grad(lambda x: q.apply(params, qparams, x).sum())(x)
+    assert torch.equal(q.apply(params, qparams, x), model(x))
+    assert torch.equal(gradient, torch.func.grad(lambda x: model(x).sum())(x))
+    assert bool((qparams["0.post_act_fake_quantizer"].scale > 0).all())
