@@ -19,11 +19,11 @@ from sophq_func.intercept import params_of as params_of
 from sophq_func.observers import observer as observer
 from sophq_func.plan import Plan as Plan
 from sophq_func.planning import plan as plan
+from sophq_func.prepare import build as build
+from sophq_func.prepare import prepare_by_platform as prepare_by_platform
+from sophq_func.prepare import quantize as quantize
 from sophq_func.quantized import Quantized as Quantized
-from sophq_func.quantized import build as build
 from sophq_func.quantized import merge as merge
-from sophq_func.quantized import prepare_by_platform as prepare_by_platform
-from sophq_func.quantized import quantize as quantize
 from sophq_func.registry import Spec as Spec
 from sophq_func.report import Fidelity as Fidelity
 from sophq_func.report import fidelity as fidelity

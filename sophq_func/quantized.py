@@ -8,22 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sophq_func import fake_quantize as fake_quantizers
 from sophq_func.base import OBSERVERS, FakeQuantize, Observer, QParams, State
 from sophq_func.calibrate import calibrate
-from sophq_func.dicts import from_dicts
-from sophq_func.errors import ConfigError, PlanError, StateError, explain, near
+from sophq_func.errors import PlanError, StateError, explain, near
 from sophq_func.intercept import Skeleton
 from sophq_func.plan import Plan
-from sophq_func.planning import plan as make_plan
 from sophq_func.pytree import is_plain, leaves, sorted_dict
-from sophq_func.rules import QuantConfig
 from sophq_func.running import Effect, Runner, Schedule
 from sophq_func.scheme import QScheme, QuantizerConfig
 from sophq_func.site import Site
-from sophq_func.trace import arguments, map_inputs, trace
+from sophq_func.trace import arguments, map_inputs
 from sophq_func.weights import Norm, WeightQuantizer, quantize_weights
 
 OState = dict[str, State]
@@ -54,7 +51,8 @@ class RunQuantizer:
 class Quantized:
     """A model and a plan, frozen. Every method is a pure function; ``params`` and states are dicts of tensors.
 
-    Made by :func:`build`, :func:`quantize` or :func:`prepare_by_platform`. Attributes cannot be set. ``params``,
+    Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`.
+    Attributes cannot be set. ``params``,
     ``ostate`` and ``qparams`` are positional-only; all further arguments go to the model.
 
     Attributes:
@@ -344,90 +342,6 @@ def _norm(skeleton: Skeleton, path: str) -> Norm:
         module.momentum,  # type: ignore[arg-type]
         module.training,
     )
-
-
-def build(model: nn.Module, plan: Plan, *, leaf_module: tuple[type, ...] = ()) -> Quantized:
-    """Bind a plan to a model. The model is copied without its weights and never changed.
-
-    Args:
-      model: the traced model, or one of the same structure.
-      plan: from :func:`sophq_func.plan` or :meth:`Plan.from_json`.
-      leaf_module: as given to :func:`sophq_func.trace`.
-
-    Raises:
-      PlanError: the plan names parameters that the model has not.
-
-    Example:
-      >>> import sophq_func as sq
-      >>> model, x = nn.Linear(2, 3), torch.ones(1, 2)
-      >>> build(model, sq.plan(sq.trace(model, (x,)), sq.QuantConfig()))
-      Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
-    """
-    if not isinstance(plan, Plan):
-        raise PlanError(explain("build", "this plan", got=type(plan).__name__, allowed="a sq.Plan"))
-    return Quantized(Skeleton(model, leaf_module), plan)
-
-
-def quantize(
-    model: nn.Module,
-    config: QuantConfig,
-    *,
-    example_args: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
-    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
-) -> Quantized:
-    """Trace, plan and build in one call.
-
-    Args:
-      model: any ``nn.Module``; it is not changed.
-      config: what is asked for.
-      example_args: positional arguments of one call of the model, a tuple or a single tensor.
-      example_kwargs: keyword arguments of that call.
-      examples: instead, several calls ``[(args, kwargs), ...]``; the plan is the union of their traces.
-
-    Raises:
-      ConfigError, PlanError: see :func:`sophq_func.plan` and :func:`sophq_func.trace`.
-
-    Example:
-      >>> import sophq_func as sq
-      >>> model, x = nn.Linear(2, 3), torch.ones(1, 2)
-      >>> q = quantize(model, sq.QuantConfig(), example_args=(x,))
-      >>> params = sq.params_of(model)
-      >>> q.apply(params, q.calibrate(params, [x]), x).shape
-      torch.Size([1, 3])
-    """
-    if not isinstance(config, QuantConfig):
-        fix = "sq.from_dicts(...) makes one from the three dictionaries"
-        raise ConfigError(explain("quantize", "this config", got=type(config).__name__, allowed="sq.QuantConfig", fix=fix))
-    calls = [(example_args, example_kwargs)] if examples is None else list(examples)
-    graphs = [trace(model, args, kwargs, leaf_module=config.leaf_module) for args, kwargs in calls]
-    return build(model, make_plan(graphs, config), leaf_module=config.leaf_module)
-
-
-def prepare_by_platform(
-    model: nn.Module,
-    prepare_custom_config_dict: Mapping[str, Any],
-    *,
-    example_args: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
-    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
-) -> Quantized:
-    """:func:`quantize` with the three dictionaries of sophgo-mq's fine-grained control.
-
-    Args:
-      model: any ``nn.Module``; it is not changed.
-      prepare_custom_config_dict: ``quant_dict``, ``extra_qconfig_dict``, ``extra_quantizer_dict``, see
-        :func:`sophq_func.from_dicts`.
-      example_args, example_kwargs, examples: see :func:`quantize`.
-
-    Example:
-      >>> quant_dict = {"chip": "BM1690", "quantmode": "weight_activation", "strategy": "CNN"}
-      >>> q = prepare_by_platform(nn.Linear(2, 3), {"quant_dict": quant_dict}, example_args=(torch.ones(1, 2),))
-      >>> list(q.plan)
-      ['input.post_act_fake_quantizer', 'weight_fake_quant', 'linear.post_act_fake_quantizer']
-    """
-    config = from_dicts(prepare_custom_config_dict)
-    return quantize(model, config, example_args=example_args, example_kwargs=example_kwargs, examples=examples)
 
 
 def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> QParamsDict:

@@ -75,11 +75,11 @@ class WeightQuantizer:
         """The weight on its grid, in its own layout."""
         weight = self._arrange(params[self.site.parameter])
         if self.norm is None:
-            return self._restore(self.fake_quantize.apply(weight, qparams, self.scheme))
+            return self._arrange(self.fake_quantize.apply(weight, qparams, self.scheme))
         factor = self._along(self.norm.factor(params), weight)
         divisor = torch.where(factor == 0, 1, factor)
         rounded = self.fake_quantize.apply(weight * divisor, qparams, self.scheme) / divisor
-        return self._restore(torch.where(factor == 0, weight, rounded).to(weight.dtype))
+        return self._arrange(torch.where(factor == 0, weight, rounded).to(weight.dtype))
 
     def round_bias(self, params: Params, qparams: QParams, source: QParams, new: dict[str, Tensor]) -> None:
         """Write into ``new`` what changes when the layer's bias is rounded to multiples of ``S``.
@@ -123,15 +123,7 @@ class WeightQuantizer:
         return factor.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
 
     def _arrange(self, weight: Tensor) -> Tensor:
-        """``(in, out / groups, ...)`` as ``(out, in / groups, ...)``."""
-        if not self._regrouped:
-            return weight
-        groups, (rows, columns) = self.site.groups, weight.shape[:2]
-        split = weight.reshape(groups, rows // groups, columns, *weight.shape[2:])
-        return split.transpose(1, 2).reshape(groups * columns, rows // groups, *weight.shape[2:])
-
-    def _restore(self, weight: Tensor) -> Tensor:
-        """The inverse of :meth:`_arrange`."""
+        """``(in, out / groups, ...)`` as ``(out, in / groups, ...)``, and back: the exchange is its own inverse."""
         if not self._regrouped:
             return weight
         groups, (rows, columns) = self.site.groups, weight.shape[:2]
