@@ -66,7 +66,8 @@ class Node:
       outputs: names of the values it makes.
       parameters: canonical names of a leaf module's own tensors, by attribute.
       options: plain attributes of a leaf module that decide about quantization (``groups``, ``eps``, ...).
-      members: the calls of a fused group, first to last; just itself otherwise.
+      members: the calls of a fused group, first to last; empty otherwise.
+      also: names of further inputs of the model that the example gave the same tensor.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Node:
     parameters: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     members: tuple[Node, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def last(self) -> Node:

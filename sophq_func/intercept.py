@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from sophq_func.decompose import DECOMPOSED
 from sophq_func.errors import PlanError, StateError, explain, near, raise_all
 from sophq_func.functions import called
+from sophq_func.memory import Memory, rebind
 from sophq_func.pytree import sorted_dict
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -170,6 +171,7 @@ class Skeleton:
         self.paths = _all_paths(model)
         self._aliases = _aliases(model, by_id)
         self.module, self.constants = _copy_without_weights(model, registered)
+        self._rebound: list[tuple[nn.Module, str, Any]] = []
         self._slot = _Slot()
         self._lock = threading.RLock()
         for path, module in self.module.named_modules():
@@ -218,15 +220,16 @@ class Skeleton:
           The model's output, and its buffers afterwards.
         """
         if torch.compiler.is_compiling():
-            return self._run(frame, params, args, kwargs)
+            result = self._run(frame, params, args, kwargs)
+            rebind(self._rebound)
+            return result
         with self._lock:
-            before = [(module, dict(module.__dict__)) for module in self.module.modules()]
+            memory = Memory(self.module.modules())
             try:
                 return self._run(frame, params, args, kwargs)
             finally:
-                for module, attributes in before:
-                    module.__dict__.clear()
-                    module.__dict__.update(attributes)
+                changed = [change for change in memory.restore() if not isinstance(change[2], Tensor)]
+                self._rebound = changed or self._rebound
 
     def _run(
         self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -228,6 +228,7 @@ def _node_site(graph: Graph, node: Node) -> Site:
         pattern=pattern_name(node),
         members=tuple(m.name for m in node.members),
         function=node.function,
+        also=node.also,
         groups=int(node.options.get("groups", 1)),
     )
 
@@ -255,7 +256,7 @@ def _activation_site(graph: Graph, node: Node, value: str) -> Site:
 
 def _unknown_names(graph: Graph, rules: Sequence[Rule]) -> list[str]:
     """Problems with exact names and type names in rules that the traced model does not have."""
-    names = set(graph.modules) | set(graph.nodes) | set(graph.values)
+    names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
     names |= {f"{value}.post_act_fake_quantizer" for value in graph.values}
     names |= {f"{node.name}.input_act_fake_quantizer" for node in graph}
     names |= {f"{p}_fake_quant" for node in graph for p in node.parameters.values()}

@@ -6,6 +6,7 @@ keys. Dicts made here are filled in sorted order, so the two agree.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -64,8 +65,8 @@ def map_named(name: str, tree: Any, f: Callable[[str, Tensor], Tensor]) -> Any:
     """
     if isinstance(tree, Tensor):
         return f(name, tree)
-    if type(tree) is dict:
-        return {key: map_named(f"{name}.{key}", item, f) for key, item in tree.items()}
+    if type(tree) in (dict, OrderedDict):
+        return type(tree)((key, map_named(f"{name}.{key}", item, f)) for key, item in tree.items())
     if type(tree) in (list, tuple):
         return type(tree)([map_named(f"{name}.{i}", item, f) for i, item in enumerate(tree)])
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

@@ -52,8 +52,8 @@ class Quantized:
     """A model and a plan, frozen. Every method is a pure function; ``params`` and states are dicts of tensors.
 
     Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`.
-    Attributes cannot be set. ``params``,
-    ``ostate`` and ``qparams`` are positional-only; all further arguments go to the model.
+    Attributes cannot be set. ``params``, ``ostate`` and ``qparams`` are positional-only; all further arguments go to
+    the model.
 
     Attributes:
       plan: the :class:`~sophq_func.plan.Plan`.
@@ -86,7 +86,8 @@ class Quantized:
         fix = "make a new one with sq.build(model, plan)"
         raise AttributeError(explain("Quantized", f"setting {name!r}", because="it is frozen", fix=fix))
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def __repr__(self) -> str:
         return f"Quantized({type(self._skeleton.module).__name__}, {self.plan!r}, training={self.training})"
@@ -283,6 +284,8 @@ class Quantized:
         runner = Runner(self._schedule, effect)
         if self._schedule.inputs:
             args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
+        if self._schedule.same:
+            args, kwargs = map_inputs(self._arguments, args, kwargs, runner.repeated_input)
         output, buffers = self._skeleton.run(runner, params, args, kwargs)
         runner.check()
         return output, buffers

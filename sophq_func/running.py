@@ -14,7 +14,7 @@ from sophq_func.intercept import Frame
 from sophq_func.plan import Plan
 from sophq_func.pytree import flatten
 from sophq_func.site import Site
-from sophq_func.strategies import CONTRACTIONS
+from sophq_func.strategies import LAYERS
 
 Effect = Callable[[str, Tensor], Tensor]
 """What happens to a planned value: told the quantizer's name and the tensor, it returns the tensor to go on with."""
@@ -37,6 +37,7 @@ class Schedule:
 
     Attributes:
       inputs: quantizer name by the model's argument.
+      same: for arguments that must be the same tensor as another one, that one.
       actions: by (module path, function), then by call count.
       counts: for each example, calls of each pair.
       optional: pairs, and arguments, that a run may leave out.
@@ -45,6 +46,7 @@ class Schedule:
     def __init__(self, plan: Plan) -> None:
         sites = [plan.site(name) for name in plan if not plan.site(name).parameter]
         self.inputs = {site.argument: site.quantizer for site in sites if site.argument}
+        self.same = {name: site.argument for site in sites for name in site.also}
         self.actions: dict[Pair, dict[int, Actions]] = {}
         for site in sites:
             if not site.argument:
@@ -79,7 +81,7 @@ class Runner(Frame):
         super().__init__()
         self.schedule, self.effect = schedule, effect
         self.counts: dict[Pair, int] = dict.fromkeys(schedule.actions, 0)
-        self.seen_inputs: list[str] = []
+        self.given: dict[str, tuple[Tensor, Tensor]] = {}
         self.inner = ""
 
     def input(self, name: str, tensor: Tensor) -> Tensor:
@@ -87,8 +89,19 @@ class Runner(Frame):
         quantizer = self.schedule.inputs.get(name)
         if quantizer is None:
             return tensor
-        self.seen_inputs.append(name)
-        return self.effect(quantizer, tensor)
+        self.given[name] = (tensor, self.effect(quantizer, tensor))
+        return self.given[name][1]
+
+    def repeated_input(self, name: str, tensor: Tensor) -> Tensor:
+        """An argument that is another one once more; that one has been through :meth:`input`."""
+        first = self.schedule.same.get(name)
+        if first is None:
+            return tensor
+        before, after = self.given.get(first, (None, None))
+        if after is None or tensor is not before:
+            what = f"input {name!r} was the same tensor as {first!r} in the example, and here it is another"
+            raise StateError(f"{what}. Fix: plan with an example in which they differ.")
+        return after
 
     def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         actions = self._actions((path, ""))
@@ -112,7 +125,7 @@ class Runner(Frame):
         return self._on_output(pair, func(*args, **kwargs))
 
     def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.inner and called(func) in CONTRACTIONS:
+        if self.inner and called(func) in LAYERS:
             args, kwargs = self._on_tensors({1: self.inner}, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -120,7 +133,7 @@ class Runner(Frame):
         """Raise a :class:`StateError` unless the run made the calls of one of the examples."""
         schedule = self.schedule
         for name in schedule.inputs:
-            if name not in self.seen_inputs and name not in schedule.optional:
+            if name not in self.given and name not in schedule.optional:
                 raise StateError(f"input {name!r} has a quantizer, but this run was not given it. Fix: {OPTIONAL}.")
         if not any(self._fits(counts) for counts in schedule.counts):
             raise StateError(self._mismatch(schedule.counts[0]))

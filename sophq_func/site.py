@@ -28,6 +28,7 @@ class Site:
       operand: which tensor of that call's operands; -1: a result.
       argument: name of the model's input that it follows; empty elsewhere.
       shape: of the tensor in the example.
+      also: further inputs of the model that are the same tensor.
       parameter: canonical name of the weight; empty where the weight is computed in the forward.
       axis: axis of the weight's output channels.
       groups: of a convolution.
@@ -50,6 +51,7 @@ class Site:
     output: int = 0
     operand: int = -1
     argument: str = ""
+    also: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     parameter: str = ""
     axis: int = 0
@@ -61,7 +63,7 @@ class Site:
 
     def names(self) -> tuple[str, ...]:
         """Every dotted name that a rule may call it: quantizer, value, and each module around it."""
-        found = dict.fromkeys((self.quantizer, self.value))
+        found = dict.fromkeys((self.quantizer, self.value, *self.also))
         for path in self.paths:
             parts = path.split(".")
             found.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts), 0, -1)))

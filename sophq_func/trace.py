@@ -121,8 +121,13 @@ class _Recorder(Frame):
         self._before: dict[int, int] = {}
 
     def input(self, name: str, tensor: Tensor) -> Tensor:
-        """An argument of the model; of one tensor given twice, the second time a view."""
-        tensor = tensor.view_as(tensor) if id(tensor) in self._known else tensor
+        """An argument of the model. A tensor given twice is one value; a parameter given as an argument becomes a view."""
+        known = self._known[id(tensor)][1] if id(tensor) in self._known else None
+        if known is not None and known.value:
+            first = self._nodes[known.value]
+            self._nodes[first.name] = replace(first, also=(*first.also, name))
+            return tensor
+        tensor = tensor if known is None else tensor.view_as(tensor)
         self._add(Node(name=self._free_name(name), kind="input", path="", paths=("",)), [tensor])
         return tensor
 
@@ -131,6 +136,9 @@ class _Recorder(Frame):
         return args, kwargs
 
     def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self.leaves += 1
+        options = _options(module)
+        self.leaves -= 1
         base = path or type(module).__name__.lower()
         name = self._free_name(base, own=(path, "") not in self._calls)
         node = Node(
@@ -141,7 +149,7 @@ class _Recorder(Frame):
             call=self._count(path, ""),
             type=type(module),
             parameters=self._skeleton.owned[path],
-            options=_options(module),
+            options=options,
         )
         return self._record(node, self._before, args, kwargs, output)
 

@@ -102,7 +102,7 @@ class WeightQuantizer:
             return {}
         momentum = norm.momentum if norm.momentum is not None else 1 / after[norm.tracked]
         shift = self._unfold(self._shift(params, qparams, source), norm, params).detach()
-        return {norm.mean: after[norm.mean] + momentum * shift}
+        return {norm.mean: after[norm.mean] + (momentum * shift).to(after[norm.mean].dtype)}
 
     def _shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
         """``d``: straight-through in the rounding, constant in ``B``."""

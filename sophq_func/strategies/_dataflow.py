@@ -52,6 +52,9 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Which operands of a function are multiplied and summed, by position or name; an embedding multiplies by one-hot rows."""
 
+LAYERS = frozenset(name for name, roles in CONTRACTIONS.items() if "weight" in roles)
+"""The functions among them that modules with a weight call."""
+
 CONTRACTING_MODULES = tuple(cls for cls in WEIGHTS if cls not in (nn.Embedding, nn.EmbeddingBag))
 
 ELEMENTWISE = frozenset(("add", "sub", "mul"))
