@@ -49,8 +49,9 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
     """``batches``, with a progress bar on a terminal where ``rich`` is installed."""
-    if isinstance(batches, Tensor):
-        raise StateError(explain("calibrate", "one tensor as batches", fix="q.calibrate(params, [x])"))
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        got = type(batches).__name__
+        raise StateError(explain("calibrate", "these batches", got=got, allowed="a list", fix="q.calibrate(params, [x])"))
     if progress:
         try:
             from rich.console import Console

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.chips import CHIPS, ChipSpec
 from sophq_func.errors import ConfigError, explain, near, raise_all, unknown
-from sophq_func.rules import QUANTMODES, QuantConfig, Rule, not_grouped
+from sophq_func.rules import DEFAULT_CHIP, QUANTMODES, QuantConfig, Rule, not_grouped
 from sophq_func.scheme import PerChannel, PerTensor, QScheme, QuantizerConfig, as_bits, override
 from sophq_func.site import Role
 
@@ -91,9 +91,7 @@ def from_dicts(prepare_custom_config_dict: Mapping[str, Any]) -> QuantConfig:
     quant = reader.mapping("quant_dict", whole.get("quant_dict", {}))
     qconfig = reader.mapping("extra_qconfig_dict", whole.get("extra_qconfig_dict", {}))
     quantizer = reader.mapping("extra_quantizer_dict", whole.get("extra_quantizer_dict", {}))
-    reader.quant_dict(quant)
-    raise_all(reader.problems)
-    chip = CHIPS.get(quant["chip"])
+    chip = reader.quant_dict(quant)
     weight, activation = reader.half("weight", qconfig, chip), reader.half("activation", qconfig, chip)
     rules = reader.entries("object_type", qconfig, chip)
     rules += sorted(reader.entries("module_name", qconfig, chip), key=lambda rule: len(str(rule.name)))
@@ -115,12 +113,13 @@ class _Reader:
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def attempt(self, read: Callable[[], T]) -> T | None:
+    def attempt(self, where: str, read: Callable[[], T]) -> T | None:
         """The result of ``read``, or ``None`` and one more problem."""
         try:
             return read()
         except ConfigError as error:
-            self.problems.append(str(error))
+            text = str(error)
+            self.problems.append(text if text.startswith(where) else f"{where}: {text}")
             return None
 
     def mapping(self, name: str, value: Any, where: str = "") -> Mapping[str, Any]:
@@ -135,13 +134,12 @@ class _Reader:
                 self.problems.append(unknown(where or name, "key", key, KEYS[name]))
         return value
 
-    def quant_dict(self, quant: Mapping[str, Any]) -> None:
-        """Check what the first dictionary says; the config itself checks ``strategy``."""
+    def quant_dict(self, quant: Mapping[str, Any]) -> ChipSpec:
+        """Check what the first dictionary says; the chip's spec, or some chip's where it is unknown."""
         for key in ("chip", "quantmode", "strategy"):
             if key not in quant:
                 self.problems.append(f"quant_dict: {key!r} is missing. Fix: quant_dict[{key!r}] = ...")
-        if "chip" in quant:
-            self.attempt(partial(CHIPS.canonical, quant["chip"]))
+        chip = self.attempt("quant_dict", partial(CHIPS.get, quant["chip"])) if "chip" in quant else None
         if "quantmode" in quant and quant["quantmode"] not in QUANTMODES:
             self.problems.append(unknown("quant_dict", "quantmode", quant["quantmode"], QUANTMODES))
         if "strategy" in quant and quant["strategy"] not in ("CNN", "Transformer"):
@@ -149,6 +147,7 @@ class _Reader:
         for key, why in (("bf16_mix_prec", "it is not supported yet"), ("use_tpu_mlir_fwd", "it needs the chip's compiler")):
             if quant.get(key):
                 self.problems.append(explain("quant_dict", key, got=quant[key], allowed="False", because=why))
+        return chip or CHIPS.get(DEFAULT_CHIP)
 
     def half(self, role: Role, qconfig: Mapping[str, Any], chip: ChipSpec) -> QuantizerConfig:
         """The global config of one half."""
@@ -163,16 +162,20 @@ class _Reader:
         """The observer and the fake quantizer that are named under these keys, if any."""
         found: dict[str, Any] = {}
         if given.get(observer) is not None:
-            found["observer"] = self.attempt(partial(OBSERVERS.spec, given[observer]))
+            found["observer"] = self.attempt(where, partial(OBSERVERS.spec, given[observer]))
         if given.get(fake_quantize) is not None:
-            found["fake_quantize"] = self.attempt(partial(FAKE_QUANTIZERS.spec, given[fake_quantize]))
+            found["fake_quantize"] = self.attempt(where, partial(FAKE_QUANTIZERS.spec, given[fake_quantize]))
         return found
 
-    def scheme(self, where: str, given: Mapping[str, Any], default: QuantizerConfig) -> QScheme | None:
+    def scheme(
+        self, where: str, given: Mapping[str, Any], default: QuantizerConfig, per_channel: str = "per_channel"
+    ) -> QScheme | None:
         """A whole grid: what is not given has the defaults of sophgo-mq, but ``symmetric_range`` is the chip's."""
         symmetric = given.get("symmetry", True)
 
         def read() -> QScheme:
+            if not isinstance(given.get("per_channel", False), bool | None):
+                raise ConfigError(explain(where, per_channel, got=given["per_channel"], allowed="True or False"))
             return QScheme(
                 bits=as_bits(given.get("bit", 8), where),
                 symmetric=symmetric,
@@ -181,7 +184,7 @@ class _Reader:
                 granularity=PerChannel() if given.get("per_channel") else PerTensor(),
             )
 
-        return self.attempt(read)
+        return self.attempt(where, read)
 
     def entries(self, name: str, qconfig: Mapping[str, Any], chip: ChipSpec) -> list[Rule]:
         """Rules of ``object_type`` or ``module_name``; by type, grouped convolutions are left out on TPU chips."""
@@ -204,25 +207,25 @@ class _Reader:
         prefix, default = mode[0], chip.weight if mode == "weight" else chip.activation
         scheme = {"bit": entry.get("bit", 8), "per_channel": entry.get("wperchannel", False)}
         values = self.pieces(where, entry, f"{prefix}observer", f"{prefix}fakequantize")
-        values["scheme"] = self.scheme(where, scheme, default)
+        values["scheme"] = self.scheme(where, scheme, default, "wperchannel")
         if None in values.values():
             return None
         named: dict[str, Any] = {"name": key} if name == "module_name" else {"type": key}
         named[mode] = override(**values)
         if name == "object_type" and not chip.placement:
             named["where"] = not_grouped
-        return self.attempt(partial(Rule, **named))
+        return self.attempt(where, partial(Rule, **named))
 
     def quantizers(self, given: Mapping[str, Any]) -> list[Rule]:
         """Rules of the third dictionary."""
         rules = []
         for item in self.items(given, "exclude_module_name"):
             named = {"name": item} if isinstance(item, str) else {"type": item}
-            rules.append(self.attempt(partial(Rule, **named, weight=None, requests=False)))
+            rules.append(self.attempt("exclude_module_name", partial(Rule, **named, weight=None, requests=False)))
         for item in self.items(given, "exclude_function_type"):
-            rules.append(self.attempt(partial(Rule, type=item, requests=False)))
+            rules.append(self.attempt("exclude_function_type", partial(Rule, type=item, requests=False)))
         for item in self.items(given, "module_only_enable_observer"):
-            rules.append(self.attempt(partial(Rule, name=item, observe_only=True)))
+            rules.append(self.attempt("module_only_enable_observer", partial(Rule, name=item, observe_only=True)))
         return [rule for rule in rules if rule is not None]
 
     def items(self, given: Mapping[str, Any], key: str) -> Sequence[Any]:

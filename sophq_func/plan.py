@@ -140,30 +140,26 @@ class Plan(Mapping[str, QuantizerConfig]):
           ConfigError: the text is no plan, or of another version.
         """
         try:
-            data = json.loads(text)
-            if data["version"] != VERSION:
-                raise ConfigError(explain("Plan.from_json", "this version", got=data["version"], allowed=VERSION))
-            entries = data["quantizers"]
-            return Plan(
-                {e["name"]: config_from_data(e["config"]) for e in entries},
-                {e["name"]: Site.from_data(e["site"]) for e in entries},
-                tuple({(path, function): n for path, function, n in counts} for counts in data["counts"]),
-                data["reasons"],
-                tuple(data["notes"]),
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            what = "reading a plan"
-            raise ConfigError(explain("Plan.from_json", what, because=f"{type(error).__name__}: {error}")) from error
+            return _read(json.loads(text))
+        except ConfigError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            because = f"{type(error).__name__}: {error}"
+            raise ConfigError(explain("Plan.from_json", "reading a plan", because=because)) from error
 
     def digest(self) -> str:
         """SHA-256 over everything that decides about numbers; equal exactly for equal plans."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
-    def check(self, names: Mapping[str, Any], what: str) -> None:
-        """Raise a :class:`StateError` unless ``names`` has exactly the quantizers of the plan."""
+    def check(self, names: Mapping[str, Any], what: str, types: Mapping[str, type]) -> None:
+        """Raise a :class:`StateError` unless ``names`` has exactly the plan's quantizers, with values of these types."""
         if not isinstance(names, Mapping):
             raise StateError(explain(what, "this type", got=type(names).__name__, allowed="a dict {quantizer: state}"))
         if names.keys() == self._configs.keys():
+            for name, value in names.items():
+                if not isinstance(value, types[name]):
+                    got, allowed = type(value).__name__, types[name].__name__
+                    raise StateError(explain(f"{what}[{name!r}]", "this value", got=got, allowed=allowed))
             return
         missing = [name for name in self if name not in names]
         if missing:
@@ -171,3 +167,26 @@ class Plan(Mapping[str, QuantizerConfig]):
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
         extra = next(name for name in names if name not in self._configs)
         raise StateError(f"{what} holds {extra!r}, which the plan has not; {near(extra, self._configs)}.")
+
+
+def _read(data: Any) -> Plan:
+    """A plan from the data that :meth:`Plan.to_json` writes; raises whatever a wrong type raises."""
+    if data["version"] != VERSION:
+        raise ConfigError(explain("Plan.from_json", "this version", got=data["version"], allowed=VERSION))
+    entries = {_text(entry["name"]): entry for entry in data["quantizers"]}
+    sites = {name: Site.from_data(entry["site"]) for name, entry in entries.items()}
+    if any(site.quantizer != name for name, site in sites.items()):
+        raise ValueError("a site belongs to another quantizer")
+    return Plan(
+        {name: config_from_data(entry["config"]) for name, entry in entries.items()},
+        sites,
+        tuple({(_text(path), _text(function)): int(n) for path, function, n in counts} for counts in data["counts"]),
+        {name: {_text(k): _text(v) for k, v in data["reasons"][name].items()} for name in entries},
+        tuple(_text(note) for note in data["notes"]),
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value

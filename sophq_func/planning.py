@@ -41,9 +41,10 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
     """
     if not isinstance(config, QuantConfig):
         raise ConfigError(explain("plan", "this config", got=type(config).__name__, allowed="sq.QuantConfig"))
-    graphs = [graph] if isinstance(graph, Graph) else list(graph)
-    if not graphs:
-        raise ConfigError(explain("plan", "no graph", allowed="at least one", fix="sq.trace(model, args)"))
+    graphs = [graph] if isinstance(graph, Graph) else graph
+    if not isinstance(graphs, list | tuple) or not graphs or not all(isinstance(g, Graph) for g in graphs):
+        got, allowed = type(graph).__name__, "a Graph, or a list of at least one"
+        raise ConfigError(explain("plan", "this graph", got=got, allowed=allowed, fix="sq.trace(model, args)"))
     raise_all([p for g in graphs for p in _unknown_names(g, config.rules)])
     drafts = [_Draft(g, config) for g in graphs]
     raise_all(list(dict.fromkeys(p for draft in drafts for p in draft.problems)))

@@ -34,6 +34,8 @@ def build(model: nn.Module, plan: Plan, *, leaf_module: tuple[type, ...] = ()) -
       >>> build(model, sq.plan(sq.trace(model, (x,)), sq.QuantConfig()))
       Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(explain("build", "this model", got=type(model).__name__, allowed="a torch.nn.Module"))
     if not isinstance(plan, Plan):
         raise PlanError(explain("build", "this plan", got=type(plan).__name__, allowed="a sq.Plan"))
     return Quantized(Skeleton(model, leaf_module), plan)
@@ -71,6 +73,9 @@ def quantize(
         fix = "sq.from_dicts(...) makes one from the three dictionaries"
         raise ConfigError(explain("quantize", "this config", got=type(config).__name__, allowed="sq.QuantConfig", fix=fix))
     calls = [(example_args, example_kwargs)] if examples is None else list(examples)
+    if not all(isinstance(call, tuple | list) and len(call) == 2 for call in calls):
+        fix = "examples=[((x,), {}), ((y,), {})]"
+        raise PlanError(explain("quantize", "these examples", allowed="pairs of a tuple and a dict", fix=fix))
     graphs = [trace(model, args, kwargs, leaf_module=config.leaf_module) for args, kwargs in calls]
     return build(model, make_plan(graphs, config), leaf_module=config.leaf_module)
 

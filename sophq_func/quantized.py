@@ -13,7 +13,7 @@ from torch import Tensor
 from sophq_func import fake_quantize as fake_quantizers
 from sophq_func.base import OBSERVERS, FakeQuantize, Observer, QParams, State
 from sophq_func.calibrate import calibrate
-from sophq_func.errors import PlanError, StateError, explain, near
+from sophq_func.errors import PlanError, StateError, explain, near, raise_all
 from sophq_func.intercept import Skeleton
 from sophq_func.plan import Plan
 from sophq_func.pytree import is_plain, leaves, sorted_dict
@@ -68,6 +68,7 @@ class Quantized:
     _weights: tuple[WeightQuantizer, ...]
     _running: dict[str, RunQuantizer]
     _pieces: dict[str, WeightQuantizer | RunQuantizer]
+    _types: dict[str, dict[str, type]]
 
     def __init__(self, skeleton: Skeleton, plan: Plan) -> None:
         schedule = Schedule(plan)
@@ -80,7 +81,9 @@ class Quantized:
         set_(self, "_arguments", arguments(skeleton.module))
         set_(self, "_weights", weights)
         set_(self, "_running", running)
-        set_(self, "_pieces", {**{w.site.quantizer: w for w in weights}, **running})
+        pieces: dict[str, WeightQuantizer | RunQuantizer] = {**{w.site.quantizer: w for w in weights}, **running}
+        set_(self, "_pieces", pieces)
+        set_(self, "_types", {"ostate": _state_types(pieces), "qparams": dict.fromkeys(pieces, QParams)})
 
     def __setattr__(self, name: str, value: object) -> None:
         fix = "make a new one with sq.build(model, plan)"
@@ -113,7 +116,7 @@ class Quantized:
         """
         self._skeleton.check(params, "init")
         if ostate is not None:
-            self.plan.check(ostate, "ostate")
+            self.plan.check(ostate, "ostate", self._types["ostate"])
         states = {w.site.quantizer: w.observe(params) for w in self._weights}
         for name, piece in self._running.items():
             states[name] = piece.observer.init(piece.seen(params), piece.scheme) if ostate is None else ostate[name]
@@ -139,7 +142,7 @@ class Quantized:
           The model's output, and the new states.
         """
         self._check(params, ostate, "observe_quantized", "ostate")
-        self.plan.check(qparams, "qparams")
+        self.plan.check(qparams, "qparams", self._types["qparams"])
         states = dict(ostate)
         observe, quantize = self._observing(states), self._quantizing(qparams)
 
@@ -228,7 +231,7 @@ class Quantized:
         Learned are the floating fields that a fake quantizer names: not the zero point of a symmetric scheme, nothing of
         a quantizer that only observes or whose scheme is dynamic.
         """
-        self.plan.check(qparams, "qparams")
+        self.plan.check(qparams, "qparams", self._types["qparams"])
         learnable: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
         for name, own in qparams.items():
@@ -292,18 +295,30 @@ class Quantized:
 
     def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
         self._skeleton.check(params, where)
-        self.plan.check(state, what)
+        self.plan.check(state, what, self._types[what])
 
     def _check_finite(self, ostate: Mapping[str, State]) -> None:
         """One reduction over all statistics, where numbers can be read."""
-        names = [n for n in ostate if not self.plan[n].optional and not self.plan[n].scheme.dynamic]
+        names = [name for name in ostate if not self.plan[name].scheme.dynamic]
         found = {name: [t for t in leaves(ostate[name]) if t.is_floating_point()] for name in names}
         if not names or not is_plain(t for values in found.values() for t in values):
             return
         if bool(torch.stack([t.isfinite().all() for values in found.values() for t in values]).all()):
             return
         bad = {name: values for name, values in found.items() if not all(bool(t.isfinite().all()) for t in values)}
-        raise StateError("; ".join(_complaint(name, self.plan.site(name), values) for name, values in bad.items()))
+        blank = {name for name in bad if self.plan[name].optional and self._is_blank(name, ostate[name])}
+        complaints = [_complaint(name, self.plan.site(name), bad[name]) for name in bad if name not in blank]
+        raise_all(complaints, StateError)
+
+    def _is_blank(self, name: str, state: State) -> bool:
+        """Whether an observer has seen nothing."""
+        piece = self._running[name]
+        neutral = piece.observer.init(torch.zeros((), device=leaves(state)[0].device).expand(piece.site.shape), piece.scheme)
+        return all(torch.equal(a, b) for a, b in zip(leaves(neutral), leaves(state), strict=True))
+
+
+def _state_types(pieces: Mapping[str, WeightQuantizer | RunQuantizer]) -> dict[str, type]:
+    return {name: type(piece.observer.init(torch.zeros(1), QScheme())) for name, piece in pieces.items()}
 
 
 def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
@@ -334,7 +349,10 @@ def _quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantizer, 
 
 
 def _norm(skeleton: Skeleton, path: str) -> Norm:
-    module, own = skeleton.module.get_submodule(path), skeleton.owned[path]
+    own = skeleton.owned.get(path, {})
+    if not {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"} <= own.keys():
+        raise PlanError(f"{path}: the model has no BatchNorm there to be folded. Fix: plan this model anew.")
+    module = skeleton.module.get_submodule(path)
     return Norm(
         own["weight"],
         own["bias"],
@@ -357,12 +375,18 @@ def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> QParam
       >>> merge({"a.scale": torch.tensor(1.0)}, {"a.zero_point": torch.tensor(0)})
       {'a': QParams(scale=tensor(1.), zero_point=tensor(0), extras={})}
     """
+    for half in (learnable, rest):
+        if not isinstance(half, Mapping) or not all(isinstance(value, Tensor) for value in half.values()):
+            allowed = "two flat dicts {'<quantizer>.<field>': Tensor}"
+            raise StateError(explain("merge", "this half", allowed=allowed, fix="sq.merge(*q.split(qparams))"))
     twice = sorted(learnable.keys() & rest.keys())
     if twice:
         raise StateError(explain("merge", "one name in both halves", got=twice))
     fields: dict[str, dict[str, Tensor]] = {}
     for key, value in {**learnable, **rest}.items():
-        name, _, field = key.rpartition(".")
+        name, dot, field = key.rpartition(".")
+        if not dot:
+            raise StateError(explain("merge", f"the name {key!r}", allowed="'<quantizer>.<field>'"))
         fields.setdefault(name, {})[field] = value
     for name, own in fields.items():
         missing = [field for field in ("scale", "zero_point") if field not in own]

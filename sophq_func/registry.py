@@ -42,7 +42,7 @@ class Registry(Generic[T]):
         try:
             return self._canonical[name]
         except (KeyError, TypeError):
-            raise ConfigError(unknown("registry", self.kind, name, list(self._canonical))) from None
+            raise ConfigError(unknown(f"{self.kind}s", self.kind, name, self.spellings())) from None
 
     def get(self, name: str) -> T:
         """The value registered under ``name`` or one of its aliases."""
@@ -51,6 +51,10 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Canonical names in order of registration."""
         return list(self._values)
+
+    def spellings(self) -> list[str]:
+        """Every name and alias."""
+        return list(self._canonical)
 
     def aliases(self, name: str) -> list[str]:
         """Every spelling that leads to ``name``, the canonical one included."""
@@ -106,7 +110,8 @@ class Factories(Registry[_Factory[T]]):
 
             @functools.wraps(build)
             def make(*args: P.args, **kwargs: P.kwargs) -> Spec:
-                return self.spec(name, **inspect.signature(build).bind(*args, **kwargs).arguments)
+                positional = dict(zip(inspect.signature(build).parameters, args, strict=False))
+                return self.spec(name, **positional, **kwargs)
 
             return make
 
@@ -130,5 +135,10 @@ class Factories(Registry[_Factory[T]]):
         return Spec(self.canonical(name), tuple(sorted(bound.arguments.items())))
 
     def build(self, spec: Spec) -> T:
-        """Make the thing that ``spec`` describes."""
-        return self.get(spec.name).build(**dict(spec.options))
+        """Make the thing that ``spec`` describes.
+
+        Raises:
+          ConfigError: unknown name or option.
+        """
+        checked = self.spec(spec.name, **dict(spec.options))
+        return self.get(checked.name).build(**dict(checked.options))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sophq_func.chips import CHIPS, ChipSpec
-from sophq_func.errors import ConfigError, explain, unknown
+from sophq_func.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.functions import canonical, is_operation
 from sophq_func.patterns import PATTERNS, Fused
 from sophq_func.scheme import SCHEME_FIELDS, Override, QuantizerConfig
@@ -73,7 +73,12 @@ class Rule:
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
             raise ConfigError(explain("Rule", "this name", got=self.name, allowed="a module path, quantizer name or glob"))
         for role in ("weight", "activation"):
-            _check_half("Rule", role, getattr(self, role))
+            raise_all(_wrong_half("Rule", role, getattr(self, role)))
+        for flag in ("requests", "observe_only", "optional"):
+            if not isinstance(getattr(self, flag), bool | None):
+                raise ConfigError(explain("Rule", flag, got=getattr(self, flag), allowed="True, False or None"))
+        if self.where is not None and not callable(self.where):
+            raise ConfigError(explain("Rule", "this where", got=self.where, allowed="a function of a Site"))
         check_type_key(self.type, "Rule")
 
     def __repr__(self) -> str:
@@ -130,23 +135,33 @@ class QuantConfig:
     leaf_module: tuple[type, ...] = ()
 
     def __post_init__(self) -> None:
+        raise_all(self._problems())
         if self.chip is not None:
             object.__setattr__(self, "chip", CHIPS.canonical(self.chip))
         if self.strategy is None:
             object.__setattr__(self, "strategy", "Dataflow" if self.chip is None else "CNN")
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(unknown("QuantConfig", "strategy", self.strategy, STRATEGIES))
-        if self.quantmode not in QUANTMODES:
-            raise ConfigError(unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES))
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "leaf_module", tuple(self.leaf_module))
         if self.quantmode == "weight_only" and self.strategy == "CNN":
             fix = 'strategy="Transformer" or quantmode="weight_activation"'
             raise ConfigError(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
-        object.__setattr__(self, "rules", tuple(self.rules))
+
+    def _problems(self) -> list[str]:
+        """What is wrong with each field by itself."""
+        found = []
+        if self.chip is not None and (not isinstance(self.chip, str) or self.chip not in CHIPS):
+            found.append(unknown("QuantConfig", "chip", self.chip, CHIPS.spellings()))
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            found.append(unknown("QuantConfig", "strategy", self.strategy, STRATEGIES))
+        if self.quantmode not in QUANTMODES:
+            found.append(unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES))
         for role in ("weight", "activation"):
-            _check_half("QuantConfig", role, getattr(self, role))
-        for rule in self.rules:
-            if not isinstance(rule, Rule):
-                raise ConfigError(explain("QuantConfig.rules", "this entry", got=rule, allowed="sq.Rule(...)"))
+            found += _wrong_half("QuantConfig", role, getattr(self, role))
+        for name, cls, allowed in (("rules", Rule, "a tuple of sq.Rule"), ("leaf_module", type, "a tuple of classes")):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list) or not all(isinstance(item, cls) for item in value):
+                found.append(explain("QuantConfig", name, got=value, allowed=allowed, fix=f"{name}=(...,)"))
+        return found
 
     @property
     def spec(self) -> ChipSpec:
@@ -181,10 +196,11 @@ class QuantConfig:
         return f"config {role}"
 
 
-def _check_half(where: str, role: str, value: object) -> None:
-    if not isinstance(value, QuantizerConfig | Override | None | _Unset):
-        allowed = "sq.override(...), a QuantizerConfig or None"
-        raise ConfigError(explain(where, f"{role}={value!r}", got=type(value).__name__, allowed=allowed))
+def _wrong_half(where: str, role: str, value: object) -> list[str]:
+    if isinstance(value, QuantizerConfig | Override | None | _Unset):
+        return []
+    allowed = "sq.override(...), a QuantizerConfig or None"
+    return [explain(where, f"{role}={value!r}", got=type(value).__name__, allowed=allowed)]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ class PerChannel:
 
     axis: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_axis(self)
+
 
 @dataclass(frozen=True)
 class PerGroup:
@@ -39,8 +42,15 @@ class PerGroup:
     size: int = 128
 
     def __post_init__(self) -> None:
+        _check_axis(self)
         if not isinstance(self.size, int) or self.size < 1:
             raise ConfigError(explain("PerGroup", "this size", got=self.size, allowed="an int >= 1"))
+
+
+def _check_axis(granularity: PerChannel | PerGroup) -> None:
+    if not isinstance(granularity.axis, int | None):
+        where = type(granularity).__name__
+        raise ConfigError(explain(where, "this axis", got=granularity.axis, allowed="an int, or None"))
 
 
 Granularity = PerTensor | PerChannel | PerGroup
@@ -133,10 +143,24 @@ class QuantizerConfig:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        for name, cls in (("scheme", QScheme), ("observer", Spec), ("fake_quantize", Spec)):
-            if not isinstance(getattr(self, name), cls):
-                got = getattr(self, name)
-                raise ConfigError(explain("QuantizerConfig", f"this {name}", got=got, allowed=f"a {cls.__name__}"))
+        for field in fields(self):
+            _check_field("QuantizerConfig", field.name, getattr(self, field.name))
+
+
+FIELD_TYPES: Mapping[str, type] = {
+    "scheme": QScheme,
+    "observer": Spec,
+    "fake_quantize": Spec,
+    "observe_only": bool,
+    "optional": bool,
+}
+
+
+def _check_field(where: str, name: str, value: object) -> None:
+    """Raise a :class:`ConfigError` for a field of a :class:`QuantizerConfig` of the wrong type."""
+    cls = FIELD_TYPES[name]
+    if not isinstance(value, cls):
+        raise ConfigError(explain(where, f"this {name}", got=value, allowed=f"a {cls.__name__}"))
 
 
 OVERRIDE_FIELDS = (*SCHEME_FIELDS, *(f.name for f in fields(QuantizerConfig)))
@@ -178,6 +202,8 @@ def override(**values: Any) -> Override:
     for name in values:
         if name not in OVERRIDE_FIELDS:
             raise ConfigError(unknown("override", "field", name, OVERRIDE_FIELDS))
+        if name in FIELD_TYPES:
+            _check_field("override", name, values[name])
     if "bits" in values:
         values["bits"] = as_bits(values["bits"], "override")
     return Override(tuple(sorted(values.items())))

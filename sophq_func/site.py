@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Role = Literal["weight", "activation"]
@@ -75,12 +75,28 @@ class Site:
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Site:
-        """The inverse of :meth:`to_data`."""
-        return Site(**{key: _tuples(value) for key, value in data.items()})
+        """The inverse of :meth:`to_data`; a ``TypeError`` names a field that is missing, unknown or of a wrong type."""
+        names = {field.name for field in fields(Site)}
+        if data.keys() != names:
+            raise TypeError(f"a site has the fields {sorted(names)}, got {sorted(data)}")
+        return Site(**{key: _checked(key, value) for key, value in data.items()})
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+ITEMS: Mapping[str, tuple[type, ...]] = {"anchor": (str, str, int)}
+"""Types of the items of tuples that have a fixed length; those of ``shape`` are ints, of all others strings."""
+
+
+def _checked(name: str, value: Any) -> Any:
+    default = getattr(Site(quantizer="", role="weight"), name)
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        expected = ITEMS.get(name, (int if name == "shape" else str,) * len(value))
+        good = len(value) == len(expected) and all(map(isinstance, value, expected))
+        value = tuple(value)
+    else:
+        good = type(value) is type(default)
+    if not good:
+        raise TypeError(f"{name} of a site cannot be {value!r}")
+    return value
 
 
 def class_names(cls: type) -> tuple[str, ...]:

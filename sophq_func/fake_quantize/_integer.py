@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sophq_func.affine import Order, fake_quantize, positive
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.errors import ConfigError, explain
 from sophq_func.pytree import tree_map
 from sophq_func.scheme import PerTensor, QScheme
 
@@ -53,6 +54,9 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
       >>> sq.fake_quantizer("LearnableFakeQuantize", use_grad_scaling=False).learnable
       ('scale', 'zero_point')
     """
+
+    if not isinstance(use_grad_scaling, bool):
+        raise ConfigError(explain("learnable", "use_grad_scaling", got=use_grad_scaling, allowed="True or False"))
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
