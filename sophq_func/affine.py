@@ -24,14 +24,15 @@ Order = Literal["kernel", "expression"]
 
 
 def ste(x: Tensor, y: Tensor) -> Tensor:
-    """The value of ``y`` with the gradient of ``x`` (straight-through; Bengio et al. 2013, arXiv:1308.3432).
+    """The value of ``y`` with the gradient of ``x`` where that is finite (Bengio et al. 2013, arXiv:1308.3432).
 
     Example:
       >>> x = torch.tensor(0.7, requires_grad=True)
       >>> y = ste(x, x.round()); y.backward(); y.item(), x.grad.item()
       (1.0, 1.0)
     """
-    return y.detach() + (x - x.detach())
+    finite = torch.where(torch.isfinite(x), x, 0)
+    return y.detach() + (finite - finite.detach())
 
 
 def working(x: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     return lo.float(), hi.float()
 
 
-def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme) -> QParams:
+def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool | None = None) -> QParams:
     """Scale and zero point whose grid covers ``[lo, hi]`` and 0 (semantics.md 3.1).
 
     With ``m- = min(lo, 0)``, ``m+ = max(hi, 0)``: symmetric ``s = max(-m-, m+) / ((qmax - qmin) / 2)``; affine
@@ -104,6 +105,7 @@ def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme) -> QParams:
       lo: lower bounds, float32, scale-shaped.
       hi: upper bounds, same shape.
       scheme: the grid.
+      pot_scale: instead of the scheme's.
 
     Returns:
       :class:`QParams` shaped like ``lo``; the scale is NaN where a bound is not finite.
@@ -123,8 +125,8 @@ def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme) -> QParams:
         width = hi - lo
         scale = torch.where(torch.isinf(width), hi / steps - lo / steps, width / steps)
     scale = scale.clamp(min=EPS)
-    if scheme.pot_scale:
-        scale = torch.exp2(torch.log2(scale).round())
+    if scheme.pot_scale if pot_scale is None else pot_scale:
+        scale = torch.exp2(torch.log2(scale).round().clamp(max=127))
     if scheme.symmetric:
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
     else:
@@ -185,23 +187,23 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order) ->
     work = working(x)
     low, high = (expand(b, x, granularity) if isinstance(b, Tensor) else b for b in bounds(qparams, scheme))
     scale = expand(qparams.scale, x, granularity)
-    ratio = work / scale
     zero = None if scheme.symmetric else _zero_point(qparams, scheme, x, low, high)
-    code = _code(work * (1 / scale) if order == "kernel" else ratio, zero, order)
+    code = _code(work.detach(), scale.detach(), None if zero is None else zero.detach(), order)
     inside = (code >= low) & (code <= high)
     within, beyond = code, _clamp(code, low, high)
     if zero is not None:
         within, beyond = (code - zero).detach(), beyond - zero
+    ratio = torch.where(inside, work, 0) / scale
     level = torch.where(inside, within + (ratio - ratio.detach()), beyond)
     return (scale * level).to(x.dtype)
 
 
-def _code(ratio: Tensor, zero: Tensor | None, order: Order) -> Tensor:
-    """The rounded, unclamped code; a constant."""
-    ratio = ratio.detach()
+def _code(x: Tensor, scale: Tensor, zero: Tensor | None, order: Order) -> Tensor:
+    """The rounded code, not clamped; a constant."""
+    ratio = x * (1 / scale) if order == "kernel" else x / scale
     if zero is None:
         return ratio.round()
-    return ratio.round() + zero.detach() if order == "kernel" else (ratio + zero.detach()).round()
+    return ratio.round() + zero if order == "kernel" else (ratio + zero).round()
 
 
 def _clamp(code: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 def round_to_float8(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest value of a float8 type, saturating at its largest finite value; NaN stays NaN. No gradient.
 
+    float64 is rounded to float32 on the way.
+
     Differs from sophgo-mq: subnormals lie on the grid of the standard and are not flushed, NaN is kept.
 
     Example:

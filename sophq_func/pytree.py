@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+import optree
 import torch
 from torch import Tensor
 from torch.utils import _pytree
@@ -35,8 +36,8 @@ def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """All leaves, in the order in which ``torch.func`` sees them."""
-    return _pytree.tree_leaves(tree)
+    """All leaves, dicts in sorted key order."""
+    return optree.tree_leaves(tree, none_is_leaf=True)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -48,7 +49,7 @@ def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a tree; plain dataclasses are walked too."""
     found: list[Tensor] = []
-    for leaf in leaves(tree):
+    for leaf in _pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif is_dataclass(leaf) and not isinstance(leaf, type):

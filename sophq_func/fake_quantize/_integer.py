@@ -41,7 +41,8 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
 
     Forward as :func:`fixed` per tensor; per channel and per group in expression order, ``round(x / s + z)``. Gradients
     as :func:`sophq_func.affine.fake_quantize` states, those of scale and zero point times
-    ``g = 1 / sqrt(numel(x) / scales * p)``. The scale in force is ``max(|s|, 2 ** -23)``, straight through the floor.
+    ``g = 1 / sqrt(numel(x) / scales * p)``; per channel and per group this may turn the scale in the forward into a
+    neighbouring float, as in sophgo-mq. The scale in force is ``max(|s|, 2 ** -23)``, straight through the floor.
 
     Args:
       use_grad_scaling: multiply the gradients of scale and zero point by ``g``; else ``g = 1``.

@@ -63,7 +63,7 @@ def minmax() -> Observer:
     """
 
     def update(state: MinMaxState, x: Tensor, scheme: QScheme) -> MinMaxState:
-        return widen(state, *min_max(x, scheme.granularity))
+        return widen(state, *min_max(x, scheme.granularity)) if x.numel() else state
 
     return Observer(init_min_max, update, merge_min_max, range_qparams)
 

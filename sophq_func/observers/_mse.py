@@ -11,9 +11,13 @@ from sophq_func.errors import ConfigError, explain
 from sophq_func.observers._minmax import MinMaxState, init_min_max, merge_min_max, range_qparams, widen
 from sophq_func.scheme import PerTensor, QScheme
 
-STEP = 0.01
 CANDIDATES_PER_TENSOR = 95
 CANDIDATES_PER_CHANNEL = 80
+WORST = 1e10
+"""A candidate must do better than this; otherwise the full range stays."""
+
+AT_ONCE = 2**22
+"""How many elements the candidates that are tried at once may have together."""
 
 
 def search_range(x: Tensor, scheme: QScheme, p: float) -> tuple[Tensor, Tensor]:
@@ -32,21 +36,20 @@ def search_range(x: Tensor, scheme: QScheme, p: float) -> tuple[Tensor, Tensor]:
     flat = rows(x.detach(), scheme.granularity).float()
     lo, hi = min_max(x, scheme.granularity)
     count = CANDIDATES_PER_TENSOR if isinstance(scheme.granularity, PerTensor) else CANDIDATES_PER_CHANNEL
-    best, best_lo, best_hi = torch.full_like(lo, 1e10), lo, hi
-    for i in range(count):
-        shrink = 1.0 - STEP * i
-        qparams = range_to_qparams(lo * shrink, hi * shrink, _without_pot(scheme))
-        scale, zero = qparams.scale.unsqueeze(-1), qparams.zero_point.unsqueeze(-1)
-        score = (round_to_grid(flat, scale, zero, scheme) - flat).abs().pow(p).mean(-1)
-        better = score < best
-        best = torch.where(better, score, best)
-        best_lo = torch.where(better, lo * shrink, best_lo)
-        best_hi = torch.where(better, hi * shrink, best_hi)
-    return best_lo, best_hi
+    shrink = torch.tensor([1.0 - 0.01 * i for i in range(count)], dtype=torch.float32, device=x.device)
+    shrink = shrink.reshape([-1] + [1] * lo.ndim)
+    parts = torch.split(shrink, max(1, AT_ONCE // flat.numel()))
+    scores = torch.cat([_scores(flat, lo * part, hi * part, scheme, p) for part in parts])
+    least, index = scores.min(dim=0)
+    best = torch.where(least < WORST, shrink.flatten()[index], 1.0)
+    return lo * best, hi * best
 
 
-def _without_pot(scheme: QScheme) -> QScheme:
-    return QScheme(bits=scheme.bits, symmetric=scheme.symmetric, symmetric_range=scheme.symmetric_range)
+def _scores(flat: Tensor, lo: Tensor, hi: Tensor, scheme: QScheme, p: float) -> Tensor:
+    """Mean error of each candidate range, ``(candidates, *scale shape)``."""
+    qparams = range_to_qparams(lo, hi, scheme, pot_scale=False)
+    rounded = round_to_grid(flat, qparams.scale.unsqueeze(-1), qparams.zero_point.unsqueeze(-1), scheme)
+    return (rounded - flat).abs().pow(p).mean(-1)
 
 
 @OBSERVERS.register("mse", "MSEObserver")

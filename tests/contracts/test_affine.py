@@ -1,0 +1,186 @@
+"""The arithmetic of uniform grids against its formulas, written again in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sophq_func as sq
+from sophq_func import affine
+from tests.contracts import KINDS, MIXED, SHAPE, assert_same, over_granularities, sample
+
+ALL_KINDS = KINDS | MIXED
+EPS = np.float32(2.0**-23)
+quick = settings(derandomize=True, deadline=None, max_examples=200)
+ends = st.floats(-(2.0**40), 2.0**40, width=32)
+kinds = st.sampled_from(list(ALL_KINDS.values()))
+widths = st.integers(2, 16)
+reversible = pytest.mark.parametrize("kind", ["symmetric", "affine", "narrow"])
+
+
+def grid(lo: float, hi: float, scheme: sq.QScheme) -> tuple[Any, int]:
+    """Scale and zero point of the documented formula, float32 throughout."""
+    low, high = np.float32(min(lo, 0.0)), np.float32(max(hi, 0.0))
+    steps = np.float32(scheme.qmax - scheme.qmin)
+    scale = max(max(-low, high) / (steps / 2) if scheme.symmetric else (high - low) / steps, EPS)
+    if scheme.pot_scale:
+        scale = np.exp2(np.rint(np.log2(scale)))
+    zero = 0 if scheme.symmetric else int(np.clip(scheme.qmin - np.rint(low / scale), scheme.qmin, scheme.qmax))
+    return np.float32(scale), zero
+
+
+@quick
+@given(a=ends, b=ends, bits=widths, kind=kinds)
+def test_scale_and_zero_point_follow_the_formula(a: float, b: float, bits: int, kind: dict[str, bool]) -> None:
+    scheme, (lo, hi) = sq.QScheme(bits=bits, **kind), sorted((a, b))
+    scale, zero_point, extras = affine.range_to_qparams(torch.tensor(lo), torch.tensor(hi), scheme)
+    expected, zero = grid(lo, hi, scheme)
+    assert (scale.item(), zero_point.item(), extras) == (expected.item(), zero, {})
+    assert (scale.dtype, zero_point.dtype) == (torch.float32, torch.int32)
+
+
+@quick
+@given(a=ends, b=ends, bits=widths, kind=kinds)
+def test_the_grid_covers_the_range_to_half_a_step_and_holds_zero(
+    a: float, b: float, bits: int, kind: dict[str, bool]
+) -> None:
+    scheme, (lo, hi) = sq.QScheme(bits=bits, **kind), sorted((a, b))
+    scale, zero, _ = affine.range_to_qparams(torch.tensor(lo), torch.tensor(hi), scheme)
+    first, last = ((bound - zero.item()) * scale.double().item() for bound in (scheme.qmin, scheme.qmax))
+    assert first <= 0.0 <= last
+    if not scheme.pot_scale:  # a power of two may lie below the scale by sqrt(2), and clips then
+        room = scale.item() * (0.5 + 1e-2)  # 2 ** 16 codes of float32: an error of 2 ** -8 steps
+        assert first - room <= min(lo, 0.0)
+        assert max(hi, 0.0) <= last + room
+
+
+@quick
+@given(a=ends, b=ends, bits=widths, symmetric=st.booleans())
+def test_a_power_of_two_scale_is_the_nearest_in_its_exponent(a: float, b: float, bits: int, symmetric: bool) -> None:
+    lo, hi = (torch.tensor(v) for v in sorted((a, b)))
+    plain = affine.range_to_qparams(lo, hi, sq.QScheme(bits=bits, symmetric=symmetric)).scale
+    power = affine.range_to_qparams(lo, hi, sq.QScheme(bits=bits, symmetric=symmetric, pot_scale=True)).scale
+    mantissa, _ = torch.frexp(power)
+    assert mantissa == 0.5
+    assert 2**-0.5 - 1e-6 <= (power / plain).item() <= 2**0.5 + 1e-6
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(
+    ("lo", "hi"),
+    [(torch.nan, 1.0), (-1.0, torch.nan), (-torch.inf, 1.0), (-1.0, torch.inf), (torch.inf, 1.0), (torch.inf, -torch.inf)],
+)
+def test_a_range_that_is_not_finite_has_no_scale(kind: str, lo: float, hi: float) -> None:
+    lows, highs = torch.tensor([lo, -1.0]), torch.tensor([hi, 1.0])
+    scale = affine.range_to_qparams(lows, highs, sq.QScheme(**ALL_KINDS[kind])).scale
+    assert scale.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 3e38, 3.4e38])
+def test_every_finite_range_has_a_finite_positive_scale(kind: str, bits: int, size: float) -> None:
+    lo, hi = torch.tensor([-size, 0.0, -size, size]), torch.tensor([size, size, 0.0, size])
+    scale = affine.range_to_qparams(lo, hi, sq.QScheme(bits=bits, **ALL_KINDS[kind])).scale
+    assert bool((scale.isfinite() & (scale >= affine.EPS)).all())
+
+
+@reversible
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_range_and_its_qparams_say_the_same(kind: str, bits: int) -> None:
+    scheme = sq.QScheme(bits=bits, **ALL_KINDS[kind])
+    qparams = affine.range_to_qparams(torch.tensor([-0.7, -3.0, 0.2]), torch.tensor([2.0, -1.0, 0.9]), scheme)
+    again = affine.range_to_qparams(*affine.qparams_to_range(qparams, scheme), scheme)
+    assert_same(again, qparams, rtol=1e-6, atol=0.0)
+
+
+@over_granularities
+def test_rows_undo_what_expand_does(scheme: sq.QScheme) -> None:
+    x = sample(0)
+    cut = affine.rows(x, scheme.granularity)
+    values = torch.arange(float(cut.shape[:-1].numel())).reshape(cut.shape[:-1])
+    full = affine.expand(values, x, scheme.granularity).expand(SHAPE)
+    assert_same(affine.rows(full, scheme.granularity), values.unsqueeze(-1).expand(cut.shape))
+    assert sorted(cut.reshape(-1).tolist()) == sorted(x.reshape(-1).tolist())
+
+
+@pytest.mark.parametrize(("axis", "size"), [(0, 2), (1, 3), (2, 6), (-1, 4)])
+def test_groups_are_consecutive_elements_of_a_channel(axis: int, size: int) -> None:
+    x, granularity = torch.arange(24.0).reshape(SHAPE), sq.PerGroup(axis, size)
+    cut = affine.rows(x, granularity)
+    for channel in range(SHAPE[axis]):
+        assert_same(cut[channel].reshape(-1), x.select(axis, channel).reshape(-1))
+    values = torch.arange(float(cut.shape[:-1].numel())).reshape(cut.shape[:-1])
+    assert_same(affine.rows(affine.expand(values, x, granularity), granularity), values.unsqueeze(-1).expand(cut.shape))
+
+
+def test_an_axis_may_be_counted_from_the_back() -> None:
+    x = sample(0)
+    for size in (None, 4):
+        front, back = (sq.PerChannel(a) if size is None else sq.PerGroup(a, size) for a in (2, -1))
+        assert_same(affine.rows(x, front), affine.rows(x, back))
+        values = affine.min_max(x, front)[1]
+        assert_same(affine.expand(values, x, front), affine.expand(values, x, back))
+
+
+@over_granularities
+def test_minimum_and_maximum_are_those_of_each_row(scheme: sq.QScheme) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = sample(0, dtype=dtype)
+        lo, hi = affine.min_max(x, scheme.granularity)
+        cut = affine.rows(x, scheme.granularity)
+        assert_same((lo, hi), (cut.amin(-1).float(), cut.amax(-1).float()))
+
+
+def test_what_does_not_fit_a_tensor_is_refused_with_its_shape() -> None:
+    x = sample(0)
+    with pytest.raises(sq.StateError, match=r"got 5, allowed a divisor of 8"):
+        affine.rows(x, sq.PerGroup(0, 5))
+    with pytest.raises(sq.StateError, match=r"got 3\. Fix: PerTensor\(\)"):
+        affine.rows(x, sq.PerChannel(3))
+    with pytest.raises(sq.StateError, match=r"got \(4,\), allowed \(3,\)"):
+        affine.expand(torch.ones(4), x, sq.PerChannel(0))
+    with pytest.raises(sq.StateError, match=r"got \(3, 4\), allowed \(3, 2\)"):
+        affine.expand(torch.ones(3, 4), x, sq.PerGroup(0, 4))
+
+
+def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other() -> None:
+    x, y = sample(0), sample(1)
+    value, pull = torch.func.vjp(affine.ste, x, y)
+    assert_same(value, y)
+    assert_same(pull(sample(2)), (sample(2), torch.zeros(SHAPE)))
+
+
+@pytest.mark.parametrize(
+    ("scale", "size", "slope"),
+    [(2.0, 2.0, 1.0), (-2.0, 2.0, -1.0), (0.0, 2.0**-23, 1.0), (1e-12, 2.0**-23, 1.0), (-1e-12, 2.0**-23, -1.0)],
+)
+def test_the_scale_in_force_is_a_size_with_a_floor_that_gradients_pass(scale: float, size: float, slope: float) -> None:
+    value, pull = torch.func.vjp(affine.positive, torch.tensor(scale))
+    assert value == size
+    assert pull(torch.tensor(1.0))[0] == slope
+
+
+def test_rounding_to_the_grid_is_in_kernel_order() -> None:
+    scheme = sq.QScheme(bits=4, symmetric=False)
+    x, one = torch.tensor([-2.0, 0.5, 1.5, 20.0]), torch.tensor(1.0)
+    assert affine.round_to_grid(x, one, torch.tensor(1), scheme).tolist() == [-1.0, 0.0, 2.0, 14.0]
+
+
+@pytest.mark.parametrize(("order", "expected"), [("kernel", [0.0, 2.0, 2.0]), ("expression", [1.0, 1.0, 3.0])])
+def test_the_orders_differ_at_ties_where_the_zero_point_is_odd(order: Any, expected: list[float]) -> None:
+    qparams = sq.QParams(torch.tensor(1.0), torch.tensor(1, dtype=torch.int32), {})
+    y = affine.fake_quantize(torch.tensor([0.5, 1.5, 2.5]), qparams, sq.QScheme(symmetric=False), order)
+    assert y.tolist() == expected
+
+
+def test_a_learned_zero_point_is_clamped_and_then_rounded_half_to_even() -> None:
+    scheme, x = sq.QScheme(bits=4, symmetric=False), torch.tensor([-100.0, 100.0])
+    for zero, whole in ((2.5, 2.0), (3.5, 4.0), (-3.0, 0.0), (99.0, 15.0)):
+        y = affine.fake_quantize(x, sq.QParams(torch.tensor(1.0), torch.tensor(zero), {}), scheme, "kernel")
+        assert y.tolist() == [0.0 - whole, 15.0 - whole]

@@ -1,0 +1,120 @@
+"""Rules of the source itself: what is never written, what is always said, and who may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sophq_func as sq
+
+ROOT = Path(sq.__file__).parent
+FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
+over_files = pytest.mark.parametrize("file", FILES)
+EXPORTED = frozenset(
+    "CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph Observer PerChannel PerGroup PerTensor Plan PlanError QParams "
+    "QScheme QuantConfig Quantized QuantizerConfig Rule Site Spec StateError build fake_quantize fake_quantizer fidelity "
+    "from_dicts merge observer observers override params_of patterns plan prepare_by_platform quantize trace".split()
+)
+HEAVY = frozenset(("rich", "matplotlib", "sklearn", "safetensors", "transformers"))
+
+
+def exported() -> dict[str, object]:
+    """What the package and its modules of pieces offer, by dotted name."""
+    found = {name: getattr(sq, name) for name in EXPORTED}
+    for module in (sq.observers, sq.fake_quantize):
+        found |= {f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
+    return found
+
+
+CLASSES = {name for name, value in exported().items() if isinstance(value, type)}
+FUNCTIONS = {name for name, value in exported().items() if callable(value)} - CLASSES
+
+
+def mentions(tree: ast.Module) -> Iterator[str]:
+    """Every dotted module or name that a file imports, and every attribute and name that it reads."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name):
+            yield node.id
+
+
+def owners(*words: str) -> set[str]:
+    """The files that mention one of ``words`` as a part of a dotted name."""
+    return {file for file, tree in FILES.items() if any(set(name.split(".")) & set(words) for name in mentions(tree))}
+
+
+@over_files
+def test_nothing_is_printed_nothing_global_and_no_exception_caught_blindly(file: str) -> None:
+    for node in ast.walk(FILES[file]):
+        assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"), node.lineno
+        assert not isinstance(node, ast.Global), node.lineno
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), node.lineno
+
+
+@over_files
+def test_every_file_says_what_it_is(file: str) -> None:
+    assert ast.get_docstring(FILES[file])
+
+
+@over_files
+def test_every_public_definition_has_a_docstring(file: str) -> None:
+    for node in FILES[file].body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
+def test_the_exported_names_are_these() -> None:
+    assert {name for name in vars(sq) if not name.startswith("_")} - submodules() == EXPORTED
+
+
+def submodules() -> set[str]:
+    """Modules become attributes of the package when they are imported; those meant for users are in ``EXPORTED``."""
+    return {Path(file).parts[0].removesuffix(".py") for file in FILES} - EXPORTED
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES | FUNCTIONS))
+def test_everything_exported_has_a_docstring(name: str) -> None:
+    documentation = exported()[name].__doc__
+    assert documentation
+    assert not documentation.startswith(f"{name}("), "the text that a NamedTuple or dataclass makes up"
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_every_exported_function_shows_an_example(name: str) -> None:
+    assert "Example:" in str(exported()[name].__doc__)
+    assert ">>> " in str(exported()[name].__doc__)
+
+
+def test_the_package_imports_nothing_of_its_extras() -> None:
+    code = "import sys, sophq_func; sys.stdout.write(' '.join({name.partition('.')[0] for name in sys.modules}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    loaded = set(found.stdout.split())
+    assert "torch" in loaded
+    assert not HEAVY & loaded
+
+
+def test_one_file_knows_the_tree_libraries() -> None:
+    assert owners("optree", "_pytree") == {"pytree.py"}
+
+
+def test_one_file_calls_modules_functionally() -> None:
+    assert owners("functional_call") == {"intercept.py"}
+
+
+def test_no_piece_of_arithmetic_knows_modules_or_names() -> None:
+    inner = [f for f in FILES if f in ("affine.py", "formats.py") or f.startswith(("observers/", "fake_quantize/"))]
+    below = {"affine", "formats", "observers", "fake_quantize", "base", "scheme", "registry", "pytree", "errors"}
+    for file in inner:
+        for name in mentions(FILES[file]):
+            assert not name.startswith("sophq_func.") or name.split(".")[1] in below, (file, name)
+            assert not name.startswith("torch.nn"), (file, name)

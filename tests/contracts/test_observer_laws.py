@@ -1,0 +1,259 @@
+"""What every registered observer obeys, on every granularity and kind of scheme."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+import sophq_func as sq
+from sophq_func.base import OBSERVERS
+from tests.contracts import (
+    SHAPE,
+    assert_same,
+    compiled,
+    over_granularities,
+    over_kinds,
+    over_schemes,
+    pick,
+    sample,
+    stack,
+    unchanged,
+)
+
+over_observers = pytest.mark.parametrize("name", OBSERVERS.names())
+EXTREMES = {
+    "constant": (torch.float32, 1.5),
+    "negative": (torch.float32, -1.5),
+    "zero": (torch.float32, 0.0),
+    "tiny": (torch.float32, 1e-38, -1e-38),
+    "huge": (torch.float32, 3e38),
+    "huge both ways": (torch.float32, 3e38, -3e38),
+    "half tiny": (torch.float16, 6e-8, -6e-8),
+    "half huge": (torch.float16, 65504.0, -65504.0),
+    "bfloat16 huge": (torch.bfloat16, 3e38, -3e38),
+}
+
+
+def after(observer: sq.Observer, scheme: sq.QScheme, *batches: Tensor) -> Any:
+    state = observer.init(batches[0], scheme)
+    for x in batches:
+        state = observer.update(state, x, scheme)
+    return state
+
+
+@functools.cache
+def seen(name: str, scheme: sq.QScheme, *seeds: int) -> Any:
+    """The state after some samples; shared between tests, which is safe as long as nothing writes to a state."""
+    return after(sq.observer(name), scheme, *map(sample, seeds))
+
+
+def merges(observer: sq.Observer, state: Any) -> bool:
+    try:
+        observer.merge(state, state)
+    except sq.StateError:
+        return False
+    return True
+
+
+@over_observers
+@over_schemes
+def test_inputs_stay_as_they_are(name: str, scheme: sq.QScheme) -> None:
+    observer, x, state = sq.observer(name), sample(1), seen(name, scheme, 0)
+    with unchanged(x, state):
+        observer.init(x, scheme)
+        observer.update(state, x, scheme)
+        observer.qparams(state, scheme)
+        if merges(observer, state):
+            observer.merge(state, observer.init(x, scheme))
+
+
+@over_observers
+@over_schemes
+def test_equal_inputs_give_equal_bits(name: str, scheme: sq.QScheme) -> None:
+    assert_same(after(sq.observer(name), scheme, sample(0)), seen(name, scheme, 0))
+
+
+@over_observers
+@over_granularities
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_shapes_and_dtypes_of_a_state_are_stable(name: str, scheme: sq.QScheme, dtype: torch.dtype) -> None:
+    observer = sq.observer(name)
+    first = observer.init(sample(0, dtype=dtype), scheme)
+    last = after(observer, scheme, sample(0, dtype=dtype), sample(1, dtype=dtype))
+    assert type(first) is type(last)
+    for before, now in zip(first, last, strict=True):
+        assert (before.shape, before.dtype, before.device) == (now.shape, now.dtype, now.device)
+        assert now.dtype == torch.float32 or not now.is_floating_point()
+
+
+@over_observers
+@over_granularities
+def test_init_does_not_look_at_values(name: str, scheme: sq.QScheme) -> None:
+    observer = sq.observer(name)
+    assert_same(observer.init(sample(0), scheme), observer.init(torch.full(SHAPE, torch.nan), scheme))
+
+
+@over_observers
+@over_granularities
+def test_no_gradient_flows_into_statistics(name: str, scheme: sq.QScheme) -> None:
+    state = after(sq.observer(name), scheme, sample(0).requires_grad_())
+    assert_same(state, seen(name, scheme, 0))
+    assert not any(leaf.requires_grad for leaf in state)
+
+
+@over_observers
+@over_schemes
+def test_qparams_have_the_shape_of_the_granularity(name: str, scheme: sq.QScheme) -> None:
+    observer = sq.observer(name)
+    scale, zero_point, extras = observer.qparams(seen(name, scheme, 0), scheme)
+    expected = {sq.PerTensor(): (), sq.PerChannel(0): (3,), sq.PerChannel(1): (4,), sq.PerGroup(0, 4): (3, 2)}
+    assert scale.shape == zero_point.shape == expected[scheme.granularity]
+    assert (scale.dtype, zero_point.dtype, list(extras)) == (torch.float32, torch.int32, sorted(extras))
+    assert bool(((zero_point >= scheme.qmin) & (zero_point <= scheme.qmax)).all())
+
+
+@over_observers
+@over_schemes
+def test_vmap_equals_the_loop(name: str, scheme: sq.QScheme) -> None:
+    observer, xs = sq.observer(name), torch.stack([sample(2), sample(3)])
+    fresh = torch.vmap(lambda x: observer.init(x, scheme))(xs)
+    states = stack([seen(name, scheme, 0), seen(name, scheme, 1)])
+    states = torch.vmap(lambda s, x: observer.update(s, x, scheme))(states, xs)
+    qparams = torch.vmap(lambda s: observer.qparams(s, scheme))(states)
+    for i in range(2):
+        expected = seen(name, scheme, i, 2 + i)
+        assert_same(pick(fresh, i), observer.init(xs[i], scheme))
+        assert_same(pick(states, i), expected, rtol=1e-6, atol=0.0)  # sums may be taken in another order
+        assert_same(pick(qparams, i), observer.qparams(expected, scheme), rtol=1e-6, atol=0.0)
+
+
+@over_observers
+@over_granularities
+def test_both_tree_libraries_read_states_and_qparams_alike(name: str, scheme: sq.QScheme) -> None:
+    observer, state = sq.observer(name), seen(name, scheme, 0)
+    for tree in (state, observer.qparams(state, scheme)):
+        ours, spec = _pytree.tree_flatten(tree)
+        theirs, treedef = optree.tree_flatten(tree)
+        assert [id(leaf) for leaf in ours] == [id(leaf) for leaf in theirs]
+        assert all(isinstance(leaf, Tensor) for leaf in ours)
+        for back in (_pytree.tree_unflatten(ours, spec), optree.tree_unflatten(treedef, theirs)):
+            assert_same(back, tree)
+
+
+@over_observers
+@over_granularities
+@pytest.mark.parametrize("shape", [(0, 4, 2), (3, 0, 2), (3, 4, 0), (0,)], ids=str)
+def test_an_empty_tensor_leaves_the_state_as_it_is(name: str, scheme: sq.QScheme, shape: tuple[int, ...]) -> None:
+    if len(shape) == 1 and scheme.granularity == sq.PerChannel(1):
+        shape = (3, 0)
+    observer = sq.observer(name)
+    for state in (observer.init(sample(0), scheme), seen(name, scheme, 0)):
+        assert_same(observer.update(state, torch.empty(shape), scheme), state)
+
+
+@over_observers
+@over_kinds
+@pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES.keys())
+def test_extreme_values_give_a_finite_positive_scale(name: str, scheme: sq.QScheme, values: tuple[Any, ...]) -> None:
+    observer, (dtype, *numbers) = sq.observer(name), values
+    x = torch.tensor(numbers, dtype=dtype).repeat(24 // len(numbers)).reshape(SHAPE)
+    scale = observer.qparams(after(observer, scheme, x), scheme).scale
+    assert bool((torch.isfinite(scale) & (scale > 0)).all())
+
+
+@over_observers
+@over_schemes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_refused_in_eager_and_nan_under_vmap(
+    name: str, scheme: sq.QScheme, value: float
+) -> None:
+    observer, bad = sq.observer(name), sample(0)
+    bad[1, 2, 1] = value
+    states = [seen(name, scheme, 0, 1), after(observer, scheme, bad, sample(1))]
+    with pytest.raises(sq.StateError, match=name):
+        observer.qparams(states[1], scheme)
+    batched = torch.vmap(lambda s: observer.qparams(s, scheme))(stack(states))
+    assert_same(pick(batched, 0), observer.qparams(states[0], scheme))
+    touched = {sq.PerTensor(): (), sq.PerChannel(0): 1, sq.PerChannel(1): 2, sq.PerGroup(0, 4): (1, 1)}
+    expected = torch.zeros_like(batched.scale[1], dtype=torch.bool)
+    expected[touched[scheme.granularity]] = True
+    assert torch.equal(batched.scale[1].isnan(), expected)
+    assert not batched.scale[1].isinf().any()
+
+
+@over_observers
+@over_schemes
+def test_what_was_never_observed_is_refused_in_eager_and_nan_under_vmap(name: str, scheme: sq.QScheme) -> None:
+    observer = sq.observer(name)
+    state = observer.init(sample(0), scheme)
+    with pytest.raises(sq.StateError, match=name):
+        observer.qparams(state, scheme)
+    assert bool(torch.vmap(lambda s: observer.qparams(s, scheme))(stack([state])).scale.isnan().all())
+
+
+@over_observers
+@over_schemes
+def test_merging_shards_equals_observing_them_in_turn_or_is_refused(name: str, scheme: sq.QScheme) -> None:
+    observer = sq.observer(name)
+    a, b, c = (seen(name, scheme, i) for i in range(3))
+    if merges(observer, a):
+        neutral, merge = observer.init(sample(0), scheme), observer.merge
+        assert_same(merge(merge(a, b), c), merge(a, merge(b, c)))
+        assert_same(merge(neutral, a), a)
+        assert_same(merge(a, neutral), a)
+        assert_same(merge(merge(a, b), c), seen(name, scheme, 0, 1, 2))
+    else:
+        forward, backward = seen(name, scheme, 0, 1, 2), seen(name, scheme, 2, 1, 0)
+        assert any(not torch.equal(f, b) for f, b in zip(forward, backward, strict=True))
+        with pytest.raises(sq.StateError, match=f"{name}: merge is not possible"):
+            observer.merge(a, b)
+
+
+@over_observers
+def test_a_compiled_update_equals_the_eager_one(name: str) -> None:
+    observer, scheme = sq.observer(name), sq.QScheme(bits=4, symmetric=False, granularity=sq.PerChannel(1))
+    state, x = seen(name, scheme, 0), sample(1)
+    update = compiled(lambda s, x: observer.update(s, x, scheme))
+    assert_same(update(state, x), observer.update(state, x, scheme), rtol=1e-6, atol=0.0)
+
+
+@over_observers
+def test_every_alias_leads_to_one_spec(name: str) -> None:
+    spec = OBSERVERS.spec(name)
+    assert getattr(sq.observers, name)() == spec
+    assert {OBSERVERS.spec(alias) for alias in OBSERVERS.aliases(name)} == {spec}
+    assert OBSERVERS.spec(name, **dict(spec.options)) == spec
+
+
+@over_observers
+def test_every_reference_name_of_an_option_means_the_own_one(name: str) -> None:
+    options = dict(OBSERVERS.spec(name).options)
+    for foreign, own in OBSERVERS.get(name).renamed.items():
+        assert OBSERVERS.spec(name, **{foreign: options[own]}) == OBSERVERS.spec(name)
+
+
+def test_a_moving_average_forgets_at_the_rate_of_its_decay() -> None:
+    observer, scheme = sq.observer("EMAMinMaxObserver", ema_ratio=0.5), sq.QScheme()
+    state = after(observer, scheme, torch.tensor([0.0, 8.0]), torch.tensor([-4.0, 4.0]), torch.tensor([0.0, 2.0]))
+    assert (state.lo, state.hi) == (-1.0, 4.0)
+
+
+def test_mse_finds_the_best_of_its_candidates() -> None:
+    x, scheme = sample(0, 50), sq.QScheme(bits=3)
+
+    def error(shrink: float) -> float:
+        scale = float(x.abs().max()) * shrink / 3.5
+        return float(((x / scale).round().clamp(-4, 3) * scale - x).square().mean())
+
+    candidates = [1.0 - 0.01 * i for i in range(95)]
+    best = min(candidates, key=error)
+    assert best < 1.0
+    state = after(sq.observer("mse"), scheme, x)
+    torch.testing.assert_close(state.hi, x.max() * best)
+    torch.testing.assert_close(state.lo, x.min() * best)
