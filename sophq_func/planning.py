@@ -45,7 +45,9 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
     if not isinstance(graphs, list | tuple) or not graphs or not all(isinstance(g, Graph) for g in graphs):
         got, allowed = type(graph).__name__, "a Graph, or a list of at least one"
         raise ConfigError(explain("plan", "this graph", got=got, allowed=allowed, fix="sq.trace(model, args)"))
-    raise_all([p for g in graphs for p in _unknown_names(g, config.rules)])
+    names = set().union(*(_names(g) for g in graphs))
+    classes = {cls.__name__ for g in graphs for cls in g.modules.values()}
+    raise_all(_unknown_names(names, classes, config.rules))
     drafts = [_Draft(g, config) for g in graphs]
     raise_all(list(dict.fromkeys(p for draft in drafts for p in draft.problems)))
     raise_all(list(dict.fromkeys(p for draft in drafts for p in draft.misfits)), PlanError)
@@ -255,15 +257,18 @@ def _activation_site(graph: Graph, node: Node, value: str) -> Site:
     )
 
 
-def _unknown_names(graph: Graph, rules: Sequence[Rule]) -> list[str]:
-    """Problems with exact names and type names in rules that the traced model does not have."""
+def _names(graph: Graph) -> set[str]:
+    """Every dotted name that a rule may use for a part of a traced model."""
     names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
     names |= {f"{value}.post_act_fake_quantizer" for value in graph.values}
     names |= {f"{node.name}.input_act_fake_quantizer" for node in graph}
     names |= {f"{p}_fake_quant" for node in graph for p in node.parameters.values()}
     names |= {f"{node.path}.weight_fake_quant" for node in graph}
-    names |= {f"{o.parameter}_fake_quant" for node in graph for o in node.operands if o.parameter}
-    classes = {cls.__name__ for cls in graph.modules.values()}
+    return names | {f"{o.parameter}_fake_quant" for node in graph for o in node.operands if o.parameter}
+
+
+def _unknown_names(names: set[str], classes: set[str], rules: Sequence[Rule]) -> list[str]:
+    """Problems with exact names and type names in rules that the traced model does not have."""
     problems = []
     for rule in rules:
         if rule.name is not None and not any(c in rule.name for c in "*?["):

@@ -277,6 +277,8 @@ class Quantized:
             piece = self._running[name]
             if piece.config.observe_only:
                 return x
+            if piece.config.optional:
+                _check_reached(name, qparams[name])
             return piece.fake_quantize.apply(x, qparams[name], piece.scheme)
 
         return effect
@@ -315,6 +317,13 @@ class Quantized:
         piece = self._running[name]
         neutral = piece.observer.init(torch.zeros((), device=leaves(state)[0].device).expand(piece.site.shape), piece.scheme)
         return all(torch.equal(a, b) for a, b in zip(leaves(neutral), leaves(state), strict=True))
+
+
+def _check_reached(name: str, qparams: QParams) -> None:
+    """A run that reaches an optional value needs what calibration may not have seen."""
+    if is_plain([qparams.scale]) and bool(qparams.scale.isnan().any()):
+        fix = "calibrate with a batch that reaches it"
+        raise StateError(f"not calibrated: {name} is optional and has seen no data, but this run reaches it. Fix: {fix}.")
 
 
 def _state_types(pieces: Mapping[str, WeightQuantizer | RunQuantizer]) -> dict[str, type]:

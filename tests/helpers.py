@@ -1,0 +1,73 @@
+"""What several test files need: a calibrated model in one call, and snapshots that notice every change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import sophq_func as sq
+from sophq_func.pytree import leaves
+
+DEFAULT = sq.QuantConfig()
+FLOAT = sq.QuantConfig(weight=None, activation=None)
+WATCHED = sq.QuantConfig(rules=(sq.Rule(name="*", observe_only=True),))
+"""Every call is intercepted and nothing is quantized."""
+
+
+class Ready(NamedTuple):
+    """A quantized model with what its methods take first."""
+
+    q: sq.Quantized
+    params: dict[str, Tensor]
+    qparams: dict[str, sq.QParams]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.q.apply(self.params, self.qparams, *args, **kwargs)
+
+
+def ready(model: nn.Module, *args: Any, config: sq.QuantConfig = DEFAULT, **kwargs: Any) -> Ready:
+    """``model``, planned and calibrated on one call."""
+    q = sq.quantize(model, config, example_args=args, example_kwargs=kwargs)
+    params = sq.params_of(model)
+    with torch.no_grad():
+        _, ostate = q.observe(params, q.init(params), *args, **kwargs)
+        return Ready(q, params, q.qparams(params, ostate))
+
+
+def same(actual: Any, expected: Any) -> None:
+    """Equal bit for bit, in structure too."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def snapshot(value: Any) -> Any:
+    """All that may not change in a model, or in a tree of dicts and tensors."""
+    if isinstance(value, nn.Module):
+        modules = {
+            path: (id(m), type(m), m.training, _attributes(m)) for path, m in value.named_modules(remove_duplicate=False)
+        }
+        return modules, snapshot(dict(value.named_parameters())), snapshot(dict(value.named_buffers()))
+    keys = list(value) if isinstance(value, dict) else None
+    return keys, [(id(x), x._version, x.requires_grad, x.dtype, _bits(x)) for x in leaves(value) if isinstance(x, Tensor)]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """``__dict__``, with the members of its dicts and lists."""
+    members = {dict: lambda v: {k: id(x) for k, x in v.items()}, list: lambda v: [id(x) for x in v]}
+    return {name: (id(v), members.get(type(v), lambda v: None)(v)) for name, v in module.__dict__.items()}
+
+
+def _bits(x: Tensor) -> list[Any]:
+    return x.detach().reshape(-1).view(torch.uint8).tolist() if x.numel() else []
+
+
+@contextmanager
+def unchanged(*values: Any) -> Iterator[None]:
+    """Fails if one of these is not, afterwards, what it was."""
+    before = [snapshot(value) for value in values]
+    yield
+    for old, value in zip(before, values, strict=True):
+        assert snapshot(value) == old
