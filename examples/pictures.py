@@ -59,18 +59,10 @@ def layer_picture(plan: sq.Plan, found: Mapping[str, sq.Fidelity], path: Path) -
     left.set_xlabel("range of values (linear to 1, logarithmic beyond)")
     right.set_xlabel("signal-to-quantization-noise ratio in dB")
     right.set_xlim(0, 1.35 * max(float(f.sqnr_db) for f in found.values()))
-    left.set_title("Each quantizer alone: range", loc="left", fontweight="bold", pad=24)
-    right.set_title("noise", loc="left", fontweight="bold", pad=24)
+    left.set_title("Each quantizer alone: range", loc="left", fontweight="bold")
+    right.set_title("noise", loc="left", fontweight="bold")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, ORANGE)]
-    left.legend(
-        handles,
-        ["weight", "activation"],
-        loc="lower left",
-        bbox_to_anchor=(0, 1.02, 1, 0),
-        ncols=2,
-        fontsize=8,
-        frameon=False,
-    )
+    figure.legend(handles, ["weight", "activation"], loc="outside upper right", ncols=2, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140, format="png")

@@ -209,20 +209,29 @@ class Quantized:
                 after.update(weight.mean_shift(params, own, source, after))
         return output, sorted_dict(after)
 
-    def capture(self, params: Params, /, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What each quantizer is there for: weights with BatchNorm folded in, and activations of the float model.
+    def capture(
+        self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What each quantizer sees in a run of the quantized model, and what it makes of it.
+
+        Weights are shown as the layer holds them, with the BatchNorm divided out again. Of a quantizer that only observes
+        it is shown what it would make.
 
         Returns:
-          ``{quantizer name: Tensor}``, sorted.
+          ``{quantizer name: (before, after)}``, sorted.
         """
-        self._skeleton.check(params, "capture")
-        seen = {w.site.quantizer: w.seen(params) for w in self._weights}
+        self._check(params, qparams, "capture", "qparams")
+        seen = {}
+        for weight in self._weights:
+            name, parameter = weight.site.quantizer, weight.site.parameter
+            seen[name] = params[parameter], weight.quantize(params, qparams[name])
+        quantize = self._quantizing(qparams)
 
         def effect(name: str, x: Tensor) -> Tensor:
-            seen[name] = x.clone()
-            return x
+            seen[name] = x.clone(), self.quantize_value(name, x, qparams[name])
+            return quantize(name, x)
 
-        self._run(params, effect, args, kwargs)
+        self._run(quantize_weights(self._weights, params, qparams), effect, args, kwargs)
         return sorted_dict(seen)
 
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

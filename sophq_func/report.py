@@ -28,9 +28,9 @@ class Fidelity(NamedTuple):
 def fidelity(
     q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
 ) -> dict[str, Fidelity]:
-    """Range and signal-to-quantization-noise ratio at each quantizer, on the values of the float model.
+    """Range and signal-to-quantization-noise ratio at each quantizer, on the values that reach it in the quantized model.
 
-    Each quantizer is judged alone: noise of the others does not reach it.
+    What quantizers before it did counts as signal: each is judged for its own noise.
 
     Returns:
       ``{quantizer name: Fidelity}``, sorted.
@@ -44,8 +44,7 @@ def fidelity(
       True
     """
     found = {}
-    for name, x in q.capture(params, *args, **kwargs).items():
-        noise = q.quantize_value(name, x, qparams[name]) - x
-        ratio = x.float().square().sum() / noise.float().square().sum()
-        found[name] = Fidelity(x.amin(), x.amax(), 10 * ratio.log10())
+    for name, (before, after) in q.capture(params, qparams, *args, **kwargs).items():
+        ratio = before.float().square().sum() / (after - before).float().square().sum()
+        found[name] = Fidelity(before.amin(), before.amax(), 10 * ratio.log10())
     return sorted_dict(found)

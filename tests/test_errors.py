@@ -479,7 +479,7 @@ WRONG_STATES: dict[str, Callable[[Ready, Tensor], Any]] = {
     "apply ostate for qparams": lambda r, x: r.q.apply(r.params, r.q.init(r.params), x),
     "apply params and qparams exchanged": lambda r, x: r.q.apply(r.qparams, r.params, x),
     "apply_and_update qparams": lambda r, x: r.q.apply_and_update(r.params, 5, x),
-    "capture params": lambda r, x: r.q.capture(None, x),
+    "capture params": lambda r, x: r.q.capture(None, r.qparams, x),
     "split": lambda r, x: r.q.split(5),
     "split ostate": lambda r, x: r.q.split(r.q.init(r.params)),
     "merge": lambda r, x: sq.merge(5, {}),

@@ -62,7 +62,7 @@ METHODS: dict[str, Call] = {
     "calibrate": lambda r, s, x: r.q.calibrate(r.params, [x, (x, 2.0), {"x": x}], progress=False),
     "apply": lambda r, s, x: r.q.apply(r.params, r.qparams, x),
     "apply_and_update": lambda r, s, x: r.q.apply_and_update(r.params, r.qparams, x),
-    "capture": lambda r, s, x: r.q.capture(r.params, x),
+    "capture": lambda r, s, x: r.q.capture(r.params, r.qparams, x),
     "split and merge": lambda r, s, x: sq.merge(*r.q.split(r.qparams)),
     "grad": lambda r, s, x: torch.func.grad(lambda x: r.q.apply(r.params, r.qparams, x).sum())(x),
 }
