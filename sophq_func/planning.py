@@ -227,21 +227,13 @@ def _node_site(graph: Graph, node: Node) -> Site:
         value=node.name,
         path=node.path,
         paths=node.paths,
-        types=node_types(node) + _around(graph, node),
+        types=node_types(graph, node),
         pattern=pattern_name(node),
         members=tuple(m.name for m in node.members),
         function=node.function,
         also=node.also,
         groups=int(node.options.get("groups", 1)),
     )
-
-
-def _around(graph: Graph, node: Node) -> tuple[str, ...]:
-    """Qualified names of the classes of the modules around a call."""
-    parts = node.path.split(".")
-    inner = len(parts) - (node.kind == "module")
-    classes = (graph.modules.get(".".join(parts[:n])) for n in range(inner, 0, -1))
-    return tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in classes if cls is not None)
 
 
 def _activation_site(graph: Graph, node: Node, value: str) -> Site:

@@ -95,18 +95,18 @@ def weight_sites(graph: Graph, strategy: Strategy) -> tuple[list[tuple[Site, lis
         by_name.setdefault(f"{owner}_fake_quant", []).append(use)
     sites, notes = [], []
     for name, uses in by_name.items():
-        site, note = _site(name, uses)
+        site, note = _site(graph, name, uses)
         sites.append((site, [use.node for use in uses]))
         notes += [note] if note else []
     return sites, notes
 
 
-def _site(name: str, uses: list[WeightUse]) -> tuple[Site, str]:
+def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
     first = next((use for use in uses if not use.node.is_module(nn.Embedding)), uses[0])
     lead = first.node.members[0] if first.node.members else first.node
     norms = {use.node.norm.path if use.node.norm else "" for use in uses}
     paths = dict.fromkeys(path for use in uses for path in use.node.paths)
-    types = dict.fromkeys(t for use in uses for t in node_types(use.node))
+    types = dict.fromkeys(t for use in uses for t in node_types(graph, use.node))
     site = Site(
         quantizer=name,
         role="weight",
@@ -134,10 +134,17 @@ def _site(name: str, uses: list[WeightUse]) -> tuple[Site, str]:
     return replace(site, norm=norm), ""
 
 
-def node_types(node: Node) -> tuple[str, ...]:
-    """Qualified class names of the module that a node calls; of a group's first."""
+def node_types(graph: Graph, node: Node) -> tuple[str, ...]:
+    """Qualified names of the classes that rules may call a node by.
+
+    They are those of the module called, or of a group's first, with its bases; and of the modules around it.
+    """
     lead = node.members[0] if node.members else node
-    return class_names(lead.type) if lead.kind == "module" and lead.type is not None else ()
+    own = class_names(lead.type) if lead.kind == "module" and lead.type is not None else ()
+    parts = node.path.split(".")
+    outer = [".".join(parts[:n]) for n in range(len(parts) - bool(own), 0, -1)]
+    around = (graph.modules[path] for path in outer if path in graph.modules)
+    return own + tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in around)
 
 
 def pattern_name(node: Node) -> str:
