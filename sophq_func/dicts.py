@@ -144,6 +144,9 @@ class _Reader:
             self.problems.append(unknown("quant_dict", "quantmode", quant["quantmode"], QUANTMODES))
         if "strategy" in quant and quant["strategy"] not in ("CNN", "Transformer"):
             self.problems.append(unknown("quant_dict", "strategy", quant["strategy"], ("CNN", "Transformer")))
+        if quant.get("quantmode") == "weight_only" and quant.get("strategy") == "CNN":
+            fix = "quant_dict['strategy'] = 'Transformer'"
+            self.problems.append(explain("quant_dict", "quantmode 'weight_only' with strategy 'CNN'", fix=fix))
         for key, why in (("bf16_mix_prec", "it is not supported yet"), ("use_tpu_mlir_fwd", "it needs the chip's compiler")):
             if quant.get(key):
                 self.problems.append(explain("quant_dict", key, got=quant[key], allowed="False", because=why))

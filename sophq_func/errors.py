@@ -18,11 +18,14 @@ class StateError(ValueError):
     """Parameters, observer state or qparams do not fit the plan, or hold no usable numbers."""
 
 
+_NOTHING = object()
+
+
 def explain(
     where: str,
     what: str,
     *,
-    got: object = None,
+    got: object = _NOTHING,
     allowed: object = None,
     because: str = "",
     fix: str = "",
@@ -32,7 +35,7 @@ def explain(
     Args:
       where: the site, function or key that is at fault.
       what: what was asked for; the sentence goes on with "is not possible".
-      got: the offending value; left out when ``None``.
+      got: the offending value; left out when not given.
       allowed: what would have been accepted; left out when ``None``.
       because: the chip, op or scheme that forbids it.
       fix: one line of code or configuration.
@@ -41,7 +44,7 @@ def explain(
       >>> explain("conv1 weight", "3 bits", got=3, allowed="4 or 8", because="chip BM1688", fix="bits=4")
       'conv1 weight: 3 bits is not possible: got 3, allowed 4 or 8 (because chip BM1688). Fix: bits=4.'
     """
-    details = [f"got {got!r}" if got is not None else "", f"allowed {allowed}" if allowed is not None else ""]
+    details = [f"got {got!r}" if got is not _NOTHING else "", f"allowed {allowed}" if allowed is not None else ""]
     text = f"{where}: {what} is not possible"
     if any(details):
         text += ": " + ", ".join(filter(None, details))

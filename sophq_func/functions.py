@@ -26,7 +26,13 @@ SAME: dict[str, str] = {
     "multiply": "mul",
     "negative": "neg",
     "radd": "add",
+    "ifloordiv": "floor_divide",
+    "imod": "remainder",
+    "ipow": "pow",
     "rdiv": "div",
+    "rfloordiv": "floor_divide",
+    "rmod": "remainder",
+    "rpow": "pow",
     "rmatmul": "matmul",
     "rmul": "mul",
     "rsub": "sub",
@@ -45,7 +51,7 @@ def canonical_name(name: str) -> str:
       >>> [canonical_name(n) for n in ("add_", "__radd__", "__itruediv__", "concat", "sigmoid")]
       ['add', 'add', 'div', 'cat', 'sigmoid']
     """
-    bare = name.strip("_")
+    bare = name.strip("_").removeprefix("linalg_").removeprefix("special_")
     return SAME.get(bare, bare)
 
 

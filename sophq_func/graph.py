@@ -19,14 +19,15 @@ class Operand:
       slot: its index among all tensors of the call.
       value: the value that it is; empty for parameters and constants.
       parameter: canonical name of the parameter that it is.
-      stale: the value was made by an in-place operation, and is used here under the name it had before.
+      stale: the value made by an in-place operation that wrote into this tensor before; the tensor is used here under a
+        name that it, or a view of it, had before that.
     """
 
     role: str
     slot: int
     value: str = ""
     parameter: str = ""
-    stale: bool = False
+    stale: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class Value:
       floating: whether its dtype is a floating one.
       shape: of the example.
       output: whether the model returns it.
+      view: whether it shares memory with an operand of its call.
+      overwritten: whether the model returns it under a name that it had before an operation in place.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Value:
     floating: bool
     shape: tuple[int, ...]
     output: bool = False
+    view: bool = False
+    overwritten: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,7 @@ class Node:
       parameters: canonical names of a leaf module's own tensors, by attribute.
       options: plain attributes of a leaf module that decide about quantization (``groups``, ``eps``, ...).
       members: the calls of a fused group, first to last; empty otherwise.
+      argument: of an input, the model's own name for it.
       also: names of further inputs of the model that the example gave the same tensor.
     """
 
@@ -82,6 +88,7 @@ class Node:
     parameters: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     members: tuple[Node, ...] = ()
+    argument: str = ""
     also: tuple[str, ...] = ()
 
     @property
@@ -107,13 +114,20 @@ class Graph:
       nodes: by name, in execution order, inputs first.
       values: by name.
       modules: class of each module, by path, every path of shared modules included.
-      training: whether the model was in training mode.
+      opaque: paths of modules that the trace was told not to look into.
+      written: names of inputs that the model writes into.
     """
 
     def __init__(
-        self, nodes: Mapping[str, Node], values: Mapping[str, Value], modules: Mapping[str, type], training: bool
+        self,
+        nodes: Mapping[str, Node],
+        values: Mapping[str, Value],
+        modules: Mapping[str, type],
+        opaque: tuple[str, ...] = (),
+        written: tuple[str, ...] = (),
     ) -> None:
-        self.nodes, self.values, self.modules, self.training = dict(nodes), dict(values), dict(modules), training
+        self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
+        self.opaque, self.written = opaque, written
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,20 +21,18 @@ from torch.overrides import TorchFunctionMode
 from sophq_func.decompose import DECOMPOSED
 from sophq_func.errors import PlanError, StateError, explain, near, raise_all
 from sophq_func.functions import called
-from sophq_func.memory import Memory, rebind
+from sophq_func.memory import OWN, Memory, rebind
 from sophq_func.pytree import sorted_dict
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def is_leaf(module: nn.Module, leaf_types: tuple[type, ...] = ()) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     """Whether calls inside ``module`` are its own affair.
 
-    A class of torch.nn without child modules, or a subclass of one that keeps its ``forward``, or one of ``leaf_types``.
-    Parametrizations (``torch.nn.utils.parametrize``) do not count as children.
+    A class of torch.nn without child modules, or a subclass of one that keeps its ``forward``. Parametrizations
+    (``torch.nn.utils.parametrize``) do not count as children.
     """
-    if leaf_types and isinstance(module, leaf_types):
-        return True
     if isinstance(module, CONTAINERS) or any(name != "parametrizations" for name, _ in module.named_children()):
         return False
     owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
@@ -54,6 +52,9 @@ class Frame:
     @property
     def scope(self) -> str:
         return self.scopes[-1]
+
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """The run starts; the model's parameters and buffers are these."""
 
     def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Operands of a leaf module's call, perhaps replaced."""
@@ -159,7 +160,7 @@ class Skeleton:
       constants: tensors that are plain attributes of modules, copied; they belong to the skeleton.
     """
 
-    def __init__(self, model: nn.Module, leaf_types: tuple[type, ...] = ()) -> None:
+    def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
         registered = _registered(model)
         by_id = {id(tensor): name for name, tensor in registered.items()}
         self.names = frozenset(registered)
@@ -169,13 +170,13 @@ class Skeleton:
             for path, module in model.named_modules()
         }
         self.paths = _all_paths(model)
-        self._aliases = _aliases(model, by_id)
-        self.module, self.constants = _copy_without_weights(model, registered)
+        self.module, self.constants, names = _copy_without_weights(model, registered)
+        self._aliases = _aliases(self.module, names)
         self._rebound: list[tuple[nn.Module, str, Any]] = []
         self._slot = _Slot()
         self._lock = threading.RLock()
         for path, module in self.module.named_modules():
-            module._sophq_place = _Place(path, is_leaf(module, leaf_types), self._slot)  # type: ignore[assignment]
+            module._sophq_place = _Place(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
             module.register_forward_pre_hook(_enter, with_kwargs=True)
             module.register_forward_hook(_leave, with_kwargs=True)
 
@@ -209,12 +210,16 @@ class Skeleton:
                 problems.append(explain(where, f"params[{name!r}]", got=type(value).__name__, allowed="a Tensor", fix=fix))
         raise_all(problems, StateError)
 
+    def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``params`` with buffers that are constants: no gradient reaches them."""
+        return {**params, **{name: params[name].detach() for name in self.buffers}}
+
     def run(
         self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Tensor]]:
         """Call the model with ``params`` while ``frame`` watches; without a frame nothing is intercepted.
 
-        Buffers enter detached and cloned. In eager one run at a time uses a skeleton; nested runs are fine.
+        Buffers enter cloned; see :meth:`detached`. In eager one run at a time uses a skeleton; nested runs are fine.
 
         Returns:
           The model's output, and its buffers afterwards.
@@ -234,15 +239,16 @@ class Skeleton:
     def _run(
         self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Tensor]]:
-        now = {**params, **{name: params[name].detach().clone() for name in self.buffers}}
+        now = {**params, **{name: params[name].clone() for name in self.buffers}}
         tensors = {
             f"{path}.{attribute}" if path else attribute: now[name]
             for path, own in self.owned.items()
             for attribute, name in own.items()
         }
-        for path, attribute, names in self._aliases:
-            value = now[names] if isinstance(names, str) else [now[name] for name in names]
-            self.module.get_submodule(path).__dict__[attribute] = value
+        for path, attribute, template in self._aliases:
+            self.module.get_submodule(path).__dict__[attribute] = _filled(template, now)
+        if frame is not None:
+            frame.begin(now)
         outer, self._slot.frame = self._slot.frame, frame
         try:
             if frame is None:
@@ -275,20 +281,49 @@ def _all_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {path: tuple(paths) for path, paths in found.items()}
 
 
-def _aliases(model: nn.Module, by_id: Mapping[int, str]) -> list[tuple[str, str, str | list[str]]]:
-    """Plain attributes that hold registered tensors, alone or in a list: ``(module path, attribute, names)``."""
-    found: list[tuple[str, str, str | list[str]]] = []
-    for path, module in model.named_modules():
-        for attribute, value in module.__dict__.items():
-            if id(value) in by_id:
-                found.append((path, attribute, by_id[id(value)]))
-            elif isinstance(value, list) and value and all(id(item) in by_id for item in value):
-                found.append((path, attribute, [by_id[id(item)] for item in value]))
+class _Name(str):
+    """Stands in a template for the parameter or buffer of this name."""
+
+
+def _aliases(module: nn.Module, names: Mapping[int, str]) -> list[tuple[str, str, Any]]:
+    """Plain attributes that hold registered tensors: ``(module path, attribute, template)``."""
+    found = []
+    for path, part in module.named_modules():
+        for attribute, value in part.__dict__.items():
+            if attribute not in OWN:
+                template, holds = _template(value, names)
+                found += [(path, attribute, template)] if holds else []
     return found
 
 
-def _copy_without_weights(model: nn.Module, registered: Mapping[str, Tensor]) -> tuple[nn.Module, list[Tensor]]:
-    """A deep copy with registered tensors on ``meta``, and the copies of tensors that are plain attributes."""
+def _template(value: Any, names: Mapping[int, str]) -> tuple[Any, bool]:
+    """``value`` with a :class:`_Name` for each registered tensor in lists, tuples and dicts; and whether there is one."""
+    if id(value) in names:
+        return _Name(names[id(value)]), True
+    if type(value) is dict:
+        items = {key: _template(item, names) for key, item in value.items()}
+        return {key: item for key, (item, _) in items.items()}, any(holds for _, holds in items.values())
+    if type(value) in (list, tuple):
+        parts = [_template(item, names) for item in value]
+        return type(value)(item for item, _ in parts), any(holds for _, holds in parts)
+    return value, False
+
+
+def _filled(template: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that a template stands for."""
+    if isinstance(template, _Name):
+        return tensors[str(template)]
+    if type(template) is dict:
+        return {key: _filled(item, tensors) for key, item in template.items()}
+    if type(template) in (list, tuple):
+        return type(template)([_filled(item, tensors) for item in template])
+    return template
+
+
+def _copy_without_weights(
+    model: nn.Module, registered: Mapping[str, Tensor]
+) -> tuple[nn.Module, list[Tensor], dict[int, str]]:
+    """A deep copy with registered tensors on ``meta``; copies of tensors that are plain attributes; names by identity."""
     memo: dict[int, Any] = {}
     for tensor in registered.values():
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
@@ -300,7 +335,8 @@ def _copy_without_weights(model: nn.Module, registered: Mapping[str, Tensor]) ->
                 memo[id(value)] = value.detach().clone()
                 constants.append(memo[id(value)])
     try:
-        return copy.deepcopy(model, memo), constants
+        names = {id(memo[id(tensor)]): name for name, tensor in registered.items()}
+        return copy.deepcopy(model, memo), constants, names
     except Exception as error:
         what = f"a private copy of {type(model).__name__}"
         fix = "give the class whose instance cannot be copied a __deepcopy__"

@@ -78,7 +78,7 @@ def fuse(graph: Graph) -> Graph:
         for value in node.members[-1].outputs if node.members else node.outputs:
             name = renamed.get(value, value)
             values[name] = replace(graph.values[value], name=name, node=node.name)
-    return Graph(nodes, values, graph.modules, graph.training)
+    return Graph(nodes, values, graph.modules, graph.opaque, graph.written)
 
 
 def _longest(graph: Graph, lead: Node) -> Node | None:

@@ -22,10 +22,20 @@ class Plan(Mapping[str, QuantizerConfig]):
     """What is quantized how, in execution order. Made by :func:`sophq_func.plan`; immutable, equal by value.
 
     Attributes:
-      counts: for each example, how often the planned modules and functions were called.
       notes: remarks for people on what the plan left out, and why.
       unused: rules that matched nothing.
+      opaque: paths of modules whose inside is not looked at.
+      written: inputs that the model writes into; they enter as copies.
     """
+
+    _configs: dict[str, QuantizerConfig]
+    _sites: dict[str, Site]
+    _reasons: dict[str, dict[str, str]]
+    _counts: tuple[dict[tuple[str, str], int], ...]
+    notes: tuple[str, ...]
+    unused: tuple[Rule, ...]
+    opaque: tuple[str, ...]
+    written: tuple[str, ...]
 
     def __init__(
         self,
@@ -35,10 +45,30 @@ class Plan(Mapping[str, QuantizerConfig]):
         reasons: Mapping[str, Mapping[str, str]],
         notes: tuple[str, ...] = (),
         unused: tuple[Rule, ...] = (),
+        opaque: tuple[str, ...] = (),
+        written: tuple[str, ...] = (),
     ) -> None:
-        self._configs, self._sites, self._reasons = dict(configs), dict(sites), dict(reasons)
-        self.counts = tuple(dict(c) for c in counts)
-        self.notes, self.unused = tuple(notes), tuple(unused)
+        self.__dict__.update(
+            _configs=dict(configs),
+            _sites=dict(sites),
+            _reasons={name: dict(own) for name, own in reasons.items()},
+            _counts=tuple(dict(c) for c in counts),
+            notes=tuple(notes),
+            unused=tuple(unused),
+            opaque=tuple(opaque),
+            written=tuple(written),
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(explain("Plan", f"setting {name!r}", because="it is immutable", fix="plan anew"))
+
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
+
+    @property
+    def counts(self) -> tuple[Counts, ...]:
+        """For each example, how often the planned modules and functions were called."""
+        return tuple(dict(counts) for counts in self._counts)
 
     def __getitem__(self, name: str) -> QuantizerConfig:
         return self._configs[self.find(name)]
@@ -64,11 +94,14 @@ class Plan(Mapping[str, QuantizerConfig]):
 
         Raises:
           KeyError: there is none; the message lists near matches.
+          ConfigError: it fits several.
         """
         if name in self._configs:
             return name
         found = [own for own in self._configs if underscored(own) == name]
-        if len(found) != 1:
+        if len(found) > 1:
+            raise ConfigError(f"plan: {name!r} fits {' and '.join(map(repr, found))}. Fix: write the dots.")
+        if not found:
             raise KeyError(f"no quantizer {name!r} in the plan; {near(str(name), self._configs)}")
         return found[0]
 
@@ -125,6 +158,8 @@ class Plan(Mapping[str, QuantizerConfig]):
                 for name, config in self._configs.items()
             ],
             "counts": [sorted([path, function, n] for (path, function), n in c.items()) for c in self.counts],
+            "opaque": list(self.opaque),
+            "written": list(self.written),
         }
 
     def to_json(self) -> str:
@@ -183,6 +218,8 @@ def _read(data: Any) -> Plan:
         tuple({(_text(path), _text(function)): int(n) for path, function, n in counts} for counts in data["counts"]),
         {name: {_text(k): _text(v) for k, v in data["reasons"][name].items()} for name in entries},
         tuple(_text(note) for note in data["notes"]),
+        opaque=tuple(_text(path) for path in data["opaque"]),
+        written=tuple(_text(name) for name in data["written"]),
     )
 
 

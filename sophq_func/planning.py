@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,9 +48,11 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
         raise ConfigError(explain("plan", "this graph", got=got, allowed=allowed, fix="sq.trace(model, args)"))
     names = set().union(*(_names(g) for g in graphs))
     classes = {cls.__name__ for g in graphs for cls in g.modules.values()}
-    raise_all(_unknown_names(names, classes, config.rules))
     drafts = [_Draft(g, config) for g in graphs]
-    raise_all(list(dict.fromkeys(p for draft in drafts for p in draft.problems)))
+    problems = [p for g in graphs for p in _unseen_leaves(g, config)]
+    problems += _unknown_names(names, classes, config.rules)
+    problems += [p for draft in drafts for p in draft.problems]
+    raise_all(list(dict.fromkeys(problems)))
     raise_all(list(dict.fromkeys(p for draft in drafts for p in draft.misfits)), PlanError)
     return _union(drafts, config)
 
@@ -101,18 +104,20 @@ class _Draft:
                 self._add_int4_input(node)
 
     def _asks(self, node: Node) -> bool | None:
-        found, index = requested(self.config, _node_site(self.graph, node))
-        if index is not None:
-            self.used.add(index)
+        found, indices = requested(self.config, _node_site(self.graph, node))
+        self.used.update(indices)
         return found
 
     def _check_in_place(self, site: Site) -> None:
         decision = self.decisions.get(site.quantizer)
         if decision is None or decision.config is None or decision.config.observe_only:
             return
-        late = [node.name for node, operand in self.graph.users(site.value) if operand.stale]
+        value = self.graph.values[site.value]
+        names = [(node.name, operand) for node in self.graph for operand in node.operands if operand.stale]
+        late = [n for n, o in names if o.stale == value.name or (value.view and o.value == value.name)]
+        late += ["the model's result"] if value.overwritten else []
         if late:
-            what = f"quantizing {site.value}, which is made in place and which {late[0]} uses under its old name,"
+            what = f"quantizing {site.value}, which is written in place and which {late[0]} uses under an old name,"
             fix = "write the operation out of place, or give the value activation=None"
             self.misfits.append(explain(site.quantizer, what, fix=fix))
 
@@ -121,7 +126,7 @@ class _Draft:
         weight = self.decisions.get(f"{node.parameters.get('weight', '')}_fake_quant")
         site = _activation_site(self.graph, node, node.outputs[0])
         output = self.decisions.get(site.quantizer)
-        if weight is None or output is None or not node.operands or self.strategy.functions:
+        if weight is None or output is None or not node.operands or not self.strategy.int4_inputs:
             return
         asked = all(d.reasons["bits"].startswith("Rule(") for d in (weight, output))
         four = all(d.config is not None and d.config.scheme.bits == 4 for d in (weight, output))
@@ -139,15 +144,19 @@ class _Draft:
             self._decide(own, f"4-bit layer {node.name}")
 
     def _tie_biases(self, weights: Sequence[tuple[Site, Sequence[Node]]]) -> None:
-        """Say for each weight which input scale rounds the bias of its layer."""
+        """Say for each weight which input scale rounds the bias of its layer, where that is one scale for one bias."""
+        carriers = Counter(carrier for _, nodes in weights for carrier in {_bias_carrier(node) for node in nodes})
         for site, nodes in weights:
             if site.quantizer not in self.sites or not self._rounds_bias(site, nodes[0]):
                 continue
             sources = {self._input_quantizer(node) for node in nodes}
-            if len(sources) == 1:
+            own = {_bias_carrier(node) for node in nodes}
+            if len(sources) == len(own) == 1 and carriers[own.pop()] == 1:
                 self.sites[site.quantizer] = replace(site, source=sources.pop())
-            else:
-                self.notes.append(f"{site.parameter} is used with inputs of different scales: its bias is not rounded")
+            elif sources != {""}:
+                self.notes.append(
+                    f"the bias behind {site.parameter} is shared, or has inputs of several scales: not rounded"
+                )
 
     def _rounds_bias(self, site: Site, node: Node) -> bool:
         config = self.decisions[site.quantizer].config
@@ -187,6 +196,11 @@ class _Draft:
             return (rank[site.anchor], order[site.role] if site.operand < 0 else 0, site.output)
 
         self.sites = dict(sorted(self.sites.items(), key=key))
+
+
+def _bias_carrier(node: Node) -> str:
+    """Name of the tensor that takes up what rounding changes: the layer's bias, or that of the BatchNorm behind it."""
+    return node.parameters.get("bias") or (node.norm.parameters["bias"] if node.norm else "")
 
 
 def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
@@ -245,8 +259,20 @@ def _activation_site(graph: Graph, node: Node, value: str) -> Site:
         anchor=(last.path, last.function, last.call),
         output=made.index,
         shape=made.shape,
-        argument=node.name if node.kind == "input" else "",
+        argument=node.argument,
+        aliases=tuple(f"{path}.post_act_fake_quantizer" for path in node.paths[1:] if node.kind == "module"),
     )
+
+
+def _unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
+    """Problems with modules that the config calls leaves, but into which the trace has looked."""
+    inside = [path for path, cls in graph.modules.items() if issubclass(cls, config.leaf_module or ())]
+    if set(inside) <= set(graph.opaque) or not config.leaf_module:
+        return []
+    types = ", ".join(cls.__name__ for cls in config.leaf_module)
+    what = f"planning with leaf_module=({types},)"
+    because = "the graph was traced without it"
+    return [explain("plan", what, because=because, fix="sq.trace(model, args, kwargs, leaf_module=config.leaf_module)")]
 
 
 def _names(graph: Graph) -> set[str]:
@@ -255,7 +281,8 @@ def _names(graph: Graph) -> set[str]:
     names |= {f"{value}.post_act_fake_quantizer" for value in graph.values}
     names |= {f"{node.name}.input_act_fake_quantizer" for node in graph}
     names |= {f"{p}_fake_quant" for node in graph for p in node.parameters.values()}
-    names |= {f"{node.path}.weight_fake_quant" for node in graph}
+    names |= {f"{path}.{attribute}_fake_quant" for n in graph for path in n.paths for attribute in (*n.parameters, "weight")}
+    names |= {f"{path}.post_act_fake_quantizer" for node in graph for path in node.paths if path}
     return names | {f"{o.parameter}_fake_quant" for node in graph for o in node.operands if o.parameter}
 
 
@@ -283,15 +310,20 @@ def _union(drafts: Sequence[_Draft], config: QuantConfig) -> Plan:
     """One plan of all drafts; a quantizer that several have must sit at one place."""
     sites: dict[str, Site] = {}
     decisions: dict[str, Decision] = {}
+    notes = [note for draft in drafts for note in draft.notes]
     for draft in drafts:
         for name, site in draft.sites.items():
             if name in sites and sites[name].anchor != site.anchor and site.role == "activation":
                 fix = "give the model examples that take the same way to this value, or rename the module"
                 raise PlanError(explain(name, "one name for different calls in different examples", fix=fix))
-            if name in sites and sites[name].source != site.source:
+            if name in sites and sites[name].norm != site.norm:
+                site = replace(site, norm="", source="", note="unfolded")
+                notes.append(f"{site.parameter} has a normalization behind it in some examples only: unfolded")
+            elif name in sites and sites[name].source != site.source:
                 site = replace(site, source="")
             sites[name] = site
             decisions.setdefault(name, draft.decisions[name])
+    order = _merged_order([list(draft.sites) for draft in drafts])
     pairs = {site.anchor[:2] for site in sites.values() if not site.argument and not site.parameter}
     counts = tuple(
         {pair: sum((n.path, n.function) == pair and n.kind != "input" for n in draft.raw) for pair in sorted(pairs)}
@@ -300,10 +332,26 @@ def _union(drafts: Sequence[_Draft], config: QuantConfig) -> Plan:
     used = set().union(*(draft.used for draft in drafts))
     configs = {name: c for name, d in decisions.items() if (c := d.config) is not None}
     return Plan(
-        {name: configs[name] for name in sites},
-        sites,
+        {name: configs[name] for name in order},
+        {name: sites[name] for name in order},
         counts,
-        {name: decisions[name].reasons for name in sites},
-        tuple(dict.fromkeys(note for draft in drafts for note in draft.notes)),
+        {name: decisions[name].reasons for name in order},
+        tuple(dict.fromkeys(notes)),
         tuple(rule for i, rule in enumerate(config.rules) if i not in used),
+        opaque=tuple(sorted({path for draft in drafts for path in draft.raw.opaque})),
+        written=tuple(sorted({name for draft in drafts for name in draft.raw.written})),
     )
+
+
+def _merged_order(orders: Sequence[Sequence[str]]) -> list[str]:
+    """One order of all names that keeps, as far as they agree, the order of each; the longest is the spine."""
+    merged: list[str] = []
+    for order in sorted(orders, key=len, reverse=True):
+        at = 0
+        for name in order:
+            if name in merged:
+                at = merged.index(name) + 1
+            else:
+                merged.insert(at, name)
+                at += 1
+    return merged

@@ -17,13 +17,12 @@ from sophq_func.rules import QuantConfig
 from sophq_func.trace import trace
 
 
-def build(model: nn.Module, plan: Plan, *, leaf_module: tuple[type, ...] = ()) -> Quantized:
+def build(model: nn.Module, plan: Plan) -> Quantized:
     """Bind a plan to a model. The model is copied without its weights and never changed.
 
     Args:
       model: the traced model, or one of the same structure.
       plan: from :func:`sophq_func.plan` or :meth:`Plan.from_json`.
-      leaf_module: as given to :func:`sophq_func.trace`.
 
     Raises:
       PlanError: the plan names parameters that the model has not.
@@ -38,7 +37,7 @@ def build(model: nn.Module, plan: Plan, *, leaf_module: tuple[type, ...] = ()) -
         raise PlanError(explain("build", "this model", got=type(model).__name__, allowed="a torch.nn.Module"))
     if not isinstance(plan, Plan):
         raise PlanError(explain("build", "this plan", got=type(plan).__name__, allowed="a sq.Plan"))
-    return Quantized(Skeleton(model, leaf_module), plan)
+    return Quantized(Skeleton(model, plan.opaque), plan)
 
 
 def quantize(
@@ -77,7 +76,7 @@ def quantize(
         fix = "examples=[((x,), {}), ((y,), {})]"
         raise PlanError(explain("quantize", "these examples", allowed="pairs of a tuple and a dict", fix=fix))
     graphs = [trace(model, args, kwargs, leaf_module=config.leaf_module) for args, kwargs in calls]
-    return build(model, make_plan(graphs, config), leaf_module=config.leaf_module)
+    return build(model, make_plan(graphs, config))
 
 
 def prepare_by_platform(

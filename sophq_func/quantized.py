@@ -130,7 +130,7 @@ class Quantized:
         """
         self._check(params, ostate, "observe", "ostate")
         states = dict(ostate)
-        output, _ = self._run(params, self._observing(states), args, kwargs)
+        output, _ = self._run(self._skeleton.detached(params), self._observing(states), args, kwargs)
         return output, sorted_dict(states)
 
     def observe_quantized(
@@ -149,7 +149,7 @@ class Quantized:
         def effect(name: str, x: Tensor) -> Tensor:
             return quantize(name, observe(name, x))
 
-        output, _ = self._run(quantize_weights(self._weights, params, qparams), effect, args, kwargs)
+        output, _ = self._run(self._weights_on_grids(params, qparams), effect, args, kwargs)
         return output, sorted_dict(states)
 
     def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
@@ -202,7 +202,8 @@ class Quantized:
           What the model returns; all params, with the buffers as the run left them.
         """
         output, buffers = self._apply(params, qparams, "apply_and_update", args, kwargs)
-        after: dict[str, Tensor] = {**params, **buffers}
+        kept = {weight.site.parameter for weight in self._weights}
+        after: dict[str, Tensor] = {**params, **{n: buffer for n, buffer in buffers.items() if n not in kept}}
         for weight in self._weights:
             if weight.site.source and not weight.config.observe_only:
                 own, source = qparams[weight.site.quantizer], qparams[weight.site.source]
@@ -231,7 +232,7 @@ class Quantized:
             seen[name] = x.clone(), self.quantize_value(name, x, qparams[name])
             return quantize(name, x)
 
-        self._run(quantize_weights(self._weights, params, qparams), effect, args, kwargs)
+        self._run(self._weights_on_grids(params, qparams), effect, args, kwargs)
         return sorted_dict(seen)
 
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -271,7 +272,7 @@ class Quantized:
         self, params: Params, qparams: Mapping[str, QParams], where: str, args: Any, kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         self._check(params, qparams, where, "qparams")
-        return self._run(quantize_weights(self._weights, params, qparams), self._quantizing(qparams), args, kwargs)
+        return self._run(self._weights_on_grids(params, qparams), self._quantizing(qparams), args, kwargs)
 
     def _observing(self, states: OState) -> Effect:
         def effect(name: str, x: Tensor) -> Tensor:
@@ -293,6 +294,8 @@ class Quantized:
         return effect
 
     def _run(self, params: Params, effect: Effect, args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        if self.plan.written:
+            args, kwargs = map_inputs(self._arguments, args, kwargs, self._copied)
         if not self._schedule:
             return self._skeleton.run(None, params, args, kwargs)
         runner = Runner(self._schedule, effect)
@@ -303,6 +306,13 @@ class Quantized:
         output, buffers = self._skeleton.run(runner, params, args, kwargs)
         runner.check()
         return output, buffers
+
+    def _copied(self, name: str, x: Tensor) -> Tensor:
+        """An input, as a copy where the model writes into it."""
+        return x.clone() if name in self.plan.written else x
+
+    def _weights_on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+        return quantize_weights(self._weights, self._skeleton.detached(params), qparams)
 
     def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
         self._skeleton.check(params, where)

@@ -119,7 +119,8 @@ class QuantConfig:
       leaf_module: module classes whose inside is not looked at.
 
     Raises:
-      ConfigError: an unknown name, a combination that does not exist, or a default beyond the chip's limits.
+      ConfigError: an unknown name or wrong type, or a combination that does not exist; all of them at once. What the
+        chip forbids is said by :func:`sophq_func.plan`, quantizer by quantizer.
 
     Example:
       >>> QuantConfig(chip="SG2260").spec.activation_bits
@@ -142,9 +143,6 @@ class QuantConfig:
             object.__setattr__(self, "strategy", "Dataflow" if self.chip is None else "CNN")
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "leaf_module", tuple(self.leaf_module))
-        if self.quantmode == "weight_only" and self.strategy == "CNN":
-            fix = 'strategy="Transformer" or quantmode="weight_activation"'
-            raise ConfigError(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
 
     def _problems(self) -> list[str]:
         """What is wrong with each field by itself."""
@@ -155,6 +153,10 @@ class QuantConfig:
             found.append(unknown("QuantConfig", "strategy", self.strategy, STRATEGIES))
         if self.quantmode not in QUANTMODES:
             found.append(unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES))
+        strategy = self.strategy or (None if self.chip is None else "CNN")
+        if self.quantmode == "weight_only" and strategy == "CNN":
+            fix = 'strategy="Transformer" or quantmode="weight_activation"'
+            found.append(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
         for role in ("weight", "activation"):
             found += _wrong_half("QuantConfig", role, getattr(self, role))
         for name, cls, allowed in (("rules", Rule, "a tuple of sq.Rule"), ("leaf_module", type, "a tuple of classes")):
@@ -245,13 +247,10 @@ def resolve(config: QuantConfig, site: Site) -> Decision:
     return Decision(current, reasons, tuple(matched))
 
 
-def requested(config: QuantConfig, site: Site) -> tuple[bool | None, int | None]:
-    """The last word of the rules on whether the call at ``site`` asks for quantizers, and which rule it is."""
-    for index in range(len(config.rules) - 1, -1, -1):
-        rule = config.rules[index]
-        if rule.requests is not None and rule.matches(site):
-            return rule.requests, index
-    return None, None
+def requested(config: QuantConfig, site: Site) -> tuple[bool | None, list[int]]:
+    """The last word of the rules on whether the call at ``site`` asks for quantizers, and which rules have one."""
+    found = [i for i, rule in enumerate(config.rules) if rule.requests is not None and rule.matches(site)]
+    return (config.rules[found[-1]].requests if found else None), found
 
 
 def not_grouped(site: Site) -> bool:

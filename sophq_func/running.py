@@ -12,7 +12,7 @@ from sophq_func.errors import StateError
 from sophq_func.functions import called, hidden_from_compile
 from sophq_func.intercept import Frame
 from sophq_func.plan import Plan
-from sophq_func.pytree import flatten
+from sophq_func.pytree import flatten, tensors
 from sophq_func.site import Site
 from sophq_func.strategies import LAYERS
 
@@ -122,7 +122,11 @@ class Runner(Frame):
         actions = self._actions(pair)
         if actions is not None:
             args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
-        return self._on_output(pair, func(*args, **kwargs))
+        output = func(*args, **kwargs)
+        if name == "setitem":
+            self._on_output(pair, args[0])
+            return output
+        return self._on_output(pair, output)
 
     def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.inner and called(func) in LAYERS:
@@ -161,7 +165,7 @@ class Runner(Frame):
         return None if planned is None else planned.get(self.counts[pair])
 
     def _on_output(self, pair: Pair, output: Any) -> Any:
-        if pair not in self.counts:
+        if pair not in self.counts or not (isinstance(output, Tensor) or tensors(output)):
             return output
         actions = self._actions(pair)
         self.counts[pair] += 1

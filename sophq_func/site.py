@@ -29,6 +29,7 @@ class Site:
       argument: name of the model's input that it follows; empty elsewhere.
       shape: of the tensor in the example.
       also: further inputs of the model that are the same tensor.
+      aliases: further names of the quantizer, by other paths of its module and by tied weights.
       parameter: canonical name of the weight; empty where the weight is computed in the forward.
       axis: axis of the weight's output channels.
       groups: of a convolution.
@@ -52,6 +53,7 @@ class Site:
     operand: int = -1
     argument: str = ""
     also: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     parameter: str = ""
     axis: int = 0
@@ -63,7 +65,7 @@ class Site:
 
     def names(self) -> tuple[str, ...]:
         """Every dotted name that a rule may call it: quantizer, value, and each module around it."""
-        found = dict.fromkeys((self.quantizer, self.value, *self.also))
+        found = dict.fromkeys((self.quantizer, self.value, *self.also, *self.aliases))
         for path in self.paths:
             parts = path.split(".")
             found.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts), 0, -1)))
@@ -72,6 +74,11 @@ class Site:
     def to_data(self) -> dict[str, Any]:
         """As JSON-able data."""
         return asdict(self)
+
+    @property
+    def call(self) -> int:
+        """How many calls of the same module, or of the same function in it, come before the one at which it acts."""
+        return self.anchor[2]
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Site:

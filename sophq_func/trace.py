@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,8 +55,9 @@ def trace(
     """
     params = params_of(model)
     args, kwargs = _checked_call(model, args, kwargs)
-    skeleton = Skeleton(model, leaf_module)
-    frame = _Recorder(skeleton, params)
+    opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
+    skeleton = Skeleton(model, opaque)
+    frame = _Recorder(skeleton)
     versions = [constant._version for constant in skeleton.constants]
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
@@ -64,7 +65,7 @@ def trace(
     if versions != [constant._version for constant in skeleton.constants]:
         what = "writing in place into a tensor that is a plain attribute"
         raise PlanError(explain(type(model).__name__, what, fix="register_buffer it"))
-    return frame.graph(output, model)
+    return frame.graph(output, model, opaque)
 
 
 def _checked_call(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,28 +109,32 @@ def map_inputs(
 class _Recorder(Frame):
     """Writes down each call. A call that returns its own operand returns a view of it here, so that they differ."""
 
-    def __init__(self, skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, skeleton: Skeleton) -> None:
         super().__init__()
         self._skeleton = skeleton
         self._nodes: dict[str, Node] = {}
         self._values: dict[str, Value] = {}
         self._calls: dict[tuple[str, str], int] = {}
         self._modules = {path for path in skeleton.paths if path}
-        self._known: dict[int, tuple[Tensor, Operand]] = {
-            id(tensor): (tensor, Operand(role="", slot=0, parameter=name)) for name, tensor in params.items()
-        }
+        self._known: dict[int, tuple[Tensor, Operand]] = {}
+        self._inputs: dict[int, tuple[Tensor, Tensor, str]] = {}
         self._before: dict[int, int] = {}
 
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._known[id(tensor)] = (tensor, Operand(role="", slot=0, parameter=name))
+
     def input(self, name: str, tensor: Tensor) -> Tensor:
-        """An argument of the model. A tensor given twice is one value; a parameter given as an argument becomes a view."""
-        known = self._known[id(tensor)][1] if id(tensor) in self._known else None
-        if known is not None and known.value:
-            first = self._nodes[known.value]
-            self._nodes[first.name] = replace(first, also=(*first.also, name))
-            return tensor
-        tensor = tensor if known is None else tensor.view_as(tensor)
-        self._add(Node(name=self._free_name(name), kind="input", path="", paths=("",)), [tensor])
-        return tensor
+        """An argument of the model, as a copy that the model may write into. A tensor given twice is one value."""
+        if id(tensor) in self._inputs:
+            _, copy, first = self._inputs[id(tensor)]
+            self._nodes[first] = replace(self._nodes[first], also=(*self._nodes[first].also, name))
+            return copy
+        copy = tensor.detach().clone()
+        value = self._free_name(name)
+        self._inputs[id(tensor)] = (tensor, copy, value)
+        self._add(Node(name=value, kind="input", path="", paths=("",), argument=name), [copy])
+        return copy
 
     def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._before = _versions((args, kwargs))
@@ -173,13 +178,16 @@ class _Recorder(Frame):
         recorded = self._record(node, before, args, kwargs, output)
         return None if name == "setitem" else recorded
 
-    def graph(self, output: Any, model: nn.Module) -> Graph:
+    def graph(self, output: Any, model: nn.Module, opaque: tuple[str, ...]) -> Graph:
         """Everything recorded; ``output`` is what the model returned."""
         for tensor in tensors(output):
-            if id(tensor) in self._known and (name := self._known[id(tensor)][1].value):
-                self._values[name] = replace(self._values[name], output=True)
+            _, known = self._known.get(id(tensor), (tensor, Operand(role="", slot=0)))
+            for name in filter(None, {known.value, known.stale}):
+                late = self._values[name].overwritten or bool(known.stale)
+                self._values[name] = replace(self._values[name], output=True, overwritten=late)
         modules = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
-        return Graph(self._nodes, self._values, modules, model.training)
+        written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if copy._version]
+        return Graph(self._nodes, self._values, modules, opaque, tuple(written))
 
     def _count(self, path: str, function: str) -> int:
         count = self._calls.get((path, function), 0)
@@ -203,13 +211,22 @@ class _Recorder(Frame):
                 if id(item) in before:
                     found[i] = item.view_as(item)
                 made.append((item, found[i]))
-        self._add(node, [new for _, new in made])
+        self._add(node, [new for _, new in made], tensors((args, kwargs)))
         for (old, _), name in zip(made, self._nodes[node.name].outputs, strict=True):
             if id(old) in before and before[id(old)] != _version(old):
-                self._known[id(old)] = (old, Operand(role="", slot=0, value=name, stale=True))
+                self._overwrite(old, name)
         return rebuild(found)
 
-    def _add(self, node: Node, made: list[Tensor]) -> None:
+    def _overwrite(self, tensor: Tensor, value: str) -> None:
+        """``tensor`` was written into, which made ``value``: later uses of it, and of what shares its memory, are stale."""
+        known = {id(made) for made, operand in self._known.values() if operand.value == value}
+        for key, (other, operand) in list(self._known.items()):
+            if key in known or not _share_memory(tensor, other):
+                continue
+            now = value if other is tensor else operand.value
+            self._known[key] = (other, replace(operand, value=now, stale=value))
+
+    def _add(self, node: Node, made: list[Tensor], taken: Sequence[Tensor] = ()) -> None:
         names = [node.name] if len(made) == 1 else [f"{node.name}.{i}" for i in range(len(made))]
         for index, (name, tensor) in enumerate(zip(names, made, strict=True)):
             self._values[name] = Value(
@@ -218,6 +235,7 @@ class _Recorder(Frame):
                 index=index,
                 floating=tensor.is_floating_point(),
                 shape=tuple(tensor.shape),
+                view=any(_share_memory(tensor, other) for other in taken),
             )
             self._known[id(tensor)] = (tensor, Operand(role="", slot=0, value=name))
         self._nodes[node.name] = replace(node, outputs=tuple(names))
@@ -241,6 +259,11 @@ def _options(module: nn.Module) -> dict[str, Any]:
     found = {name: getattr(module, name) for name in OPTIONS if hasattr(module, name)}
     weight = getattr(module, "weight", None)
     return found | ({"weight_shape": tuple(weight.shape)} if isinstance(weight, Tensor) else {})
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one storage."""
+    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _versions(tree: Any) -> dict[int, int]:

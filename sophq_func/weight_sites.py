@@ -10,7 +10,7 @@ from torch import nn
 
 from sophq_func.graph import Graph, Node, Operand
 from sophq_func.site import Site, class_names
-from sophq_func.strategies import CONTRACTIONS, Strategy, source_of
+from sophq_func.strategies import CONTRACTIONS, Strategy, contracted, source_of
 
 OUTPUT_AXIS_1 = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
 """Modules whose weight has its output channels along axis 1."""
@@ -44,15 +44,14 @@ def weight_uses(graph: Graph, strategy: Strategy) -> Iterator[WeightUse]:
     for node in graph:
         if node.is_module(*strategy.weights):
             axis = 1 if node.is_module(*OUTPUT_AXIS_1) else 0
-            recurrent = node.is_module(nn.RNNBase)
-            names = [a for a in node.parameters if a.startswith("weight")] if recurrent else ["weight"]
+            names = [attribute for attribute in node.parameters if attribute.startswith("weight")] or ["weight"]
             for attribute in names:
                 shape = () if attribute in node.parameters else node.options["weight_shape"]
                 yield WeightUse(node, attribute, node.parameters.get(attribute, ""), axis, shape=shape)
         elif strategy.functions and node.function in CONTRACTIONS:
             for operand in node.operands:
                 source = source_of(graph, operand)
-                if operand.role not in CONTRACTIONS[node.function] or source.value in varying:
+                if not contracted(node, operand) or source.value in varying:
                     continue
                 if source.parameter:
                     axis = _output_axis(graph, node, operand)
@@ -103,7 +102,9 @@ def weight_sites(graph: Graph, strategy: Strategy) -> tuple[list[tuple[Site, lis
 
 def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
     first = next((use for use in uses if not use.node.is_module(nn.Embedding)), uses[0])
-    lead = first.node.members[0] if first.node.members else first.node
+    early = uses[0].node.members[0] if uses[0].node.members else uses[0].node
+    owners = {path for use in uses if use.node.kind == "module" for path in use.node.paths}
+    names = {f"{path}.{first.attribute}_fake_quant" for path in owners if path}
     norms = {use.node.norm.path if use.node.norm else "" for use in uses}
     paths = dict.fromkeys(path for use in uses for path in use.node.paths)
     types = dict.fromkeys(t for use in uses for t in node_types(graph, use.node))
@@ -116,10 +117,11 @@ def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
         pattern=pattern_name(first.node),
         members=tuple(m.name for m in first.node.members),
         function=first.node.function,
-        anchor=(lead.path, lead.function, lead.call),
+        anchor=(early.path, early.function, early.call),
         output=-1,
         operand=first.operand,
         shape=first.shape,
+        aliases=tuple(sorted(names - {name})),
         parameter=first.parameter,
         axis=first.axis,
         groups=int(first.node.options.get("groups", 1)),
@@ -127,8 +129,8 @@ def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
     )
     if not first.parameter:
         return replace(site, note="computed in the forward, quantized at the call"), ""
-    if len(norms) > 1:
-        note = f"{first.parameter} feeds {len(norms)} different normalizations or none: quantized once, unfolded"
+    if len(norms) > 1 or (norms != {""} and len({use.node.path for use in uses}) > 1):
+        note = f"{first.parameter} feeds several normalizations, or is used by several modules: quantized once, unfolded"
         return replace(site, note="unfolded"), note
     (norm,) = norms
     return replace(site, norm=norm), ""
@@ -144,7 +146,7 @@ def node_types(graph: Graph, node: Node) -> tuple[str, ...]:
     parts = node.path.split(".")
     outer = [".".join(parts[:n]) for n in range(len(parts) - bool(own), 0, -1)]
     around = (graph.modules[path] for path in outer if path in graph.modules)
-    return own + tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in around)
+    return own + tuple(name for cls in around for name in class_names(cls))
 
 
 def pattern_name(node: Node) -> str:

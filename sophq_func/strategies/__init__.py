@@ -3,6 +3,6 @@
 from sophq_func.strategies import _academic as _academic
 from sophq_func.strategies import _tpu as _tpu
 from sophq_func.strategies._base import PLACEMENTS, Asks, Placement, Strategy
-from sophq_func.strategies._dataflow import CONTRACTIONS, LAYERS, source_of
+from sophq_func.strategies._dataflow import CONTRACTIONS, LAYERS, contracted, source_of
 
-__all__ = ["CONTRACTIONS", "LAYERS", "PLACEMENTS", "Asks", "Placement", "Strategy", "source_of"]
+__all__ = ["CONTRACTIONS", "LAYERS", "PLACEMENTS", "Asks", "Placement", "Strategy", "contracted", "source_of"]

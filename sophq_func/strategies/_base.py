@@ -34,12 +34,14 @@ class Strategy(NamedTuple):
       weights: module classes whose weights are quantized.
       functions: whether weights of functions outside leaf modules are, too.
       rounds_bias: whether biases are rounded to multiples of input scale times weight scale.
+      int4_inputs: whether layers with 4-bit weights and activations get a quantizer of their own on the input.
     """
 
     place: Callable[[Graph, Asks], Placement]
     weights: tuple[type[nn.Module], ...]
     functions: bool = False
     rounds_bias: bool = True
+    int4_inputs: bool = False
 
 
 PLACEMENTS: Registry[Strategy] = Registry("strategy")

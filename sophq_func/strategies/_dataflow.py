@@ -28,14 +28,20 @@ WEIGHTS = (
     nn.Linear,
     nn.Embedding,
     nn.EmbeddingBag,
+    nn.Bilinear,
     nn.RNNBase,
+    nn.RNNCellBase,
 )
+
+ALL = ("*",)
 
 CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "addbmm": ("1", "2", "batch1", "batch2"),
     "addmm": ("1", "2", "mat1", "mat2"),
+    "addmv": ("1", "2", "mat", "vec"),
     "baddbmm": ("1", "2", "batch1", "batch2"),
-    "bmm": ("0", "1", "mat2"),
+    "bilinear": ("0", "1", "2", "input1", "input2", "weight"),
+    "bmm": ("0", "1", "input", "mat2"),
     "conv1d": ("0", "1", "input", "weight"),
     "conv2d": ("0", "1", "input", "weight"),
     "conv3d": ("0", "1", "input", "weight"),
@@ -43,14 +49,26 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "conv_transpose2d": ("0", "1", "input", "weight"),
     "conv_transpose3d": ("0", "1", "input", "weight"),
     "embedding": ("1", "weight"),
-    "einsum": ("1", "2", "3", "1.0", "1.1", "1.2"),
+    "dot": ("0", "1", "input", "tensor"),
+    "einsum": ALL,
+    "inner": ("0", "1", "input", "other"),
     "linear": ("0", "1", "input", "weight"),
-    "matmul": ("0", "1", "other"),
-    "mm": ("0", "1", "mat2"),
-    "mv": ("0", "1", "vec"),
+    "matmul": ("0", "1", "input", "other"),
+    "mm": ("0", "1", "input", "mat2"),
+    "multi_dot": ALL,
+    "mv": ("0", "1", "input", "vec"),
+    "outer": ("0", "1", "input", "vec2"),
     "scaled_dot_product_attention": ("0", "1", "2", "query", "key", "value"),
+    "tensordot": ("0", "1", "a", "b"),
 }
 """Which operands of a function are multiplied and summed, by position or name; an embedding multiplies by one-hot rows."""
+
+
+def contracted(node: Node, operand: Operand) -> bool:
+    """Whether a function multiplies and sums this operand."""
+    roles = CONTRACTIONS.get(node.function, ())
+    return roles == ALL or operand.role in roles
+
 
 LAYERS = frozenset(name for name, roles in CONTRACTIONS.items() if "weight" in roles)
 """The functions among them that modules with a weight call."""
@@ -108,9 +126,9 @@ def source_of(graph: Graph, operand: Operand) -> Operand:
 def wanted(graph: Graph, node: Node) -> list[Operand]:
     """The operands of a node that ought to be on a grid."""
     if node.is_module(*CONTRACTING_MODULES):
-        return list(node.operands[:1])
+        return list(node.operands[: 2 if node.is_module(nn.Bilinear, nn.RNNCellBase) else 1])
     if node.function in CONTRACTIONS:
-        return [o for o in node.operands if o.role in CONTRACTIONS[node.function]]
+        return [operand for operand in node.operands if contracted(node, operand)]
     if node.function in ELEMENTWISE:
         pair = [o for o in node.operands if o.value]
         shapes = {graph.values[o.value].shape for o in pair}

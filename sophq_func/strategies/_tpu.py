@@ -128,5 +128,5 @@ def place_transformer(graph: Graph, asks: Asks) -> Placement:
     return Placement(chosen, frozenset(chosen.keys() - quantized.keys()))
 
 
-PLACEMENTS.add("CNN", Strategy(place_cnn, WEIGHTS))
-PLACEMENTS.add("Transformer", Strategy(place_transformer, WEIGHTS))
+PLACEMENTS.add("CNN", Strategy(place_cnn, WEIGHTS, int4_inputs=True))
+PLACEMENTS.add("Transformer", Strategy(place_transformer, WEIGHTS, int4_inputs=True))
