@@ -240,7 +240,7 @@ def _node_site(graph: Graph, node: Node) -> Site:
         role="activation",
         value=node.name,
         path=node.path,
-        paths=node.paths,
+        paths=(*node.paths, *(path for m in node.members[1:] if m.kind == "module" for path in m.paths)),
         types=node_types(graph, node),
         pattern=pattern_name(node),
         members=tuple(m.name for m in node.members),

@@ -18,7 +18,8 @@ class Site:
       role: ``"weight"`` or ``"activation"``.
       value: name of the value that an activation quantizer follows.
       path: module path: the module that makes the value or owns the weight, or in which the function is called.
-      paths: every path of that module, and of every other module that uses the weight.
+      paths: every path of that module, of further modules in its fused group (activations), and of every other module
+        that uses the weight (weights).
       types: qualified names of the module's class and its bases, most special first, and of the modules around it.
       pattern: name of the fused pattern; empty outside fused groups.
       members: names of a fused group's calls; ``value`` alone otherwise.

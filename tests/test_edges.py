@@ -308,3 +308,12 @@ def test_an_underscored_name_of_two_quantizers_is_refused_by_the_plan() -> None:
     with pytest.raises(sq.ConfigError, match=r"'a_b.c.weight_fake_quant' and 'a.b_c.weight_fake_quant'"):
         plan.site("a_b_c_weight_fake_quant")
     assert plan.site("a.b_c.weight_fake_quant").call == 0
+
+
+def test_a_rule_by_the_path_of_any_module_in_a_fused_group_reaches_its_value() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    config = sq.QuantConfig(chip="BM1690", rules=(sq.Rule(name="2", activation=None),))
+    plan = sq.quantize(model, config, example_args=torch.randn(1, 3, 8, 8)).plan
+    assert "0.post_act_fake_quantizer" not in plan
+    assert plan["0.weight_fake_quant"].scheme.bits == 8
+    assert plan.unused == ()
