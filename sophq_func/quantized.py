@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophq_func import fake_quantize as fake_quantizers
-from sophq_func.base import OBSERVERS, FakeQuantize, Observer, QParams, State
+from sophq_func.base import QParams, State
 from sophq_func.calibrate import calibrate
-from sophq_func.errors import PlanError, StateError, explain, near, raise_all
+from sophq_func.errors import StateError, explain, raise_all
 from sophq_func.intercept import Skeleton
 from sophq_func.plan import Plan
 from sophq_func.pytree import is_plain, leaves, sorted_dict
+from sophq_func.quantizers import RunQuantizer, make_quantizers, state_types
 from sophq_func.running import Effect, Runner, Schedule
-from sophq_func.scheme import QScheme, QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.trace import arguments, map_inputs
-from sophq_func.weights import Norm, WeightQuantizer, quantize_weights
+from sophq_func.weights import Params, WeightQuantizer, quantize_weights
 
 OState = dict[str, State]
 QParamsDict = dict[str, QParams]
-Params = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class RunQuantizer:
-    """One quantizer that acts while the model runs: on an activation, or on a weight computed in the forward."""
-
-    site: Site
-    config: QuantizerConfig
-    observer: Observer
-    fake_quantize: FakeQuantize
-
-    @property
-    def scheme(self) -> QScheme:
-        """The scheme."""
-        return self.config.scheme
-
-    def seen(self, params: Params) -> Tensor:
-        """A tensor of the example's shape, on the device of the params; it takes no memory."""
-        device = next((p.device for p in params.values()), torch.device("cpu"))
-        return torch.zeros((), device=device).expand(self.site.shape)
 
 
 class Quantized:
@@ -72,7 +49,7 @@ class Quantized:
 
     def __init__(self, skeleton: Skeleton, plan: Plan) -> None:
         schedule = Schedule(plan)
-        weights, running = _quantizers(skeleton, plan)
+        weights, running = make_quantizers(skeleton, plan)
         set_ = object.__setattr__
         set_(self, "plan", plan)
         set_(self, "training", skeleton.module.training)
@@ -83,7 +60,7 @@ class Quantized:
         set_(self, "_running", running)
         pieces: dict[str, WeightQuantizer | RunQuantizer] = {**{w.site.quantizer: w for w in weights}, **running}
         set_(self, "_pieces", pieces)
-        set_(self, "_types", {"ostate": _state_types(pieces), "qparams": dict.fromkeys(pieces, QParams)})
+        set_(self, "_types", {"ostate": state_types(pieces), "qparams": dict.fromkeys(pieces, QParams)})
 
     def __setattr__(self, name: str, value: object) -> None:
         fix = "make a new one with sq.build(model, plan)"
@@ -345,10 +322,6 @@ def _check_reached(name: str, qparams: QParams) -> None:
         raise StateError(f"not calibrated: {name} is optional and has seen no data, but this run reaches it. Fix: {fix}.")
 
 
-def _state_types(pieces: Mapping[str, WeightQuantizer | RunQuantizer]) -> dict[str, type]:
-    return {name: type(piece.observer.init(torch.zeros(1), QScheme())) for name, piece in pieces.items()}
-
-
 def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
     if any(bool(t.isnan().any()) for t in values):
         fix = f"look at {site.parameter or 'what reaches ' + (site.value or site.path)}"
@@ -358,39 +331,6 @@ def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
         return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=fix)
     fix = "q.calibrate(params, batches) with finite batches"
     return f"not calibrated: {name} has seen no data, or infinite data. Fix: {fix}."
-
-
-def _quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantizer, ...], dict[str, RunQuantizer]]:
-    weights, running = [], {}
-    for name, config in plan.items():
-        site = plan.site(name)
-        observer, fake = OBSERVERS.build(config.observer), fake_quantizers.build(config.fake_quantize)
-        if site.parameter:
-            if site.parameter not in skeleton.names:
-                hint = near(site.parameter, skeleton.names)
-                raise PlanError(f"{name}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew.")
-            norm = _norm(skeleton, site.norm) if site.norm else None
-            weights.append(WeightQuantizer(site, config, observer, fake, norm))
-        else:
-            running[name] = RunQuantizer(site, config, observer, fake)
-    return tuple(weights), running
-
-
-def _norm(skeleton: Skeleton, path: str) -> Norm:
-    own = skeleton.owned.get(path, {})
-    if not {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"} <= own.keys():
-        raise PlanError(f"{path}: the model has no BatchNorm there to be folded. Fix: plan this model anew.")
-    module = skeleton.module.get_submodule(path)
-    return Norm(
-        own["weight"],
-        own["bias"],
-        own["running_mean"],
-        own["running_var"],
-        own["num_batches_tracked"],
-        float(module.eps),  # type: ignore[arg-type]
-        module.momentum,  # type: ignore[arg-type]
-        module.training,
-    )
 
 
 def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> QParamsDict:
