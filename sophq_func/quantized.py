@@ -289,7 +289,12 @@ class Quantized:
         return x.clone() if name in self.plan.written else x
 
     def _weights_on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
-        return quantize_weights(self._weights, self._skeleton.detached(params), qparams)
+        """Weights and biases quantized; a scale that its quantizer does not learn is a constant here, too."""
+        steps = {
+            name: own if "scale" in self._pieces[name].fake_quantize.learnable else own._replace(scale=own.scale.detach())
+            for name, own in qparams.items()
+        }
+        return quantize_weights(self._weights, self._skeleton.detached(params), steps)
 
     def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
         self._skeleton.check(params, where)

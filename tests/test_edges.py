@@ -317,3 +317,17 @@ def test_a_rule_by_the_path_of_any_module_in_a_fused_group_reaches_its_value() -
     assert "0.post_act_fake_quantizer" not in plan
     assert plan["0.weight_fake_quant"].scheme.bits == 8
     assert plan.unused == ()
+
+
+def test_no_gradient_reaches_a_fixed_scale_through_the_rounded_bias() -> None:
+    fixed = sq.override(fake_quantize=sq.fake_quantize.fixed())
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    r = ready(model, x, config=sq.QuantConfig(chip="BM1690", weight=fixed, activation=fixed))
+    assert r.q.plan.site("weight_fake_quant").source == "input.post_act_fake_quantizer"
+    scales = {name: own.scale for name, own in r.qparams.items()}
+
+    def loss(scales: dict[str, Tensor]) -> Tensor:
+        qparams = {name: own._replace(scale=scales[name]) for name, own in r.qparams.items()}
+        return r.q.apply(r.params, qparams, x).square().sum()
+
+    assert not any(bool(gradient.any()) for gradient in torch.func.grad(loss)(scales).values())
