@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 SAME: dict[str, str] = {
     "absolute": "abs",
@@ -102,6 +103,46 @@ def called(func: Callable[..., Any]) -> str:
 def is_operation(name: str) -> bool:
     """Whether a canonical name is one that torch has."""
     return name in PYTHON.values() or name in BUILTIN.values()
+
+
+def _compact(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+_FUNCTIONS: Mapping[str, str] = {
+    _compact(name): canonical_name(name)
+    for place in (torch, nn.functional)
+    for name in dir(place)
+    if not name.startswith("_") and not isinstance(getattr(place, name), type) and callable(getattr(place, name))
+}
+
+FAMILIES: Mapping[type, str] = {
+    cls: _FUNCTIONS[_compact(name)]
+    for name, cls in vars(nn).items()
+    if isinstance(cls, type) and issubclass(cls, nn.Module) and _compact(name) in _FUNCTIONS
+} | {
+    nn.BatchNorm1d: "batch_norm",
+    nn.BatchNorm2d: "batch_norm",
+    nn.BatchNorm3d: "batch_norm",
+    nn.InstanceNorm1d: "instance_norm",
+    nn.InstanceNorm2d: "instance_norm",
+    nn.InstanceNorm3d: "instance_norm",
+    nn.Softmax2d: "softmax",
+    nn.Upsample: "interpolate",
+    nn.UpsamplingBilinear2d: "interpolate",
+    nn.UpsamplingNearest2d: "interpolate",
+}
+"""Canonical name of the function that a module class stands for: ``nn.Sigmoid`` is ``sigmoid``, as ``F.sigmoid`` is."""
+
+
+def family(cls: type) -> str:
+    """The canonical name of the operation that modules of a class do; empty where no function does it.
+
+    Example:
+      >>> family(nn.Sigmoid), family(nn.AdaptiveAvgPool2d), family(nn.Transformer)
+      ('sigmoid', 'adaptive_avg_pool2d', '')
+    """
+    return next((FAMILIES[base] for base in cls.__mro__ if base in FAMILIES), "")
 
 
 def hidden_from_compile() -> frozenset[str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from sophq_func.functions import family
+
 Class: TypeAlias = type
 """``type``, where an attribute has that name."""
 
@@ -92,14 +94,25 @@ class Node:
     also: tuple[str, ...] = ()
 
     @property
+    def first(self) -> Node:
+        """The call that takes the node's operands."""
+        return self.members[0] if self.members else self
+
+    @property
     def last(self) -> Node:
         """The call whose result is the node's value."""
         return self.members[-1] if self.members else self
 
     @property
     def norm(self) -> Node | None:
-        """The normalization behind the first member, if the group has one."""
-        return next((m for m in self.members[1:] if "running_mean" in m.parameters), None)
+        """The BatchNorm right behind the first member, if the group has one."""
+        return next((m for m in self.members[1:2] if m.operation == "batch_norm"), None)
+
+    @property
+    def operation(self) -> str:
+        """What the call, or a group's first, does: the function's name; of a module that which its class stands for."""
+        lead = self.members[0] if self.members else self
+        return family(lead.type) if lead.kind == "module" and lead.type is not None else lead.function
 
     def is_module(self, *types: Class) -> bool:
         """Whether it calls a leaf module of one of these classes, or is a group that starts with one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -14,10 +14,10 @@ from sophq_func.functions import canonical, is_operation
 from sophq_func.graph import Graph, Node
 from sophq_func.patterns import PATTERNS, fuse
 from sophq_func.plan import Plan
-from sophq_func.rules import Decision, QuantConfig, Rule, requested, resolve, underscored
+from sophq_func.rules import Decision, Preset, QuantConfig, matches_type, requested, resolve, underscored
 from sophq_func.scheme import PerChannel, PerTensor, QuantizerConfig
 from sophq_func.site import Site
-from sophq_func.strategies import PLACEMENTS, source_of
+from sophq_func.strategies import DROPOUTS, PLACEMENTS, Placement, Requests, SharedInput, activation_quantizer, source_of
 from sophq_func.weight_sites import node_types, pattern_name, weight_sites
 
 
@@ -50,7 +50,7 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
     classes = {cls.__name__ for g in graphs for cls in g.modules.values()}
     drafts = [_Draft(g, config) for g in graphs]
     problems = [p for g in graphs for p in _unseen_leaves(g, config)]
-    problems += _unknown_names(names, classes, config.rules)
+    problems += _unknown_names(names, classes, config)
     problems += [p for draft in drafts for p in draft.problems]
     raise_all(list(dict.fromkeys(problems)))
     raise_all(list(dict.fromkeys(p for draft in drafts for p in draft.misfits)), PlanError)
@@ -61,7 +61,7 @@ class _Draft:
     """The plan of one graph while it is made: sites in execution order, decisions, and what is wrong."""
 
     def __init__(self, graph: Graph, config: QuantConfig) -> None:
-        self.raw, self.graph, self.config = graph, fuse(graph), config
+        self.raw, self.graph, self.config = graph, fuse(graph, config.patterns), config
         self.strategy = PLACEMENTS.get(config.placement)
         self.sites: dict[str, Site] = {}
         self.decisions: dict[str, Decision] = {}
@@ -69,17 +69,32 @@ class _Draft:
         self.notes: list[str] = []
         self.problems: list[str] = []
         self.misfits: list[str] = []
-        weights, notes = weight_sites(self.graph, self.strategy)
+        self.inputs: dict[tuple[str, int], str] = {}
+        placement = self._place()
+        weights, notes = weight_sites(self.graph, self.strategy, config.weight_layers)
         self.notes += notes
         for site, _ in weights:
-            self._decide(site, "weight of a quantized layer")
+            self._decide(site, "weight of a quantized layer", placement.presets)
         if config.quantmode == "weight_activation":
-            self._place_activations()
+            self._place_activations(placement)
         self._tie_biases(weights)
         self._in_execution_order()
 
-    def _decide(self, site: Site, placed: str, observe_only: bool = False) -> None:
-        decision = resolve(self.config, site)
+    def _place(self) -> Placement:
+        """What the strategy says, and the results that rules ask for."""
+        requests = Requests(self._asks, self._listed, self.config.weight_layers)
+        placement = self.strategy.place(self.graph, requests)
+        for node in self.graph:
+            for value in node.outputs:
+                site = _activation_site(self.graph, node, value)
+                wishes = [i for i, rule in enumerate(self.config.rules) if rule.outputs and rule.matches(site)]
+                self.used.update(wishes)
+                if wishes and self.graph.values[value].floating:
+                    placement.chosen.setdefault(value, repr(self.config.rules[wishes[-1]]))
+        return placement
+
+    def _decide(self, site: Site, placed: str, presets: Mapping[str, Preset] = {}, observe_only: bool = False) -> None:
+        decision = resolve(self.config, site, self._preset(site, presets))
         self.used.update(decision.matched)
         if decision.config is None:
             return
@@ -92,16 +107,29 @@ class _Draft:
         self.sites[site.quantizer] = site
         self.decisions[site.quantizer] = replace(decision, config=config, reasons=reasons)
 
-    def _place_activations(self) -> None:
-        chosen, observed = self.strategy.place(self.graph, self._asks)
+    def _preset(self, site: Site, presets: Mapping[str, Preset]) -> Preset | None:
+        """What the strategy knows about a quantizer; bits mean nothing to a format that is no integer grid."""
+        preset = presets.get(site.quantizer)
+        config = resolve(self.config, site).config if preset else None
+        only_bits = preset is not None and preset.change.names() == ["bits"]
+        return None if only_bits and config is not None and not _is_integer(config) else preset
+
+    def _place_activations(self, placement: Placement) -> None:
+        chosen = placement.chosen
         for node in self.graph:
             for value in node.outputs:
                 if value in chosen:
                     site = _activation_site(self.graph, node, value)
-                    self._decide(site, chosen[value], value in observed)
+                    self._decide(site, chosen[value], placement.presets, value in placement.observed)
                     self._check_in_place(site)
             if any(value in chosen for value in node.outputs):
                 self._add_int4_input(node)
+        for name, shared in placement.inputs.items():
+            self._add_input(name, shared, placement.presets)
+
+    def _listed(self, node: Node) -> bool:
+        site = _node_site(self.graph, node)
+        return any(matches_type(key, site) for key in self.config.operations)
 
     def _asks(self, node: Node) -> bool | None:
         found, indices = requested(self.config, _node_site(self.graph, node))
@@ -131,17 +159,27 @@ class _Draft:
         asked = all(d.reasons["bits"].startswith("Rule(") for d in (weight, output))
         four = all(d.config is not None and d.config.scheme.bits == 4 for d in (weight, output))
         if asked and four:
-            lead = node.members[0] if node.members else node
-            own = replace(
-                site,
-                quantizer=f"{node.name}.input_act_fake_quantizer",
-                anchor=(lead.path, lead.function, lead.call),
-                output=-1,
-                operand=0,
-                shape=self.graph.values[node.operands[0].value].shape if node.operands[0].value else (),
-                note=f"operand of {node.name}",
-            )
-            self._decide(own, f"4-bit layer {node.name}")
+            own = SharedInput(node.name, ((node.name, 0),), f"4-bit layer {node.name}")
+            self._add_input(f"{node.name}.input_act_fake_quantizer", own, {})
+
+    def _add_input(self, name: str, shared: SharedInput, presets: Mapping[str, Preset]) -> None:
+        """A quantizer before some calls only, configured as the first of them."""
+        first, slot = self.graph.nodes[shared.consumer], shared.uses[0][1]
+        operand = first.operands[slot]
+        calls = [((lead := self.graph.nodes[user].first).path, lead.function, lead.call, at) for user, at in shared.uses]
+        site = replace(
+            _activation_site(self.graph, first, first.outputs[0]),
+            quantizer=name,
+            anchor=calls[0][:3],
+            output=-1,
+            operand=slot,
+            more=tuple(calls[1:]),
+            shape=self.graph.values[operand.value].shape if operand.value else (),
+            note=f"operand of {', '.join(dict.fromkeys(user for user, _ in shared.uses))}",
+        )
+        self._decide(site, shared.why, presets)
+        if name in self.sites:
+            self.inputs.update(dict.fromkeys(shared.uses, name))
 
     def _tie_biases(self, weights: Sequence[tuple[Site, Sequence[Node]]]) -> None:
         """Say for each weight which input scale rounds the bias of its layer, where that is one scale for one bias."""
@@ -173,13 +211,13 @@ class _Draft:
 
     def _input_quantizer(self, node: Node) -> str:
         """The quantizer whose scale the codes of a layer's input have; empty where there is none."""
-        own = f"{node.name}.input_act_fake_quantizer"
+        own = self.inputs.get((node.name, 0), "")
         operand = node.operands[0]
         if self.strategy.functions:
             operand = source_of(self.graph, operand)
-        while operand.value and self.graph.producer(operand.value).is_module(nn.Dropout):
+        while operand.value and self.graph.producer(operand.value).operation in DROPOUTS:
             operand = self.graph.producer(operand.value).operands[0]
-        name = own if own in self.sites else f"{operand.value}.post_act_fake_quantizer"
+        name = own or activation_quantizer(operand.value)
         config = self.decisions[name].config if name in self.decisions else None
         scalar = config is not None and config.scheme.granularity == PerTensor()
         return name if config is not None and scalar and _is_integer_grid(config) else ""
@@ -212,10 +250,14 @@ def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
     return replace(config, scheme=replace(config.scheme, granularity=replace(granularity, axis=axis)))
 
 
+def _is_integer(config: QuantizerConfig) -> bool:
+    """Whether codes are integers times a scale."""
+    return FAKE_QUANTIZERS.build(config.fake_quantize).integer
+
+
 def _is_integer_grid(config: QuantizerConfig) -> bool:
     """Whether codes are integers times a scale that is known before the forward."""
-    integer = FAKE_QUANTIZERS.build(config.fake_quantize).integer
-    return integer and not config.observe_only and not config.scheme.dynamic
+    return _is_integer(config) and not config.observe_only and not config.scheme.dynamic
 
 
 def _violations(config: QuantConfig, site: Site, found: QuantizerConfig, reasons: dict[str, str]) -> list[str]:
@@ -223,7 +265,7 @@ def _violations(config: QuantConfig, site: Site, found: QuantizerConfig, reasons
     FAKE_QUANTIZERS.canonical(found.fake_quantize.name)
     OBSERVERS.canonical(found.observer.name)
     allowed = config.spec.weight_bits if site.role == "weight" else config.spec.activation_bits
-    if config.chip is None or allowed is None or not FAKE_QUANTIZERS.build(found.fake_quantize).integer:
+    if config.chip is None or allowed is None or not _is_integer(found):
         return []
     if found.scheme.bits in allowed:
         return []
@@ -245,6 +287,7 @@ def _node_site(graph: Graph, node: Node) -> Site:
         pattern=pattern_name(node),
         members=tuple(m.name for m in node.members),
         function=node.function,
+        operation=node.operation,
         also=node.also,
         groups=int(node.options.get("groups", 1)),
     )
@@ -254,7 +297,7 @@ def _activation_site(graph: Graph, node: Node, value: str) -> Site:
     last, made = node.last, graph.values[value]
     return replace(
         _node_site(graph, node),
-        quantizer=f"{value}.post_act_fake_quantizer",
+        quantizer=activation_quantizer(value),
         value=value,
         anchor=(last.path, last.function, last.call),
         output=made.index,
@@ -266,13 +309,13 @@ def _activation_site(graph: Graph, node: Node, value: str) -> Site:
 
 def _unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
     """Problems with modules that the config calls leaves, but into which the trace has looked."""
-    inside = [path for path, cls in graph.modules.items() if issubclass(cls, config.leaf_module or ())]
-    if set(inside) <= set(graph.opaque) or not config.leaf_module:
+    inside = [path for path, cls in graph.modules.items() if issubclass(cls, config.leaves or ())]
+    if set(inside) <= set(graph.opaque) or not config.leaves:
         return []
-    types = ", ".join(cls.__name__ for cls in config.leaf_module)
+    types = ", ".join(cls.__name__ for cls in config.leaves)
     what = f"planning with leaf_module=({types},)"
     because = "the graph was traced without it"
-    return [explain("plan", what, because=because, fix="sq.trace(model, args, kwargs, leaf_module=config.leaf_module)")]
+    return [explain("plan", what, because=because, fix="sq.trace(model, args, kwargs, leaf_module=config.leaves)")]
 
 
 def _names(graph: Graph) -> set[str]:
@@ -286,10 +329,11 @@ def _names(graph: Graph) -> set[str]:
     return names | {f"{o.parameter}_fake_quant" for node in graph for o in node.operands if o.parameter}
 
 
-def _unknown_names(names: set[str], classes: set[str], rules: Sequence[Rule]) -> list[str]:
+def _unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
     """Problems with exact names and type names in rules that the traced model does not have."""
     problems = []
-    for rule in rules:
+    known = {pattern.__name__ for pattern in config.patterns} | set(PATTERNS.spellings())
+    for rule in config.rules:
         if rule.name is not None and not any(c in rule.name for c in "*?["):
             fits = sorted({name for name in names if rule.name in (name, underscored(name))})
             if not fits:
@@ -300,8 +344,8 @@ def _unknown_names(names: set[str], classes: set[str], rules: Sequence[Rule]) ->
         if isinstance(rule.type, str):
             text = rule.type.rpartition(".")[2]
             own = text.removesuffix("_sophgo")
-            if not (text in PATTERNS or hasattr(nn, own) or own in classes or is_operation(canonical(rule.type))):
-                hint = near(own, [*PATTERNS, *classes, *dir(nn)])
+            if not (text in known or hasattr(nn, own) or own in classes or is_operation(canonical(rule.type))):
+                hint = near(own, [*known, *classes, *dir(nn)])
                 problems.append(f"{rule!r}: type {rule.type!r} is not known. Fix: {hint or 'use the class itself'}")
     return problems
 
@@ -324,7 +368,7 @@ def _union(drafts: Sequence[_Draft], config: QuantConfig) -> Plan:
             sites[name] = site
             decisions.setdefault(name, draft.decisions[name])
     order = _merged_order([list(draft.sites) for draft in drafts])
-    pairs = {site.anchor[:2] for site in sites.values() if not site.argument and not site.parameter}
+    pairs = {place[:2] for site in sites.values() if not site.argument and not site.parameter for place in site.places()}
     counts = tuple(
         {pair: sum((n.path, n.function) == pair and n.kind != "input" for n in draft.raw) for pair in sorted(pairs)}
         for draft in drafts

@@ -75,7 +75,7 @@ def quantize(
     if not all(isinstance(call, tuple | list) and len(call) == 2 for call in calls):
         fix = "examples=[((x,), {}), ((y,), {})]"
         raise PlanError(explain("quantize", "these examples", allowed="pairs of a tuple and a dict", fix=fix))
-    graphs = [trace(model, args, kwargs, leaf_module=config.leaf_module) for args, kwargs in calls]
+    graphs = [trace(model, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
     return build(model, make_plan(graphs, config))
 
 

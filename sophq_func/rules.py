@@ -7,20 +7,25 @@ matches override the fields it names.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from sophq_func.chips import CHIPS, ChipSpec
 from sophq_func.errors import ConfigError, explain, raise_all, unknown
-from sophq_func.functions import canonical, is_operation
+from sophq_func.functions import FAMILIES, canonical, canonical_name, is_operation
 from sophq_func.patterns import PATTERNS, Fused
 from sophq_func.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 from sophq_func.site import Role, Site
 
 QUANTMODES = ("weight_activation", "weight_only")
-STRATEGIES = ("CNN", "Transformer", "Dataflow")
+STRATEGIES = ("CNN", "Transformer", "Dataflow", "BF16Mixed")
 DEFAULT_CHIP = "BM1690"
+
+
+FLAGS = ("requests", "outputs", "observe_only", "optional")
 
 
 class _Unset:
@@ -49,6 +54,7 @@ class Rule:
       weight, activation: an :func:`~sophq_func.scheme.override`, a whole config, or ``None``: not quantized.
       requests: ``False``: the matched module (with its subtree) or function asks for no quantizer, neither on its inputs
         nor on its output; ``True``: it asks for one on each input, whatever the strategy says.
+      outputs: ``True``: what the matched call returns is quantized, whatever the strategy says.
       observe_only: the quantizer observes, and values pass unchanged.
       optional: a run may leave the value out.
 
@@ -64,6 +70,7 @@ class Rule:
     weight: Half = UNSET
     activation: Half = UNSET
     requests: bool | None = None
+    outputs: bool | None = None
     observe_only: bool | None = None
     optional: bool | None = None
 
@@ -74,9 +81,11 @@ class Rule:
             raise ConfigError(explain("Rule", "this name", got=self.name, allowed="a module path, quantizer name or glob"))
         for role in ("weight", "activation"):
             raise_all(_wrong_half("Rule", role, getattr(self, role)))
-        for flag in ("requests", "observe_only", "optional"):
+        for flag in FLAGS:
             if not isinstance(getattr(self, flag), bool | None):
                 raise ConfigError(explain("Rule", flag, got=getattr(self, flag), allowed="True, False or None"))
+        if self.outputs is False:
+            raise ConfigError(explain("Rule", "outputs=False", allowed="True or None", fix="activation=None"))
         if self.where is not None and not callable(self.where):
             raise ConfigError(explain("Rule", "this where", got=self.where, allowed="a function of a Site"))
         check_type_key(self.type, "Rule")
@@ -87,7 +96,7 @@ class Rule:
         parts += [f"where={getattr(self.where, '__name__', self.where)}"] if self.where is not None else []
         for field in ("weight", "activation"):
             parts += [f"{field}={getattr(self, field)}"] if getattr(self, field) is not UNSET else []
-        for field in ("requests", "observe_only", "optional"):
+        for field in FLAGS:
             parts += [f"{field}={getattr(self, field)}"] if getattr(self, field) is not None else []
         return f"Rule({', '.join(parts)})"
 
@@ -110,13 +119,17 @@ class QuantConfig:
 
     Attributes:
       chip: fills what is not given, and validates; ``None``: no limits, and BM1690's defaults.
-      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"`` or ``"Dataflow"`` (the default without a
-        chip; with one it is ``"CNN"``).
+      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"BF16Mixed"`` or ``"Dataflow"`` (the
+        default without a chip; with one it is ``"CNN"``).
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
       weight, activation: config of every quantizer that no rule changes: a whole one, an override of the chip's, or
         ``None``, which leaves that half float.
       rules: in order; later ones override earlier ones.
       leaf_module: module classes whose inside is not looked at.
+      operations: further module classes and functions that the strategy treats like those in its list of operations
+        whose inputs are quantized.
+      weight_layers: further module classes whose weights are quantized; their inside is not looked at.
+      patterns: further fused patterns, from :func:`sophq_func.patterns.fused`.
 
     Raises:
       ConfigError: an unknown name or wrong type, or a combination that does not exist; all of them at once. What the
@@ -134,6 +147,9 @@ class QuantConfig:
     activation: Half = UNSET
     rules: tuple[Rule, ...] = ()
     leaf_module: tuple[type, ...] = ()
+    operations: tuple[Any, ...] = ()
+    weight_layers: tuple[type, ...] = ()
+    patterns: tuple[type[Fused], ...] = ()
 
     def __post_init__(self) -> None:
         raise_all(self._problems())
@@ -141,8 +157,8 @@ class QuantConfig:
             object.__setattr__(self, "chip", CHIPS.canonical(self.chip))
         if self.strategy is None:
             object.__setattr__(self, "strategy", "Dataflow" if self.chip is None else "CNN")
-        object.__setattr__(self, "rules", tuple(self.rules))
-        object.__setattr__(self, "leaf_module", tuple(self.leaf_module))
+        for name in TUPLES:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _problems(self) -> list[str]:
         """What is wrong with each field by itself."""
@@ -159,11 +175,16 @@ class QuantConfig:
             found.append(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
         for role in ("weight", "activation"):
             found += _wrong_half("QuantConfig", role, getattr(self, role))
-        for name, cls, allowed in (("rules", Rule, "a tuple of sq.Rule"), ("leaf_module", type, "a tuple of classes")):
+        for name, (good, allowed) in TUPLES.items():
             value = getattr(self, name)
-            if not isinstance(value, tuple | list) or not all(isinstance(item, cls) for item in value):
+            if not isinstance(value, tuple | list) or not all(map(good, value)):
                 found.append(explain("QuantConfig", name, got=value, allowed=allowed, fix=f"{name}=(...,)"))
         return found
+
+    @property
+    def leaves(self) -> tuple[type, ...]:
+        """Module classes into which a trace does not look."""
+        return self.leaf_module + self.weight_layers
 
     @property
     def spec(self) -> ChipSpec:
@@ -190,12 +211,34 @@ class QuantConfig:
         """What the config itself says about quantizers of this role."""
         return self.weight if role == "weight" else self.activation
 
+    def sets(self, role: Role, change: Override) -> bool:
+        """Whether the config itself says something about a field that ``change`` sets."""
+        return any(self.source(role, field) == f"config {role}" for field in change.names())
+
     def source(self, role: Role, field: str) -> str:
         """Who said what :meth:`default` has in a field."""
         given = self.half(role)
         if isinstance(given, _Unset) or (isinstance(given, Override) and field not in given.names()):
             return f"chip {self.chip}" if self.chip else f"default ({DEFAULT_CHIP})"
         return f"config {role}"
+
+
+def _is_module_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _is_operation(value: object) -> bool:
+    return value is not None and not _type_key_problem(value)
+
+
+TUPLES: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "rules": (lambda value: isinstance(value, Rule), "a tuple of sq.Rule"),
+    "leaf_module": (_is_module_class, "a tuple of nn.Module classes"),
+    "operations": (_is_operation, "a tuple of module classes and functions"),
+    "weight_layers": (_is_module_class, "a tuple of nn.Module classes"),
+    "patterns": (lambda value: isinstance(value, type) and issubclass(value, Fused), "a tuple of sq.patterns.fused(...)"),
+}
+"""Fields of a config that are tuples: what an item must be, and that in words."""
 
 
 def _wrong_half(where: str, role: str, value: object) -> list[str]:
@@ -220,10 +263,28 @@ class Decision:
     matched: tuple[int, ...]
 
 
-def resolve(config: QuantConfig, site: Site) -> Decision:
-    """Config of the quantizer at ``site``: the default of its half, then every matching rule in order."""
+@dataclass(frozen=True)
+class Preset:
+    """What a strategy knows about one quantizer. It is stronger than the chip's default; rules are stronger still.
+
+    Attributes:
+      change: the fields that it sets.
+      why: in words.
+      yields: whether what the config itself says about one of these fields is stronger, too.
+    """
+
+    change: Override
+    why: str
+    yields: bool = False
+
+
+def resolve(config: QuantConfig, site: Site, preset: Preset | None = None) -> Decision:
+    """Config of the quantizer at ``site``: the default of its half, the strategy's preset, then each matching rule."""
     current = config.default(site.role)
     reasons = {field: config.source(site.role, field) for field in ("observer", "fake_quantize", *SCHEME_FIELDS)}
+    if current is not None and preset is not None and not (preset.yields and config.sets(site.role, preset.change)):
+        current = preset.change(current)
+        reasons.update(dict.fromkeys(preset.change.names(), preset.why))
     matched: list[int] = []
     for index, rule in enumerate(config.rules):
         if not rule.matches(site):
@@ -280,22 +341,36 @@ def underscored(name: str) -> str:
 
 
 def matches_type(key: Any, site: Site) -> bool:
-    """Whether a type key speaks of ``site``."""
-    if isinstance(key, str):
-        text = key.rpartition(".")[2]
-        if text in PATTERNS:
-            return site.pattern == PATTERNS.canonical(text)
-        text = text.removesuffix("_sophgo")
-        return text in _short(site.types) or (bool(site.function) and canonical(key) == site.function)
+    """Whether a type key speaks of ``site``.
+
+    A function's key means the operation, by whatever module class, method or operator the model calls it; a class of
+    ``torch.nn`` means the function of the same operation, too. Quantized classes of other libraries count by their name.
+    """
+    if isinstance(key, str) or stands_for_another(key):
+        return _matches_text(key if isinstance(key, str) else key.__name__, site)
     if isinstance(key, type):
         if issubclass(key, Fused):
             return site.pattern == key.__name__
-        return f"{key.__module__}.{key.__qualname__}" in site.types
-    return bool(site.function) and canonical(key) == site.function
+        own = FAMILIES.get(key, "")
+        return f"{key.__module__}.{key.__qualname__}" in site.types or (bool(own) and own == site.function)
+    return canonical(key) == site.operation
 
 
-def _short(types: tuple[str, ...]) -> list[str]:
-    return [name.rpartition(".")[2] for name in types]
+def stands_for_another(key: object) -> bool:
+    """Whether a type key is a fused or quantized class, of torch or sophgo-mq, that counts by its name."""
+    return isinstance(key, type) and (
+        key.__module__.startswith(("torch.ao.nn", "torch.nn.intrinsic", "torch.nn.qat")) or key.__name__.endswith("_sophgo")
+    )
+
+
+def _matches_text(text: str, site: Site) -> bool:
+    name = text.rpartition(".")[2]
+    if name in PATTERNS or name == site.pattern:
+        return site.pattern == (PATTERNS.canonical(name) if name in PATTERNS else name)
+    own = name.removesuffix("_sophgo")
+    named = own in (full.rpartition(".")[2] for full in site.types)
+    same = FAMILIES.get(getattr(nn, own, nn.Module), "")
+    return named or bool(site.function and same == site.function) or canonical_name(own) == site.operation
 
 
 def type_text(key: Any) -> str:
@@ -305,8 +380,12 @@ def type_text(key: Any) -> str:
 
 def check_type_key(key: Any, where: str) -> None:
     """Raise a :class:`ConfigError` for what can be no type key; whether a string names anything, the plan will see."""
-    if key is None or isinstance(key, type | str):
-        return
-    if not callable(key) or not is_operation(canonical(getattr(key, "__name__", ""))):
-        allowed = "a module class, a fused pattern, a torch function, a Tensor method, or the name of one"
-        raise ConfigError(explain(where, "this type key", got=key, allowed=allowed))
+    if problem := _type_key_problem(key):
+        raise ConfigError(explain(where, "this type key", got=key, allowed=problem))
+
+
+def _type_key_problem(key: object) -> str:
+    """What would be allowed instead of ``key``; empty where it is fine."""
+    if key is None or isinstance(key, type | str) or is_operation(canonical_name(getattr(key, "__name__", ""))):
+        return ""
+    return "a module class, a fused pattern, a torch function, a Tensor method, or the name of one"

@@ -39,6 +39,7 @@ class Schedule:
       inputs: quantizer name by the model's argument.
       same: for arguments that must be the same tensor as another one, that one.
       actions: by (module path, function), then by call count.
+      shared: quantizers that act before several calls, where they may meet one tensor again.
       counts: for each example, calls of each pair.
       optional: pairs, and arguments, that a run may leave out.
     """
@@ -47,31 +48,32 @@ class Schedule:
         sites = [plan.site(name) for name in plan if not plan.site(name).parameter]
         self.inputs = {site.argument: site.quantizer for site in sites if site.argument}
         self.same = {name: site.argument for site in sites for name in site.also}
+        self.shared = {site.quantizer for site in sites if site.more}
         self.actions: dict[Pair, dict[int, Actions]] = {}
         for site in sites:
             if not site.argument:
                 self._add(site)
         self.counts = [dict(counts) for counts in plan.counts]
-        required = {_place(site) for site in sites if not plan[site.quantizer].optional}
-        self.optional = {_place(site) for site in sites} - required
+        required = {pair for site in sites if not plan[site.quantizer].optional for pair in _places(site)}
+        self.optional = {pair for site in sites for pair in _places(site)} - required
         self.hidden = {pair for pair in self.actions if pair[1] in hidden_from_compile()}
 
     def _add(self, site: Site) -> None:
-        path, function, call = site.anchor
-        at = self.actions.setdefault((path, function), {}).setdefault(call, Actions({}, {}, ""))
-        if site.output >= 0:
-            at.outputs[site.output] = site.quantizer
-        elif site.operand >= 0:
-            at.operands[site.operand] = site.quantizer
-        else:
-            self.actions[path, function][call] = at._replace(inner=site.quantizer)
+        for path, function, call, operand in site.places():
+            at = self.actions.setdefault((path, function), {}).setdefault(call, Actions({}, {}, ""))
+            if site.output >= 0:
+                at.outputs[site.output] = site.quantizer
+            elif operand >= 0:
+                at.operands[operand] = site.quantizer
+            else:
+                self.actions[path, function][call] = at._replace(inner=site.quantizer)
 
     def __bool__(self) -> bool:
         return bool(self.inputs or self.actions)
 
 
-def _place(site: Site) -> Pair | str:
-    return site.argument or site.anchor[:2]
+def _places(site: Site) -> list[Pair | str]:
+    return [site.argument] if site.argument else [place[:2] for place in site.places()]
 
 
 class Runner(Frame):
@@ -82,6 +84,7 @@ class Runner(Frame):
         self.schedule, self.effect = schedule, effect
         self.counts: dict[Pair, int] = dict.fromkeys(schedule.actions, 0)
         self.given: dict[str, tuple[Tensor, Tensor]] = {}
+        self.done: dict[str, tuple[Tensor, Tensor]] = {}
         self.inner = ""
 
     def input(self, name: str, tensor: Tensor) -> Tensor:
@@ -177,12 +180,22 @@ class Runner(Frame):
             return tree
         self.leaves += 1
         if isinstance(tree, Tensor):
-            result = self.effect(names[0], tree)
+            result = self._act(names[0], tree)
         else:
             found, rebuild = flatten(tree)
             slots = [i for i, item in enumerate(found) if isinstance(item, Tensor)]
             for index, name in names.items():
-                found[slots[index]] = self.effect(name, found[slots[index]])
+                found[slots[index]] = self._act(name, found[slots[index]])
             result = rebuild(found)
         self.leaves -= 1
         return result
+
+    def _act(self, name: str, tensor: Tensor) -> Tensor:
+        """The effect on a tensor, which is had once where several calls share it."""
+        if name not in self.schedule.shared:
+            return self.effect(name, tensor)
+        before, after = self.done.get(name, (None, None))
+        if after is None or before is not tensor:
+            after = self.effect(name, tensor)
+            self.done[name] = (tensor, after)
+        return after

@@ -24,10 +24,12 @@ class Site:
       pattern: name of the fused pattern; empty outside fused groups.
       members: names of a fused group's calls; ``value`` alone otherwise.
       function: canonical name; empty for modules and inputs.
+      operation: that name, or that of the function which the module's class stands for (``sigmoid`` for ``nn.Sigmoid``).
       anchor: path, function and call count at which it acts; for a group that of the last member.
       output: which tensor of that call's result; -1: an operand (see ``operand``).
       operand: which tensor of that call's operands; -1: a result.
       argument: name of the model's input that it follows; empty elsewhere.
+      more: further calls before which it acts: path, function, call count, and which of the call's operands.
       shape: of the tensor in the example.
       also: further inputs of the model that are the same tensor.
       aliases: further names of the quantizer, by other paths of its module and by tied weights.
@@ -49,12 +51,14 @@ class Site:
     pattern: str = ""
     members: tuple[str, ...] = ()
     function: str = ""
+    operation: str = ""
     anchor: tuple[str, str, int] = ("", "", 0)
     output: int = 0
     operand: int = -1
     argument: str = ""
     also: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    more: tuple[tuple[str, str, int, int], ...] = ()
     shape: tuple[int, ...] = ()
     parameter: str = ""
     axis: int = 0
@@ -76,6 +80,10 @@ class Site:
         """As JSON-able data."""
         return asdict(self)
 
+    def places(self) -> tuple[tuple[str, str, int, int], ...]:
+        """Each call at which it acts, and before which operand; -1: not before one."""
+        return ((*self.anchor, self.operand), *self.more)
+
     @property
     def call(self) -> int:
         """How many calls of the same module, or of the same function in it, come before the one at which it acts."""
@@ -90,21 +98,25 @@ class Site:
         return Site(**{key: _checked(key, value) for key, value in data.items()})
 
 
-ITEMS: Mapping[str, tuple[type, ...]] = {"anchor": (str, str, int)}
+ITEMS: Mapping[str, tuple[type, ...]] = {"anchor": (str, str, int), "more": (str, str, int, int)}
 """Types of the items of tuples that have a fixed length; those of ``shape`` are ints, of all others strings."""
 
 
 def _checked(name: str, value: Any) -> Any:
     default = getattr(Site(quantizer="", role="weight"), name)
+    if name == "more" and isinstance(value, list | tuple):
+        return tuple(_items(name, item, ITEMS[name]) for item in value)
     if isinstance(default, tuple) and isinstance(value, list | tuple):
-        expected = ITEMS.get(name, (int if name == "shape" else str,) * len(value))
-        good = len(value) == len(expected) and all(map(isinstance, value, expected))
-        value = tuple(value)
-    else:
-        good = type(value) is type(default)
-    if not good:
+        return _items(name, value, ITEMS.get(name, (int if name == "shape" else str,) * len(value)))
+    if type(value) is not type(default):
         raise TypeError(f"{name} of a site cannot be {value!r}")
     return value
+
+
+def _items(name: str, value: Any, expected: tuple[type, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple) or len(value) != len(expected) or not all(map(isinstance, value, expected)):
+        raise TypeError(f"{name} of a site cannot hold {value!r}")
+    return tuple(value)
 
 
 def class_names(cls: type) -> tuple[str, ...]:

@@ -38,11 +38,11 @@ class WeightUse(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
-def weight_uses(graph: Graph, strategy: Strategy) -> Iterator[WeightUse]:
-    """Each use of a weight that ``strategy`` quantizes, in execution order."""
+def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()) -> Iterator[WeightUse]:
+    """Each use of a weight of a strategy's layers or of further ``layers``, in execution order."""
     varying = input_dependent(graph)
     for node in graph:
-        if node.is_module(*strategy.weights):
+        if node.is_module(*strategy.weights, *layers):
             axis = 1 if node.is_module(*OUTPUT_AXIS_1) else 0
             names = [attribute for attribute in node.parameters if attribute.startswith("weight")] or ["weight"]
             for attribute in names:
@@ -86,10 +86,12 @@ def _output_axis(graph: Graph, node: Node, operand: Operand) -> int:
     return -3 - axis if turns % 2 and axis < 0 else axis
 
 
-def weight_sites(graph: Graph, strategy: Strategy) -> tuple[list[tuple[Site, list[Node]]], list[str]]:
+def weight_sites(
+    graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()
+) -> tuple[list[tuple[Site, list[Node]]], list[str]]:
     """One site for each weight with the nodes that use it, and notes on weights used in several ways."""
     by_name: dict[str, list[WeightUse]] = {}
-    for use in weight_uses(graph, strategy):
+    for use in weight_uses(graph, strategy, layers):
         owner = use.parameter or ".".join(filter(None, (use.node.path, use.attribute)))
         by_name.setdefault(f"{owner}_fake_quant", []).append(use)
     sites, notes = [], []
@@ -117,6 +119,7 @@ def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
         pattern=pattern_name(first.node),
         members=tuple(m.name for m in first.node.members),
         function=first.node.function,
+        operation=first.node.operation,
         anchor=(early.path, early.function, early.call),
         output=-1,
         operand=first.operand,

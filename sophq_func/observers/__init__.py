@@ -4,12 +4,13 @@ from typing import Any
 
 from sophq_func.base import OBSERVERS, Observer, QParams, State
 from sophq_func.errors import StateError, explain
+from sophq_func.observers._fixed import fixed_range
 from sophq_func.observers._minmax import ema_minmax, minmax
 from sophq_func.observers._mse import mse
 from sophq_func.pytree import is_plain, tensors
 from sophq_func.scheme import QScheme
 
-__all__ = ["ema_minmax", "minmax", "mse", "observer"]
+__all__ = ["ema_minmax", "fixed_range", "minmax", "mse", "observer"]
 
 
 def observer(name: str, **options: Any) -> Observer:

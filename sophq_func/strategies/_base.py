@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
 from sophq_func.graph import Graph, Node
 from sophq_func.registry import Registry
+from sophq_func.rules import Preset
 
-Asks = Callable[[Node], bool | None]
-"""Whether rules make a node ask for quantizers (``True``), forbid it (``False``), or leave it to the strategy."""
+DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
+
+
+class Requests(NamedTuple):
+    """What a config says about placement.
+
+    Attributes:
+      asks: whether rules make a node ask for quantizers (``True``), forbid it (``False``), or leave it to the strategy.
+      listed: whether the config adds the node's class or function to the strategy's list of operations.
+      layers: module classes whose weights are quantized beside those of the strategy.
+    """
+
+    asks: Callable[[Node], bool | None]
+    listed: Callable[[Node], bool]
+    layers: tuple[type[nn.Module], ...]
+
+
+class SharedInput(NamedTuple):
+    """A quantizer between a value and some of the calls that take it.
+
+    Attributes:
+      consumer: the call that it is named after and configured as: the first.
+      uses: each call by name, and which of its tensors the value is there.
+      why: in words.
+    """
+
+    consumer: str
+    uses: tuple[tuple[str, int], ...]
+    why: str
 
 
 class Placement(NamedTuple):
@@ -20,24 +48,28 @@ class Placement(NamedTuple):
     Attributes:
       chosen: value name -> why, in no particular order.
       observed: the values among them that are only observed.
+      inputs: by quantizer name, those that sit before some calls only.
+      presets: by quantizer name, what the strategy knows about one, weights included.
     """
 
     chosen: dict[str, str]
     observed: frozenset[str] = frozenset()
+    inputs: Mapping[str, SharedInput] = {}
+    presets: Mapping[str, Preset] = {}
 
 
 class Strategy(NamedTuple):
     """A way to place quantizers.
 
     Attributes:
-      place: from a fused graph to a :class:`Placement`.
+      place: from a fused graph, and what the config says about placement, to a :class:`Placement`.
       weights: module classes whose weights are quantized.
       functions: whether weights of functions outside leaf modules are, too.
       rounds_bias: whether biases are rounded to multiples of input scale times weight scale.
       int4_inputs: whether layers with 4-bit weights and activations get a quantizer of their own on the input.
     """
 
-    place: Callable[[Graph, Asks], Placement]
+    place: Callable[[Graph, Requests], Placement]
     weights: tuple[type[nn.Module], ...]
     functions: bool = False
     rounds_bias: bool = True
@@ -45,6 +77,11 @@ class Strategy(NamedTuple):
 
 
 PLACEMENTS: Registry[Strategy] = Registry("strategy")
+
+
+def activation_quantizer(value: str) -> str:
+    """Name of the quantizer behind a value."""
+    return f"{value}.post_act_fake_quantizer"
 
 
 def floating_operands(graph: Graph, node: Node) -> list[str]:

@@ -6,7 +6,9 @@ and nothing behind it again. Quantized are
 * each operand of a convolution, linear layer, matrix product, ``einsum`` or attention,
 * both terms of an element-wise ``add``, ``sub`` or ``mul`` of two tensors of one shape (residual branches and gates; masks,
   biases and position tables are broadcast and stay as they are),
-* what is concatenated, stacked or averaged.
+* what is concatenated, stacked, averaged or normalized.
+
+What lies in [0, 1] by its nature (softmax, sigmoid) gets that range and an affine grid, unless the config says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ from collections.abc import Mapping
 from torch import nn
 
 from sophq_func.graph import Graph, Node, Operand
-from sophq_func.strategies._base import PLACEMENTS, Asks, Placement, Strategy, floating_operands
+from sophq_func.observers import fixed_range
+from sophq_func.rules import Preset
+from sophq_func.scheme import override
+from sophq_func.strategies._base import (
+    DROPOUTS,
+    PLACEMENTS,
+    Placement,
+    Requests,
+    Strategy,
+    activation_quantizer,
+    floating_operands,
+)
 
 WEIGHTS = (
     nn.Conv1d,
@@ -76,36 +89,31 @@ LAYERS = frozenset(name for name, roles in CONTRACTIONS.items() if "weight" in r
 CONTRACTING_MODULES = tuple(cls for cls in WEIGHTS if cls not in (nn.Embedding, nn.EmbeddingBag))
 
 ELEMENTWISE = frozenset(("add", "sub", "mul"))
-STORED = frozenset(("cat", "stack", "adaptive_avg_pool2d", "adaptive_avg_pool1d", "avg_pool2d", "avg_pool1d"))
-STORED_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+STORED = frozenset(
+    "cat stack adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d batch_norm "
+    "group_norm instance_norm layer_norm rms_norm".split()
+)
+"""What reads its first operand, or each of a list, from memory."""
 
 MOVES = frozenset(
-    "adaptive_max_pool1d adaptive_max_pool2d chunk clone contiguous detach dropout expand expand_as flatten flip float "
-    "gather get getitem index_select max_pool1d max_pool2d max_pool3d movedim moveaxis narrow pad permute pixel_shuffle "
-    "pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze swapaxes t tile to transpose type_as "
-    "unbind unflatten unfold unsqueeze view view_as".split()
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d channel_shuffle chunk clone contiguous detach expand "
+    "expand_as flatten flip float gather get getitem index_select max_pool1d max_pool2d max_pool3d movedim moveaxis narrow "
+    "pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze swapaxes t tile "
+    "to transpose type_as unbind unflatten unfold unsqueeze view view_as".split()
 )
-MOVING_MODULES = (
-    nn.AdaptiveMaxPool2d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Flatten,
-    nn.Identity,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.Unflatten,
-    nn.ZeroPad2d,
-)
+MOVING_MODULES = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 """What returns elements of its first operand (or zeros), and so keeps them on the grid."""
+
+BOUNDED = frozenset(("sigmoid", "softmax", "hardsigmoid"))
+IN_UNIT_RANGE = Preset(
+    override(observer=fixed_range(lo=0.0, hi=1.0), symmetric=False), "strategy Dataflow: lies in [0, 1]", yields=True
+)
+"""What lies in [0, 1] whatever the data: all codes go there, and nothing is calibrated."""
 
 
 def moves(node: Node) -> bool:
     """Whether a node only moves data."""
-    return node.function in MOVES or node.is_module(*MOVING_MODULES)
+    return node.operation in MOVES or node.operation in DROPOUTS or node.is_module(*MOVING_MODULES)
 
 
 def source_of(graph: Graph, operand: Operand) -> Operand:
@@ -123,34 +131,35 @@ def source_of(graph: Graph, operand: Operand) -> Operand:
     return operand
 
 
-def wanted(graph: Graph, node: Node) -> list[Operand]:
+def wanted(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
     """The operands of a node that ought to be on a grid."""
-    if node.is_module(*CONTRACTING_MODULES):
+    if node.is_module(*CONTRACTING_MODULES, *requests.layers):
         return list(node.operands[: 2 if node.is_module(nn.Bilinear, nn.RNNCellBase) else 1])
     if node.function in CONTRACTIONS:
         return [operand for operand in node.operands if contracted(node, operand)]
-    if node.function in ELEMENTWISE:
+    if node.operation in ELEMENTWISE:
         pair = [o for o in node.operands if o.value]
         shapes = {graph.values[o.value].shape for o in pair}
         return pair if len(pair) == 2 and len(shapes) == 1 else []
-    if node.function in STORED or node.is_module(*STORED_MODULES):
-        return list(node.operands)
-    return []
+    if node.operation in STORED:
+        return [o for o in node.operands if o.role.partition(".")[0] in ("0", "input", "tensors")]
+    return list(node.operands) if requests.listed(node) else []
 
 
-def place_dataflow(graph: Graph, asks: Asks) -> Placement:
+def place_dataflow(graph: Graph, requests: Requests) -> Placement:
     """Every wanted operand, at its source."""
     chosen: dict[str, str] = {}
     for node in graph:
-        asked = asks(node)
+        asked = requests.asks(node)
         if asked:
             chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
         elif asked is None:
-            for operand in wanted(graph, node):
+            for operand in wanted(graph, node, requests):
                 source = source_of(graph, operand)
                 if source.value and graph.values[source.value].floating:
                     chosen.setdefault(source.value, f"operand of {node.name}")
-    return Placement(chosen)
+    bounded = (value for value in chosen if graph.producer(value).last.operation in BOUNDED)
+    return Placement(chosen, presets={activation_quantizer(value): IN_UNIT_RANGE for value in bounded})
 
 
 PLACEMENTS.add("Dataflow", Strategy(place_dataflow, WEIGHTS, functions=True))

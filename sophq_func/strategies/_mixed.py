@@ -1,0 +1,71 @@
+"""``BF16Mixed``: weight layers in integers, everything between them in bfloat16 (semantics.md 5.7).
+
+Behind each call sits a quantizer: as configured behind weight layers, BF16 behind all others. Where a value goes to calls
+of the other kind, or comes from the model's inputs, a second one sits before them, shared by all calls of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sophq_func.fake_quantize import bf16
+from sophq_func.graph import Graph, Node, Operand
+from sophq_func.rules import Preset
+from sophq_func.scheme import override
+from sophq_func.strategies._base import (
+    DROPOUTS,
+    PLACEMENTS,
+    Placement,
+    Requests,
+    SharedInput,
+    Strategy,
+    activation_quantizer,
+)
+from sophq_func.strategies._tpu import WEIGHTS
+
+BF16 = Preset(override(fake_quantize=bf16()), "strategy BF16Mixed: no weight layer")
+
+
+def consumers(graph: Graph, value: str) -> Iterator[tuple[Node, Operand]]:
+    """Each use of a value; dropout is looked through."""
+    for user, operand in graph.users(value):
+        if user.operation in DROPOUTS:
+            yield from consumers(graph, user.outputs[0])
+        else:
+            yield user, operand
+
+
+def place_mixed(graph: Graph, requests: Requests) -> Placement:
+    """A quantizer behind each call, and before the calls of the other kind."""
+    chosen: dict[str, str] = {}
+    inputs: dict[str, SharedInput] = {}
+    presets: dict[str, Preset] = {}
+
+    def is_layer(node: Node) -> bool:
+        return node.is_module(*WEIGHTS, *requests.layers)
+
+    for node in graph:
+        for value in (value for value in node.outputs if graph.values[value].floating and node.operation not in DROPOUTS):
+            uses = [(user, operand) for user, operand in consumers(graph, value) if requests.asks(user) is not False]
+            stays = len(uses) == 1 and uses[0][0].operation == "relu" and not graph.values[value].output
+            if node.kind != "input" and stays:
+                continue
+            if node.kind != "input" and requests.asks(node) is not False:
+                chosen[value] = f"result of {node.name}"
+                presets |= {} if is_layer(node) else {activation_quantizer(value): BF16}
+            for layers in (True, False):
+                mine = [(user.name, operand.slot) for user, operand in uses if is_layer(user) is layers]
+                if mine and (value not in chosen or is_layer(node) is not layers):
+                    name = _free(f"{mine[0][0]}.input_act_fake_quantizer", inputs)
+                    inputs[name] = SharedInput(mine[0][0], tuple(mine), f"input of {', '.join(user for user, _ in mine)}")
+                    presets |= {} if layers else {name: BF16}
+    return Placement(chosen, inputs=inputs, presets=presets)
+
+
+def _free(name: str, taken: dict[str, SharedInput]) -> str:
+    """``name``, or the first of ``name_1``, ``name_2``, ... that is not taken."""
+    number = sum(other == name or other.rpartition("_")[0] == name for other in taken)
+    return f"{name}_{number}" if number else name
+
+
+PLACEMENTS.add("BF16Mixed", Strategy(place_mixed, WEIGHTS))
