@@ -128,11 +128,16 @@ class Factories(Registry[_Factory[T]]):
         own = {factory.renamed.get(key, key): value for key, value in options.items()}
         for key in own:
             if key not in signature.parameters:
-                known = [*signature.parameters, *factory.renamed]
-                raise ConfigError(unknown(f"{self.kind} {name}", "option", key, known or ["(it has no options)"]))
+                known = self.options(name) or ["(it has no options)"]
+                raise ConfigError(unknown(f"{self.kind} {name}", "option", key, known))
         bound = signature.bind(**own)
         bound.apply_defaults()
         return Spec(self.canonical(name), tuple(sorted(bound.arguments.items())))
+
+    def options(self, name: str) -> list[str]:
+        """Every spelling of the options of a factory."""
+        factory = self.get(name)
+        return [*inspect.signature(factory.build).parameters, *factory.renamed]
 
     def build(self, spec: Spec) -> T:
         """Make the thing that ``spec`` describes.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.dicts import LATER
 from tests.helpers import DEFAULT, Ready, ready
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
@@ -172,12 +171,6 @@ def within(section: str, key: str, value: Any) -> dict[str, Any]:
     return {**base, section: {**base.get(section, {}), key: value}}
 
 
-@pytest.mark.parametrize(("section", "key"), [(section, key) for section, keys in LATER.items() for key in keys])
-def test_a_key_that_is_not_supported_yet_is_named(section: str, key: str) -> None:
-    text = message(sq.ConfigError, lambda: sq.from_dicts(within(section, key, {})))
-    says(text, section, repr(key), "not supported yet", "Fix")
-
-
 @pytest.mark.parametrize(
     ("section", "key", "near"),
     [
@@ -267,7 +260,7 @@ def test_a_missing_key_of_the_first_dictionary_is_named(key: str) -> None:
         ("quantmode", "weights", ("'weights'", "weight_only")),
         ("strategy", "cnn", ("'cnn'", "CNN", "Transformer")),
         ("strategy", None, ("strategy", "None", "CNN")),
-        ("bf16_mix_prec", True, ("bf16_mix_prec", "not supported")),
+        ("bf16_mix_prec", "yes", ("bf16_mix_prec", "True or False")),
         ("use_tpu_mlir_fwd", True, ("use_tpu_mlir_fwd", "compiler")),
     ],
 )
@@ -290,7 +283,7 @@ def test_all_problems_of_the_dictionaries_are_in_one_message() -> None:
             "w_observer": "MinMx",
             "a_qscheme": {"bit": 99},
             "module_name": {"head": {"mode": "weight", "bit": "x"}, "layer1": {"mode": "both"}},
-            "int4_op": [],
+            "int4_op": "head",
         },
         "extra_quantizer_dict": {"exclude_modul_name": []},
     }

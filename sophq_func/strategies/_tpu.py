@@ -10,7 +10,8 @@ from sophq_func.strategies._base import PLACEMENTS, Placement, Requests, Strateg
 MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
 OPERATIONS = frozenset(
     "abs adaptive_avg_pool2d add avg_pool2d cat celu clamp div elu gelu glu gumbel_softmax hardsigmoid hardswish "
-    "interpolate layer_norm logsigmoid matmul max_pool2d mish mul prelu selu sigmoid silu softplus softshrink sub tanh".split()
+    "interpolate layer_norm logsigmoid matmul max_pool2d mish mul prelu selu sigmoid silu softplus softshrink sub "
+    "tanh".split()
 )
 """What has its inputs quantized: module classes, and operations, be they modules or functions."""
 
