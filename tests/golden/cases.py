@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,17 @@ class Case:
         )
 
 
-def params(section: str, *classes: str, defects: Mapping[str, str]) -> list[Any]:
+def params(
+    section: str, *classes: str, defects: Mapping[str, str], where: Callable[[Case], bool] = lambda case: True
+) -> list[Any]:
     """The cases of some classes as pytest parameters.
 
     Skipped are those whose name matches a pattern of ``defects``, with its text, and those on which the reference failed.
     """
     found = []
     for data in cases(section):
-        if data["class"] in classes:
-            case = Case(section, data)
+        case = Case(section, data)
+        if data["class"] in classes and where(case):
             reasons = [text for pattern, text in defects.items() if fnmatch.fnmatchcase(case.name, pattern)]
             if case.error:
                 reasons.append(f"the reference ended in an error: {case.error['message']}")

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import operator
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
 from tests.golden import models
 from tests.golden.cases import Case, params
 
-DECONV = "defect 36: the reference does not fuse a transposed convolution with the BatchNorm and ReLU behind it"
-DEFECTS = {
-    "DeconvNet_*": DECONV,
+GROUPS = (
+    "matrix",
+    "variant_global",
+    "variant_mixed",
+    "variant_module_name",
+    "variant_object_type",
+    "variant_op_list",
+    "variant_quantizer",
+)
+PLACEMENT: dict[str, str] = {
+    "DeconvNet_*": "defect 36: the reference does not fuse a transposed convolution with the BatchNorm and ReLU behind it",
     "PoolClassifier_badmode": "defect 10: the reference accepts an unknown quantmode",
     "PoolClassifier_badstrategy": "defect 10: the reference accepts an unknown strategy",
 }
+NUMBERS: dict[str, str] = {**PLACEMENT}
+
+SYMBOLS: dict[str, Callable[[str], Any]] = {
+    "qat": "{}_sophgo".format,
+    "fused": lambda name: getattr(sq.patterns, name),
+    "float": lambda name: getattr(nn, name),
+    "fn": {
+        "operator.add": operator.add,
+        "torch.matmul": torch.matmul,
+        "torch.cat": torch.cat,
+        "softmax": F.softmax,
+        "interpolate": F.interpolate,
+    }.__getitem__,
+}
+
+
+def decoded(value: Any) -> Any:
+    """Recorded settings with their symbols made types and functions."""
+    if isinstance(value, dict):
+        if "__tuple__" in value:
+            return tuple(decoded(item) for item in value["__tuple__"])
+        return {decoded(key): decoded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    kind, _, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+    return SYMBOLS[kind](name) if name and kind in SYMBOLS else value
 
 
 def model_of(case: Case) -> nn.Module:
@@ -26,22 +65,28 @@ def model_of(case: Case) -> nn.Module:
     return model.train(case.config["prepared_in"] == "train")
 
 
-def calibrated(case: Case) -> tuple[sq.Quantized, dict[str, Tensor], dict[str, sq.QParams]]:
+def prepared(case: Case) -> tuple[sq.Quantized, dict[str, Tensor]]:
     model = model_of(case)
-    dictionaries = {"quant_dict": case.config["quant_dict"]}
-    q = sq.prepare_by_platform(model, dictionaries, example_args=(case.get("test_input"),)).eval()
-    weights = sq.params_of(model)
-    return q, weights, q.calibrate(weights, case.all("calib_input"))
+    names = ("quant_dict", "extra_qconfig_dict", "extra_quantizer_dict")
+    dictionaries = {name: decoded(case.config[name]) for name in names if case.config.get(name)}
+    example = case.get("test_input")
+    return sq.prepare_by_platform(model, dictionaries, example_args=(example,)).eval(), sq.params_of(model)
 
 
 def recorded_quantizers(case: Case, plan: sq.Plan) -> dict[str, dict[str, Any]]:
-    """Recorded facts by the name that the plan gives the quantizer."""
+    """Recorded facts, with the index of the entry, by the name that the plan gives the quantizer.
+
+    What the bf16 pass registered but took out of the graph again is left out.
+    """
     found = {}
-    for entry in case.facts["quantizers"]:
+    for index, entry in enumerate(case.facts["quantizers"]):
         names = [entry["name"], *entry["aliases"]]
-        own = [n for n in names if n.endswith("post_act_fake_quantizer") and "." not in n]
+        own = [n for n in names if n.endswith("_act_fake_quantizer") and "." not in n]
         own += [n for n in names if n.endswith("weight_fake_quant")]
-        found[plan.find(own[0])] = entry
+        kept = case.facts.get("graph_modules", own)
+        if own[0] in kept[:-1] or own[0].endswith("weight_fake_quant") or kept is own:
+            name = re.sub(r"_\w{15}__input_act_fake_quantizer", "_input_act_fake_quantizer_1", own[0])
+            found[plan.find(name)] = {"index": index, **entry}
     return found
 
 
@@ -52,25 +97,47 @@ def within_noise(case: Case, out: Tensor) -> None:
     assert error <= max(2e-5 * float(expected.norm()), 0.02 * float(noise)), float(error / noise)
 
 
-@pytest.mark.parametrize("case", params("end_to_end", "matrix", defects=DEFECTS))
-def test_placement_scales_and_outputs(case: Case) -> None:
-    q, weights, qparams = calibrated(case)
+def is_integer(config: sq.QuantizerConfig) -> bool:
+    return FAKE_QUANTIZERS.build(config.fake_quantize).integer
+
+
+def steps(case: Case) -> bool:
+    return bool(case.config["training_step"])
+
+
+@pytest.mark.parametrize("case", params("end_to_end", *GROUPS, defects=PLACEMENT))
+def test_placement(case: Case) -> None:
+    q, _ = prepared(case)
     facts = recorded_quantizers(case, q.plan)
     assert facts.keys() == q.plan.keys()
-    for (name, entry), layout in zip(facts.items(), case.facts["calibrated_layout"], strict=True):
+    for name, entry in facts.items():
         config = q.plan[name]
-        assert (config.scheme.qmin, config.scheme.qmax) == (entry["quant_min"], entry["quant_max"])
-        assert getattr(config.scheme.granularity, "axis", -1) == entry["ch_axis"]
-        assert config.observe_only == entry["only_enable_observer"]
-        offset, shape = layout["scale"]
-        expected = case.get("calibrated_scale")[offset : offset + torch.Size(shape).numel()]
-        torch.testing.assert_close(qparams[name].scale.reshape(-1), expected, rtol=1e-5, atol=0)
+        assert config.fake_quantize.name == FAKE_QUANTIZERS.canonical(entry["cls"])
+        assert config.observe_only == entry["only_enable_observer"], name
+        if entry["cls"] != "BF16FakeQuantize":
+            assert config.observer.name == OBSERVERS.canonical(entry["observer"])
+            assert getattr(config.scheme.granularity, "axis", -1) == entry["ch_axis"]
+        if is_integer(config):
+            assert (config.scheme.qmin, config.scheme.qmax) == (entry["quant_min"], entry["quant_max"])
+
+
+@pytest.mark.parametrize("case", params("end_to_end", *GROUPS, defects=NUMBERS, where=lambda case: not steps(case)))
+def test_scales_and_outputs(case: Case) -> None:
+    q, weights = prepared(case)
+    qparams = q.calibrate(weights, case.all("calib_input"))
+    for name, entry in recorded_quantizers(case, q.plan).items():
+        layout = case.facts["calibrated_layout"][entry["index"]]
+        if is_integer(q.plan[name]):
+            offset, shape = layout["scale"]
+            expected = case.get("calibrated_scale")[offset : offset + torch.Size(shape).numel()]
+            torch.testing.assert_close(qparams[name].scale.reshape(-1), expected, rtol=1e-5, atol=0)
     within_noise(case, q.apply(weights, qparams, case.get("test_input")))
 
 
-@pytest.mark.parametrize("case", params("end_to_end", "training_step", defects=DEFECTS))
+@pytest.mark.parametrize("case", params("end_to_end", "training_step", *GROUPS, defects=NUMBERS, where=steps))
 def test_training_step(case: Case) -> None:
-    q, weights, qparams = calibrated(case)
+    q, weights = prepared(case)
+    qparams = q.calibrate(weights, case.all("calib_input"))
     q = q.train()
     learnable, rest = q.split(qparams)
     floats = {n: p for n, p in weights.items() if p.is_floating_point()}
