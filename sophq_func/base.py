@@ -84,12 +84,14 @@ class FakeQuantize(NamedTuple):
       apply: see :class:`Apply`.
       learnable: fields of the qparams that may be learned: ``"scale"``, ``"zero_point"``, or names of extras.
       integer: codes are integers times ``scale``, so that ``scale`` can round a bias.
+      scales_bias: ``scale`` rounds a bias all the same.
     """
 
     init: InitQParams
     apply: Apply
     learnable: tuple[str, ...] = ()
     integer: bool = True
+    scales_bias: bool = False
 
 
 OBSERVERS: Factories[Observer] = Factories("observer")

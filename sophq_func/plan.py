@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sophq_func.errors import ConfigError, StateError, explain, near
+from sophq_func import views
+from sophq_func.errors import ConfigError, PlanError, StateError, explain, near
 from sophq_func.rules import Rule, underscored
-from sophq_func.scheme import PerTensor, QuantizerConfig, config_from_data, to_data
+from sophq_func.scheme import QuantizerConfig, config_from_data, to_data
 from sophq_func.site import Site
+from sophq_func.views import Call, Edge, PlanDiff, Tree
 
-VERSION = 1
+VERSION = 2
 
 Counts = Mapping[tuple[str, str], int]
 """Number of calls of each (module path, function) that some quantizer is anchored to; function is empty for modules."""
@@ -26,6 +28,7 @@ class Plan(Mapping[str, QuantizerConfig]):
       unused: rules that matched nothing.
       opaque: paths of modules whose inside is not looked at.
       written: inputs that the model writes into; they enter as copies.
+      calls, edges: the traced model, for pictures.
     """
 
     _configs: dict[str, QuantizerConfig]
@@ -36,6 +39,9 @@ class Plan(Mapping[str, QuantizerConfig]):
     unused: tuple[Rule, ...]
     opaque: tuple[str, ...]
     written: tuple[str, ...]
+    calls: tuple[Call, ...]
+    edges: tuple[Edge, ...]
+    _again: Callable[[Rule], Plan] | None
 
     def __init__(
         self,
@@ -47,6 +53,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         unused: tuple[Rule, ...] = (),
         opaque: tuple[str, ...] = (),
         written: tuple[str, ...] = (),
+        calls: tuple[Call, ...] = (),
+        edges: tuple[Edge, ...] = (),
+        again: Callable[[Rule], Plan] | None = None,
     ) -> None:
         self.__dict__.update(
             _configs=dict(configs),
@@ -57,7 +66,16 @@ class Plan(Mapping[str, QuantizerConfig]):
             unused=tuple(unused),
             opaque=tuple(opaque),
             written=tuple(written),
+            calls=tuple(calls),
+            edges=tuple(edges),
+            _again=again,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_again": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(explain("Plan", f"setting {name!r}", because="it is immutable", fix="plan anew"))
@@ -115,40 +133,52 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     def rows(self) -> list[dict[str, str]]:
         """The plan as rows of text, one for each quantizer."""
-        return [self._row(name) for name in self]
-
-    def _row(self, name: str) -> dict[str, str]:
-        config, site, reasons = self._configs[name], self._sites[name], self._reasons[name]
-        grid = f"{'int' if config.scheme.symmetric else 'uint'}{config.scheme.bits}"
-        because: dict[str, list[str]] = {}
-        for field, reason in reasons.items():
-            because.setdefault(reason, []).append(field)
-        placed = reasons.get("placed", "")
-        why = "; ".join(f"{', '.join(f)}: {r}" for r, f in because.items() if r != placed)
-        grid += " narrow" * config.scheme.symmetric_range + " pot" * config.scheme.pot_scale
-        where = f"weight {site.parameter}" if site.parameter else f"after {site.members[-1] if site.members else site.value}"
-        return {
-            "quantizer": name,
-            "grid": grid,
-            "granularity": "tensor" if config.scheme.granularity == PerTensor() else str(config.scheme.granularity),
-            "observer": repr(config.observer),
-            "fake quantizer": repr(config.fake_quantize) + (", observes only" if config.observe_only else ""),
-            "where": where + (f", {site.note}" if site.note else ""),
-            "why": f"{placed}; {why}" if placed else why,
-        }
+        return [views.row(config, self._sites[name], self._reasons[name]) for name, config in self._configs.items()]
 
     def table(self) -> str:
-        """The plan as text, one block of columns for each quantizer: what, where, and which rule or default decided."""
-        rows = self.rows()
-        if not rows:
-            return "nothing is quantized"
-        columns = list(rows[0])
-        widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns[:-1]}
-        lines = ["  ".join(c.ljust(widths.get(c, 0)) for c in columns).rstrip()]
-        lines += ["  ".join(row[c].ljust(widths.get(c, 0)) for c in columns).rstrip() for row in rows]
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"unused: {rule!r}" for rule in self.unused]
-        return "\n".join(lines)
+        """The plan as text: each quantizer, its config, where it sits, and which rule or default decided each field.
+
+        With lines between the columns where rich is installed, else plain.
+        """
+        remarks = [f"note: {note}" for note in self.notes] + [f"unused: {rule!r}" for rule in self.unused]
+        return views.table(self.rows(), remarks)
+
+    def explain(self, name: str) -> str:
+        """Everything about one quantizer as text: where it sits, and each field with who decided it."""
+        full = self.find(name)
+        return views.explain(self._configs[full], self._sites[full], self._reasons[full])
+
+    def tree(self) -> Tree:
+        """The configs nested by module path, a dict of dicts; ``print`` draws it."""
+        return views.tree(self._configs)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What ``other`` has that is different: quantizers added, removed, or with changed fields."""
+        if not isinstance(other, Plan):
+            raise PlanError(explain("plan.diff", "this plan", got=type(other).__name__, allowed="a sq.Plan"))
+        return views.diff((self._configs, other._configs), (self._sites, other._sites))
+
+    def override(self, rule: Rule) -> Plan:
+        """A new plan of the same model and config, with one more rule at the end.
+
+        Raises:
+          ConfigError: as :func:`sophq_func.plan`.
+          PlanError: the plan was read from JSON or a pickle, and has no traced model to plan again.
+        """
+        if not isinstance(rule, Rule):
+            fix = 'sq.Rule(name="...", weight=sq.override(bits=4))'
+            raise ConfigError(explain("plan.override", "this rule", got=type(rule).__name__, allowed="a sq.Rule", fix=fix))
+        if self._again is None:
+            because, fix = (
+                "it was read from JSON or a pickle, without the traced model",
+                "sq.plan(sq.trace(model, args), config)",
+            )
+            raise PlanError(explain("plan.override", "planning again", because=because, fix=fix))
+        return self._again(rule)
+
+    def to_dot(self) -> str:
+        """The model's graph with its quantizers, in the DOT language; :func:`sophq_func.draw` makes a picture."""
+        return views.dot(self.calls, self.edges, self._configs)
 
     def _identity(self) -> dict[str, Any]:
         """All that decides about numbers, as data; what only explains is left out."""
@@ -164,7 +194,8 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     def to_json(self) -> str:
         """The plan as JSON text: stable, and all that :func:`sophq_func.build` needs. Unused rules are left out."""
-        data = {"version": VERSION, **self._identity(), "reasons": self._reasons, "notes": self.notes}
+        told = {"reasons": self._reasons, "notes": self.notes, "calls": self.calls, "edges": self.edges}
+        data = {"version": VERSION, **self._identity(), **told}
         return json.dumps(data, indent=1, sort_keys=True)
 
     @staticmethod
@@ -220,6 +251,8 @@ def _read(data: Any) -> Plan:
         tuple(_text(note) for note in data["notes"]),
         opaque=tuple(_text(path) for path in data["opaque"]),
         written=tuple(_text(name) for name in data["written"]),
+        calls=tuple(Call(_text(name), _text(does), tuple(map(_text, weights))) for name, does, weights in data["calls"]),
+        edges=tuple(Edge(_text(source), _text(end), tuple(map(_text, through))) for source, end, through in data["edges"]),
     )
 
 

@@ -58,7 +58,7 @@ def e5m2(scaling: str = "none") -> FakeQuantize:
 def fp16() -> FakeQuantize:
     """IEEE half precision: cast and back (semantics.md 4.12).
 
-    Beyond 65504 the value is infinite; the gradient is 1, itself cast.
+    Beyond 65504 the value is infinite; the gradient is 1, itself cast. The observed scale rounds biases only.
 
     Differs from sophgo-mq: differentiable per channel too.
 
@@ -67,7 +67,7 @@ def fp16() -> FakeQuantize:
       >>> sq.fake_quantizer("fp16").learnable
       ()
     """
-    return _cast(torch.float16)
+    return _cast(torch.float16)._replace(scales_bias=True)
 
 
 @FAKE_QUANTIZERS.register("bf16", "BF16FakeQuantize")

@@ -1,0 +1,43 @@
+"""Sites of values: what rules see of a call, and where the quantizer behind a value sits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sophq_func.graph import Graph, Node
+from sophq_func.site import Site
+from sophq_func.strategies import activation_quantizer
+from sophq_func.weight_sites import node_types, pattern_name
+
+
+def node_site(graph: Graph, node: Node) -> Site:
+    """The site that rules see when they say whether a call asks for quantizers."""
+    return Site(
+        quantizer=f"{node.name}.post_act_fake_quantizer",
+        role="activation",
+        value=node.name,
+        path=node.path,
+        paths=(*node.paths, *(path for m in node.members[1:] if m.kind == "module" for path in m.paths)),
+        types=node_types(graph, node),
+        pattern=pattern_name(node),
+        members=tuple(m.name for m in node.members),
+        function=node.function,
+        operation=node.operation,
+        also=node.also,
+        groups=int(node.options.get("groups", 1)),
+    )
+
+
+def activation_site(graph: Graph, node: Node, value: str) -> Site:
+    """The site behind one of the values that a call makes."""
+    last, made = node.last, graph.values[value]
+    return replace(
+        node_site(graph, node),
+        quantizer=activation_quantizer(value),
+        value=value,
+        anchor=(last.path, last.function, last.call),
+        output=made.index,
+        shape=made.shape,
+        argument=node.argument,
+        aliases=tuple(f"{path}.post_act_fake_quantizer" for path in node.paths[1:] if node.kind == "module"),
+    )
