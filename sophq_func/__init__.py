@@ -19,6 +19,7 @@ from sophq_func.intercept import params_of as params_of
 from sophq_func.observers import observer as observer
 from sophq_func.plan import Plan as Plan
 from sophq_func.planning import plan as plan
+from sophq_func.plot import draw as draw
 from sophq_func.prepare import build as build
 from sophq_func.prepare import prepare_by_platform as prepare_by_platform
 from sophq_func.prepare import quantize as quantize

@@ -209,13 +209,20 @@ class _Recorder(Frame):
         for i, item in enumerate(found):
             if isinstance(item, Tensor):
                 if id(item) in before:
-                    found[i] = item.view_as(item)
+                    found[i] = self._alias(item)
                 made.append((item, found[i]))
         self._add(node, [new for _, new in made], tensors((args, kwargs)))
         for (old, _), name in zip(made, self._nodes[node.name].outputs, strict=True):
             if id(old) in before and before[id(old)] != _version(old):
                 self._overwrite(old, name)
         return rebuild(found)
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """Another object for the same data; the view is none of the model's calls."""
+        self.leaves += 1
+        alias = tensor.view_as(tensor)
+        self.leaves -= 1
+        return alias
 
     def _overwrite(self, tensor: Tensor, value: str) -> None:
         """``tensor`` was written into, which made ``value``: later uses of it, and of what shares its memory, are stale."""

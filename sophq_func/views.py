@@ -62,7 +62,7 @@ def place(site: Site) -> str:
 
 
 def why(reasons: Mapping[str, str]) -> list[str]:
-    """The reasons of one quantizer: why it is there, the fields that a rule or strategy decided, and who decided the rest."""
+    """Why a quantizer is there, the fields that a rule or strategy decided, and who decided all the rest."""
     because: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         if name != "placed":
