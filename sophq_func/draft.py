@@ -49,7 +49,7 @@ class Draft:
 
     def _place(self) -> Placement:
         """What the strategy says, and the results that rules ask for."""
-        requests = Requests(self._asks, self._listed, self.config.weight_layers)
+        requests = Requests(self._asks, self._listed, self.config.weight_layers, self.config.chip is None)
         placement = self.strategy.place(self.graph, requests)
         wishes = [(i, rule) for i, rule in enumerate(self.config.rules) if rule.outputs]
         for value in self.graph.values if wishes else ():

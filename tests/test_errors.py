@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func.plan import VERSION
 from tests.helpers import DEFAULT, Ready, ready
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
@@ -651,7 +652,7 @@ def test_what_is_no_plan_is_a_config_error(text: Any) -> None:
 
 def test_a_plan_of_another_version_says_which() -> None:
     data = {**json.loads(small_plan().to_json()), "version": 99}
-    says(message(sq.ConfigError, lambda: sq.Plan.from_json(json.dumps(data))), "version", "99", "1")
+    says(message(sq.ConfigError, lambda: sq.Plan.from_json(json.dumps(data))), "version", "99", str(VERSION))
 
 
 def test_a_plan_with_an_unknown_observer_names_it() -> None:

@@ -281,7 +281,7 @@ def test_each_call_of_a_module_has_a_scale_of_its_own() -> None:
     class Doubles(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.act, self.layer = nn.Sigmoid(), nn.Linear(4, 4)
+            self.act, self.layer = nn.SiLU(), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(self.act(x)) + self.layer(self.act(x - 100))

@@ -146,7 +146,7 @@ def test_the_three_dictionaries_are_not_changed() -> None:
             "module_name": {"head": {"mode": "weight", "bit": 4}, "conv": {"mode": "activation"}},
             "object_type": {nn.Linear: {"mode": "weight", "bit": 8, "wperchannel": True}},
         },
-        "extra_quantizer_dict": {"exclude_module_name": ["head"], "module_only_enable_observer": ["conv"]},
+        "extra_quantizer_dict": {"exclude_module_name": ["bn"], "module_only_enable_observer": ["conv"]},
     }
     before = copy.deepcopy(given)
     with unchanged(*[inner for outer in given.values() for inner in (outer, *outer.values()) if isinstance(inner, dict)]):

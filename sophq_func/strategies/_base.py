@@ -21,11 +21,13 @@ class Requests(NamedTuple):
       asks: whether rules make a node ask for quantizers (``True``), forbid it (``False``), or leave it to the strategy.
       listed: whether the config adds the node's class or function to the strategy's list of operations.
       layers: module classes whose weights are quantized beside those of the strategy.
+      free: no chip says what grids there are.
     """
 
     asks: Callable[[Node], bool | None]
     listed: Callable[[Node], bool]
     layers: tuple[type[nn.Module], ...]
+    free: bool
 
 
 class SharedInput(NamedTuple):

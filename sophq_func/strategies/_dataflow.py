@@ -8,7 +8,8 @@ and nothing behind it again. Quantized are
   biases and position tables are broadcast and stay as they are),
 * what is concatenated, stacked, averaged or normalized.
 
-What lies in [0, 1] by its nature (softmax, sigmoid) gets that range and an affine grid, unless the config says otherwise.
+What lies in [0, 1] by its nature (softmax, sigmoid) has that range, and where no chip is asked for an affine grid, unless the
+config says otherwise.
 """
 
 from __future__ import annotations
@@ -105,10 +106,11 @@ MOVING_MODULES = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 """What returns elements of its first operand (or zeros), and so keeps them on the grid."""
 
 BOUNDED = frozenset(("sigmoid", "softmax", "hardsigmoid"))
-IN_UNIT_RANGE = Preset(
-    override(observer=fixed_range(lo=0.0, hi=1.0), symmetric=False), "strategy Dataflow: lies in [0, 1]", yields=True
-)
-"""What lies in [0, 1] whatever the data: all codes go there, and nothing is calibrated."""
+"""What lies in [0, 1] whatever the data, so that there is nothing to calibrate."""
+
+WHY = "strategy Dataflow: lies in [0, 1]"
+UNIT_RANGE = Preset(override(observer=fixed_range(lo=0.0, hi=1.0)), WHY, yields=True)
+UNIT_RANGE_AFFINE = Preset(override(observer=fixed_range(lo=0.0, hi=1.0), symmetric=False), WHY, yields=True)
 
 
 def moves(node: Node) -> bool:
@@ -159,7 +161,8 @@ def place_dataflow(graph: Graph, requests: Requests) -> Placement:
                 if source.value and graph.values[source.value].floating:
                     chosen.setdefault(source.value, f"operand of {node.name}")
     bounded = (value for value in chosen if graph.producer(value).last.operation in BOUNDED)
-    return Placement(chosen, presets={activation_quantizer(value): IN_UNIT_RANGE for value in bounded})
+    known = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
+    return Placement(chosen, presets={activation_quantizer(value): known for value in bounded})
 
 
 PLACEMENTS.add("Dataflow", Strategy(place_dataflow, WEIGHTS, functions=True))
