@@ -8,8 +8,8 @@ and nothing behind it again. Quantized are
   biases and position tables are broadcast and stay as they are),
 * what is concatenated, stacked, averaged or normalized.
 
-What lies in [0, 1] by its nature (softmax, sigmoid) has that range, and where no chip is asked for an affine grid, unless the
-config says otherwise.
+What lies in [0, 1] by its nature (softmax, sigmoid) has that range, and where no chip is asked for an affine grid, unless
+the config says otherwise.
 """
 
 from __future__ import annotations
