@@ -6,15 +6,10 @@ Interleaved medians on one thread: ResNet-18 at 4x3x224x224 (no pretrained weigh
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import medians, write
 from torch import Tensor, nn
 
 import sophq_func as sq
@@ -49,19 +44,6 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)).eval()
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate, called in turn, after one warm-up each."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -89,9 +71,7 @@ def main() -> None:
     for name, seconds in found.items():
         print(f"{name:<32} {1000 * seconds:8.1f} ms  {seconds / base:6.3f} of the module")
     if options.json:
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": 1}
-        rows = {name: {"seconds": seconds, "ratio": seconds / base} for name, seconds in found.items()}
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        write(options.json, {name: {"seconds": seconds, "ratio": seconds / base} for name, seconds in found.items()})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What the benchmarks share: interleaved medians, and a file of figures with the machine they came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def medians(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate, called in turn, after one warm-up each."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call()
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def write(path: Path, rows: Mapping[str, Any]) -> None:
+    """Write figures as JSON, first to a temporary name."""
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"machine": machine, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
+    partial.replace(path)
