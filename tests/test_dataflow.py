@@ -1,0 +1,134 @@
+"""The strategy Dataflow: which operands are quantized, where, and once each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sophq_func as sq
+
+AFTER = ".post_act_fake_quantizer"
+
+
+class Net(nn.Module):
+    """A forward given as a function, and the layers that it uses."""
+
+    def __init__(self, f: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.f(self, *inputs)
+
+
+def plan(f: Callable[..., Tensor], *inputs: Tensor, chip: str | None = None, **layers: nn.Module) -> sq.Plan:
+    config = sq.QuantConfig(chip=chip, strategy="Dataflow")
+    return sq.plan(sq.trace(Net(f, **layers).eval(), inputs), config)
+
+
+def quantized(found: sq.Plan) -> set[str]:
+    """The values with a quantizer behind them, and the weights; collected inputs by their number."""
+    return {name.removesuffix(AFTER).removeprefix("inputs.") for name in found}
+
+
+A, B, C = (torch.rand(2, 3, 4, 4) for _ in range(3))
+TWO: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
+    "matmul": (lambda m, a, b: a @ b, {"0", "1"}),
+    "bmm": (lambda m, a, b: torch.bmm(a.flatten(0, 1), b.flatten(0, 1)), {"0", "1"}),
+    "baddbmm": (lambda m, a, b: torch.baddbmm(a[0], a[0], b[0]), {"0", "1"}),
+    "einsum": (lambda m, a, b: torch.einsum("bcij,bcjk->bcik", a, b), {"0", "1"}),
+    "sdpa": (lambda m, a, b: F.scaled_dot_product_attention(a, b, a + 1), {"0", "1", "add"}),
+    "stack": (lambda m, a, b: torch.stack([a, b.relu()]), {"0", "relu"}),
+    "cat behind views": (lambda m, a, b: torch.cat([a.flatten(1), b.transpose(1, 2).flatten(1)], 1), {"0", "1"}),
+    "one tensor twice": (lambda m, a, b: (a @ b) @ b.mT, {"0", "1", "matmul"}),
+    "sum of two": (lambda m, a, b: a + b, {"0", "1"}),
+    "sum with a mask": (lambda m, a, b: a + b[:1, :1], set()),
+    "scaled": (lambda m, a, b: a * 2.0 + 1.0, set()),
+    "layer_norm": (lambda m, a, b: F.layer_norm(a, (4,)), {"0"}),
+    "group_norm": (lambda m, a, b: F.group_norm(a, 3), {"0"}),
+    "instance_norm": (lambda m, a, b: F.instance_norm(a), {"0"}),
+    "rms_norm": (lambda m, a, b: F.rms_norm(a, (4,)), {"0"}),
+    "max pooling moves data": (lambda m, a, b: F.max_pool2d(a, 2) @ F.max_pool2d(b, 2), {"0", "1"}),
+    "average": (lambda m, a, b: F.avg_pool2d(a, 2), {"0"}),
+}
+
+
+@pytest.mark.parametrize("case", TWO, ids=lambda case: case.replace(" ", "_"))
+def test_operands_are_quantized_once_at_their_source(case: str) -> None:
+    f, expected = TWO[case]
+    assert quantized(plan(f, A, B)) == expected
+
+
+NORMS = {
+    "batch": nn.BatchNorm2d(3),
+    "group": nn.GroupNorm(3, 3),
+    "instance": nn.InstanceNorm2d(3),
+    "layer": nn.LayerNorm(4),
+    "rms": nn.RMSNorm(4),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norm_modules_count_as_their_functions(kind: str) -> None:
+    assert quantized(plan(lambda m, a: m.norm(a), A, norm=NORMS[kind])) == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv1d(3, 4, 3), (2, 3, 8)), (nn.Conv3d(3, 4, 3), (2, 3, 4, 4, 4)), (nn.ConvTranspose1d(3, 4, 3), (2, 3, 8))],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_layers_of_every_dimension_have_quantized_weights(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert quantized(plan(lambda m, a: m.layer(a), torch.rand(shape), layer=layer)) == {"0", "layer.weight_fake_quant"}
+
+
+def test_embeddings_are_quantized_as_weights() -> None:
+    found = plan(lambda m, i: m.head(m.table(i)), torch.tensor([[1, 2]]), table=nn.Embedding(5, 4), head=nn.Linear(4, 2))
+    assert quantized(found) == {"table.weight_fake_quant", "table", "head.weight_fake_quant"}
+
+
+BOUNDED: dict[str, Callable[..., Tensor]] = {
+    "softmax": lambda m, a, b: torch.softmax(a, -1) @ b,
+    "method": lambda m, a, b: a.softmax(-1) @ b,
+    "behind dropout": lambda m, a, b: F.dropout(F.softmax(a, -1), 0.1, False) @ b,
+    "sigmoid": lambda m, a, b: torch.sigmoid(a) * b,
+    "module": lambda m, a, b: m.act(a) * b,
+}
+
+
+@pytest.mark.parametrize("case", BOUNDED, ids=lambda case: case.replace(" ", "_"))
+def test_what_lies_between_0_and_1_needs_no_calibration(case: str) -> None:
+    found = plan(BOUNDED[case], A, B, act=nn.Sigmoid())
+    (name,) = (name for name in found if "softmax" in name or "sigmoid" in name or "act." in name)
+    assert found[name].observer == sq.observers.fixed_range(lo=0.0, hi=1.0)
+    assert not found[name].scheme.symmetric
+    assert found.reasons(name)["observer"] == "strategy Dataflow: lies in [0, 1]"
+    q = sq.build(Net(BOUNDED[case], act=nn.Sigmoid()).eval(), found)
+    qparams = q.calibrate({}, [(A, B)], progress=False)[name]
+    torch.testing.assert_close(qparams.scale, torch.tensor(1 / 255))
+    assert int(qparams.zero_point) == 0
+
+
+def test_a_chip_keeps_its_grid_for_what_lies_between_0_and_1() -> None:
+    found = plan(BOUNDED["softmax"], A, B, chip="BM1690")
+    assert found["softmax" + AFTER].scheme.symmetric
+    assert found["softmax" + AFTER].observer == sq.observers.fixed_range(lo=0.0, hi=1.0)
+
+
+@pytest.mark.parametrize("by", ["rule", "config"])
+def test_what_the_user_says_is_stronger_than_a_known_range(by: str) -> None:
+    change = sq.override(observer=sq.observers.mse(), symmetric=True)
+    config = (
+        sq.QuantConfig(activation=change)
+        if by == "config"
+        else sq.QuantConfig(rules=(sq.Rule(type=F.softmax, activation=change),))
+    )
+    found = sq.plan(sq.trace(Net(BOUNDED["softmax"]), (A, B)), config)["softmax" + AFTER]
+    assert found.observer == sq.observers.mse()
+    assert found.scheme.symmetric
