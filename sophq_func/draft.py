@@ -10,6 +10,7 @@ from sophq_func.checks import is_integer, violations
 from sophq_func.errors import explain
 from sophq_func.graph import Graph, Node
 from sophq_func.patterns import fuse
+from sophq_func.registry import Spec
 from sophq_func.rules import Decision, Preset, QuantConfig, matches_type, requested, resolve
 from sophq_func.scheme import PerTensor, QuantizerConfig
 from sophq_func.site import Site
@@ -65,7 +66,7 @@ class Draft:
         self.used.update(decision.matched)
         if decision.config is None:
             return
-        config = _with_axis(decision.config, site)
+        config = _with_quant_type(_with_axis(decision.config, site), site)
         reasons = {"placed": placed, **decision.reasons}
         if observe_only and "observe_only" not in decision.reasons:
             config = replace(config, observe_only=True)
@@ -193,3 +194,13 @@ def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
         return config
     axis = site.axis if site.role == "weight" else 1
     return replace(config, scheme=replace(config.scheme, granularity=replace(granularity, axis=axis)))
+
+
+def _with_quant_type(config: QuantizerConfig, site: Site) -> QuantizerConfig:
+    """``config`` with the option ``quant_type`` of pieces that have one and leave it open: what the quantizer's role says."""
+    kind = "param" if site.role == "weight" else "input" if site.argument else "tensor"
+
+    def filled(spec: Spec) -> Spec:
+        return Spec(spec.name, tuple((k, kind if k == "quant_type" and v is None else v) for k, v in spec.options))
+
+    return replace(config, observer=filled(config.observer), fake_quantize=filled(config.fake_quantize))
