@@ -197,7 +197,7 @@ def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
 
 
 def _with_quant_type(config: QuantizerConfig, site: Site) -> QuantizerConfig:
-    """``config`` with the option ``quant_type`` of pieces that have one and leave it open: what the quantizer's role says."""
+    """``config`` with the option ``quant_type``, where a piece has one and leaves it open, as the role says."""
     kind = "param" if site.role == "weight" else "input" if site.argument else "tensor"
 
     def filled(spec: Spec) -> Spec:

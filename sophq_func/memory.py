@@ -10,6 +10,9 @@ from torch import nn
 OWN = frozenset(nn.Module().__dict__)
 """Attributes that every module has."""
 
+HOOKS = tuple(name for name in sorted(OWN) if "_hooks" in name)
+"""Those that hold hooks; a model may install some in its first call."""
+
 
 class _Absent:
     """Stands for an attribute that a module did not have."""
@@ -32,6 +35,8 @@ class Memory:
             for name, value in attributes.items()
             if name not in OWN and type(value) in (list, dict, set)
         ]
+        hooks = (attributes[name] for _, attributes in self._modules for name in HOOKS)
+        self._hooks = [(value, dict(value)) for value in hooks if value is not None]
 
     def restore(self) -> list[tuple[nn.Module, str, Any]]:
         """Put everything back.
@@ -41,6 +46,9 @@ class Memory:
         """
         for contents in self._containers:
             contents()
+        for value, hooks in self._hooks:
+            if value != hooks:
+                _filled(value, hooks)
         changed = []
         for module, attributes in self._modules:
             now = module.__dict__

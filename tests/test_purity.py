@@ -362,3 +362,28 @@ def test_updates_of_buffers_come_back_only_from_apply_and_update() -> None:
     torch.testing.assert_close(after, sq.params_of(twin))
     assert int(after["steps"]) == 1
     assert float(r.params["total"]) == float(model.total) == 0
+
+
+class HooksItself(nn.Module):
+    """Installs a hook in its first call and remembers that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.hooked = nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.layer.register_forward_hook(_double)
+            self.hooked = True
+        return self.layer(x)
+
+
+def test_hooks_that_a_model_installs_in_a_call_are_installed_once() -> None:
+    model, x = HooksItself().eval(), torch.randn(2, 4)
+    q = sq.quantize(model, sq.QuantConfig(weight=None, activation=sq.override(bits=16)), example_args=(x,))
+    params = sq.params_of(model)
+    assert len(model.layer._forward_hooks) == 0
+    qparams = q.calibrate(params, [x, x], progress=False)
+    expected = copy.deepcopy(model)(x)
+    for _ in range(2):
+        torch.testing.assert_close(q.apply(params, qparams, x), expected, rtol=1e-3, atol=1e-3)

@@ -8,6 +8,7 @@ and nothing behind it again. Quantized are
   biases and position tables are broadcast and stay as they are),
 * what is concatenated, stacked, averaged or normalized.
 
+Only what comes from a weight or a floating input is: masks and positions made in the forward stay as they are.
 What lies in [0, 1] by its nature (softmax, sigmoid) has that range, and where no chip is asked for an affine grid, unless
 the config says otherwise.
 """
@@ -148,9 +149,19 @@ def wanted(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
     return list(node.operands) if requests.listed(node) else []
 
 
+def signals(graph: Graph) -> frozenset[str]:
+    """Names of the floating values that come from a weight or a floating input; the others are masks and positions."""
+    found: set[str] = set()
+    for node in graph:
+        fed = node.kind == "input" or node.parameters or any(o.parameter or o.value in found for o in node.operands)
+        found.update(value for value in node.outputs if fed and graph.values[value].floating)
+    return frozenset(found)
+
+
 def place_dataflow(graph: Graph, requests: Requests) -> Placement:
     """Every wanted operand, at its source."""
     chosen: dict[str, str] = {}
+    carrying = signals(graph)
     for node in graph:
         asked = requests.asks(node)
         if asked:
@@ -158,7 +169,7 @@ def place_dataflow(graph: Graph, requests: Requests) -> Placement:
         elif asked is None:
             for operand in wanted(graph, node, requests):
                 source = source_of(graph, operand)
-                if source.value and graph.values[source.value].floating:
+                if source.value in carrying:
                     chosen.setdefault(source.value, f"operand of {node.name}")
     bounded = (value for value in chosen if graph.producer(value).last.operation in BOUNDED)
     known = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
