@@ -7,8 +7,18 @@ from torch import Tensor
 
 from sophq_func.affine import min_max, range_to_qparams, round_to_grid, rows
 from sophq_func.base import OBSERVERS, Observer
-from sophq_func.errors import ConfigError, explain
-from sophq_func.observers._minmax import MinMaxState, init_min_max, merge_min_max, range_qparams, widen
+from sophq_func.observers._minmax import (
+    MOVES,
+    EMAMinMaxState,
+    MinMaxState,
+    average,
+    init_average,
+    init_min_max,
+    merge_min_max,
+    range_qparams,
+    widen,
+)
+from sophq_func.observers._options import check_decay, check_positive, unmergeable
 from sophq_func.scheme import PerTensor, QScheme
 
 CANDIDATES_PER_TENSOR = 95
@@ -68,10 +78,33 @@ def mse(p: float = 2.0) -> Observer:
       >>> bool(obs.update(obs.init(x, scheme), x, scheme).hi < 2.0)
       True
     """
-    if not isinstance(p, int | float) or p <= 0:
-        raise ConfigError(explain("mse", "this exponent", got=p, allowed="a number > 0"))
+    check_positive("mse", "exponent", p)
 
     def update(state: MinMaxState, x: Tensor, scheme: QScheme) -> MinMaxState:
         return widen(state, *search_range(x, scheme, p)) if x.numel() else state
 
     return Observer(init_min_max, update, merge_min_max, range_qparams)
+
+
+@OBSERVERS.register("ema_mse", "EMAMSEObserver", ema_ratio="decay")
+def ema_mse(p: float = 2.0, decay: float = 0.9) -> Observer:
+    """Exponential moving average of the ranges of least error that ``mse`` finds for each tensor.
+
+    The first tensor counts whole. Not mergeable: the result depends on the order.
+
+    Args:
+      p: exponent of the error, > 0.
+      decay: share of the past, in [0, 1); sophgo-mq's ``ema_ratio``.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> sq.observers.ema_mse(decay=0.5)
+      ema_mse(decay=0.5, p=2.0)
+    """
+    check_positive("ema_mse", "exponent", p)
+    check_decay("ema_mse", decay)
+
+    def update(state: EMAMinMaxState, x: Tensor, scheme: QScheme) -> EMAMinMaxState:
+        return average(state, *search_range(x, scheme, p), decay) if x.numel() else state
+
+    return Observer(init_average, update, unmergeable("ema_mse", MOVES), range_qparams)
