@@ -186,7 +186,7 @@ def least_divergence(sizes: Tensor, levels: int) -> Tensor:
     per_candidate = levels * max(1, math.prod(sizes.shape[:-1]))
     kept = torch.arange(levels, sizes.shape[-1] + 1, device=sizes.device)
     scores = [_divergence(sizes, part, levels) for part in torch.split(kept, max(1, AT_ONCE // per_candidate))]
-    return kept[torch.cat(scores, dim=-1).min(dim=-1).indices]
+    return levels + torch.cat(scores, dim=-1).min(dim=-1).indices
 
 
 def _divergence(sizes: Tensor, kept: Tensor, levels: int) -> Tensor:

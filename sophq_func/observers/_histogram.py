@@ -67,7 +67,8 @@ def walk(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     right = (torch.searchsorted(mass, ((1 - share) * mass[-1]).float(), right=True) - 1).clamp(min=0)
     gain_left, gain_right = (side.diff().abs().cummin(0).values for side in (left, right))
     when = steps[:-1] + torch.searchsorted(-gain_right, -gain_left, right=True)
-    taken = torch.searchsorted(when, steps)
+    marks = torch.zeros(STEPS + 2, dtype=torch.int64, device=counts.device)
+    taken = marks.scatter_add(0, (when + 1).clamp(max=STEPS + 1), torch.ones_like(when)).cumsum(0)[:-1]
     first, last = left[taken], right[steps - taken]
     moved = (first.diff() != 0) | (last.diff() != 0)
     slot = torch.nn.functional.pad(moved.cumsum(0), (1, 0)).clamp(max=bins - 1)
@@ -102,8 +103,8 @@ def least_error(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> tuple[Te
     errors = torch.cat([squared_error(counts, begin, end, levels) for begin, end in parts])
     better = there[1:] & ((errors[1:] <= errors[:-1]) | (torch.arange(len(errors) - 1, device=errors.device) == 0))
     stop = better.long().cumprod(0).sum().unsqueeze(0)
-    width = hi / counts.shape[-1] - lo / counts.shape[-1]
-    return lo + width * first[stop].squeeze(0), lo + width * (last[stop].squeeze(0) + 1)
+    start, width = lo / 2, (hi / 2 - lo / 2) / counts.shape[-1]
+    return 2 * (start + width * first[stop].squeeze(0)), 2 * (start + width * (last[stop].squeeze(0) + 1))
 
 
 @OBSERVERS.register("histogram", "HistogramObserver")
