@@ -91,8 +91,8 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """Smallest and largest value for each scale, float32, no gradient; ``(inf, -inf)`` of an empty tensor."""
     if x.numel() == 0:
         return no_range(x, granularity)
-    lo, hi = torch.aminmax(rows(x.detach(), granularity), dim=-1)
-    return lo.float(), hi.float()
+    flat = rows(x.detach(), granularity)
+    return flat.amin(-1).float(), flat.amax(-1).float()
 
 
 def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool | None = None) -> QParams:
