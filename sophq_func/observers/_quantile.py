@@ -13,6 +13,12 @@ from sophq_func.observers._minmax import MOVES, EMAMinMaxState, average, init_av
 from sophq_func.observers._options import check, check_decay, is_number, unmergeable
 from sophq_func.scheme import QScheme
 
+NARROWEST = 4
+"""Blocks of fewer elements save nothing."""
+
+LARGE = 1e30
+"""Up to here the place of a size among the bins is computed as ``torch.histc`` does, product first."""
+
 
 def clipped_range(x: Tensor, scheme: QScheme, threshold: float, bins: int) -> tuple[Tensor, Tensor]:
     """The extremes of ``x``, cut where ``threshold`` of all sizes ``|x|`` lie below.
@@ -31,14 +37,35 @@ def clipped_range(x: Tensor, scheme: QScheme, threshold: float, bins: int) -> tu
       ``lo, hi``, float32, scale-shaped.
     """
     lo, hi = min_max(x, scheme.granularity)
-    sizes = rows(x.detach(), scheme.granularity).abs()
-    count = sizes.shape[-1]
-    beyond = count - max(1, math.ceil(threshold * count))
-    found = torch.topk(sizes, beyond + 1).values[..., -1] if beyond < count // 2 else sizes.sort().values[..., -1 - beyond]
+    flat = rows(x.detach(), scheme.granularity)
+    rank = flat.shape[-1] - max(1, math.ceil(threshold * flat.shape[-1])) + 1
     reach = torch.maximum(-lo, hi)
-    share = found.float() / torch.where(reach > 0, reach, 1)
-    middle = ((share * bins).floor().clamp(max=bins - 1) + 0.5) / bins * reach
+    found, whole = nth_largest_size(flat, rank).float(), torch.where(reach > 0, reach, 1)
+    place = torch.where(whole < LARGE, found * bins / whole, found / whole * bins)
+    middle = (place.floor().clamp(max=bins - 1) + 0.5) / bins * reach
     return torch.maximum(lo, -middle), torch.minimum(hi, middle)
+
+
+def nth_largest_size(flat: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th largest ``|x|`` along the last axis.
+
+    Cut into blocks, the ``rank`` largest sizes lie in the ``rank`` blocks with the largest peaks: a block left out has a
+    peak no larger than each of theirs. So only few elements are sorted.
+
+    Example:
+      >>> nth_largest_size(torch.tensor([1.0, -3.0, 2.0]), 2)
+      tensor(2.)
+    """
+    count = flat.shape[-1]
+    width = math.isqrt(count // rank)
+    if width < NARROWEST:
+        return flat.abs().sort(dim=-1).values[..., -rank]
+    whole = count // width * width
+    blocks = flat[..., :whole].reshape(*flat.shape[:-1], -1, width)
+    peaks = torch.maximum(-blocks.amin(-1), blocks.amax(-1))
+    found = peaks.topk(rank).indices.unsqueeze(-1)
+    inside = blocks.gather(-2, found.expand(*found.shape[:-1], width)).flatten(-2)
+    return torch.cat([inside, flat[..., whole:]], dim=-1).abs().topk(rank).values[..., -1]
 
 
 @OBSERVERS.register("ema_quantile", "EMAQuantileObserver", ema_ratio="decay")
