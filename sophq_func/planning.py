@@ -15,7 +15,7 @@ from sophq_func.graph import Graph, Node
 from sophq_func.patterns import PATTERNS, fuse
 from sophq_func.plan import Plan
 from sophq_func.rules import Decision, QuantConfig, Rule, requested, resolve, underscored
-from sophq_func.scheme import PerChannel, PerTensor, QuantizerConfig
+from sophq_func.scheme import PerChannel, PerGroup, PerTensor, QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.strategies import PLACEMENTS, source_of
 from sophq_func.weight_sites import node_types, pattern_name, weight_sites
@@ -206,7 +206,7 @@ def _bias_carrier(node: Node) -> str:
 def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
     """``config`` with the axis of its granularity written out."""
     granularity = config.scheme.granularity
-    if isinstance(granularity, PerTensor) or granularity.axis is not None:
+    if not isinstance(granularity, PerChannel | PerGroup) or granularity.axis is not None:
         return config
     axis = site.axis if site.role == "weight" else 1
     return replace(config, scheme=replace(config.scheme, granularity=replace(granularity, axis=axis)))

@@ -30,6 +30,9 @@ over_observers = pytest.mark.parametrize("name", OBSERVERS.names())
 SUMS = ("rms",)
 """Observers whose statistic is a sum of floats, which is associative up to rounding."""
 
+UNCLAMPED = ("lsq",)
+"""Observers whose zero point may lie beyond the grid, as recorded; a fake quantizer clamps it."""
+
 CONSTANT = ("fixed_range",)
 """Observers whose range does not depend on the values."""
 
@@ -122,9 +125,14 @@ def test_qparams_have_the_shape_of_the_granularity(name: str, scheme: sq.QScheme
     observer = sq.observer(name)
     scale, zero_point, extras = observer.qparams(seen(name, scheme, 0), scheme)
     expected = {sq.PerTensor(): (), sq.PerChannel(0): (3,), sq.PerChannel(1): (4,), sq.PerGroup(0, 4): (3, 2)}
+    expected |= {sq.PerBlock(3, 2): (1, 4), sq.PerToken(): (3, 4)}
     assert scale.shape == zero_point.shape == expected[scheme.granularity]
     assert (scale.dtype, zero_point.dtype, list(extras)) == (torch.float32, torch.int32, sorted(extras))
-    assert bool(((zero_point >= scheme.qmin) & (zero_point <= scheme.qmax)).all())
+    if name in UNCLAMPED and not scheme.symmetric:
+        expected_zero = scheme.qmin - torch.round(seen(name, scheme, 0).lo / scale)
+        assert torch.equal(zero_point, expected_zero.to(torch.int32))
+    else:
+        assert bool(((zero_point >= scheme.qmin) & (zero_point <= scheme.qmax)).all())
 
 
 @over_observers
@@ -190,6 +198,7 @@ def test_values_that_are_not_finite_are_refused_in_eager_and_nan_under_vmap(
     batched = torch.vmap(lambda s: observer.qparams(s, scheme))(stack(states))
     assert_same(pick(batched, 0), observer.qparams(states[0], scheme))
     touched = {sq.PerTensor(): (), sq.PerChannel(0): 1, sq.PerChannel(1): 2, sq.PerGroup(0, 4): (1, 1)}
+    touched |= {sq.PerBlock(3, 2): (0, 2), sq.PerToken(): (1, 2)}
     expected = torch.zeros_like(batched.scale[1], dtype=torch.bool)
     expected[touched[scheme.granularity]] = True
     assert torch.equal(batched.scale[1].isnan(), expected)
@@ -269,7 +278,9 @@ def test_a_scale_is_as_large_as_the_values(name: str, scheme: sq.QScheme, factor
 def test_the_order_of_the_elements_of_a_scale_does_not_matter(name: str, scheme: sq.QScheme) -> None:
     observer, x = sq.observer(name), sample(0)
     turned = {sq.PerTensor(): x.flip(0, 1, 2), sq.PerChannel(0): x.flip(1, 2), sq.PerChannel(1): x.flip(0, 2)}
-    other = after(observer, scheme, turned.get(scheme.granularity, x.reshape(3, 2, 4).flip(2).reshape(x.shape)))
+    turned |= {sq.PerGroup(0, 4): x.reshape(3, 2, 4).flip(2).reshape(x.shape)}
+    turned |= {sq.PerBlock(3, 2): x.flip(0, 2), sq.PerToken(): x.flip(2)}
+    other = after(observer, scheme, turned[scheme.granularity])
     assert_same(other, seen(name, scheme, 0), rtol=1e-6, atol=1e-7)
 
 
