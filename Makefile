@@ -33,6 +33,7 @@ check: lint types contract doctest test
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/interception.py
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/numerics.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -30,9 +30,11 @@ from sophq_func.report import Fidelity as Fidelity
 from sophq_func.report import fidelity as fidelity
 from sophq_func.rules import QuantConfig as QuantConfig
 from sophq_func.rules import Rule as Rule
+from sophq_func.scheme import PerBlock as PerBlock
 from sophq_func.scheme import PerChannel as PerChannel
 from sophq_func.scheme import PerGroup as PerGroup
 from sophq_func.scheme import PerTensor as PerTensor
+from sophq_func.scheme import PerToken as PerToken
 from sophq_func.scheme import QScheme as QScheme
 from sophq_func.scheme import QuantizerConfig as QuantizerConfig
 from sophq_func.scheme import override as override

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sophq_func.base import QParams
 from sophq_func.errors import StateError, explain
-from sophq_func.scheme import Granularity, PerChannel, PerGroup, PerTensor, QScheme
+from sophq_func.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QScheme
 
 EPS = torch.finfo(torch.float32).eps
 """Smallest scale of an integer grid, 2 ** -23."""
@@ -44,6 +44,11 @@ def rows(x: Tensor, granularity: Granularity) -> Tensor:
     """``x`` rearranged so that a reduction over the last axis has the shape of the scale; a view where it can be."""
     if isinstance(granularity, PerTensor):
         return x.reshape(-1)
+    if isinstance(granularity, PerToken):
+        return x if x.ndim else x.reshape(1)
+    if isinstance(granularity, PerBlock):
+        (high, wide), across = blocks(x, granularity), granularity.columns
+        return x.reshape(high, granularity.rows, wide, across).transpose(1, 2).reshape(high, wide, granularity.rows * across)
     axis = channel_axis(x, granularity)
     flat = x.movedim(axis, 0).reshape(x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]))
     if isinstance(granularity, PerChannel):
@@ -59,18 +64,38 @@ def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
     """A scale-shaped ``value`` in a shape that broadcasts against ``x``."""
     if value.ndim == 0 or isinstance(granularity, PerTensor):
         return value
+    if isinstance(granularity, PerToken):
+        _check_shape(value, list(x.shape[:-1]), x, granularity)
+        return value.unsqueeze(-1)
+    if isinstance(granularity, PerBlock):
+        high, wide = blocks(x, granularity)
+        _check_shape(value, [high, wide], x, granularity)
+        full = value.reshape(high, 1, wide, 1).expand(high, granularity.rows, wide, granularity.columns)
+        return full.reshape(x.shape)
     axis = channel_axis(x, granularity)
     rest = [*x.shape[:axis], *x.shape[axis + 1 :]]
-    expected = [x.shape[axis]]
-    if isinstance(granularity, PerGroup):
-        expected.append(math.prod(rest) // granularity.size)
-    if list(value.shape) != expected:
-        allowed = f"{tuple(expected)} for {granularity} on a tensor of shape {tuple(x.shape)}"
-        raise StateError(explain("qparams", "this shape", got=tuple(value.shape), allowed=allowed))
+    groups = [math.prod(rest) // granularity.size] if isinstance(granularity, PerGroup) else []
+    _check_shape(value, [x.shape[axis], *groups], x, granularity)
     if isinstance(granularity, PerChannel):
         return value.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
     full = value.unsqueeze(-1).expand(*value.shape, granularity.size)
     return full.reshape([x.shape[axis], *rest]).movedim(0, axis)
+
+
+def _check_shape(value: Tensor, expected: list[int], x: Tensor, granularity: Granularity) -> None:
+    if list(value.shape) != expected:
+        allowed = f"{tuple(expected)} for {granularity} on a tensor of shape {tuple(x.shape)}"
+        raise StateError(explain("qparams", "this shape", got=tuple(value.shape), allowed=allowed))
+
+
+def blocks(x: Tensor, granularity: PerBlock) -> tuple[int, int]:
+    """How many blocks of ``granularity`` lie along the first axis of ``x``, and along the others flattened."""
+    high, wide = (x.shape[0], math.prod(x.shape[1:])) if x.ndim else (1, 1)
+    if high % granularity.rows or wide % granularity.columns:
+        allowed = f"divisors of {high} and {wide}"
+        where, got = f"tensor of shape {tuple(x.shape)}", (granularity.rows, granularity.columns)
+        raise StateError(explain(where, str(granularity), got=got, allowed=allowed))
+    return high // granularity.rows, wide // granularity.columns
 
 
 def channel_axis(x: Tensor, granularity: PerChannel | PerGroup) -> int:
@@ -91,8 +116,8 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """Smallest and largest value for each scale, float32, no gradient; ``(inf, -inf)`` of an empty tensor."""
     if x.numel() == 0:
         return no_range(x, granularity)
-    lo, hi = torch.aminmax(rows(x.detach(), granularity), dim=-1)
-    return lo.float(), hi.float()
+    flat = rows(x.detach(), granularity)
+    return flat.amin(-1).float(), flat.amax(-1).float()
 
 
 def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool | None = None) -> QParams:

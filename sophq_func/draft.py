@@ -12,7 +12,7 @@ from sophq_func.graph import Graph, Node
 from sophq_func.patterns import fuse
 from sophq_func.registry import Spec
 from sophq_func.rules import Decision, Preset, QuantConfig, matches_type, requested, resolve
-from sophq_func.scheme import PerTensor, QuantizerConfig
+from sophq_func.scheme import PerChannel, PerGroup, QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.strategies import PLACEMENTS, Placement, Requests, SharedInput, activation_quantizer
 from sophq_func.value_sites import activation_site, node_site
@@ -190,7 +190,7 @@ class Draft:
 def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
     """``config`` with the axis of its granularity written out."""
     granularity = config.scheme.granularity
-    if isinstance(granularity, PerTensor) or granularity.axis is not None:
+    if not isinstance(granularity, PerChannel | PerGroup) or granularity.axis is not None:
         return config
     axis = site.axis if site.role == "weight" else 1
     return replace(config, scheme=replace(config.scheme, granularity=replace(granularity, axis=axis)))

@@ -17,6 +17,7 @@ from sophq_func.plan import Plan
 from sophq_func.pytree import is_plain, leaves, sorted_dict
 from sophq_func.quantizers import RunQuantizer, make_quantizers, state_types
 from sophq_func.running import Effect, Runner, Schedule
+from sophq_func.scheme import PerToken
 from sophq_func.site import Site
 from sophq_func.trace import arguments, map_inputs
 from sophq_func.weights import Params, WeightQuantizer, quantize_weights
@@ -254,6 +255,8 @@ class Quantized:
     def _observing(self, states: OState) -> Effect:
         def effect(name: str, x: Tensor) -> Tensor:
             piece = self._running[name]
+            if isinstance(piece.scheme.granularity, PerToken):  # another batch has other tokens
+                return x
             states[name] = piece.observer.update(states[name], x, piece.scheme)
             return x
 

@@ -47,14 +47,41 @@ class PerGroup:
             raise ConfigError(explain("PerGroup", "this size", got=self.size, allowed="an int >= 1"))
 
 
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for each block of ``rows`` by ``columns`` elements.
+
+    The tensor is seen as a matrix: its first axis, and the others flattened. ``(O, I)`` with ``rows=128, columns=128`` has
+    a scale of shape ``(O // 128, I // 128)``. The block must divide the matrix.
+    """
+
+    rows: int = 128
+    columns: int = 128
+
+    def __post_init__(self) -> None:
+        for size in (self.rows, self.columns):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(explain("PerBlock", "this size", got=size, allowed="an int >= 1"))
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each row along the last axis: ``(B, T, C)`` has a scale of shape ``(B, T)``.
+
+    Tokens come and go, so that no statistic of one outlives its tensor: it needs ``QScheme(dynamic=True)``.
+    """
+
+
 def _check_axis(granularity: PerChannel | PerGroup) -> None:
     if not isinstance(granularity.axis, int | None):
         where = type(granularity).__name__
         raise ConfigError(explain(where, "this axis", got=granularity.axis, allowed="an int, or None"))
 
 
-Granularity = PerTensor | PerChannel | PerGroup
-GRANULARITIES: Mapping[str, type[Granularity]] = {cls.__name__: cls for cls in (PerTensor, PerChannel, PerGroup)}
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
+GRANULARITIES: Mapping[str, type[Granularity]] = {
+    cls.__name__: cls for cls in (PerTensor, PerChannel, PerGroup, PerBlock, PerToken)
+}
 
 
 def as_bits(value: object, where: str) -> int:
@@ -79,7 +106,7 @@ class QScheme:
       symmetric: the zero point is 0 and codes are signed; otherwise (affine) codes start at 0.
       symmetric_range: leave out the most negative code, so that the grid is symmetric too.
       pot_scale: scales are powers of two, ``2 ** round(log2(scale))``.
-      granularity: per tensor, per channel or per group.
+      granularity: per tensor, channel, group, block or token.
       dynamic: scale and zero point are computed from the tensor at hand instead of from observed statistics.
 
     Source: semantics of ``QuantizeScheme`` (semantics.md 1.3).
@@ -105,6 +132,9 @@ class QScheme:
         if not isinstance(self.granularity, Granularity):
             allowed = " or ".join(GRANULARITIES)
             raise ConfigError(explain("QScheme", "this granularity", got=self.granularity, allowed=allowed))
+        if isinstance(self.granularity, PerToken) and not self.dynamic:
+            because = "the scale of a token is computed from that token"
+            raise ConfigError(explain("QScheme", "PerToken() without dynamic", because=because, fix="dynamic=True"))
 
     def __repr__(self) -> str:
         changed = (f.name for f in fields(self) if f.name == "bits" or getattr(self, f.name) != f.default)
@@ -213,7 +243,7 @@ def to_data(value: Any) -> Any:
     """A config as JSON-able data; :func:`config_from_data` is the inverse for a :class:`QuantizerConfig`."""
     if isinstance(value, Spec):
         return {"name": value.name, "options": dict(value.options)}
-    if isinstance(value, PerTensor | PerChannel | PerGroup):
+    if isinstance(value, Granularity):
         return {"name": type(value).__name__, **dataclasses.asdict(value)}
     if dataclasses.is_dataclass(value):
         return {f.name: to_data(getattr(value, f.name)) for f in fields(value)}

@@ -4,13 +4,36 @@ from typing import Any
 
 from sophq_func.base import OBSERVERS, Observer, QParams, State
 from sophq_func.errors import StateError, explain
-from sophq_func.observers._fixed import fixed_range
+from sophq_func.observers._counts import kld, percentile
+from sophq_func.observers._floor import minmax_floor, pot_mode
+from sophq_func.observers._histogram import histogram
 from sophq_func.observers._minmax import ema_minmax, minmax
-from sophq_func.observers._mse import mse
+from sophq_func.observers._moments import clip_std, lsq, lsq_plus
+from sophq_func.observers._mse import ema_mse, mse
+from sophq_func.observers._quantile import ema_quantile
+from sophq_func.observers._range import absmax, fixed_range, rms
 from sophq_func.pytree import is_plain, tensors
 from sophq_func.scheme import QScheme
 
-__all__ = ["ema_minmax", "fixed_range", "minmax", "mse", "observer"]
+__all__ = [
+    "absmax",
+    "clip_std",
+    "ema_minmax",
+    "ema_mse",
+    "ema_quantile",
+    "fixed_range",
+    "histogram",
+    "kld",
+    "lsq",
+    "lsq_plus",
+    "minmax",
+    "minmax_floor",
+    "mse",
+    "observer",
+    "percentile",
+    "pot_mode",
+    "rms",
+]
 
 
 def observer(name: str, **options: Any) -> Observer:
@@ -27,8 +50,8 @@ def observer(name: str, **options: Any) -> Observer:
       ConfigError: unknown name or option.
 
     Example:
-      >>> observer("EMAMinMaxObserver", ema_ratio=0.9).init
-      <function ema_minmax.<locals>.init at ...>
+      >>> observer("EMAMinMaxObserver", ema_ratio=0.9).update
+      <function ema_minmax.<locals>.update at ...>
     """
     made = OBSERVERS.build(OBSERVERS.spec(name, **options))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sophq_func.affine import min_max, no_range, range_to_qparams
 from sophq_func.base import OBSERVERS, Observer, QParams
-from sophq_func.errors import ConfigError, StateError, explain
+from sophq_func.observers._options import check_decay, unmergeable
 from sophq_func.scheme import QScheme
 
 
@@ -41,6 +41,25 @@ def widen(state: MinMaxState, lo: Tensor, hi: Tensor) -> MinMaxState:
 def merge_min_max(a: MinMaxState, b: MinMaxState) -> MinMaxState:
     """The union of two ranges."""
     return widen(a, b.lo, b.hi)
+
+
+def init_average(x: Tensor, scheme: QScheme) -> EMAMinMaxState:
+    """The state of nothing seen."""
+    return EMAMinMaxState(*no_range(x, scheme.granularity), torch.zeros((), dtype=torch.int64, device=x.device))
+
+
+def average(state: EMAMinMaxState, lo: Tensor, hi: Tensor, decay: float) -> EMAMinMaxState:
+    """The state after a range ``[lo, hi]``: the first one whole, then ``decay * old + (1 - decay) * new``."""
+    first = state.seen == 0
+    return EMAMinMaxState(
+        torch.where(first, lo, decay * state.lo + (1 - decay) * lo),
+        torch.where(first, hi, decay * state.hi + (1 - decay) * hi),
+        state.seen + 1,
+    )
+
+
+MOVES = "a moving average depends on the order"
+"""Why an average has no merge."""
 
 
 def range_qparams(state: MinMaxState | EMAMinMaxState, scheme: QScheme) -> QParams:
@@ -84,26 +103,9 @@ def ema_minmax(decay: float = 0.9) -> Observer:
       >>> sq.observers.ema_minmax(decay=0.5)
       ema_minmax(decay=0.5)
     """
-    if not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ConfigError(explain("ema_minmax", "this decay", got=decay, allowed="a number in [0, 1)"))
-
-    def init(x: Tensor, scheme: QScheme) -> EMAMinMaxState:
-        return EMAMinMaxState(*no_range(x, scheme.granularity), torch.zeros((), dtype=torch.int64, device=x.device))
+    check_decay("ema_minmax", decay)
 
     def update(state: EMAMinMaxState, x: Tensor, scheme: QScheme) -> EMAMinMaxState:
-        if x.numel() == 0:
-            return state
-        lo, hi = min_max(x, scheme.granularity)
-        first = state.seen == 0
-        return EMAMinMaxState(
-            torch.where(first, lo, decay * state.lo + (1 - decay) * lo),
-            torch.where(first, hi, decay * state.hi + (1 - decay) * hi),
-            state.seen + 1,
-        )
+        return average(state, *min_max(x, scheme.granularity), decay) if x.numel() else state
 
-    def merge(a: EMAMinMaxState, b: EMAMinMaxState) -> EMAMinMaxState:
-        raise StateError(
-            explain("ema_minmax", "merge", because="a moving average depends on the order", fix='observer("minmax")')
-        )
-
-    return Observer(init, update, merge, range_qparams)
+    return Observer(init_average, update, unmergeable("ema_minmax", MOVES), range_qparams)

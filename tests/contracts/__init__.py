@@ -12,9 +12,11 @@ from torch import Tensor
 
 import sophq_func as sq
 from sophq_func.pytree import leaves
+from sophq_func.scheme import Granularity
 
 SHAPE = (3, 4, 2)
-GRANULARITIES = (sq.PerTensor(), sq.PerChannel(0), sq.PerChannel(1), sq.PerGroup(0, 4))
+STATIC = (sq.PerTensor(), sq.PerChannel(0), sq.PerChannel(1), sq.PerGroup(0, 4), sq.PerBlock(3, 2))
+GRANULARITIES = (*STATIC, sq.PerToken())
 KINDS: dict[str, dict[str, bool]] = {
     "symmetric": {},
     "affine": {"symmetric": False},
@@ -27,18 +29,24 @@ MIXED: dict[str, dict[str, bool]] = {
 }
 
 
-def scheme_param(name: str, granularity: sq.PerTensor | sq.PerChannel | sq.PerGroup, bits: int = 4) -> Any:
-    scheme = sq.QScheme(bits=bits, granularity=granularity, **(KINDS | MIXED)[name])
+def scheme_param(name: str, granularity: Granularity, bits: int = 4) -> Any:
+    dynamic = granularity == sq.PerToken()
+    scheme = sq.QScheme(bits=bits, granularity=granularity, dynamic=dynamic, **(KINDS | MIXED)[name])
     return pytest.param(scheme, id=f"{name}-{granularity}")
 
 
-# Every granularity with a zero point and without; each further kind, which changes numbers only, with one of them.
-over_schemes = pytest.mark.parametrize(
-    "scheme",
-    [scheme_param(name, g) for g in GRANULARITIES for name in ("symmetric", "affine")]
-    + [scheme_param(name, g) for name, g in zip(("narrow", "pot", *MIXED), GRANULARITIES, strict=True)],
-)
+def every_kind(granularities: tuple[Granularity, ...]) -> Any:
+    """Every granularity with a zero point and without; each further kind, which changes numbers only, with one of them."""
+    return pytest.mark.parametrize(
+        "scheme",
+        [scheme_param(name, g) for g in granularities for name in ("symmetric", "affine")]
+        + [scheme_param(name, g) for name, g in zip(("narrow", "pot", *MIXED), granularities, strict=False)],
+    )
+
+
+over_schemes, over_static_schemes = every_kind(GRANULARITIES), every_kind(STATIC)
 over_granularities = pytest.mark.parametrize("scheme", [scheme_param("affine", g) for g in GRANULARITIES])
+over_static_granularities = pytest.mark.parametrize("scheme", [scheme_param("affine", g) for g in STATIC])
 over_kinds = pytest.mark.parametrize("scheme", [scheme_param(name, sq.PerTensor(), bits=2) for name in KINDS | MIXED])
 
 

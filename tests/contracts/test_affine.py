@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import sophq_func as sq
 from sophq_func import affine
+from sophq_func.scheme import config_from_data, to_data
 from tests.contracts import KINDS, MIXED, SHAPE, assert_same, over_granularities, sample
 
 ALL_KINDS = KINDS | MIXED
@@ -119,6 +121,56 @@ def test_groups_are_consecutive_elements_of_a_channel(axis: int, size: int) -> N
     assert_same(affine.rows(affine.expand(values, x, granularity), granularity), values.unsqueeze(-1).expand(cut.shape))
 
 
+@pytest.mark.parametrize(("high", "wide"), [(1, 1), (3, 8), (1, 4), (3, 2)])
+def test_blocks_are_cut_from_the_matrix_of_the_first_axis_and_the_others(high: int, wide: int) -> None:
+    x, granularity = torch.arange(24.0).reshape(SHAPE), sq.PerBlock(high, wide)
+    cut, matrix = affine.rows(x, granularity), x.reshape(3, 8)
+    assert cut.shape == (3 // high, 8 // wide, high * wide)
+    for i, row in enumerate(matrix.split(high)):
+        for j, block in enumerate(row.split(wide, dim=1)):
+            assert_same(cut[i, j], block.reshape(-1))
+
+
+def test_a_token_is_a_row_along_the_last_axis() -> None:
+    x, scheme = sample(0), sq.QScheme(granularity=sq.PerToken(), dynamic=True)
+    assert_same(affine.rows(x, sq.PerToken()), x)
+    unused = sq.QParams(torch.ones(()), torch.zeros((), dtype=torch.int32), {})
+    for shape in (SHAPE, (7, 2), (2,)):  # whatever was observed, other tokens have scales of their own
+        y = torch.randn(shape)
+        scale = y.abs().amax(-1, keepdim=True) / 127.5
+        error = (sq.fake_quantizer("fixed").apply(y, unused, scheme) - y).abs()
+        assert bool((error <= scale / 2 * 1.001).all())
+        assert bool((error > 0).any())
+
+
+def test_tokens_need_a_dynamic_scheme() -> None:
+    with pytest.raises(sq.ConfigError, match=r"PerToken\(\) without dynamic is not possible .* Fix: dynamic=True"):
+        sq.QScheme(granularity=sq.PerToken())
+
+
+@pytest.mark.parametrize("granularity", [sq.PerBlock(3, 2), sq.PerToken()], ids=str)
+def test_blocks_and_tokens_are_written_and_read(granularity: sq.PerBlock) -> None:
+    scheme = sq.QScheme(granularity=granularity, dynamic=True)
+    config = sq.QuantizerConfig(scheme=scheme, observer=sq.observers.minmax(), fake_quantize=sq.fake_quantize.fixed())
+    assert config_from_data(json.loads(json.dumps(to_data(config)))) == config
+
+
+def test_a_model_with_blocks_in_weights_and_tokens_in_activations_runs_on_any_batch() -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4)), sample(0, 5, 8)
+    config = sq.QuantConfig(
+        weight=sq.override(granularity=sq.PerBlock(2, 2)),
+        activation=sq.override(granularity=sq.PerToken(), dynamic=True),
+    )
+    q = sq.quantize(model, config, example_args=(x,))
+    assert sq.Plan.from_json(q.plan.to_json()) == q.plan
+    params = sq.params_of(model)
+    qparams = q.calibrate(params, [x, sample(1, 3, 8)], progress=False)
+    assert qparams["0.weight_fake_quant"].scale.shape == (3, 4)
+    for batch in (1, 5, 7):
+        y = sample(batch, batch, 8)
+        torch.testing.assert_close(q.apply(params, qparams, y), model(y), rtol=0.0, atol=0.05)
+
+
 def test_an_axis_may_be_counted_from_the_back() -> None:
     x = sample(0)
     for size in (None, 4):
@@ -143,6 +195,10 @@ def test_what_does_not_fit_a_tensor_is_refused_with_its_shape() -> None:
         affine.rows(x, sq.PerGroup(0, 5))
     with pytest.raises(sq.StateError, match=r"got 3\. Fix: PerTensor\(\)"):
         affine.rows(x, sq.PerChannel(3))
+    with pytest.raises(sq.StateError, match=r"got \(2, 2\), allowed divisors of 3 and 8"):
+        affine.rows(x, sq.PerBlock(2, 2))
+    with pytest.raises(sq.StateError, match=r"got \(3,\), allowed \(3, 4\)"):
+        affine.expand(torch.ones(3), x, sq.PerToken())
     with pytest.raises(sq.StateError, match=r"got \(4,\), allowed \(3,\)"):
         affine.expand(torch.ones(4), x, sq.PerChannel(0))
     with pytest.raises(sq.StateError, match=r"got \(3, 4\), allowed \(3, 2\)"):

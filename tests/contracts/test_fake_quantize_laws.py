@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,13 +23,13 @@ from tests.contracts import (
     calibrated,
     compiled,
     observed,
-    over_granularities,
-    over_schemes,
     pick,
     sample,
     stack,
     unchanged,
 )
+from tests.contracts import over_static_granularities as over_granularities
+from tests.contracts import over_static_schemes as over_schemes
 
 NAMES = FAKE_QUANTIZERS.names()
 INTEGER = [name for name in NAMES if sq.fake_quantizer(name).integer]
@@ -316,6 +317,15 @@ def test_compiled_forward_and_gradient_equal_the_eager_ones(name: str, granulari
 # Grids of integers: distance, forward and surrogate as documented
 
 
+SCALES: dict[Any, tuple[int, ...]] = {
+    sq.PerTensor(): (),
+    sq.PerChannel(0): (3,),
+    sq.PerChannel(1): (4,),
+    sq.PerGroup(0, 4): (3, 2),
+    sq.PerBlock(3, 2): (1, 4),
+}
+
+
 def spread(values: Any, granularity: Any) -> Any:
     """A scale-shaped array as one of ``SHAPE``."""
     values = np.asarray(values)
@@ -323,6 +333,8 @@ def spread(values: Any, granularity: Any) -> Any:
         return np.broadcast_to(values.reshape([-1 if i == granularity.axis else 1 for i in range(3)]), SHAPE)
     if isinstance(granularity, sq.PerGroup):
         return np.repeat(values, granularity.size, axis=1).reshape(SHAPE)
+    if isinstance(granularity, sq.PerBlock):
+        return np.repeat(np.repeat(values, granularity.rows, axis=0), granularity.columns, axis=1).reshape(SHAPE)
     return np.broadcast_to(values, SHAPE)
 
 
@@ -429,9 +441,9 @@ class Point(NamedTuple):
 
 def frozen(name: str, scheme: sq.QScheme, seed: int) -> Point:
     rng = np.random.default_rng(seed)
-    count = {sq.PerTensor(): 1, sq.PerChannel(0): 3, sq.PerChannel(1): 4, sq.PerGroup(0, 4): 6}[scheme.granularity]
-    shape = (3, 2) if isinstance(scheme.granularity, sq.PerGroup) else (count,)
-    flat = np.arange(count).reshape(shape if not isinstance(scheme.granularity, sq.PerTensor) else ())
+    shape = SCALES[scheme.granularity]
+    count = math.prod(shape)
+    flat = np.arange(count).reshape(shape)
     owner = spread(flat, scheme.granularity).reshape(-1)
     s, x = rng.uniform(0.1, 0.3, count), rng.normal(0.3, 1.2, owner.size)
     z = np.zeros(count) if scheme.symmetric else rng.uniform(2.6, 9.4, count)
@@ -445,7 +457,7 @@ def frozen(name: str, scheme: sq.QScheme, seed: int) -> Point:
 
 def applied(name: str, scheme: sq.QScheme, point: Point) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     fq = sq.fake_quantizer(name, **({"use_grad_scaling": False} if name == "learnable" else {}))
-    shape = {sq.PerTensor(): (), sq.PerGroup(0, 4): (3, 2)}.get(scheme.granularity, (-1,))
+    shape = SCALES[scheme.granularity]
 
     def f(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
         qparams = sq.QParams(s.reshape(shape), z.reshape(shape), {})

@@ -16,10 +16,10 @@ ROOT = Path(sq.__file__).parent
 FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
-    "CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph Observer PerChannel PerGroup PerTensor Plan PlanError QParams "
-    "QScheme QuantConfig Quantized QuantizerConfig Rule Site Spec StateError build draw fake_quantize fake_quantizer "
-    "fidelity from_dicts merge observer observers override params_of patterns plan prepare_by_platform quantize "
-    "trace".split()
+    "CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph Observer PerBlock PerChannel PerGroup PerTensor "
+    "PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig Rule Site Spec StateError build draw "
+    "fake_quantize fake_quantizer fidelity from_dicts merge observer observers override params_of patterns plan "
+    "prepare_by_platform quantize trace".split()
 )
 HEAVY = frozenset(("rich", "matplotlib", "sklearn", "safetensors", "transformers"))
 

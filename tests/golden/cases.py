@@ -66,21 +66,24 @@ class Case:
         )
 
 
+def reason(case: Case, defects: Mapping[str, str]) -> str | None:
+    """Why a case is skipped: the text of the first pattern of ``defects`` that its name matches, or the recorded error."""
+    for pattern, text in defects.items():
+        if fnmatch.fnmatchcase(case.name, pattern):
+            return text
+    return f"the reference ended in an error: {case.error['message']}" if case.error else None
+
+
 def params(
     section: str, *classes: str, defects: Mapping[str, str], where: Callable[[Case], bool] = lambda case: True
 ) -> list[Any]:
-    """The cases of some classes as pytest parameters.
-
-    Skipped are those whose name matches a pattern of ``defects``, with its text, and those on which the reference failed.
-    """
+    """The cases of some classes as pytest parameters; those with a :func:`reason` are skipped with it."""
     found = []
     for data in cases(section):
         case = Case(section, data)
         if data["class"] in classes and where(case):
-            reasons = [text for pattern, text in defects.items() if fnmatch.fnmatchcase(case.name, pattern)]
-            if case.error:
-                reasons.append(f"the reference ended in an error: {case.error['message']}")
-            marks = [pytest.mark.skip(reason=reasons[0])] if reasons else []
+            why = reason(case, defects)
+            marks = [pytest.mark.skip(reason=why)] if why else []
             found.append(pytest.param(case, id=case.name, marks=marks))
     return found
 

@@ -1,0 +1,190 @@
+"""Ranges and steps from means and standard deviations: of the last tensor, or of all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sophq_func.affine import EPS, min_max, no_range, range_to_qparams, rows
+from sophq_func.base import OBSERVERS, Observer, QParams
+from sophq_func.observers._minmax import MinMaxState, init_min_max, range_qparams
+from sophq_func.observers._mse import search_range
+from sophq_func.observers._options import check, check_positive, unmergeable
+from sophq_func.scheme import PerTensor, QScheme
+
+LAST = "only the last tensor counts"
+"""Why the statistic of one tensor has no merge."""
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+class StepState(NamedTuple):
+    """What gives a step, and the smallest value, of the last tensor; float32, scale-shaped; infinite at first."""
+
+    size: Tensor
+    lo: Tensor
+    hi: Tensor
+
+
+def exponent(size: Tensor) -> Tensor:
+    """``floor(log2(size))`` as int32, exactly; at least -126, and meaningless where ``size`` is not finite.
+
+    Example:
+      >>> exponent(torch.tensor([0.0, 0.75, 4.0])).tolist()
+      [-126, -1, 2]
+    """
+    return (size.float().abs().view(torch.int32).bitwise_right_shift(23) - 127).clamp(min=-126)
+
+
+def power(exponent: Tensor) -> Tensor:
+    """``2 ** exponent``, float32, exactly, for exponents in -126..127."""
+    return (exponent.clamp(-126, 127).to(torch.int32) + 127).bitwise_left_shift(23).view(torch.float32)
+
+
+def in_units(x: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """The rows of ``x`` as multiples of a power of two near their largest size, and that unit: no sum overflows then."""
+    lo, hi = min_max(x, scheme.granularity)
+    unit = power(exponent(torch.maximum(-lo, hi)))
+    return rows(x.detach(), scheme.granularity).float() / unit.unsqueeze(-1), unit
+
+
+def mean_and_std(x: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (unbiased; 0 of a single element) for each scale, float32."""
+    flat, unit = in_units(x, scheme)
+    mean = flat.mean(-1)
+    std = flat.std(-1) if flat.shape[-1] > 1 else torch.zeros_like(mean)
+    return mean * unit, std * unit
+
+
+def latest(before: Tensor, now: Tensor) -> Tensor:
+    """The new statistic, but NaN once any was not finite."""
+    return torch.where(before.isnan() | ~torch.isfinite(now), torch.nan, now)
+
+
+def init_step(x: Tensor, scheme: QScheme) -> StepState:
+    """The state of nothing seen."""
+    lo, hi = no_range(x, scheme.granularity)
+    return StepState(lo, lo.clone(), hi)
+
+
+def step_qparams(scale: Tensor, lo: Tensor, scheme: QScheme) -> QParams:
+    """A given step, kept within [2 ** -23, the largest float32], and ``z = qmin - round(lo / s)``; NaN stays."""
+    scale = torch.where(torch.isfinite(lo), scale.clamp(EPS, LARGEST), torch.nan)
+    if scheme.pot_scale:
+        scale = torch.exp2(torch.log2(scale).round().clamp(max=127))
+    if scheme.symmetric:
+        return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), {})
+    zero = scheme.qmin - torch.round(torch.where(torch.isfinite(lo), lo / scale, 0)).clamp(-(2.0**30), 2.0**30)
+    return QParams(scale, zero.to(torch.int32), {})
+
+
+@OBSERVERS.register("clip_std", "ClipStdObserver")
+def clip_std(std_scale: float = 2.6) -> Observer:
+    """The last tensor's ``mean +- k * std``, where its extremes lie farther out; ``k = std_scale``, unbiased ``std``.
+
+    ``lo = max(mean - k std, min x)``, ``hi = min(mean + k std, max x)``. Not mergeable: only the last tensor counts.
+
+    Args:
+      std_scale: how many standard deviations are kept.
+
+    Differs from sophgo-mq: it clips, as its name says; there the extremes of both, range and tensor, widen the range.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> obs, scheme = sq.observer("ClipStdObserver", std_scale=1.0), sq.QScheme()
+      >>> x = torch.tensor([-1.0, 0.0, 0.0, 1.0])
+      >>> obs.update(obs.init(x, scheme), x, scheme)
+      MinMaxState(lo=tensor(-0.8165), hi=tensor(0.8165))
+    """
+    check_positive("clip_std", "width", std_scale)
+
+    def update(state: MinMaxState, x: Tensor, scheme: QScheme) -> MinMaxState:
+        if x.numel() == 0:
+            return state
+        (lo, hi), (mean, std) = min_max(x, scheme.granularity), mean_and_std(x, scheme)
+        least, most = torch.maximum(mean - std_scale * std, lo), torch.minimum(mean + std_scale * std, hi)
+        return MinMaxState(latest(state.lo, least), latest(state.hi, most))
+
+    return Observer(init_min_max, update, unmergeable("clip_std", LAST), range_qparams)
+
+
+@OBSERVERS.register("lsq", "LSQObserver")
+def lsq() -> Observer:
+    """The first step of LSQ (arXiv:1902.08153): ``s = 2 mean |x| / sqrt(qmax)`` of the last tensor.
+
+    Affine: ``z = qmin - round(min x / s)``, which may lie beyond the grid (a fake quantizer clamps it). Not mergeable:
+    only the last tensor counts.
+
+    Differs from sophgo-mq: the step is at least 2 ** -23; there a tensor of zeros has the step 0.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> obs, scheme = sq.observer("lsq"), sq.QScheme(bits=3)
+      >>> x = torch.tensor([-3.0, 3.0])
+      >>> obs.qparams(obs.update(obs.init(x, scheme), x, scheme), scheme).scale
+      tensor(3.4641)
+    """
+
+    def update(state: StepState, x: Tensor, scheme: QScheme) -> StepState:
+        if x.numel() == 0:
+            return state
+        flat, unit = in_units(x, scheme)
+        lo, hi = min_max(x, scheme.granularity)
+        size = flat.abs().mean(-1) * unit
+        return StepState(latest(state.size, size), latest(state.lo, lo), latest(state.hi, hi))
+
+    def qparams(state: StepState, scheme: QScheme) -> QParams:
+        scale = state.size * (2 / math.sqrt(scheme.qmax))
+        return step_qparams(torch.where(torch.isfinite(state.size), scale, torch.nan), state.lo, scheme)
+
+    return Observer(init_step, update, unmergeable("lsq", LAST), qparams)
+
+
+@OBSERVERS.register("lsq_plus", "LSQPlusObserver")
+def lsq_plus(rule: str = "paper") -> Observer:
+    """The first step of LSQ+ (arXiv:2004.09576, section 3.3), from the last tensor.
+
+    Symmetric: ``s = max(|mean - 3 std|, |mean + 3 std|) / 2 ** (bits - 1)``. Affine: the range of least squared error
+    (among the candidates of ``mse``), and its ``s`` and ``z``. Not mergeable: only the last tensor counts.
+
+    Args:
+      rule: ``"paper"``, or ``"reference"``: ``s = max(|mean - 3 std|, |mean + 3 std|) / (qmax - qmin + 1)`` and
+        ``z = qmin - round(min / s)`` where ``min >= 0``, else ``qmin``, with ``min`` over the whole tensor.
+
+    Differs from sophgo-mq: the rule of the paper; sophgo-mq halves the step, drops the zero point where it is needed,
+    and cannot select this observer by name. ``rule="reference"`` gives its numbers.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> obs, scheme = sq.observer("lsq_plus"), sq.QScheme(bits=3)
+      >>> x = torch.tensor([-1.0, 0.0, 1.0])
+      >>> obs.qparams(obs.update(obs.init(x, scheme), x, scheme), scheme).scale
+      tensor(0.7500)
+    """
+    check("lsq_plus", "rule", rule, "'paper' or 'reference'", ok=rule in ("paper", "reference"))
+
+    def update(state: StepState, x: Tensor, scheme: QScheme) -> StepState:
+        if x.numel() == 0:
+            return state
+        mean, std = mean_and_std(x, scheme)
+        size = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()).clamp(max=LARGEST)
+        size = torch.where(torch.isfinite(mean), size, torch.nan)
+        if rule == "reference":
+            lo, hi = (bound.expand(mean.shape) for bound in min_max(x, PerTensor()))
+        elif scheme.symmetric:
+            lo, hi = min_max(x, scheme.granularity)
+        else:
+            lo, hi = search_range(x, scheme, 2.0)
+        return StepState(latest(state.size, size), latest(state.lo, lo), latest(state.hi, hi))
+
+    def qparams(state: StepState, scheme: QScheme) -> QParams:
+        if rule == "paper" and not scheme.symmetric:
+            return range_to_qparams(state.lo, state.hi, scheme)
+        codes = scheme.qmax - scheme.qmin + 1 if rule == "reference" else 2 ** (scheme.bits - 1)
+        lo = state.lo.clamp(min=0) if rule == "reference" else state.lo
+        return step_qparams(state.size / codes, lo, scheme)
+
+    return Observer(init_step, update, unmergeable("lsq_plus", LAST), qparams)

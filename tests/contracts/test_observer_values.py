@@ -1,0 +1,238 @@
+"""Searches and statistics of single observers against their definitions, written as plainly as they read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sophq_func as sq
+from sophq_func.observers import _counts, _floor, _histogram, _moments, _quantile
+from tests.contracts import assert_same, sample
+
+many = settings(derandomize=True, deadline=None, max_examples=100)
+seeds = st.integers(0, 10**6)
+
+
+def numbers(seed: int, *shape: int, power: float = 1.0) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x.abs().pow(power) * x.sign()
+
+
+def after(observer: sq.Observer, scheme: sq.QScheme, *batches: Tensor) -> Any:
+    state = observer.init(batches[0], scheme)
+    for x in batches:
+        state = observer.update(state, x, scheme)
+    return state
+
+
+def grid(name: str, scheme: sq.QScheme, *batches: Tensor, **options: Any) -> sq.QParams:
+    observer = sq.observer(name, **options)
+    return observer.qparams(after(observer, scheme, *batches), scheme)
+
+
+@many
+@given(
+    seed=seeds,
+    size=st.integers(1, 5000),
+    bins=st.sampled_from([16, 100, 2048]),
+    threshold=st.sampled_from([0.3, 0.9, 0.99, 0.999, 0.99999, 1.0]),
+)
+def test_the_quantile_lies_in_the_bin_of_a_plain_count(seed: int, size: int, bins: int, threshold: float) -> None:
+    x = numbers(seed, size, power=2.0)
+    reach = float(x.abs().max())
+    counts, total, bin_ = torch.histc(x.abs(), bins, min=0, max=reach).tolist(), 0.0, 0
+    while total + counts[bin_] < threshold * size:
+        total, bin_ = total + counts[bin_], bin_ + 1
+    clip = (bin_ + 0.5) * reach / bins
+    lo, hi = _quantile.clipped_range(x, sq.QScheme(), threshold, bins)
+    expected = torch.tensor([max(float(x.min()), -clip), min(float(x.max()), clip)])
+    torch.testing.assert_close(torch.stack([lo, hi]), expected, rtol=1e-6, atol=0.0)
+
+
+@many
+@given(seed=seeds, size=st.integers(1, 3000), share=st.floats(0, 1))
+def test_the_nth_largest_size_is_that_of_a_sort(seed: int, size: int, share: float) -> None:
+    x, rank = numbers(seed, 2, size), 1 + int(share * (size - 1))
+    assert_same(_quantile.nth_largest_size(x, rank), x.abs().sort(descending=True).values[:, rank - 1])
+
+
+@many
+@given(seed=seeds, spread=st.floats(0, 40), size=st.integers(1, 50))
+def test_histograms_of_parts_merge_to_that_of_the_whole(seed: int, spread: float, size: int) -> None:
+    observer, scheme = sq.observer("percentile", bins=64), sq.QScheme()
+    factors = torch.exp2(spread * torch.randn(3, generator=torch.Generator().manual_seed(seed)))
+    a, b, c = (after(observer, scheme, numbers(seed + i, size) * f) for i, f in enumerate(factors))
+    whole = after(observer, scheme, torch.cat([numbers(seed + i, size) * f for i, f in enumerate(factors)]))
+    merge = observer.merge
+    for state in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, merge(b, a))):
+        assert_same(state, whole)
+    assert whole.counts.sum() == 3 * size
+
+
+@pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9, 100.0])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_percentile_holds_as_many_values_and_one_bin_less_does_not(percentile: float, symmetric: bool) -> None:
+    x, scheme = sample(0, 20000), sq.QScheme(symmetric=symmetric)
+    scale, zero_point, _ = grid("percentile", scheme, x[:9000], x[9000:], percentile=percentile)
+    share, bin_ = percentile / 100, 2 * float(x.abs().max()) / 2048
+    lo, hi = (-scale * 127.5, scale * 127.5) if symmetric else (-zero_point * scale, (255 - zero_point) * scale)
+    slack = 1e-5 if symmetric else float(scale) / 2 + 1e-5  # a zero point is rounded
+
+    def inside(more: float) -> float:
+        return float(((x >= lo - more) & (x <= hi + more)).float().mean())
+
+    assert inside(slack) >= share - 1e-4
+    assert inside(-slack - bin_) < share
+
+
+def plain_divergence(h: Tensor, levels: int) -> int:
+    """Migacz's procedure, one candidate after another, with the names of the docstring of kld."""
+    scores = []
+    for i in range(levels, len(h) + 1):
+        p, q = h[:i].clone(), torch.zeros(i, dtype=torch.float64)
+        p[-1] += h[i:].sum()
+        group = torch.tensor([(j * levels) // i for j in range(i)])
+        for g in range(levels):
+            members = (group == g) & (h[:i] > 0)
+            q[members] = h[:i][group == g].sum() / max(1, int(members.sum()))
+        if h[:i].sum() == 0:
+            scores.append(math.inf)
+            continue
+        p, q = p / p.sum(), torch.where((q == 0) & (p > 0), 1e-4, q) / h[:i].sum()
+        scores.append(float(torch.xlogy(p, p / q.clamp(min=1e-300)).sum()))
+    return levels + min(range(len(scores)), key=lambda k: (round(scores[k], 12), k))
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(seed=seeds, levels=st.sampled_from([2, 4, 8, 16]), size=st.integers(1, 2000), power=st.sampled_from([0.5, 1.0, 3.0]))
+def test_the_threshold_of_least_divergence_is_that_of_the_plain_procedure(
+    seed: int, levels: int, size: int, power: float
+) -> None:
+    h = torch.histc(numbers(seed, size, power=power).abs(), 64, min=0).double()
+    assert int(_counts.least_divergence(h, levels)) == plain_divergence(h, levels)
+
+
+def test_kld_cuts_an_outlier_and_keeps_what_fits_the_levels() -> None:
+    x = torch.cat([numbers(0, 100_000), torch.tensor([1000.0])])
+    assert grid("kld", sq.QScheme(), x).scale * 127.5 < 100
+    assert grid("kld", sq.QScheme(bits=16), x).scale * 32767.5 == 1000
+    assert grid("minmax", sq.QScheme(), x).scale * 127.5 == 1000
+
+
+def plain_walk(counts: Tensor) -> list[tuple[int, int]]:
+    """Every range on the way in, step by step."""
+    mass, first, last = counts.cumsum(0), 0, len(counts) - 1
+    total, a, b, found = float(mass[-1]), 0, 0, [(0, len(counts) - 1)]
+    while a + b < _histogram.STEPS:
+        left, right = first, last
+        while left < last and mass[left] < float(torch.tensor((a + 1) / _histogram.STEPS * total)):
+            left += 1
+        while right > first and mass[right] > float(torch.tensor((1 - (b + 1) / _histogram.STEPS) * total)):
+            right -= 1
+        if left - first > last - right:
+            first, a = left, a + 1
+        else:
+            last, b = right, b + 1
+        if (first, last) != found[-1]:
+            found.append((first, last))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_walk_is_the_one_step_by_step(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_histogram, "STEPS", 300)
+    counts = torch.histc(numbers(seed, 4000, power=1.0 + seed / 2), 64)
+    first, last, there = _histogram.walk(counts)
+    ours = [pair for pair, real in zip(zip(first.tolist(), last.tolist(), strict=True), there.tolist(), strict=True) if real]
+    plain = plain_walk(counts)
+    half = len(plain) // 2  # where both ends meet, the step-by-step walk stops moving; the search has ended long before
+    assert half > 4
+    assert ours[:half] == plain[:half]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 63), (3, 50), (20, 21), (30, 30)])
+@pytest.mark.parametrize("levels", [4, 16, 256])
+def test_the_squared_error_of_cells_is_an_integral(first: int, last: int, levels: int) -> None:
+    counts = torch.histc(numbers(0, 1000), 64)
+    cell, fine = (last - first + 1) / levels, 2000
+    point = (torch.arange(64 * fine, dtype=torch.float64) + 0.5) / fine
+    code = ((point - first) / cell).floor().clamp(0, levels - 1)
+    expected = (((code + 0.5) * cell + first - point).square().reshape(64, fine).mean(1) * counts).sum()
+    found = _histogram.squared_error(counts, torch.tensor([first]), torch.tensor([last]), levels)
+    torch.testing.assert_close(found.double(), expected.unsqueeze(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_lsq_plus_follows_the_paper(bits: int) -> None:
+    x = sample(0, 4, 500)
+    symmetric = sq.QScheme(bits=bits, granularity=sq.PerChannel(0))
+    mean, std = x.mean(1), x.std(1)
+    expected = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()) / 2 ** (bits - 1)
+    torch.testing.assert_close(grid("lsq_plus", symmetric, x).scale, expected)
+    affine = sq.QScheme(bits=bits, symmetric=False)
+    assert_same(grid("lsq_plus", affine, x), grid("mse", affine, x))
+
+
+def test_ranges_by_size() -> None:
+    x, scheme = torch.tensor([-3.0, 1.0, 1.0, 1.0]), sq.QScheme(symmetric=False)
+    root = math.sqrt(12 / 4)
+    torch.testing.assert_close(grid("absmax", scheme, x, factor=0.5).scale, torch.tensor(3.0 / 255))
+    torch.testing.assert_close(grid("rms", scheme, x, factor=2.0).scale, torch.tensor(4 * root / 255))
+    torch.testing.assert_close(grid("rms", scheme, x[:1], x[1:], factor=2.0).scale, torch.tensor(4 * root / 255))
+    fixed = grid("fixed_range", scheme, x, lo=0.0, hi=1.0)
+    torch.testing.assert_close(fixed.scale, torch.tensor(1.0 / 255))
+    assert fixed.zero_point == 0
+
+
+@many
+@given(st.floats(0, 2.0**127, width=32))
+def test_exponents_are_exact(value: float) -> None:
+    found = int(_moments.exponent(torch.tensor(value)))
+    assert found == max(-126, math.frexp(value)[1] - 1 if value else -126)
+    assert float(_moments.power(torch.tensor(found, dtype=torch.int32))) == 2.0**found
+
+
+@many
+@given(st.integers(-(10**6), 10**6))
+def test_dpu_rounding_sends_negative_halves_up_and_others_to_even(quarters: int) -> None:
+    value = quarters / 4
+    expected = math.floor(value + 0.5) if value < 0 else round(value)
+    assert float(_floor.round_dpu(torch.tensor(value))) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value"),
+    [
+        (sq.observers.ema_minmax, "decay", 1.0),
+        (sq.observers.ema_quantile, "decay", -0.1),
+        (sq.observers.ema_quantile, "threshold", 0.0),
+        (sq.observers.ema_quantile, "bins", 0),
+        (sq.observers.ema_mse, "decay", True),
+        (sq.observers.ema_mse, "p", 0),
+        (sq.observers.mse, "p", -1.0),
+        (sq.observers.clip_std, "std_scale", 0.0),
+        (sq.observers.lsq_plus, "rule", "other"),
+        (sq.observers.histogram, "bins", 1),
+        (sq.observers.histogram, "levels", 1),
+        (sq.observers.kld, "bins", 1000),
+        (sq.observers.percentile, "percentile", 101.0),
+        (sq.observers.percentile, "bins", 0),
+        (sq.observers.minmax_floor, "quant_type", "weight"),
+        (sq.observers.pot_mode, "quant_type", 1),
+        (sq.observers.absmax, "factor", 0.0),
+        (sq.observers.rms, "factor", math.inf),
+        (sq.observers.fixed_range, "lo", 2.0),
+        (sq.observers.fixed_range, "hi", math.inf),
+    ],
+)
+def test_an_option_out_of_its_bounds_is_a_config_error(make: Callable[..., sq.Spec], option: str, value: object) -> None:
+    spec = make(**{option: value})
+    with pytest.raises(sq.ConfigError, match=f"{spec.name}: this .* is not possible: got .*, allowed"):
+        sq.observer(spec.name, **dict(spec.options))
