@@ -158,7 +158,7 @@ def clip() -> Specimen:
     def batch(n: int) -> Batch:
         return {**images()(n), **tokens()(n)}
 
-    return specimen(model, batch, pick("logits_per_image"))
+    return specimen(model, batch, lambda out: torch.cat([out.image_embeds, out.text_embeds], dim=-1))
 
 
 class Sequences(nn.Module):

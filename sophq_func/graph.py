@@ -67,7 +67,8 @@ class Node:
       path: path of the leaf module called, or of the module in which a function is called.
       paths: every path of that module; more than one where it is registered twice.
       function: canonical name; empty for modules.
-      call: how many calls of this module, or of this function in this module, came before.
+      call: how many counted calls of this module, or of this function in this module, came before.
+      counted: whether a floating tensor goes in or comes out; arithmetic on indices differs between ways of running.
       type: class of the leaf module, or of the fused pattern; ``None`` for functions and inputs.
       operands: the tensors it takes.
       outputs: names of the values it makes.
@@ -84,6 +85,7 @@ class Node:
     paths: tuple[str, ...]
     function: str = ""
     call: int = 0
+    counted: bool = True
     type: type | None = None
     operands: tuple[Operand, ...] = ()
     outputs: tuple[str, ...] = ()

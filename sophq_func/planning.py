@@ -71,7 +71,10 @@ def _union(drafts: Sequence[Draft], config: QuantConfig) -> Plan:
             decisions.setdefault(name, draft.decisions[name])
     order = _merged_order([list(draft.sites) for draft in drafts])
     pairs = {place[:2] for site in sites.values() if not site.argument and not site.parameter for place in site.places()}
-    counts = [Counter((node.path, node.function) for node in draft.raw if node.kind != "input") for draft in drafts]
+    counts = [
+        Counter((node.path, node.function) for node in draft.raw if node.kind != "input" and node.counted)
+        for draft in drafts
+    ]
     used = set().union(*(draft.used for draft in drafts))
     configs = {name: c for name, d in decisions.items() if (c := d.config) is not None}
     return Plan(

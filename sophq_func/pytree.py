@@ -57,6 +57,14 @@ def tensors(tree: Any) -> list[Tensor]:
     return found
 
 
+def has_floating(*trees: Any) -> bool:
+    """Whether there is a floating tensor in one of the trees."""
+    for tree in trees:
+        if any(t.is_floating_point() for t in ((tree,) if isinstance(tree, Tensor) else tensors(tree))):
+            return True
+    return False
+
+
 def map_named(name: str, tree: Any, f: Callable[[str, Tensor], Tensor]) -> Any:
     """Apply ``f`` to each tensor in nested dicts, lists and tuples, which is told its dotted name.
 

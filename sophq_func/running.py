@@ -12,7 +12,7 @@ from sophq_func.errors import StateError
 from sophq_func.functions import called, hidden_from_compile
 from sophq_func.intercept import Frame
 from sophq_func.plan import Plan
-from sophq_func.pytree import flatten, tensors
+from sophq_func.pytree import flatten, has_floating, tensors
 from sophq_func.site import Site
 from sophq_func.strategies import LAYERS
 
@@ -116,20 +116,21 @@ class Runner(Frame):
 
     def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.inner = ""
-        return self._on_output((path, ""), output)
+        return self._on_output((path, ""), output, (path, "") in self.counts and has_floating(args, kwargs))
 
     def function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         pair = (self.scope, name)
         if pair not in self.counts:
             return func(*args, **kwargs)
-        actions = self._actions(pair)
+        floating = has_floating(args, kwargs)
+        actions = self._actions(pair) if floating else None
         if actions is not None:
             args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
         output = func(*args, **kwargs)
         if name == "setitem":
-            self._on_output(pair, args[0])
+            self._on_output(pair, args[0], floating)
             return output
-        return self._on_output(pair, output)
+        return self._on_output(pair, output, floating)
 
     def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.inner and called(func) in LAYERS:
@@ -167,8 +168,11 @@ class Runner(Frame):
         planned = self.schedule.actions.get(pair)
         return None if planned is None else planned.get(self.counts[pair])
 
-    def _on_output(self, pair: Pair, output: Any) -> Any:
+    def _on_output(self, pair: Pair, output: Any, floating: bool) -> Any:
+        """A call's result, after what happens to it; only calls with a floating tensor, in or out, are counted."""
         if pair not in self.counts or not (isinstance(output, Tensor) or tensors(output)):
+            return output
+        if not (floating or has_floating(output)):
             return output
         actions = self._actions(pair)
         self.counts[pair] += 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sophq_func.errors import PlanError, explain
 from sophq_func.graph import Graph, Node, Operand, Value
 from sophq_func.intercept import Frame, Skeleton, params_of
-from sophq_func.pytree import flatten, map_named, tensors
+from sophq_func.pytree import flatten, has_floating, map_named, tensors
 
 OPTIONS = (
     "affine",
@@ -151,7 +151,7 @@ class _Recorder(Frame):
             kind="module",
             path=path,
             paths=self._skeleton.paths[path],
-            call=self._count(path, ""),
+            **self._counted(path, "", has_floating(args, kwargs, output)),
             type=type(module),
             parameters=self._skeleton.owned[path],
             options=options,
@@ -173,7 +173,7 @@ class _Recorder(Frame):
             path=path,
             paths=self._skeleton.paths[path],
             function=name,
-            call=self._count(path, name),
+            **self._counted(path, name, has_floating(args, kwargs, output)),
         )
         recorded = self._record(node, before, args, kwargs, output)
         return None if name == "setitem" else recorded
@@ -189,10 +189,11 @@ class _Recorder(Frame):
         written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if copy._version]
         return Graph(self._nodes, self._values, modules, opaque, tuple(written))
 
-    def _count(self, path: str, function: str) -> int:
+    def _counted(self, path: str, function: str, counted: bool) -> dict[str, Any]:
+        """How many counted calls of this kind came before, and whether this one counts."""
         count = self._calls.get((path, function), 0)
-        self._calls[path, function] = count + 1
-        return count
+        self._calls[path, function] = count + counted
+        return {"call": count, "counted": counted}
 
     def _free_name(self, base: str, own: bool = False) -> str:
         """``base``, or the first of ``base_1``, ``base_2``, ... that nobody has; module paths belong to their modules."""
