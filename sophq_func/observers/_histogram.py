@@ -83,16 +83,13 @@ def squared_error(counts: Tensor, first: Tensor, last: Tensor, levels: int) -> T
     cells of width ``D``, a bin ``[u, v]`` loses ``integral (t - middle) ** 2``: whole cells give ``D ** 3 / 12``, and
     ``c ** 3 / 3`` is what lies between a middle and a point at the distance ``c``.
     """
-    bins = torch.arange(counts.shape[-1], device=counts.device, dtype=torch.float32)
-    begin = bins - first.unsqueeze(-1)
+    edges = torch.arange(counts.shape[-1] + 1, device=counts.device, dtype=torch.float32)
+    point = edges - first.unsqueeze(-1)
     cell = ((last - first + 1).float() / levels).unsqueeze(-1)
-    whole = cell.pow(3) / 12
-
-    def primitive(point: Tensor) -> Tensor:
-        index = (point / cell).floor().clamp(0, levels - 1)
-        return index * whole + (point - (index + 0.5) * cell).pow(3) / 3
-
-    return ((primitive(begin + 1) - primitive(begin)) * counts).sum(-1)
+    index = (point / cell).floor().clamp(0, levels - 1)
+    distance = point - (index + 0.5) * cell
+    lost = index * (cell * cell * cell / 12) + distance * distance * distance / 3
+    return (lost.diff(dim=-1) * counts).sum(-1)
 
 
 def least_error(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> tuple[Tensor, Tensor]:

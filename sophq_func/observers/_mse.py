@@ -51,8 +51,8 @@ def search_range(x: Tensor, scheme: QScheme, p: float) -> tuple[Tensor, Tensor]:
 
     On long rows a histogram puts the candidates in order, and only the first :data:`EXACT` of that order are compared on
     the tensor itself. That the best of all is among them is an argument of size, not a theorem. A bin is at most 1/16 of
-    the full range's step (1/128 for one row), so it gets an element's squared error wrong by ``step * bin / 6`` in the
-    root mean square, a seventh (a fiftieth) of the spread ``step ** 2 / sqrt(180)`` that these errors have anyway; and
+    the full range's step (1/64 for one row), so it gets an element's squared error wrong by ``step * bin / 6`` in the
+    root mean square, a seventh (a 28th) of the spread ``step ** 2 / sqrt(180)`` that these errors have anyway; and
     both average out alike with more elements. So the order is disturbed only among candidates whose scores differ by less
     than chance alone makes them differ by, and the best would have to be passed by eight (four) others. Values on a
     lattice average out less: of 16128 rows drawn on lattices, one in seven bits took a candidate that is worse by 0.25
@@ -89,7 +89,7 @@ def bins_for(flat: Tensor, scheme: QScheme) -> int:
     alone = flat.shape[0] == 1
     if scheme.bits > WIDEST_PRESELECTION or not (scheme.symmetric or alone):
         return 0
-    bins = max(2**11, 2 ** (scheme.bits + 6)) if alone else 2**11
+    bins = max(2**11, 2 ** (scheme.bits + 5)) if alone else 2**11
     return bins if flat.shape[1] >= (4 * bins if alone else bins // 2) else 0
 
 
@@ -123,7 +123,7 @@ def histogram(flat: Tensor, factor: Tensor, bins: int) -> Tensor:
     counts = torch.zeros((len(flat), 2 * bins + 1), device=flat.device)
     one = torch.ones((), device=flat.device)
     for part in torch.split(flat, max(1, at_once(flat) // len(flat)), dim=1):
-        place = (part * factor).round_().nan_to_num_(0).clamp(-bins, bins).add_(bins).to(torch.int64)
+        place = (part * factor).add_(bins + 0.5).to(torch.int64).clamp(0, 2 * bins)
         counts = counts.scatter_add(1, place, one.expand(place.shape))
     return counts
 

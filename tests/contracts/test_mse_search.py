@@ -154,3 +154,18 @@ def test_cut_in_pieces_vmapped_and_compiled_it_is_the_same(
     assert_same(compiled(lambda x: _mse.search_range(x, scheme, 2.0))(xs[0]), expected[0])
     monkeypatch.setattr(_mse, "IN_CACHE", 1000)
     assert_same([_mse.search_range(x, scheme, 2.0) for x in xs], expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_long_rows_with_values_that_are_not_finite_have_no_range_and_others_keep_theirs(value: float) -> None:
+    scheme, x = sq.QScheme(bits=4, granularity=sq.PerChannel(0)), draw("normal", 1, 3, 3000)
+    bad = x.clone()
+    bad[1, 5] = value
+    expected, found = (torch.stack(_mse.search_range(t, scheme, 2.0)) for t in (x, bad))
+    assert_same(found[:, [0, 2]], expected[:, [0, 2]])
+    assert not bool(found[:, 1].isfinite().all())
+    observer = sq.observer("mse")
+    one = sq.QScheme(bits=4)
+    state = observer.update(observer.init(x, one), bad, one)
+    with pytest.raises(sq.StateError, match="mse"):
+        observer.qparams(state, one)

@@ -320,3 +320,16 @@ def test_mse_finds_the_best_of_its_candidates() -> None:
     state = after(sq.observer("mse"), scheme, x)
     torch.testing.assert_close(state.hi, x.max() * best)
     torch.testing.assert_close(state.lo, x.min() * best)
+
+
+@over_observers
+def test_a_model_is_calibrated_with_it(name: str) -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4)), torch.randn(16, 8)
+    half = sq.override(observer=OBSERVERS.spec(name))
+    q = sq.quantize(model, sq.QuantConfig(weight=half, activation=half), example_args=(x,))
+    assert sq.Plan.from_json(q.plan.to_json()) == q.plan
+    params = sq.params_of(model)
+    qparams = q.calibrate(params, [x, torch.randn(5, 8)], progress=False)
+    assert {f"{layer}.weight_fake_quant" for layer in (0, 2)} < set(qparams)
+    assert all(bool((qp.scale > 0).all()) for qp in qparams.values())
+    assert bool(q.apply(params, qparams, x).isfinite().all())
