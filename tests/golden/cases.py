@@ -60,25 +60,31 @@ class Case:
         return QScheme(
             bits=c["bit"],
             symmetric=c["symmetric"],
-            symmetric_range=c["symmetric_range"],
-            pot_scale=c["pot_scale"],
+            symmetric_range=c.get("symmetric_range", False),
+            pot_scale=c.get("pot_scale", False),
             granularity=granularity,
         )
 
 
-def params(section: str, *classes: str, defects: Mapping[str, str]) -> list[Any]:
-    """The cases of some classes as pytest parameters.
+def reasons(case: Case, defects: Mapping[str, str], *, outputs: bool = False) -> list[str]:
+    """Why a case is skipped: patterns of ``defects`` that fit its name, or that the reference failed on it.
 
-    Skipped are those whose name matches a pattern of ``defects``, with its text, and those on which the reference failed.
+    With ``outputs`` a case that failed after its output was recorded is kept.
     """
+    found = [text for pattern, text in defects.items() if fnmatch.fnmatchcase(case.name, pattern)]
+    if case.error and not (outputs and case.has("output")):
+        found.append(f"the reference ended in an error: {case.error['message']}")
+    return found
+
+
+def params(section: str, *classes: str, defects: Mapping[str, str], outputs: bool = False) -> list[Any]:
+    """The cases of some classes as pytest parameters, some of them skipped, see :func:`reasons`."""
     found = []
     for data in cases(section):
         if data["class"] in classes:
             case = Case(section, data)
-            reasons = [text for pattern, text in defects.items() if fnmatch.fnmatchcase(case.name, pattern)]
-            if case.error:
-                reasons.append(f"the reference ended in an error: {case.error['message']}")
-            marks = [pytest.mark.skip(reason=reasons[0])] if reasons else []
+            why = reasons(case, defects, outputs=outputs)
+            marks = [pytest.mark.skip(reason=why[0])] if why else []
             found.append(pytest.param(case, id=case.name, marks=marks))
     return found
 
