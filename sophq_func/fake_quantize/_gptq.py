@@ -39,8 +39,8 @@ def gptq(
 
     Args:
       data_type: table, as in :func:`fp4`.
-      group_size: columns for each scale ``max|W| * quantile / max(table)`` of a row, taken when the group begins; -1: the
-        whole row; -2: one scale for each column; 0: scale, zero point and bounds of the qparams.
+      group_size: columns for each scale ``max|W| * quantile / max(table)`` of a row, taken when the group begins, from
+        the weight as the block before left it; -1: the whole row, when a block begins; -2: one scale for each column; 0: scale, zero point and bounds of the qparams.
       block_size: columns after which later blocks are updated; plays no part in the result but for group scales.
       percdamp: damping, as a share of the mean of the diagonal.
       act_order: columns with the largest diagonal first.
@@ -164,8 +164,8 @@ def _problem(weight: Tensor, hessian: Tensor, percdamp: float, act_order: bool) 
 class _Rounding(Protocol):
     """How one column is rounded."""
 
-    def scale(self, j: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
-        """The scale of column ``j``; ``weight`` as it was when the block began, ``before`` the last column's scale."""
+    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
+        """The scale of column ``j``; ``weight`` as it was when the block began at ``start``, ``before`` the last scale."""
 
     def round(self, column: Tensor, scale: Tensor) -> Tensor:
         """The column on its grid."""
@@ -178,12 +178,13 @@ class _Scaled(NamedTuple):
     group_size: int
     quantile: float
 
-    def scale(self, j: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
-        size = self.group_size if self.group_size > 0 else weight.shape[1]
+    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
         if self.group_size == -2:
             amax = column.abs().amax()
-        elif j % size == 0:
-            amax = weight[:, j : j + size].abs().amax(1)
+        elif self.group_size == -1 and j == start:
+            amax = weight.abs().amax(1)
+        elif self.group_size > 0 and j % self.group_size == 0:
+            amax = weight[:, j : j + self.group_size].abs().amax(1)
         else:
             return before
         return (amax * self.quantile / self.table.largest).clamp(min=EPS**2)
@@ -198,7 +199,7 @@ class _Integers(NamedTuple):
     qparams: QParams
     scheme: QScheme
 
-    def scale(self, j: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
+    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
         return before
 
     def round(self, column: Tensor, scale: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def _solve(problem: _Problem, rounding: _Rounding, block_size: int) -> Tensor:
         rest, errors = weight[:, start:stop], []
         for j in range(start, stop):
             column = rest[:, 0]
-            scale = rounding.scale(j, weight, column, scale)
+            scale = rounding.scale(j, start, weight, column, scale)
             found.append(rounding.round(column, scale))
             errors.append((column - found[-1]) / factor[j, j])
             rest = rest[:, 1:] - errors[-1][:, None] * factor[j, j + 1 : stop]

@@ -34,9 +34,9 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
     ``-alpha``, or 0 where the observer saw nothing below 0. ``Q`` is :func:`fixed` with the grid of ``[l, alpha]``, which
     follows ``alpha`` as it is learned. One bound for each scale.
 
-    Gradient, eq. (3) of the paper: rounding passes straight through, the grid is a constant; 1 to ``x`` inside ``(l,
-    alpha)``, else 0; to ``alpha`` 1 where ``x >= alpha``, and -1 where ``x <= -alpha`` and the scheme is symmetric; to
-    ``n_alpha`` 1 where ``x <= n_alpha``.
+    Gradient, eq. (3) of the paper: rounding passes straight through, the grid is a constant; 1 to ``x`` in ``[l,
+    alpha)``, else 0; to ``alpha`` 1 where ``x >= alpha``, and -1 where ``x < -alpha`` and the scheme is symmetric; to
+    ``n_alpha`` 1 where ``x < n_alpha``.
 
     Args:
       alpha: first bound.
@@ -70,7 +70,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         work = working(x)
         lo, hi = (expand(bound, x, scheme.granularity) for bound in _clip(qparams, scheme))
-        clipped = torch.where(work >= hi, hi, torch.where(work <= lo, lo, work))
+        clipped = torch.where(work >= hi, hi, torch.where(work < lo, lo, work))
         constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
         return ste(clipped, fake_quantize(clipped.detach(), constant, scheme, "kernel")).to(x.dtype)
 
@@ -122,7 +122,7 @@ def tqt() -> FakeQuantize:
 
     def grid(qparams: QParams, scheme: QScheme) -> QParams:
         threshold, bits = qparams.extras["log2_t"], _bits(*bounds(qparams, scheme))
-        exponent = ste(threshold, threshold.ceil()) - (bits - scheme.symmetric)
+        exponent = ste(threshold, threshold.ceil()) - (bits - int(scheme.symmetric))
         return qparams._replace(scale=torch.exp2(exponent.clamp(min=math.log2(EPS), max=127)))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:

@@ -111,10 +111,9 @@ def nnie() -> FakeQuantize:
 
     With ``M`` the largest magnitude the observer saw, ``k = round(16 log2 M) - 127``: positive values are ``2 ** ((c + k) /
     16)`` with ``c = clamp(round(16 log2 x - k), 0, 127)``, negative ones the same with ``c`` from 1; what is not beyond
-    half of the smallest is 0. ``scale`` holds ``M``. Gradient 1 to ``x``. ``bits`` of the scheme plays no part.
+    half of the smallest is 0, but exactly half of the smallest positive one stays. ``scale`` holds ``M``. Gradient 1 to ``x``. ``bits`` of the scheme plays no part.
 
-    Differs from sophgo-mq: float32 throughout; a value of exactly half of the smallest positive one becomes 0 there too;
-    per channel works; the state is not rewritten by the forward.
+    Differs from sophgo-mq: float32 throughout; per channel works; the state is not rewritten by the forward.
 
     Example:
       >>> import sophq_func as sq
@@ -136,8 +135,8 @@ def nnie() -> FakeQuantize:
         negative = (work < 0).to(work.dtype)
         code = torch.maximum((16 * torch.log2(work.abs()) - shift).round().clamp(max=127), negative)
         size = torch.exp2((code + shift) / 16)
-        beyond = work.abs() > torch.exp2((shift - 16 + negative) / 16)
-        found = torch.where(beyond, torch.copysign(size, work), 0 * shift)
+        edge = torch.exp2((shift - 16 + negative) / 16)
+        found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0 * shift))
         return ste(x, torch.where(work.isnan(), work, found).to(x.dtype))
 
     return FakeQuantize(init, apply, integer=False)
