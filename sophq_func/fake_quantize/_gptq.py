@@ -40,7 +40,8 @@ def gptq(
     Args:
       data_type: table, as in :func:`fp4`.
       group_size: columns for each scale ``max|W| * quantile / max(table)`` of a row, taken when the group begins, from
-        the weight as the block before left it; -1: the whole row, when a block begins; -2: one scale for each column; 0: scale, zero point and bounds of the qparams.
+        the weight as the block before left it; -1: the whole row, when a block begins; -2: one scale for each column; 0:
+        scale, zero point and bounds of the qparams.
       block_size: columns after which later blocks are updated; plays no part in the result but for group scales.
       percdamp: damping, as a share of the mean of the diagonal.
       act_order: columns with the largest diagonal first.

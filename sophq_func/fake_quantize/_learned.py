@@ -59,7 +59,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
         if not scheme.symmetric:
             lo, _ = qparams_to_range(qparams, scheme)
             first["n_alpha"] = torch.where(lo < 0, -first["alpha"], 0.0)
-        found = grid(qparams._replace(extras=sorted_dict(first | qparams.extras)), scheme)
+        found = grid(qparams._replace(extras=sorted_dict(qparams.extras | first)), scheme)
         return found._replace(scale=torch.where(qparams.scale.isnan(), qparams.scale, found.scale))
 
     def grid(qparams: QParams, scheme: QScheme) -> QParams:
@@ -113,7 +113,7 @@ def tqt() -> FakeQuantize:
         lo, hi = qparams_to_range(qparams, scheme)
         width = torch.maximum(-lo, hi) if scheme.symmetric else hi - lo
         # the range lost its last bits on the way through a scale; a power of two shall not become the next one
-        start = torch.log2(width * (1 - 2.0**-22))
+        start = torch.log2(width * (1 - 2.0**-22)).clamp(max=128)
         found = grid(qparams._replace(extras=sorted_dict({**qparams.extras, "log2_t": start})), scheme)
         if scheme.symmetric:
             return found

@@ -110,8 +110,9 @@ def nnie() -> FakeQuantize:
     """A logarithmic grid of 16 values for each power of two, 128 values up to the largest, and 0 (semantics.md 4.10).
 
     With ``M`` the largest magnitude the observer saw, ``k = round(16 log2 M) - 127``: positive values are ``2 ** ((c + k) /
-    16)`` with ``c = clamp(round(16 log2 x - k), 0, 127)``, negative ones the same with ``c`` from 1; what is not beyond
-    half of the smallest is 0, but exactly half of the smallest positive one stays. ``scale`` holds ``M``. Gradient 1 to ``x``. ``bits`` of the scheme plays no part.
+    16)`` with ``c = clamp(round(16 log2 x - k), 0, 127)``, negative ones the same with ``c`` from 1. What is not beyond
+    half of the smallest is 0, but exactly half of the smallest positive one stays. ``scale`` holds ``M``. Gradient 1 to
+    ``x``. ``bits`` of the scheme plays no part.
 
     Differs from sophgo-mq: float32 throughout; per channel works; the state is not rewritten by the forward.
 
@@ -134,12 +135,19 @@ def nnie() -> FakeQuantize:
         shift = torch.round(16 * torch.log2(largest)) - 127
         negative = (work < 0).to(work.dtype)
         code = torch.maximum((16 * torch.log2(work.abs()) - shift).round().clamp(max=127), negative)
-        size = torch.exp2((code + shift) / 16)
-        edge = torch.exp2((shift - 16 + negative) / 16)
-        found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0 * shift))
-        return ste(x, torch.where(work.isnan(), work, found).to(x.dtype))
+        size, edge = _sixteenths(code + shift), _sixteenths(shift - 16 + negative)
+        found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0))
+        return ste(x, torch.where(work.isnan(), work, found + 0 * shift).to(x.dtype))
 
     return FakeQuantize(init, apply, integer=False)
+
+
+def _sixteenths(exponent: Tensor) -> Tensor:
+    """``2 ** (exponent / 16)`` of whole numbers, the same bits wherever an element stands; anything of NaN."""
+    whole = torch.where(exponent.isfinite(), exponent, 0)
+    octave = (whole / 16).floor()
+    steps = torch.tensor([2 ** (i / 16) for i in range(16)], dtype=exponent.dtype, device=exponent.device)
+    return torch.ldexp(steps[(whole - 16 * octave).long()], octave)
 
 
 def _check_quantile(where: str, quantile: object) -> None:
