@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.affine import (
+    EPS,
     clamp,
     expand,
     expanded_bounds,
@@ -30,10 +31,10 @@ MAPPINGS = ("paper", "tanh")
 def dorefa(mapping: str = "paper") -> FakeQuantize:
     """Weights through tanh onto ``[-1, 1]``, then quantized (DoReFa, arXiv:1606.06160; semantics.md 4.7).
 
-    ``t = tanh(x)``, ``m = max |t|`` over the whole tensor, NaN left out. ``"paper"``: ``y = 2 Q(t / (2 m) + 1 / 2) - 1``
-    with ``Q(r) = round(r L) / L``, ``L = qmax - qmin`` steps, whatever the observer saw; 0 is on the grid only where ``L``
-    is even. ``"tanh"``: :func:`fixed` of ``t / (m + 1e-5)``, with the range of what comes out, or
-    ``[-1, 1]`` where that is nothing but 0. For weights: ``init`` is shown the weight.
+    ``t = tanh(x)``, ``m = max |t|`` over the whole tensor, NaN left out, at least 2 ** -46. ``"paper"``: ``y = 2 Q(t / (2
+    m) + 1 / 2) - 1`` with ``Q(r) = round(r L) / L``, ``L = qmax - qmin`` steps, whatever the observer saw; 0 is on the grid
+    only where ``L`` is even. ``"tanh"``: :func:`fixed` of ``t / (m + 1e-5)``, with the range of what comes out, or ``[-1,
+    1]`` where that is nothing but 0. For weights: ``init`` is shown the weight.
 
     Gradient: rounding straight through (in ``"tanh"`` 0 beyond the grid), tanh and ``m`` by ordinary differentiation; a
     maximum that several elements reach shares its gradient among them.
@@ -70,10 +71,8 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
             return fake_quantize(_mapped(x), constant, scheme, "kernel").to(x.dtype)
         low, high = expanded_bounds(qparams, scheme, x)
         t = torch.tanh(working(x))
-        peak = _peak(t)
-        share = t / (2 * torch.where(peak == 0, 1, peak)) + 0.5
-        steps = high - low
-        return (2 * ste(share, (share * steps).round() / steps) - 1).to(x.dtype)
+        share, steps = t / _peak(t).clamp(min=EPS**2), high - low
+        return ste(share, (2 * ((share / 2 + 0.5) * steps).round() - steps) / steps).to(x.dtype)
 
     return FakeQuantize(init, apply, integer=mapping == "tanh")
 

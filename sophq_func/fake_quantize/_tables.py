@@ -47,7 +47,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
         lo, hi = qparams_to_range(qparams, scheme)
         scale = torch.maximum(-lo, hi) * quantile / table.largest
         if scheme.pot_scale:
-            scale = torch.exp2(torch.log2(scale).ceil())
+            scale = torch.exp2(torch.log2(scale).ceil().clamp(max=127))
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
