@@ -136,7 +136,7 @@ class Codebook:
 
         Entries and the midpoints between them are float32, as in sophgo-mq.
         """
-        work, table = _wide(x), torch.tensor(self.entries, dtype=torch.float32, device=x.device)
+        work, table = _wide(x).contiguous(), torch.tensor(self.entries, dtype=torch.float32, device=x.device)
         if noise is None:
             middle = ((table[1:] + table[:-1]) / 2).to(work.dtype)
             found = table[torch.bucketize(work, middle)].to(work.dtype)
@@ -172,7 +172,7 @@ def float_(
 
     Args:
       exponent_bits: 2..8; from 6 on, rounding is computed in float64.
-      mantissa_bits: 0..10, without the leading one.
+      mantissa_bits: 1..10, without the leading one.
       finite_only: no infinities, so that the uppermost exponent holds numbers; otherwise as in IEEE 754.
       nan: with ``finite_only``: the uppermost code is NaN, as in E4M3; otherwise a number, as in E2M1.
       saturate: what is too large becomes the largest value; otherwise infinity or NaN.
@@ -184,7 +184,7 @@ def float_(
       tensor([1., inf])
     """
     _check("float_", "exponent_bits", exponent_bits, range(2, 9))
-    _check("float_", "mantissa_bits", mantissa_bits, range(11))
+    _check("float_", "mantissa_bits", mantissa_bits, range(1, 11))
     if not saturate and finite_only and not nan:
         fix = "saturate=True"
         raise ConfigError(explain("float_", "saturate=False", because="the format has neither infinity nor NaN", fix=fix))
