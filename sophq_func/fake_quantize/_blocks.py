@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
@@ -123,7 +122,7 @@ def to_blocks(x: Tensor, size: int) -> Tensor:
     """``x`` with its last axis cut into blocks, the last one filled up with zeros: ``(..., blocks, size)``."""
     x = x.reshape(x.shape or (1,))
     count = -(-x.shape[-1] // size)
-    return F.pad(x, (0, count * size - x.shape[-1])).reshape(*x.shape[:-1], count, size)
+    return torch.constant_pad_nd(x, (0, count * size - x.shape[-1])).reshape(*x.shape[:-1], count, size)
 
 
 def from_blocks(blocks: Tensor, x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
     ``t = tanh(x)``, ``m = max |t|`` over the whole tensor, NaN left out, at least 2 ** -46. ``"paper"``: ``y = 2 Q(t / (2
     m) + 1 / 2) - 1`` with ``Q(r) = round(r L) / L``, ``L = qmax - qmin`` steps, whatever the observer saw; 0 is on the grid
     only where ``L`` is even. ``"tanh"``: :func:`fixed` of ``t / (m + 1e-5)``, with the range of what comes out, or ``[-1,
-    1]`` where that is nothing but 0. For weights: ``init`` is shown the weight.
+    1]`` where that is nothing but 0. For weights: ``init`` is shown the weight. They change their size, so calibrate
+    activations behind them with ``observe_quantized``.
 
     Gradient: rounding straight through (in ``"tanh"`` 0 beyond the grid), tanh and ``m`` by ordinary differentiation; a
     maximum that several elements reach shares its gradient among them.

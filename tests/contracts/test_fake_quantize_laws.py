@@ -166,6 +166,19 @@ def test_shape_and_dtype_come_back(name: str, scheme: sq.QScheme) -> None:
 
 @over_quantizers
 @over_schemes
+def test_nothing_is_made_on_another_device(name: str, scheme: sq.QScheme) -> None:
+    """On ``meta``, which mixes with no other device."""
+    x = sample(1).to("meta")
+    fq, there = made(name), sq.QParams(*(t.to("meta") for t in observed(sample(0), scheme)[:2]), {})
+    qparams = fq.init(there, x, scheme)
+    noise = {"noise": x} if fq.noise else {}
+    y = fq.apply(x, with_extras(qparams, **noise), scheme)
+    assert (y.device.type, y.shape) == ("meta", x.shape)
+    assert {leaf.device.type for leaf in leaves(fq.grid(qparams, scheme))} == {"meta"}
+
+
+@over_quantizers
+@over_schemes
 def test_half_types_are_computed_in_float32(name: str, scheme: sq.QScheme) -> None:
     fq, qparams = ready(name, scheme)
     for dtype in (torch.float16, torch.bfloat16):
