@@ -220,7 +220,7 @@ def _code(x: Tensor, scale: Tensor, zero: Tensor | None, order: Order) -> Tensor
 
 
 def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
-    """``code`` between bounds that may be tensors; for constants, its gradient at a bound is that of ``torch.minimum``."""
+    """A constant between bounds that may be tensors."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (torch.as_tensor(b, dtype=code.dtype, device=code.device) for b in (low, high))
         return torch.minimum(torch.maximum(code, low), high)

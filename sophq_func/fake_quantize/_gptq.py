@@ -43,7 +43,7 @@ def gptq(
         the weight as the block before left it; -1: the whole row, when a block begins; -2: one scale for each column; 0:
         scale, zero point and bounds of the qparams.
       block_size: columns after which later blocks are updated; plays no part in the result but for group scales.
-      percdamp: damping, as a share of the mean of the diagonal.
+      percdamp: damping, as a share of the mean of the diagonal; a Hessian that is singular even so gives NaN.
       act_order: columns with the largest diagonal first.
       quantile: share of the maximum that the largest entry stands for.
 
@@ -104,6 +104,8 @@ def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Ten
     if hessian.ndim != 2 or hessian.shape != (x.shape[-1], x.shape[-1]):
         allowed = f"({x.shape[-1]}, {x.shape[-1]}) for inputs of shape {tuple(x.shape)}"
         raise StateError(explain("hessian_update", "a Hessian of this shape", got=tuple(hessian.shape), allowed=allowed))
+    if x.numel() == 0:
+        return hessian.detach(), count
     rows = x.detach().reshape(-1, x.shape[-1]).to(hessian.dtype)
     total = count + (x.shape[0] if x.ndim > 2 else 1)
     return hessian.detach() * (count / total) + rows.T @ rows * (2 / total), total
@@ -158,8 +160,14 @@ def _problem(weight: Tensor, hessian: Tensor, percdamp: float, act_order: bool) 
         weight, back = weight.index_select(1, order), torch.argsort(order)
         hessian = hessian.index_select(0, order).index_select(1, order)
     damped = hessian + percdamp * diagonal.mean() * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
-    return _Problem(weight, torch.linalg.cholesky_ex(inverse, upper=True).L.to(weight.dtype), back)
+    inverse = torch.cholesky_inverse(_cholesky(damped))
+    return _Problem(weight, _cholesky(inverse, upper=True).to(weight.dtype), back)
+
+
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
+    """The Cholesky factor, NaN where there is none."""
+    found = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return torch.where(found.info == 0, found.L, torch.nan)
 
 
 class _Rounding(Protocol):

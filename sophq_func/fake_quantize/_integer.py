@@ -78,10 +78,10 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
 def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
     """Learned step size and offset (LSQ+, arXiv:2004.09576).
 
-    ``y = s (clamp(round(x / s + z), n, p) - z)``, eq. (2) and (3) of the paper with ``z = -beta / s`` for its offset
-    ``beta``: a real number, neither rounded nor clamped, so that 0 need not be on the grid; :func:`learnable` rounds it.
-    A symmetric scheme has no offset. Gradients as :func:`sophq_func.affine.fake_quantize` states, ``z`` itself in the
-    place of the rounded one, those of scale and zero point times the factor of :func:`learnable`.
+    ``y = s (clamp(round(x / s + z), n, p) - z)``, the paper's with ``z = -beta / s`` for its offset ``beta``: a real
+    number, neither rounded nor clamped, so that 0 need not be on the grid; :func:`learnable` rounds it. A symmetric scheme
+    has no offset. Gradients as :func:`sophq_func.affine.fake_quantize` states, ``z`` itself in the place of the rounded
+    one, those of scale and zero point times the factor of :func:`learnable`.
 
     Args:
       use_grad_scaling: multiply the gradients of scale and zero point by that factor.

@@ -190,6 +190,15 @@ def test_a_hessian_of_batches_is_the_mean_over_samples() -> None:
     torch.testing.assert_close(mapped[0], alone)
 
 
+def test_an_empty_batch_leaves_the_hessian_and_a_singular_one_gives_nan() -> None:
+    hessian = torch.eye(4)
+    assert_same(hessian_update(hessian, 3, torch.empty(0, 7, 4)), (hessian, 3))
+    weight, singular = sample(0, 3, 4), torch.ones(4, 4)
+    undamped = sq.fake_quantizer("gptq", percdamp=0).apply(weight, with_hessian(weight, -singular), SCHEME)
+    assert undamped[:, 1:].isnan().all()
+    assert sq.fake_quantizer("gptq").apply(weight, with_hessian(weight, singular), SCHEME).isfinite().all()
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     weight, hessian = problem(0)
     with pytest.raises(sq.StateError, match=r"gptq: a Hessian of this shape .* got \(12, 12\), allowed \(9, 9\)"):
