@@ -1,8 +1,9 @@
 """The arithmetic of uniform grids: ``real = (code - zero_point) * scale``. Written once, here.
 
-Two rounding orders exist (semantics.md 4.1). *Kernel order* is ``clamp(round(x * (1 / s)) + z)``, *expression order*
+Rounding orders differ (semantics.md 4.1, 4.9). *Kernel order* is ``clamp(round(x * (1 / s)) + z)``, *expression order*
 ``clamp(round(x / s + z))``; they put exact ties on different sides when ``z`` is odd, and ``x * (1 / s)`` may differ from
-``x / s`` by one unit in the last place. Rounding is half to even.
+``x / s`` by one unit in the last place. *Quotient order*, ``clamp(round(x / s) + z)``, has the division of the one and the
+ties of the other. Rounding is half to even.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sophq_func.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTe
 EPS = torch.finfo(torch.float32).eps
 """Smallest scale of an integer grid, 2 ** -23."""
 
-Order = Literal["kernel", "expression"]
+Order = Literal["kernel", "expression", "quotient"]
+Bound = Tensor | int
 
 
 def ste(x: Tensor, y: Tensor) -> Tensor:
@@ -120,7 +122,9 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     return flat.amin(-1).float(), flat.amax(-1).float()
 
 
-def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool | None = None) -> QParams:
+def range_to_qparams(
+    lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool | None = None, limits: tuple[Bound, Bound] | None = None
+) -> QParams:
     """Scale and zero point whose grid covers ``[lo, hi]`` and 0 (semantics.md 3.1).
 
     With ``m- = min(lo, 0)``, ``m+ = max(hi, 0)``: symmetric ``s = max(-m-, m+) / ((qmax - qmin) / 2)``; affine
@@ -131,6 +135,7 @@ def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool
       hi: upper bounds, same shape.
       scheme: the grid.
       pot_scale: instead of the scheme's.
+      limits: smallest and largest code, instead of the scheme's.
 
     Returns:
       :class:`QParams` shaped like ``lo``; the scale is NaN where a bound is not finite.
@@ -143,7 +148,8 @@ def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool
     """
     finite = torch.isfinite(lo) & torch.isfinite(hi)
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    steps = scheme.qmax - scheme.qmin
+    low, high = limits or (scheme.qmin, scheme.qmax)
+    steps = high - low
     if scheme.symmetric:
         scale = torch.maximum(-lo, hi) / (steps / 2)
     else:
@@ -155,7 +161,7 @@ def range_to_qparams(lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool
     if scheme.symmetric:
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
     else:
-        zero = (scheme.qmin - torch.round(lo / scale)).clamp(scheme.qmin, scheme.qmax)
+        zero = clamp(low - torch.round(lo / scale), low, high)
         zero_point = torch.where(finite, zero, 0).to(torch.int32)
     return QParams(torch.where(finite, scale, torch.nan), zero_point, {})
 
@@ -181,12 +187,18 @@ def positive(scale: Tensor) -> Tensor:
     return size + (size.clamp(min=EPS) - size).detach()
 
 
-def bounds(qparams: QParams, scheme: QScheme) -> tuple[Tensor | int, Tensor | int]:
+def bounds(qparams: QParams, scheme: QScheme) -> tuple[Bound, Bound]:
     """Smallest and largest code: tensors of ``extras`` where they are data, else the scheme's numbers."""
     return qparams.extras.get("qmin", scheme.qmin), qparams.extras.get("qmax", scheme.qmax)
 
 
-def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order) -> Tensor:
+def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound, Bound]:
+    """The same; tensors in a shape that broadcasts against ``x``."""
+    low, high = (expand(b, x, scheme.granularity) if isinstance(b, Tensor) else b for b in bounds(qparams, scheme))
+    return low, high
+
+
+def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True) -> Tensor:
     """Quantize and dequantize with the straight-through surrogate of LSQ (arXiv:1902.08153, semantics.md 4.3).
 
     Forward ``y = s * (clamp(q, n, p) - z)`` with the code ``q`` in the given order. For gradients of any order the
@@ -198,7 +210,8 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order) ->
       x: any floating tensor.
       qparams: scale, zero point; ``extras["qmin"]`` and ``extras["qmax"]`` replace the scheme's bounds.
       scheme: the grid; a symmetric one ignores the zero point.
-      order: ``"kernel"`` or ``"expression"``, see the top of this file.
+      order: ``"kernel"``, ``"expression"`` or ``"quotient"``, see the top of this file.
+      whole: the zero point is a code, clamped and rounded, straight through both; otherwise any number.
 
     Returns:
       A tensor like ``x``.
@@ -210,12 +223,12 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order) ->
     """
     granularity = scheme.granularity
     work = working(x)
-    low, high = (expand(b, x, granularity) if isinstance(b, Tensor) else b for b in bounds(qparams, scheme))
+    low, high = expanded_bounds(qparams, scheme, x)
     scale = expand(qparams.scale, x, granularity)
-    zero = None if scheme.symmetric else _zero_point(qparams, scheme, x, low, high)
+    zero = None if scheme.symmetric else _zero_point(qparams, scheme, x, low, high, whole)
     code = _code(work.detach(), scale.detach(), None if zero is None else zero.detach(), order)
     inside = (code >= low) & (code <= high)
-    within, beyond = code, _clamp(code, low, high)
+    within, beyond = code, clamp(code, low, high)
     if zero is not None:
         within, beyond = (code - zero).detach(), beyond - zero
     ratio = torch.where(inside, work, 0) / scale
@@ -228,17 +241,18 @@ def _code(x: Tensor, scale: Tensor, zero: Tensor | None, order: Order) -> Tensor
     ratio = x * (1 / scale) if order == "kernel" else x / scale
     if zero is None:
         return ratio.round()
-    return ratio.round() + zero if order == "kernel" else (ratio + zero).round()
+    return (ratio + zero).round() if order == "expression" else ratio.round() + zero
 
 
-def _clamp(code: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
+    """A constant between bounds that may be tensors."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (torch.as_tensor(b, dtype=code.dtype, device=code.device) for b in (low, high))
         return torch.minimum(torch.maximum(code, low), high)
     return code.clamp(low, high)
 
 
-def _zero_point(qparams: QParams, scheme: QScheme, x: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """The zero point clamped to the grid and rounded, straight through both, in a shape that broadcasts."""
+def _zero_point(qparams: QParams, scheme: QScheme, x: Tensor, low: Bound, high: Bound, whole: bool) -> Tensor:
+    """The zero point in a shape that broadcasts; a whole one clamped to the grid and rounded, straight through both."""
     zero = expand(qparams.zero_point.to(qparams.scale.dtype), x, scheme.granularity)
-    return ste(zero, _clamp(zero, low, high).round())
+    return ste(zero, clamp(zero, low, high).round()) if whole else zero

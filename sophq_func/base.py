@@ -76,6 +76,22 @@ class Apply(Protocol):
     def __call__(self, x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor: ...
 
 
+class Grid(Protocol):
+    """The qparams with the scale and zero point in force, where learned extras decide them."""
+
+    def __call__(self, qparams: QParams, scheme: QScheme) -> QParams: ...
+
+
+def stored(qparams: QParams, scheme: QScheme) -> QParams:
+    """Scale and zero point as they are: the :class:`Grid` of most."""
+    return qparams
+
+
+def kept(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+    """The qparams as they are: the :class:`InitQParams` of a fake quantizer that needs nothing more."""
+    return qparams
+
+
 class FakeQuantize(NamedTuple):
     """Quantize and dequantize, with a surrogate gradient.
 
@@ -83,14 +99,19 @@ class FakeQuantize(NamedTuple):
       init: see :class:`InitQParams`.
       apply: see :class:`Apply`.
       learnable: fields of the qparams that may be learned: ``"scale"``, ``"zero_point"``, or names of extras.
-      integer: codes are integers times ``scale``, so that ``scale`` can round a bias.
-      scales_bias: ``scale`` rounds a bias all the same.
+      integer: codes are integers times the scale of ``grid``, so that it can round a bias.
+      noise: ``apply`` needs uniform numbers in [0, 1) shaped like ``x``: its ``noise`` argument, or ``extras["noise"]``
+        of the qparams. Where both are missing it raises a ``StateError``; ``q.with_noise`` provides them.
+      grid: see :class:`Grid`.
+      scales_bias: that scale rounds a bias although codes are no integers.
     """
 
     init: InitQParams
     apply: Apply
     learnable: tuple[str, ...] = ()
     integer: bool = True
+    noise: bool = False
+    grid: Grid = stored
     scales_bias: bool = False
 
 

@@ -293,10 +293,11 @@ class Quantized:
 
     def _weights_on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
         """Weights and biases quantized; a scale that its quantizer does not learn is a constant here, too."""
-        steps = {
-            name: own if "scale" in self._pieces[name].fake_quantize.learnable else own._replace(scale=own.scale.detach())
-            for name, own in qparams.items()
-        }
+        steps = {}
+        for name, own in qparams.items():
+            piece = self._pieces[name]
+            fixed = own if "scale" in piece.fake_quantize.learnable else own._replace(scale=own.scale.detach())
+            steps[name] = piece.fake_quantize.grid(fixed, piece.scheme)
         return quantize_weights(self._weights, self._skeleton.detached(params), steps)
 
     def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:

@@ -6,12 +6,45 @@ from torch import Tensor
 
 from sophq_func.affine import min_max, range_to_qparams
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.fake_quantize._blocks import mxfp4, mxfp6, mxfp8, mxint8, nvfp4
 from sophq_func.fake_quantize._float import bf16, e4m3, e5m2, fp16
-from sophq_func.fake_quantize._integer import fixed, learnable
+from sophq_func.fake_quantize._gptq import gptq, gptqfp4, hessian_update
+from sophq_func.fake_quantize._integer import fixed, learnable, lsq_plus
+from sophq_func.fake_quantize._learned import pact, tqt
+from sophq_func.fake_quantize._rounding import adaround, qdrop, rectified_sigmoid
+from sophq_func.fake_quantize._soft import dorefa, dsq
+from sophq_func.fake_quantize._tables import fp4, fpxgroup, nnie
 from sophq_func.registry import Spec
 from sophq_func.scheme import QScheme
 
-__all__ = ["bf16", "e4m3", "e5m2", "fake_quantizer", "fixed", "fp16", "learnable"]
+__all__ = [
+    "adaround",
+    "bf16",
+    "dorefa",
+    "dsq",
+    "e4m3",
+    "e5m2",
+    "fake_quantizer",
+    "fixed",
+    "fp4",
+    "fp16",
+    "fpxgroup",
+    "gptq",
+    "gptqfp4",
+    "hessian_update",
+    "learnable",
+    "lsq_plus",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "mxint8",
+    "nnie",
+    "nvfp4",
+    "pact",
+    "qdrop",
+    "rectified_sigmoid",
+    "tqt",
+]
 
 
 def fake_quantizer(name: str, **options: Any) -> FakeQuantize:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
+from sophq_func.affine import EPS, expand, qparams_to_range, rows, ste, working
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
 from sophq_func.errors import ConfigError, explain
 from sophq_func.formats import round_to_dtype, round_to_float8
 from sophq_func.scheme import QScheme
 
-SCALING = ("max", "none")
+SCALING = ("max", "mean", "none")
 
 
 @FAKE_QUANTIZERS.register("e4m3", "E4M3FakeQuantize", scaling_method="scaling")
@@ -22,7 +22,9 @@ def e4m3(scaling: str = "max") -> FakeQuantize:
     ``QScheme(dynamic=True)`` from the tensor at hand. ``bits`` of the scheme plays no part.
 
     Args:
-      scaling: ``"max"``: ``s = amax / 448``; ``"none"``: ``s = 1``.
+      scaling: ``"max"``: ``s = amax / 448``; ``"none"``: ``s = 1``; ``"mean"``: of the tensor that ``init`` is shown, a
+        weight or with a dynamic scheme the tensor at hand, ``s = mean |x| / 2 ** -9``, the smallest subnormal, or 1 where
+        the mean is at most 1e-5.
 
     Differs from sophgo-mq: the scale multiplies (there it is the reciprocal), has no jump at small ranges, and is
     calibrated; values below the smallest normal are rounded on the grid of the standard; per channel works.
@@ -42,7 +44,7 @@ def e5m2(scaling: str = "none") -> FakeQuantize:
     """OCP FP8 E5M2: 2 mantissa bits, largest value 57344, saturating; otherwise as :func:`e4m3`.
 
     Args:
-      scaling: ``"max"``: ``s = amax / 57344``; ``"none"``: ``s = 1``, as in sophgo-mq.
+      scaling: ``"max"``: ``s = amax / 57344``; ``"none"``: ``s = 1``, as in sophgo-mq; ``"mean"``: with ``2 ** -16``.
 
     Differs from sophgo-mq: saturates where that overflows to infinity; per channel works.
 
@@ -85,12 +87,16 @@ def bf16() -> FakeQuantize:
 def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
     if scaling not in SCALING:
         raise ConfigError(explain("FP8", "this scaling", got=scaling, allowed=" or ".join(map(repr, SCALING))))
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
         scale = torch.maximum(-lo, hi) / torch.finfo(dtype).max
         if scaling == "none":
             scale = torch.where(scale.isnan(), scale, 1.0)
+        elif scaling == "mean" and x.numel():
+            mean = rows(x.detach(), scheme.granularity).float().abs().mean(-1)
+            scale = torch.where(scale.isnan() | (mean > 1e-5), mean / smallest + 0 * scale, 1.0)
         elif scheme.pot_scale:
             scale = torch.exp2(torch.log2(scale).ceil())
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)

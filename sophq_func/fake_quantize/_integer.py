@@ -1,4 +1,4 @@
-"""Uniform integer grids: scale given by an observer, or learned (LSQ)."""
+"""Uniform integer grids: scale given by an observer, or learned (LSQ, LSQ+)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.affine import Order, fake_quantize, positive
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
 from sophq_func.errors import ConfigError, explain
 from sophq_func.pytree import tree_map
 from sophq_func.scheme import PerTensor, QScheme
@@ -32,7 +32,7 @@ def fixed() -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel")
 
-    return FakeQuantize(_keep, apply)
+    return FakeQuantize(kept, apply)
 
 
 @FAKE_QUANTIZERS.register("learnable", "LearnableFakeQuantize", "lsq")
@@ -74,8 +74,39 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     return FakeQuantize(init, apply, ("scale", "zero_point"))
 
 
-def _keep(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
-    return qparams
+@FAKE_QUANTIZERS.register("lsq_plus", "LSQPlusFakeQuantize")
+def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
+    """Learned step size and offset (LSQ+, arXiv:2004.09576).
+
+    ``y = s (clamp(round(x / s + z), n, p) - z)``, the paper's with ``z = -beta / s`` for its offset ``beta``: a real
+    number, neither rounded nor clamped, so that 0 need not be on the grid; :func:`learnable` rounds it. A symmetric scheme
+    has no offset. Gradients as :func:`sophq_func.affine.fake_quantize` states, ``z`` itself in the place of the rounded
+    one, those of scale and zero point times the factor of :func:`learnable`.
+
+    Args:
+      use_grad_scaling: multiply the gradients of scale and zero point by that factor.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq, scheme = sq.fake_quantizer("lsq_plus"), sq.QScheme(bits=4, symmetric=False)
+      >>> fq.apply(torch.tensor([0.0, 1.2]), sq.QParams(torch.tensor(1.0), torch.tensor(0.25), {}), scheme)
+      tensor([-0.2500,  0.7500])
+    """
+    if not isinstance(use_grad_scaling, bool):
+        raise ConfigError(explain("lsq_plus", "use_grad_scaling", got=use_grad_scaling, allowed="True or False"))
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        scale, zero_point = positive(qparams.scale), qparams.zero_point
+        if use_grad_scaling:
+            factor = _grad_factor(x, qparams, scheme)
+            scale = _scale_grad(scale, factor)
+            zero_point = _scale_grad(zero_point, factor) if zero_point.is_floating_point() else zero_point
+        return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, "expression", whole=False)
+
+    return FakeQuantize(init, apply, ("scale", "zero_point"))
 
 
 def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:

@@ -60,29 +60,37 @@ class Case:
         return QScheme(
             bits=c["bit"],
             symmetric=c["symmetric"],
-            symmetric_range=c["symmetric_range"],
-            pot_scale=c["pot_scale"],
+            symmetric_range=c.get("symmetric_range", False),
+            pot_scale=c.get("pot_scale", False),
             granularity=granularity,
         )
 
 
-def reason(case: Case, defects: Mapping[str, str]) -> str | None:
-    """Why a case is skipped: the text of the first pattern of ``defects`` that its name matches, or the recorded error."""
+def reason(case: Case, defects: Mapping[str, str], *, outputs: bool = False) -> str | None:
+    """Why a case is skipped: the text of the first pattern of ``defects`` that its name matches, or the recorded error.
+
+    With ``outputs`` a case that failed after its output was recorded is kept.
+    """
     for pattern, text in defects.items():
         if fnmatch.fnmatchcase(case.name, pattern):
             return text
-    return f"the reference ended in an error: {case.error['message']}" if case.error else None
+    failed = case.error and not (outputs and case.has("output"))
+    return f"the reference ended in an error: {case.error['message']}" if failed else None
 
 
 def params(
-    section: str, *classes: str, defects: Mapping[str, str], where: Callable[[Case], bool] = lambda case: True
+    section: str,
+    *classes: str,
+    defects: Mapping[str, str],
+    where: Callable[[Case], bool] = lambda case: True,
+    outputs: bool = False,
 ) -> list[Any]:
     """The cases of some classes as pytest parameters; those with a :func:`reason` are skipped with it."""
     found = []
     for data in cases(section):
         case = Case(section, data)
         if data["class"] in classes and where(case):
-            why = reason(case, defects)
+            why = reason(case, defects, outputs=outputs)
             marks = [pytest.mark.skip(reason=why)] if why else []
             found.append(pytest.param(case, id=case.name, marks=marks))
     return found

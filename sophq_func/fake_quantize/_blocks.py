@@ -1,0 +1,157 @@
+"""Blocks that share a scale of few bits: OCP MX, and NVFP4. All gradients pass straight through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
+from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.errors import ConfigError, explain
+from sophq_func.formats import E2M1, E2M3, E3M2, E4M3, E5M2, MXINT8, Format, shared_exponent
+from sophq_func.scheme import QScheme
+
+
+@FAKE_QUANTIZERS.register("mxfp8")
+def mxfp8(element: str = "e4m3", block_size: int = 32) -> FakeQuantize:
+    """MXFP8: FP8 elements, 32 of which share a power of two (OCP Microscaling Formats v1.0, 5.2 and 6.3).
+
+    ``y = Q(x / X) * X``, ``X = 2 ** (floor(log2 amax) - e)`` of each block along the last axis, the exponent clamped to
+    E8M0's -127..127, ``e`` that of the element's largest value; elements are rounded half to even and saturate. A last
+    block may be shorter, as if padded with zeros. Dynamic by nature: observer and scheme play no part. NaN stays NaN,
+    infinities saturate, neither counts in ``amax``. Gradient 1 to ``x``.
+
+    Args:
+      element: ``"e4m3"`` or ``"e5m2"``.
+      block_size: elements for each scale; 32 in the standard.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> sq.fake_quantizer("mxfp8").apply(torch.tensor([0.3, 500.0]), qp, sq.QScheme())
+      tensor([3.1250e-01, 4.4800e+02])
+    """
+    return _microscaled("mxfp8", {"e4m3": E4M3, "e5m2": E5M2}, element, block_size)
+
+
+@FAKE_QUANTIZERS.register("mxfp6")
+def mxfp6(element: str = "e3m2", block_size: int = 32) -> FakeQuantize:
+    """MXFP6: as :func:`mxfp8` with 6-bit elements.
+
+    Args:
+      element: ``"e3m2"`` or ``"e2m3"``.
+      block_size: elements for each scale; 32 in the standard.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> sq.fake_quantize.mxfp6(element="e2m3")
+      mxfp6(block_size=32, element='e2m3')
+    """
+    return _microscaled("mxfp6", {"e3m2": E3M2, "e2m3": E2M3}, element, block_size)
+
+
+@FAKE_QUANTIZERS.register("mxfp4")
+def mxfp4(block_size: int = 32) -> FakeQuantize:
+    """MXFP4: as :func:`mxfp8` with E2M1 elements.
+
+    Args:
+      block_size: elements for each scale; 32 in the standard.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> sq.fake_quantizer("mxfp4").apply(torch.tensor([0.3, -1.2, 7.0]), qp, sq.QScheme())
+      tensor([ 0.5000, -1.0000,  6.0000])
+    """
+    return _microscaled("mxfp4", {"e2m1": E2M1}, "e2m1", block_size)
+
+
+@FAKE_QUANTIZERS.register("mxint8")
+def mxint8(block_size: int = 32) -> FakeQuantize:
+    """MXINT8: as :func:`mxfp8` with 8-bit integers times ``2 ** -6``; the code of -2 is unused, as the standard allows.
+
+    Args:
+      block_size: elements for each scale; 32 in the standard.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> sq.fake_quantizer("mxint8").apply(torch.tensor([0.3, 1.999]), qp, sq.QScheme())
+      tensor([0.2969, 1.9844])
+    """
+    return _microscaled("mxint8", {"int8": MXINT8}, "int8", block_size)
+
+
+@FAKE_QUANTIZERS.register("nvfp4")
+def nvfp4(block_size: int = 16) -> FakeQuantize:
+    """NVFP4: E2M1 elements, 16 of which share an E4M3 scale, and a float32 scale for all (arXiv:2509.25149).
+
+    ``y = E2M1(x / (b s)) b s`` with ``s = amax / (6 * 448)`` from the observer, one for each scale of the scheme's
+    granularity, and ``b = E4M3(amax_block / 6 / s)`` of each block along the last axis; both saturate. A last block may be
+    shorter, as if padded with zeros; one whose ``b`` rounds to 0 becomes 0. NaN stays NaN, infinities saturate, neither
+    counts in ``amax_block``. Gradient 1 to ``x``, none to ``s``.
+
+    Args:
+      block_size: elements for each E4M3 scale; 16 in NVIDIA's format.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> sq.fake_quantizer("nvfp4").apply(torch.tensor([0.3, -1.2, 12.0]), qp, sq.QScheme())
+      tensor([ 0.,  -1., 12.])
+    """
+    _check_size("nvfp4", block_size)
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        lo, hi = qparams_to_range(qparams, scheme)
+        scale = torch.maximum(-lo, hi) / (E2M1.largest * E4M3.largest)
+        return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        scale = expand(qparams.scale.detach().abs().clamp(min=EPS**2), x, scheme.granularity)
+        unit = working(x).detach() / scale
+        blocks = to_blocks(unit, block_size)
+        shared = E4M3.round(_amax(blocks) / E2M1.largest)
+        found = E2M1.round(blocks / torch.where(shared == 0, 1, shared)) * shared
+        return ste(x, (from_blocks(found, unit) * scale).to(x.dtype))
+
+    return FakeQuantize(init, apply, integer=False)
+
+
+def to_blocks(x: Tensor, size: int) -> Tensor:
+    """``x`` with its last axis cut into blocks, the last one filled up with zeros: ``(..., blocks, size)``."""
+    x = x.reshape(x.shape or (1,))
+    count = -(-x.shape[-1] // size)
+    return torch.constant_pad_nd(x, (0, count * size - x.shape[-1])).reshape(*x.shape[:-1], count, size)
+
+
+def from_blocks(blocks: Tensor, x: Tensor) -> Tensor:
+    """The inverse of :func:`to_blocks`: blocks in the shape of ``x``."""
+    shape = x.shape or (1,)
+    flat = blocks.reshape(*shape[:-1], blocks.shape[-2] * blocks.shape[-1])
+    return flat[..., : shape[-1]].reshape(x.shape)
+
+
+def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int) -> FakeQuantize:
+    if element not in elements:
+        raise ConfigError(explain(where, "this element", got=element, allowed=" or ".join(map(repr, elements))))
+    _check_size(where, block_size)
+    form = elements[element]
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        work = working(x).detach()
+        blocks = to_blocks(work, block_size)
+        scale = torch.exp2(shared_exponent(_amax(blocks), form).to(work.dtype))
+        return ste(x, from_blocks(form.round(blocks / scale) * scale, work).to(x.dtype))
+
+    return FakeQuantize(kept, apply, integer=False)
+
+
+def _amax(blocks: Tensor) -> Tensor:
+    """The largest finite magnitude of each block."""
+    return torch.where(blocks.isfinite(), blocks, 0).abs().amax(-1, keepdim=True)
+
+
+def _check_size(where: str, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigError(explain(where, "block_size", got=size, allowed="an int >= 1"))

@@ -1,0 +1,139 @@
+"""Integer grids whose range is learned: clipping bounds (PACT), a power-of-two threshold (TQT)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sophq_func.affine import (
+    EPS,
+    Bound,
+    bounds,
+    clamp,
+    expand,
+    fake_quantize,
+    positive,
+    qparams_to_range,
+    range_to_qparams,
+    ste,
+    working,
+)
+from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.errors import ConfigError, explain
+from sophq_func.pytree import sorted_dict, tree_map
+from sophq_func.scheme import QScheme
+
+
+@FAKE_QUANTIZERS.register("pact", "PACTFakeQuantize")
+def pact(alpha: float = 6.0) -> FakeQuantize:
+    """Clip at a learned bound, then quantize the clipped range (PACT, arXiv:1805.06085; semantics.md 4.4).
+
+    ``y = Q(clip(x, l, alpha))``; ``l`` is ``-alpha`` where the scheme is symmetric, else ``extras["n_alpha"]``, at first
+    ``-alpha``, or 0 where the observer saw nothing below 0. ``Q`` is :func:`fixed` with the grid of ``[l, alpha]``, which
+    follows ``alpha`` as it is learned. One bound for each scale.
+
+    Gradient, eq. (3) of the paper: rounding passes straight through, the grid is a constant; 1 to ``x`` in ``[l,
+    alpha)``, else 0; to ``alpha`` 1 where ``x >= alpha``, and -1 where ``x < -alpha`` and the scheme is symmetric; to
+    ``n_alpha`` 1 where ``x < n_alpha``.
+
+    Args:
+      alpha: first bound.
+
+    Differs from sophgo-mq: clips always, not only while observing; the gradient of ``alpha`` is not lost where the bound
+    is rounded to a code beyond the grid; works per channel and per group.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq, scheme = sq.fake_quantizer("PACTFakeQuantize", alpha=3.0), sq.QScheme(bits=2)
+      >>> qp = fq.init(sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {}), torch.zeros(2), scheme)
+      >>> fq.apply(torch.tensor([-9.0, 1.2, 9.0]), qp, scheme)
+      tensor([-4.,  2.,  2.])
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ConfigError(explain("pact", "alpha", got=alpha, allowed="a number above 0"))
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        first = {"alpha": torch.full_like(qparams.scale, alpha)}
+        if not scheme.symmetric:
+            lo, _ = qparams_to_range(qparams, scheme)
+            first["n_alpha"] = torch.where(lo < 0, -first["alpha"], 0.0)
+        found = grid(qparams._replace(extras=sorted_dict(qparams.extras | first)), scheme)
+        return found._replace(scale=torch.where(qparams.scale.isnan(), qparams.scale, found.scale))
+
+    def grid(qparams: QParams, scheme: QScheme) -> QParams:
+        lo, hi = _clip(qparams, scheme)
+        found = range_to_qparams(lo.detach(), hi.detach(), scheme, limits=bounds(qparams, scheme))
+        return found._replace(extras=qparams.extras)
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        work = working(x)
+        lo, hi = (expand(bound, x, scheme.granularity) for bound in _clip(qparams, scheme))
+        clipped = torch.where(work >= hi, hi, torch.where(work < lo, lo, work))
+        constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
+        return ste(clipped, fake_quantize(clipped.detach(), constant, scheme, "kernel")).to(x.dtype)
+
+    return FakeQuantize(init, apply, ("alpha", "n_alpha"), grid=grid)
+
+
+def _clip(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """The bounds in force: ``alpha`` by its size, ``n_alpha`` not above 0."""
+    hi = positive(qparams.extras["alpha"])
+    if scheme.symmetric:
+        return -hi, hi
+    lower = qparams.extras["n_alpha"]
+    return ste(lower, lower.clamp(max=0)), hi
+
+
+@FAKE_QUANTIZERS.register("tqt", "TqtFakeQuantize")
+def tqt() -> FakeQuantize:
+    """A learned threshold whose step is a power of two (TQT, arXiv:1903.08066; semantics.md 4.6).
+
+    ``extras["log2_t"]``, at first the base-2 logarithm of the observed range, is learned. ``s = 2 ** ceil(log2_t) /
+    2 ** (b - 1)``, ``2 ** b`` in the divisor where the scheme is affine; then :func:`fixed`, whose half to even is the
+    paper's. Affine grids keep the zero point of the first step.
+
+    Gradient, eq. (7) and (8) of the paper, ceil straight-through: that of :func:`sophq_func.affine.fake_quantize` to
+    ``x``, and ``s ln(2)`` times that to the scale to ``log2_t``: ``s ln(2) (round(x / s) - x / s)`` inside, ``s ln(2) n``
+    and ``s ln(2) p`` beyond.
+
+    Differs from sophgo-mq: the threshold is learned; no kind of tensor has to be set first; one rounding for all kinds;
+    small scales do not jump to 1; affine, per channel and per group work.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq, scheme = sq.fake_quantizer("tqt"), sq.QScheme(bits=4)
+      >>> qp = fq.init(sq.QParams(torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), {}), torch.zeros(2), scheme)
+      >>> qp.scale, fq.apply(torch.tensor([0.3, 3.0]), qp, scheme)
+      (tensor(0.1250), tensor([0.2500, 0.8750]))
+    """
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        lo, hi = qparams_to_range(qparams, scheme)
+        width = torch.maximum(-lo, hi) if scheme.symmetric else hi - lo
+        # the range lost its last bits on the way through a scale; a power of two shall not become the next one
+        start = torch.log2(width * (1 - 2.0**-22)).clamp(max=128)
+        found = grid(qparams._replace(extras=sorted_dict({**qparams.extras, "log2_t": start})), scheme)
+        if scheme.symmetric:
+            return found
+        zero_point = clamp(scheme.qmin - torch.round(lo / found.scale), scheme.qmin, scheme.qmax)
+        return found._replace(zero_point=torch.where(zero_point.isnan(), 0, zero_point).to(torch.int32))
+
+    def grid(qparams: QParams, scheme: QScheme) -> QParams:
+        threshold, bits = qparams.extras["log2_t"], _bits(*bounds(qparams, scheme))
+        exponent = ste(threshold, threshold.ceil()) - (bits - int(scheme.symmetric))
+        return qparams._replace(scale=torch.exp2(exponent.clamp(min=math.log2(EPS), max=127)))
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        found = grid(qparams, scheme)
+        return fake_quantize(x, found._replace(zero_point=found.zero_point.detach()), scheme, "kernel")
+
+    return FakeQuantize(init, apply, ("log2_t",), grid=grid)
+
+
+def _bits(low: Bound, high: Bound) -> Tensor | int:
+    """How many bits the codes from ``low`` to ``high`` take."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.log2(torch.as_tensor(high - low + 1)).ceil()
+    return (high - low).bit_length()

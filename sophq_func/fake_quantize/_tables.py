@@ -1,0 +1,155 @@
+"""Nearest entries of a table, times a scale (FP4, FP6, NF4, AF4, NF8, int4), and a logarithmic grid (NNIE)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
+from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.errors import ConfigError, explain
+from sophq_func.fake_quantize._blocks import from_blocks, to_blocks
+from sophq_func.fake_quantize._codebooks import codebook_named
+from sophq_func.formats import E4M3
+from sophq_func.scheme import QScheme
+
+LEAST = EPS**2
+"""Smallest scale of a table."""
+
+
+@FAKE_QUANTIZERS.register("fp4", "FP4FakeQuantize")
+def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
+    """The nearest entry of a table, times a scale (semantics.md 4.13; OCP MX v1.0 and arXiv:2305.14314 for tables).
+
+    ``y = T(x / s) * s`` with ``s = amax * quantile / max(table)``; of two equally near entries the lower. ``amax`` is the
+    observer's, for each scale of the scheme's granularity, or with ``QScheme(dynamic=True)`` that of the tensor at hand.
+    ``bits`` of the scheme plays no part. Gradient 1 to ``x`` everywhere, none to ``s``.
+
+    Args:
+      data_type: ``"fp4_e2m1"``, ``"fp4"`` (also ``"fp4_e2m1_bnb"``), ``"fp6_e3m2"``, ``"fp6_e2m3"``, ``"nf4"``, ``"af4"``,
+        ``"nf8"`` or ``"int4"``.
+      quantile: share of ``amax`` that the largest entry stands for.
+
+    Differs from sophgo-mq: the default is FP4, not FP6; E2M1 has 0.5; the gradient passes; the range is calibrated; any
+    granularity.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq = sq.fake_quantizer("FP4FakeQuantize")
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> fq.apply(torch.tensor([0.3, 2.5, -9.0]), qp, sq.QScheme())
+      tensor([ 0.5000,  2.0000, -6.0000])
+    """
+    table = codebook_named("fp4", data_type)
+    _check_quantile("fp4", quantile)
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        lo, hi = qparams_to_range(qparams, scheme)
+        scale = torch.maximum(-lo, hi) * quantile / table.largest
+        if scheme.pot_scale:
+            scale = torch.exp2(torch.log2(scale).ceil().clamp(max=127))
+        return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        scale = expand(qparams.scale.detach().abs().clamp(min=LEAST), x, scheme.granularity)
+        return ste(x, (table.round(working(x) / scale) * scale).to(x.dtype))
+
+    return FakeQuantize(init, apply, integer=False)
+
+
+@FAKE_QUANTIZERS.register("fpxgroup", "FPXGROUPFakeQuantize")
+def fpxgroup(
+    data_type: str = "fp6_e3m2", group_size: int = 128, double_quant: bool = False, quantile: float = 1.0
+) -> FakeQuantize:
+    """As :func:`fp4`, with a scale for each run of ``group_size`` elements of the flattened tensor (semantics.md 4.13).
+
+    ``s = amax * quantile / max(table)`` of the group at hand: dynamic by nature, the observer and the scheme play no
+    part. NaN and infinities do not count. Groups may straddle rows; the last one may be shorter. For scales that are
+    calibrated, use :func:`fp4` with ``PerGroup``. Gradient 1 to ``x``.
+
+    Args:
+      data_type: as in :func:`fp4`.
+      group_size: elements for each scale; 0 or less: the whole tensor.
+      double_quant: the scales themselves are rounded to FP8 E4M3, ``E4M3(s m) / m`` with ``m = 448 / max(s)``.
+      quantile: share of ``amax`` that the largest entry stands for.
+
+    Differs from sophgo-mq: options instead of environment variables; the shape comes back; the gradient passes; the size
+    need not divide the tensor.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq = sq.fake_quantizer("FPXGROUPFakeQuantize", data_type="int4", group_size=2)
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> fq.apply(torch.tensor([7.0, 1.2, 70.0, 1.2]), qp, sq.QScheme())
+      tensor([ 7.,  1., 70.,  0.])
+    """
+    table = codebook_named("fpxgroup", data_type)
+    _check_quantile("fpxgroup", quantile)
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise ConfigError(explain("fpxgroup", "group_size", got=group_size, allowed="an int"))
+    if not isinstance(double_quant, bool):
+        raise ConfigError(explain("fpxgroup", "double_quant", got=double_quant, allowed="True or False"))
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        if x.numel() == 0:
+            return x
+        groups = to_blocks(working(x).detach().reshape(-1), group_size if group_size > 0 else x.numel())
+        amax = torch.where(groups.isfinite(), groups, 0).abs().amax(-1, keepdim=True)
+        scale = amax * quantile / table.largest
+        if double_quant:
+            multiplier = E4M3.largest / scale.amax().clamp(min=LEAST)
+            scale = E4M3.round(scale * multiplier) / multiplier
+        quantized = table.round(groups / scale.clamp(min=LEAST)) * scale
+        return ste(x, from_blocks(quantized, x.reshape(-1)).reshape(x.shape).to(x.dtype))
+
+    return FakeQuantize(kept, apply, integer=False)
+
+
+@FAKE_QUANTIZERS.register("nnie", "NNIEFakeQuantize")
+def nnie() -> FakeQuantize:
+    """A logarithmic grid of 16 values for each power of two, 128 values up to the largest, and 0 (semantics.md 4.10).
+
+    With ``M`` the largest magnitude the observer saw, ``k = round(16 log2 M) - 127``: positive values are ``2 ** ((c + k) /
+    16)`` with ``c = clamp(round(16 log2 x - k), 0, 127)``, negative ones the same with ``c`` from 1. What is not beyond
+    half of the smallest is 0, but exactly half of the smallest positive one stays. ``scale`` holds ``M``. Gradient 1 to
+    ``x``. ``bits`` of the scheme plays no part.
+
+    Differs from sophgo-mq: float32 throughout; per channel works; the state is not rewritten by the forward.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> fq = sq.fake_quantizer("NNIEFakeQuantize")
+      >>> qp = sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})
+      >>> fq.apply(torch.tensor([1.0, 0.97, -0.51, 1e-4]), qp, sq.QScheme())
+      tensor([ 1.0000,  0.9576, -0.5000,  0.0000])
+    """
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        lo, hi = qparams_to_range(qparams, scheme)
+        zero_point = torch.zeros_like(qparams.zero_point, dtype=torch.int32)
+        return QParams(torch.maximum(-lo, hi), zero_point, qparams.extras)
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        work = working(x).detach()
+        largest = expand(qparams.scale.detach().abs().clamp(min=LEAST), x, scheme.granularity)
+        shift = torch.round(16 * torch.log2(largest)) - 127
+        negative = (work < 0).to(work.dtype)
+        code = torch.maximum((16 * torch.log2(work.abs()) - shift).round().clamp(max=127), negative)
+        size, edge = _sixteenths(code + shift), _sixteenths(shift - 16 + negative)
+        found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0))
+        return ste(x, torch.where(work.isnan(), work, found + 0 * shift).to(x.dtype))
+
+    return FakeQuantize(init, apply, integer=False)
+
+
+def _sixteenths(exponent: Tensor) -> Tensor:
+    """``2 ** (exponent / 16)`` of whole numbers, the same bits wherever an element stands; anything of NaN."""
+    whole = torch.where(exponent.isfinite(), exponent, 0)
+    octave = (whole / 16).floor()
+    steps = torch.tensor([2 ** (i / 16) for i in range(16)], dtype=exponent.dtype, device=exponent.device)
+    return torch.ldexp(steps[(whole - 16 * octave).long()], octave)
+
+
+def _check_quantile(where: str, quantile: object) -> None:
+    if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
+        raise ConfigError(explain(where, "quantile", got=quantile, allowed="a number above 0, at most 1"))
