@@ -12,6 +12,7 @@ from sophq_func.patterns import PATTERNS
 from sophq_func.rules import QuantConfig, underscored
 from sophq_func.scheme import QuantizerConfig
 from sophq_func.site import Site
+from sophq_func.strategies import activation_quantizer
 
 
 def is_integer(config: QuantizerConfig) -> bool:
@@ -26,18 +27,22 @@ def is_scaled_grid(config: QuantizerConfig) -> bool:
 
 
 def violations(config: QuantConfig, site: Site, found: QuantizerConfig, reasons: dict[str, str]) -> list[str]:
-    """What the chip forbids about one quantizer."""
-    FAKE_QUANTIZERS.canonical(found.fake_quantize.name)
+    """What the chip forbids about one quantizer; a name that is not registered is an error of its own."""
+    name = FAKE_QUANTIZERS.canonical(found.fake_quantize.name)
     OBSERVERS.canonical(found.observer.name)
-    allowed = config.spec.weight_bits if site.role == "weight" else config.spec.activation_bits
-    if config.chip is None or allowed is None or not is_integer(found):
+    if config.chip is None:
         return []
-    if found.scheme.bits in allowed:
-        return []
-    text = " or ".join(map(str, allowed))
-    because = f"chip {config.chip}; bits set by {reasons['bits']}"
-    what = f"{found.scheme.bits} bits"
-    return [explain(site.quantizer, what, got=found.scheme.bits, allowed=text, because=because, fix=f"bits={allowed[-1]}")]
+    problems = []
+    spec, because = config.spec, f"chip {config.chip}; set by {{}}"
+    if spec.fake_quantizers is not None and name not in spec.fake_quantizers:
+        allowed, why = " or ".join(spec.fake_quantizers), because.format(reasons["fake_quantize"])
+        problems.append(explain(site.quantizer, f"fake quantizer {name}", allowed=allowed, because=why, fix="chip=None"))
+    bits = spec.weight_bits if site.role == "weight" else spec.activation_bits
+    if bits is not None and is_integer(found) and found.scheme.bits not in bits:
+        what, allowed = f"{found.scheme.bits} bits", " or ".join(map(str, bits))
+        why, fix = because.format(reasons["bits"]), f"bits={bits[-1]}"
+        problems.append(explain(site.quantizer, what, got=found.scheme.bits, allowed=allowed, because=why, fix=fix))
+    return problems
 
 
 def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
@@ -52,14 +57,16 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
 
 
 def names_of(graph: Graph) -> set[str]:
-    """Every dotted name that a rule may use for a part of a traced model."""
+    """Every dotted name that a rule may use for a part of a traced model, whether it is quantized or not."""
     names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
-    names |= {f"{value}.post_act_fake_quantizer" for value in graph.values}
-    names |= {f"{node.name}.input_act_fake_quantizer" for node in graph}
-    names |= {f"{p}_fake_quant" for node in graph for p in node.parameters.values()}
-    names |= {f"{path}.{attribute}_fake_quant" for n in graph for path in n.paths for attribute in (*n.parameters, "weight")}
-    names |= {f"{path}.post_act_fake_quantizer" for node in graph for path in node.paths if path}
-    return names | {f"{o.parameter}_fake_quant" for node in graph for o in node.operands if o.parameter}
+    names |= {activation_quantizer(value) for value in graph.values}
+    for node in graph:
+        names.add(f"{node.name}.input_act_fake_quantizer")
+        weights = [a for a in node.parameters if a.startswith("weight")] + ["weight"] * ("weight_shape" in node.options)
+        names |= {f"{path}.{attribute}_fake_quant" for path in node.paths if path for attribute in weights}
+        names |= {f"{node.parameters[attribute]}_fake_quant" for attribute in weights if attribute in node.parameters}
+        names |= {f"{operand.parameter}_fake_quant" for operand in node.operands if operand.parameter}
+    return names
 
 
 def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
@@ -73,7 +80,8 @@ def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> li
                 hint = near(rule.name, names) or "see sq.trace(model, args) for the names"
                 problems.append(f"{rule!r}: the model has no {rule.name!r}. Fix: {hint}")
             elif len(fits) > 1:
-                problems.append(f"{rule!r}: {rule.name!r} fits {' and '.join(map(repr, fits))}. Fix: write the dots.")
+                fix = "write the dots" if rule.name not in fits else "write the dots of the one, a glob for the other"
+                problems.append(f"{rule!r}: {rule.name!r} fits {' and '.join(map(repr, fits))}. Fix: {fix}.")
         if isinstance(rule.type, str):
             text = rule.type.rpartition(".")[2]
             own = text.removesuffix("_sophgo")

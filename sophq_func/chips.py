@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from sophq_func.fake_quantize import e4m3, learnable
 from sophq_func.observers import ema_minmax, minmax
@@ -17,6 +18,7 @@ class ChipSpec:
     Attributes:
       weight, activation: config of every quantizer that no rule changes.
       weight_bits, activation_bits: allowed widths of integer quantizers; ``None`` allows all.
+      fake_quantizers: names of those that are allowed; ``None`` allows all.
       placement: the strategy that this chip uses whatever is asked for; empty where the asked one counts.
     """
 
@@ -24,6 +26,7 @@ class ChipSpec:
     activation: QuantizerConfig
     weight_bits: tuple[int, ...] | None = None
     activation_bits: tuple[int, ...] | None = None
+    fake_quantizers: tuple[str, ...] | None = None
     placement: str = ""
 
 
@@ -36,9 +39,12 @@ _NARROW_WEIGHT = QuantizerConfig(
 _FP8_WEIGHT = QuantizerConfig(scheme=QScheme(granularity=PerChannel()), observer=minmax(), fake_quantize=e4m3())
 _ACTIVATION = QuantizerConfig(scheme=QScheme(), observer=ema_minmax(), fake_quantize=learnable())
 
-CHIPS.add("BM1688", ChipSpec(weight=_WEIGHT, activation=_ACTIVATION, weight_bits=(4, 8), activation_bits=(4, 8)))
-CHIPS.add("BM1684X", ChipSpec(weight=_WEIGHT, activation=_ACTIVATION, activation_bits=(8,)))
-CHIPS.add("BM1690", ChipSpec(weight=_WEIGHT, activation=_ACTIVATION, activation_bits=(8,)), "SG2260")
+_ALLOWED = tuple("fixed learnable dorefa dsq pact tqt adaround qdrop e4m3 e5m2 fp16 bf16 fp4 gptq gptqfp4 fpxgroup".split())
+_tpu = partial(ChipSpec, activation=_ACTIVATION, fake_quantizers=_ALLOWED)
+
+CHIPS.add("BM1688", _tpu(weight=_WEIGHT, weight_bits=(4, 8), activation_bits=(4, 8)))
+CHIPS.add("BM1684X", _tpu(weight=_WEIGHT, activation_bits=(8,)))
+CHIPS.add("BM1690", _tpu(weight=_WEIGHT, activation_bits=(8,)), "SG2260")
 for _name in ("MARS3", "CV183X", "CV182X", "CV181X", "CV180X", "CV186X"):
-    CHIPS.add(_name, ChipSpec(weight=_NARROW_WEIGHT, activation=_ACTIVATION))
+    CHIPS.add(_name, _tpu(weight=_NARROW_WEIGHT))
 CHIPS.add("Academic", ChipSpec(weight=_FP8_WEIGHT, activation=_ACTIVATION, placement="Academic"))

@@ -15,7 +15,7 @@ from sophq_func.rules import Decision, Preset, QuantConfig, matches_type, reques
 from sophq_func.scheme import PerChannel, PerGroup, QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.strategies import PLACEMENTS, Placement, Requests, SharedInput, activation_quantizer
-from sophq_func.value_sites import activation_site, node_site
+from sophq_func.value_sites import activation_site, aliases, node_site
 from sophq_func.views import Call, Edge
 from sophq_func.weight_sites import weight_sites
 
@@ -29,6 +29,7 @@ class Draft:
         self.sites: dict[str, Site] = {}
         self.decisions: dict[str, Decision] = {}
         self.used: set[int] = set()
+        self.names: set[str] = set()
         self.problems: list[str] = []
         self.misfits: list[str] = []
         self.inputs: dict[tuple[str, int], str] = {}
@@ -61,16 +62,14 @@ class Draft:
                     placement.chosen.setdefault(value, repr(rule))
         return placement
 
-    def _decide(self, site: Site, placed: str, presets: Mapping[str, Preset] = {}, observe_only: bool = False) -> None:
+    def _decide(self, site: Site, placed: str, presets: Mapping[str, Preset]) -> None:
+        self.names.update(site.names())
         decision = resolve(self.config, site, self._preset(site, presets))
         self.used.update(decision.matched)
         if decision.config is None:
             return
         config = _with_quant_type(_with_axis(decision.config, site), site)
         reasons = {"placed": placed, **decision.reasons}
-        if observe_only and "observe_only" not in decision.reasons:
-            config = replace(config, observe_only=True)
-            reasons["observe_only"] = f"strategy {self.config.placement}: no contraction reads it"
         self.problems += violations(self.config, site, config, reasons)
         self.sites[site.quantizer] = site
         self.decisions[site.quantizer] = replace(decision, config=config, reasons=reasons)
@@ -88,7 +87,7 @@ class Draft:
             for value in node.outputs:
                 if value in chosen:
                     site = activation_site(self.graph, node, value)
-                    self._decide(site, chosen[value], placement.presets, value in placement.observed)
+                    self._decide(site, chosen[value], placement.presets)
                     self._check_in_place(site)
             if any(value in chosen for value in node.outputs):
                 self._add_int4_input(node)
@@ -138,6 +137,7 @@ class Draft:
         site = replace(
             activation_site(self.graph, first, first.outputs[0]),
             quantizer=name,
+            aliases=aliases(first, name.removesuffix(".input_act_fake_quantizer"), "input_act_fake_quantizer"),
             anchor=calls[0][:3],
             output=-1,
             operand=slot,

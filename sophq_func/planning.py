@@ -41,10 +41,10 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
     if not isinstance(graphs, list | tuple) or not graphs or not all(isinstance(g, Graph) for g in graphs):
         got, allowed = type(graph).__name__, "a Graph, or a list of at least one"
         raise ConfigError(explain("plan", "this graph", got=got, allowed=allowed, fix="sq.trace(model, args)"))
-    names = set().union(*(names_of(g) for g in graphs))
     classes = {cls.__name__ for g in graphs for cls in g.modules.values()}
     drafts = [Draft(g, config) for g in graphs]
     problems = [p for g in graphs for p in unseen_leaves(g, config)]
+    names = set().union(*(names_of(g) for g in graphs), *(draft.names for draft in drafts))
     problems += unknown_names(names, classes, config)
     problems += [p for draft in drafts for p in draft.problems]
     raise_all(list(dict.fromkeys(problems)))

@@ -25,7 +25,8 @@ STRATEGIES = ("CNN", "Transformer", "Dataflow", "BF16Mixed")
 DEFAULT_CHIP = "BM1690"
 
 
-FLAGS = ("requests", "outputs", "observe_only", "optional")
+STATE_FLAGS = ("observe_only", "optional")
+FLAGS = ("requests", "outputs", *STATE_FLAGS)
 
 
 class _Unset:
@@ -280,11 +281,12 @@ class Preset:
 
 def resolve(config: QuantConfig, site: Site, preset: Preset | None = None) -> Decision:
     """Config of the quantizer at ``site``: the default of its half, the strategy's preset, then each matching rule."""
-    current = config.default(site.role)
-    reasons = {field: config.source(site.role, field) for field in ("observer", "fake_quantize", *SCHEME_FIELDS)}
-    if current is not None and preset is not None and not (preset.yields and config.sets(site.role, preset.change)):
-        current = preset.change(current)
-        reasons.update(dict.fromkeys(preset.change.names(), preset.why))
+    start = config.default(site.role)
+    before = {field: config.source(site.role, field) for field in ("observer", "fake_quantize", *SCHEME_FIELDS)}
+    if start is not None and preset is not None and not (preset.yields and config.sets(site.role, preset.change)):
+        start = preset.change(start)
+        before.update(dict.fromkeys(preset.change.names(), preset.why))
+    current, reasons = start, dict(before)
     matched: list[int] = []
     for index, rule in enumerate(config.rules):
         if not rule.matches(site):
@@ -292,14 +294,13 @@ def resolve(config: QuantConfig, site: Site, preset: Preset | None = None) -> De
         half, text = rule.half(site.role), repr(rule)
         if half is None:
             current = None
-            reasons["quantized"] = text
         elif isinstance(half, QuantizerConfig):
-            current = half
-            reasons = dict.fromkeys(reasons, text)
+            current, reasons = half, dict.fromkeys((*before, *STATE_FLAGS), text)
         elif isinstance(half, Override):
-            current = half(current or config.default(site.role) or config.spec_default(site.role))
+            reasons = dict(before) if current is None else reasons
+            current = half(current or start or config.spec_default(site.role))
             reasons.update(dict.fromkeys(half.names(), text))
-        flags = {n: v for n in ("observe_only", "optional") if (v := getattr(rule, n)) is not None}
+        flags = {n: v for n in STATE_FLAGS if (v := getattr(rule, n)) is not None}
         if current is not None and flags:
             current = replace(current, **flags)
             reasons.update(dict.fromkeys(flags, text))
@@ -352,7 +353,9 @@ def matches_type(key: Any, site: Site) -> bool:
         if issubclass(key, Fused):
             return site.pattern == key.__name__
         own = FAMILIES.get(key, "")
-        return f"{key.__module__}.{key.__qualname__}" in site.types or (bool(own) and own == site.function)
+        return (
+            key is nn.Module or f"{key.__module__}.{key.__qualname__}" in site.types or (bool(own) and own == site.function)
+        )
     return canonical(key) == site.operation
 
 

@@ -39,5 +39,13 @@ def activation_site(graph: Graph, node: Node, value: str) -> Site:
         output=made.index,
         shape=made.shape,
         argument=node.argument,
-        aliases=tuple(f"{path}.post_act_fake_quantizer" for path in node.paths[1:] if node.kind == "module"),
+        aliases=aliases(node, value, "post_act_fake_quantizer"),
     )
+
+
+def aliases(node: Node, value: str, ending: str) -> tuple[str, ...]:
+    """Further names of a module's value, and of the quantizer on it, by the other paths of the module."""
+    if node.kind != "module" or not node.path or not value.startswith(node.path):
+        return ()
+    others = [f"{path}{value.removeprefix(node.path)}" for path in node.paths if path != node.path]
+    return (*others, *(f"{other}.{ending}" for other in others))

@@ -105,8 +105,7 @@ def weight_sites(
 def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
     first = next((use for use in uses if not use.node.is_module(nn.Embedding)), uses[0])
     early = uses[0].node.members[0] if uses[0].node.members else uses[0].node
-    owners = {path for use in uses if use.node.kind == "module" for path in use.node.paths}
-    names = {f"{path}.{first.attribute}_fake_quant" for path in owners if path}
+    names = {f"{path}.{attribute}_fake_quant" for use in uses for path, attribute in _owners(use) if path}
     norms = {use.node.norm.path if use.node.norm else "" for use in uses}
     paths = dict.fromkeys(path for use in uses for path in use.node.paths)
     types = dict.fromkeys(t for use in uses for t in node_types(graph, use.node))
@@ -139,17 +138,28 @@ def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
     return replace(site, norm=norm), ""
 
 
+def _owners(use: WeightUse) -> list[tuple[str, str]]:
+    """Each path of the module that owns a weight, as far as the call tells, with the weight's name there."""
+    if use.node.kind == "module":
+        return [(path, use.attribute) for path in use.node.paths]
+    own = f"{use.node.path}."
+    inside = use.parameter.startswith(own)
+    return [(path, use.parameter.removeprefix(own)) for path in use.node.paths] if inside else []
+
+
 def node_types(graph: Graph, node: Node) -> tuple[str, ...]:
     """Qualified names of the classes that rules may call a node by.
 
     They are those of the module called, or of a group's first, with its bases; and of the modules around it.
     """
-    lead = node.members[0] if node.members else node
+    lead = node.first
     own = class_names(lead.type) if lead.kind == "module" and lead.type is not None else ()
-    parts = node.path.split(".")
-    outer = [".".join(parts[:n]) for n in range(len(parts) - bool(own), 0, -1)]
-    around = (graph.modules[path] for path in outer if path in graph.modules)
-    return own + tuple(name for cls in around for name in class_names(cls))
+    outer: dict[str, None] = {}
+    for path in node.paths or ("",):
+        parts = path.split(".")
+        outer.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts) - bool(own), 0, -1)))
+    around = (graph.modules[path] for path in (*outer, "") if path in graph.modules)
+    return tuple(dict.fromkeys((*own, *(name for cls in around for name in class_names(cls)))))
 
 
 def pattern_name(node: Node) -> str:

@@ -395,9 +395,9 @@ def expected(case: Case, places: sq.Plan, about: dict[str, Facts], name: str) ->
         start |= changes(case.halves[half])
     reasons = places.reasons(name)
     known_to_strategy = [f for f in FIELDS if any(word in reasons.get(f, "") for word in STRATEGY)]
-    fields: Flat | None = start | {f: flat(places[name])[f] for f in known_to_strategy}
-    if half in case.halves and case.halves[half] is None:
-        fields = None
+    float_half = half in case.halves and case.halves[half] is None
+    start = start if float_half else start | {f: flat(places[name])[f] for f in known_to_strategy}
+    fields: Flat | None = None if float_half else start
     deciders: dict[str, Options] = {}
     for rule in case.rules:
         if not matches(rule, about[name], site, known):
@@ -442,6 +442,7 @@ CHIPS = (
     Chip(None, None, (2, 4, 8, 16), (3, 8, 16)),
     Chip(None, "CNN", (3, 4, 8), (3, 6, 8)),
     Chip(None, "BF16Mixed", (4, 8), (6, 8)),
+    Chip(None, "Transformer", (4, 8), (6, 8)),
     Chip("BM1690", "Dataflow", (4, 8), (8,)),
     Chip("BM1688", "CNN", (4, 8), (8,)),
     Chip("BM1688", "CNN", (8,), (4, 8)),
@@ -615,12 +616,12 @@ def test_the_further_modules_of_a_group_name_its_value_and_its_pattern_all_of_it
     assert (got[WEIGHT].scheme.bits, got[VALUE].scheme.bits) == (5, 6)
 
 
-def test_after_a_none_what_the_strategy_knows_about_the_place_is_forgotten_too() -> None:
+def test_after_a_none_an_override_starts_again_from_what_the_strategy_knows_about_the_place() -> None:
     places = Case((("residual", "softmax"),), None, "Dataflow", {}, ())
     name = "a.body.post_act_fake_quantizer"
     assert places.plan(())[name].observer == sq.observers.fixed_range(lo=0.0, hi=1.0)
     back = places.plan(({"name": name, "activation": None}, {"name": name, "activation": bits(6)}))[name]
-    assert flat(back) == flat(sq.CHIPS.get("BM1690").activation) | {"bits": 6}
+    assert flat(back) == flat(places.plan(())[name]) | {"bits": 6}
 
 
 def test_where_the_config_leaves_a_half_float_rules_bring_single_quantizers_back() -> None:

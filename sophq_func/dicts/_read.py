@@ -16,7 +16,7 @@ from sophq_func.fake_quantize import fp16, learnable
 from sophq_func.observers import ema_minmax, minmax
 from sophq_func.registry import Factories, Spec
 from sophq_func.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped, underscored
-from sophq_func.scheme import PerChannel, PerTensor, QScheme, QuantizerConfig, override
+from sophq_func.scheme import Override, PerChannel, PerTensor, QScheme, QuantizerConfig, override
 from sophq_func.site import Role
 
 T = TypeVar("T")
@@ -257,21 +257,18 @@ def _checked(registry: Factories[Any], name: str, options: Mapping[str, Any]) ->
     return spec
 
 
-def _learnable(bits: int) -> tuple[QuantizerConfig, QuantizerConfig]:
+def _both(bits: int, fake_quantize: Spec) -> tuple[Override, Override]:
     scheme = QScheme(bits=bits)
     return (
-        QuantizerConfig(scheme=scheme, observer=minmax(), fake_quantize=learnable()),
-        QuantizerConfig(scheme=scheme, observer=ema_minmax(), fake_quantize=learnable()),
+        override(scheme=scheme, observer=minmax(), fake_quantize=fake_quantize),
+        override(scheme=scheme, observer=ema_minmax(), fake_quantize=fake_quantize),
     )
 
 
-OPERATION_LISTS: Mapping[str, tuple[QuantizerConfig, QuantizerConfig]] = {
-    "int4_op": _learnable(4),
-    "int8_op": _learnable(8),
-    "f16_op": (
-        QuantizerConfig(scheme=QScheme(bits=16), observer=minmax(), fake_quantize=fp16()),
-        QuantizerConfig(scheme=QScheme(bits=16), observer=ema_minmax(), fake_quantize=fp16()),
-    ),
+OPERATION_LISTS: Mapping[str, tuple[Override, Override]] = {
+    "int4_op": _both(4, learnable()),
+    "int8_op": _both(8, learnable()),
+    "f16_op": _both(16, fp16()),
 }
 """What each list gives the weights and the activations of the operations that it names; later lists win."""
 

@@ -13,6 +13,7 @@ from sophq_func.scheme import QScheme
 
 GAMMA, ZETA = -0.1, 1.1
 ROUNDINGS = ("soft", "hard")
+QUANT_TYPES = (None, "param", "input", "tensor")
 
 
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def rectified_sigmoid(alpha: Tensor) -> Tensor:
 
 
 @FAKE_QUANTIZERS.register("adaround", "AdaRoundFakeQuantize")
-def adaround(rounding: str = "soft") -> FakeQuantize:
+def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuantize:
     """Weights rounded up or down as is learned for each element (AdaRound, arXiv:2004.10568; semantics.md 4.8).
 
     ``y = (clamp(floor(x / s) + h + z, n, p) - z) s``. ``init`` is shown the weight and makes ``extras["alpha"]``, shaped
@@ -40,6 +41,8 @@ def adaround(rounding: str = "soft") -> FakeQuantize:
 
     Args:
       rounding: ``"soft"`` to learn, ``"hard"`` to use what was learned.
+      quant_type: ``"param"`` or ``None``: a weight. ``"input"`` or ``"tensor"``, which a plan fills in for activations:
+        there is nothing to learn for each element, ``init`` makes no ``alpha``.
 
     Differs from sophgo-mq: the scale has a floor; the second way of rounding is an option.
 
@@ -55,6 +58,10 @@ def adaround(rounding: str = "soft") -> FakeQuantize:
     """
     if rounding not in ROUNDINGS:
         raise ConfigError(explain("adaround", "this rounding", got=rounding, allowed=" or ".join(map(repr, ROUNDINGS))))
+    if quant_type not in QUANT_TYPES:
+        raise ConfigError(
+            explain("adaround", "this quant_type", got=quant_type, allowed="'param', 'input', 'tensor' or None")
+        )
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         ratio = working(x).detach() / expand(positive(qparams.scale), x, scheme.granularity)
@@ -80,7 +87,8 @@ def adaround(rounding: str = "soft") -> FakeQuantize:
         code = torch.where(inside, level, clamp(level.detach(), low, high))
         return ((code - zero) * scale).to(x.dtype)
 
-    return FakeQuantize(init, apply, ("alpha",))
+    weight = quant_type in (None, "param")
+    return FakeQuantize(init if weight else kept, apply, ("alpha",) if weight else ())
 
 
 @FAKE_QUANTIZERS.register("qdrop", "QDropFakeQuantize")

@@ -49,13 +49,11 @@ class Placement(NamedTuple):
 
     Attributes:
       chosen: value name -> why, in no particular order.
-      observed: the values among them that are only observed.
       inputs: by quantizer name, those that sit before some calls only.
       presets: by quantizer name, what the strategy knows about one, weights included.
     """
 
     chosen: dict[str, str]
-    observed: frozenset[str] = frozenset()
     inputs: Mapping[str, SharedInput] = {}
     presets: Mapping[str, Preset] = {}
 

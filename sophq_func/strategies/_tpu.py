@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from sophq_func.graph import Graph, Node
-from sophq_func.strategies._base import PLACEMENTS, Placement, Requests, Strategy, floating_operands, is_tensor_input
+from sophq_func.rules import Preset
+from sophq_func.scheme import override
+from sophq_func.strategies._base import (
+    PLACEMENTS,
+    Placement,
+    Requests,
+    Strategy,
+    activation_quantizer,
+    floating_operands,
+    is_tensor_input,
+)
 
 MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
 OPERATIONS = frozenset(
@@ -21,6 +31,8 @@ PASSED = frozenset(("relu", "relu6", "dropout", "flatten"))
 TRANSFORMER_MODULES = (nn.Conv2d, nn.Linear)
 TRANSFORMER_OPERATIONS = frozenset(("matmul",))
 """Whose inputs the strategy Transformer quantizes; all else it only observes."""
+
+OBSERVED = Preset(override(observe_only=True), "strategy Transformer: no contraction reads it")
 
 WEIGHTS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)
 
@@ -98,7 +110,7 @@ def place_transformer(graph: Graph, requests: Requests) -> Placement:
     """Inputs of quantized operations and of the model; only those of contractions quantize, the rest observe."""
     quantized = transformer_inputs(graph, requests)
     chosen = quantized | model_inputs(graph, requests) | requested_inputs(graph, requests)
-    return Placement(chosen, frozenset(chosen.keys() - quantized.keys()))
+    return Placement(chosen, presets={activation_quantizer(value): OBSERVED for value in chosen.keys() - quantized.keys()})
 
 
 PLACEMENTS.add("CNN", Strategy(place_cnn, WEIGHTS, int4_inputs=True))
