@@ -842,6 +842,38 @@ def test_a_weight_per_channel_of_a_deconvolution_runs_over_output_channels(axis:
     assert granularity == (sq.PerChannel(1 if axis is None else axis) if per_channel else PER_TENSOR)
 
 
+@pytest.mark.parametrize("section", ["object_type", "module_name"])
+@pytest.mark.parametrize(
+    ("mode", "field"),
+    [
+        ("weight", "bit"),
+        ("weight", "wfakequantize"),
+        ("weight", "wobserver"),
+        ("activation", "bit"),
+        ("activation", "afakequantize"),
+        ("activation", "aobserver"),
+    ],
+)
+def test_an_entry_that_leaves_a_field_out_is_refused_with_the_field(mode: str, field: str, section: str) -> None:
+    whole = {"weight": HEAD_4, "activation": ENTRY}[mode]
+    key: Any = nn.Linear if section == "object_type" else "head"
+    given = {name: value for name, value in whole.items() if name != field}
+    text = refusal(within("extra_qconfig_dict", section, {key: given}))
+    assert missing(text, section, repr(field)) == [], text
+
+
+@pytest.mark.parametrize(
+    "sections", [{"preserve_attr": {"": ["a"]}}, {"extra_qconfig_dict": {"a_fakeq_params": {"scale": 1.0}}}], ids=told
+)
+def test_a_warning_points_at_the_line_that_called_the_library(sections: dict[str, Any]) -> None:
+    model, x = two_linears()
+    given = {"quant_dict": BASE, **sections}
+    with pytest.warns(DeprecationWarning) as caught:
+        sq.from_dicts(given)
+        sq.prepare_by_platform(model, given, example_args=x)
+    assert [warning.filename for warning in caught] == [__file__, __file__]
+
+
 # Type keys
 
 
@@ -1002,6 +1034,24 @@ def test_an_input_is_named_as_a_layer_is() -> None:
     assert changes(plan_of(*documented()), plan) == {f"x{POST}": {"fake_quantize": FIXED, "observer": MINMAX}}
 
 
+class Shared(nn.Module):
+    """A container with two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.container = nn.ModuleDict({"b": nn.Linear(8, 8)})
+        self.x = self.container
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.container["b"](x)
+
+
+@pytest.mark.parametrize("name", ["container.b", "x.b"])
+def test_an_entry_for_a_layer_wins_over_that_of_its_container_by_each_of_its_paths(name: str) -> None:
+    entries = {name: {**HEAD_4, "bit": 5}, "container": HEAD_4}
+    assert plan_of(Shared(), image(), extra_qconfig_dict={"module_name": entries})[f"container.b{WEIGHT}"].scheme.bits == 5
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_post_act_fake_quantizer", "sigmoid.post_act_fake_quantizer"])
 def test_a_function_is_named_as_a_layer_is(name: str) -> None:
     plan = plan_of(*documented(), extra_qconfig_dict={"module_name": {name: ENTRY}})
@@ -1040,6 +1090,15 @@ def test_an_exclusion_removes_what_that_call_asks_for_and_no_more(
 ) -> None:
     plan = plan_of(*fork(), extra_quantizer_dict=given)
     assert (values(plan), values(plan, WEIGHT)) == (left, layers)
+
+
+@pytest.mark.parametrize(
+    "key", [sq.patterns.ConvBnReLU2d, nni.ConvBnReLU2d, nniqat.ConvBnReLU2d], ids=["pattern", "nni", "nniqat"]
+)
+def test_the_names_of_excluded_modules_may_be_fused_types(key: Any) -> None:
+    plan = plan_of(*documented(), extra_quantizer_dict={"exclude_module_name": [key]})
+    gone = each(["features.0.0", "layer1.conv1"], WEIGHT, "gone") | {f"features.0.0{POST}": "gone"}
+    assert changes(plan_of(*documented()), plan) == gone
 
 
 def test_an_input_that_a_convolution_reads_stays_quantized_though_it_is_excluded() -> None:
