@@ -6,13 +6,15 @@ from torch import nn
 
 from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.errors import explain, near
-from sophq_func.functions import canonical, is_operation
+from sophq_func.functions import canonical, is_operation, operations
 from sophq_func.graph import Graph
 from sophq_func.patterns import PATTERNS
 from sophq_func.rules import QuantConfig, underscored
 from sophq_func.scheme import QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.strategies import activation_quantizer
+
+OPERATIONS = "operations (additional_function_type, additional_module_type)"
 
 
 def is_integer(config: QuantizerConfig) -> bool:
@@ -57,35 +59,42 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
 
 
 def names_of(graph: Graph) -> set[str]:
-    """Every dotted name that a rule may use for a part of a traced model, whether it is quantized or not."""
+    """Every dotted name that a rule may use for a module or value of a traced model, whether it is quantized or not."""
     names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
-    names |= {activation_quantizer(value) for value in graph.values}
-    for node in graph:
-        names.add(f"{node.name}.input_act_fake_quantizer")
-        weights = [a for a in node.parameters if a.startswith("weight")] + ["weight"] * ("weight_shape" in node.options)
-        names |= {f"{path}.{attribute}_fake_quant" for path in node.paths if path for attribute in weights}
-        names |= {f"{node.parameters[attribute]}_fake_quant" for attribute in weights if attribute in node.parameters}
-        names |= {f"{operand.parameter}_fake_quant" for operand in node.operands if operand.parameter}
-    return names
+    return names | {activation_quantizer(value) for value in graph.values}
 
 
 def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
-    """Problems with exact names and type names in rules that the traced model does not have."""
-    problems = []
-    known = {pattern.__name__ for pattern in config.patterns} | set(PATTERNS.spellings())
+    """Problems with exact names and type names in a config that the traced model does not have."""
+    problems = [_unknown_type(OPERATIONS, key, classes, config) for key in config.operations]
     for rule in config.rules:
+        said = f"{rule.origin}: {rule!r}" if rule.origin else repr(rule)
         if rule.name is not None and not any(c in rule.name for c in "*?["):
-            fits = sorted({name for name in names if rule.name in (name, underscored(name))})
-            if not fits:
-                hint = near(rule.name, names) or "see sq.trace(model, args) for the names"
-                problems.append(f"{rule!r}: the model has no {rule.name!r}. Fix: {hint}")
-            elif len(fits) > 1:
-                fix = "write the dots" if rule.name not in fits else "write the dots of the one, a glob for the other"
-                problems.append(f"{rule!r}: {rule.name!r} fits {' and '.join(map(repr, fits))}. Fix: {fix}.")
-        if isinstance(rule.type, str):
-            text = rule.type.rpartition(".")[2]
-            own = text.removesuffix("_sophgo")
-            if not (text in known or hasattr(nn, own) or own in classes or is_operation(canonical(rule.type))):
-                hint = near(own, [*known, *classes, *dir(nn)])
-                problems.append(f"{rule!r}: type {rule.type!r} is not known. Fix: {hint or 'use the class itself'}")
-    return problems
+            problems.append(_unknown_name(said, rule.name, names))
+        problems.append(_unknown_type(said, rule.type, classes, config))
+    return [problem for problem in problems if problem]
+
+
+def _unknown_name(said: str, wanted: str, names: set[str]) -> str:
+    """What is wrong with an exact name; nothing where it fits one thing."""
+    fits = sorted({name for name in names if wanted in (name, underscored(name))})
+    if not fits:
+        hint = near(wanted, names) or "see sq.trace(model, args) for the names"
+        return f"{said}: the model has no {wanted!r}. Fix: {hint}"
+    if len(fits) == 1:
+        return ""
+    fix = "write the dots of the one, a glob for the other" if wanted in fits else "write the dots"
+    return f"{said}: {wanted!r} fits {' and '.join(map(repr, fits))}. Fix: {fix}."
+
+
+def _unknown_type(said: str, key: object, classes: set[str], config: QuantConfig) -> str:
+    """What is wrong with a type key that is a string; nothing where it names something."""
+    if not isinstance(key, str):
+        return ""
+    text = key.rpartition(".")[2]
+    own = text.removesuffix("_sophgo")
+    known = {pattern.__name__ for pattern in config.patterns} | set(PATTERNS.spellings())
+    if text in known or hasattr(nn, own) or own in classes or is_operation(canonical(key)):
+        return ""
+    hint = near(own, [*known, *classes, *dir(nn), *operations()]) or "use the class itself"
+    return f"{said}: type {key!r} is not known. Fix: {hint}"

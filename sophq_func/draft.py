@@ -28,6 +28,7 @@ class Draft:
         self.strategy = PLACEMENTS.get(config.placement)
         self.sites: dict[str, Site] = {}
         self.decisions: dict[str, Decision] = {}
+        self.removed: dict[str, Decision] = {}
         self.used: set[int] = set()
         self.names: set[str] = set()
         self.problems: list[str] = []
@@ -67,6 +68,7 @@ class Draft:
         decision = resolve(self.config, site, self._preset(site, presets))
         self.used.update(decision.matched)
         if decision.config is None:
+            self.removed[site.quantizer] = resolve(replace(self.config, rules=()), site, self._preset(site, presets))
             return
         config = _with_quant_type(_with_axis(decision.config, site), site)
         reasons = {"placed": placed, **decision.reasons}
@@ -146,6 +148,10 @@ class Draft:
             note=f"operand of {', '.join(dict.fromkeys(user for user, _ in shared.uses))}",
         )
         self._decide(site, shared.why, presets)
+        post = activation_quantizer(shared.value)
+        behind = self.decisions.get(post) or self.removed.get(post)
+        if name in self.sites and behind and _kind(behind) == _kind(self.decisions[name]):
+            del self.sites[name], self.decisions[name]
         if name in self.sites:
             self.inputs.update(dict.fromkeys(shared.uses, name))
 
@@ -204,3 +210,7 @@ def _with_quant_type(config: QuantizerConfig, site: Site) -> QuantizerConfig:
         return Spec(spec.name, tuple((k, kind if k == "quant_type" and v is None else v) for k, v in spec.options))
 
     return replace(config, observer=filled(config.observer), fake_quantize=filled(config.fake_quantize))
+
+
+def _kind(decision: Decision) -> str:
+    return decision.config.fake_quantize.name if decision.config is not None else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 
@@ -51,6 +53,14 @@ def explain(
     if because:
         text += f" (because {because})"
     return f"{text}. Fix: {fix}." if fix else f"{text}."
+
+
+def deprecated(text: str) -> None:
+    """Warn that something has no effect, at the line that called the library."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, DeprecationWarning, level)
 
 
 def near(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -100,6 +100,11 @@ def called(func: Callable[..., Any]) -> str:
     return name
 
 
+def operations() -> frozenset[str]:
+    """The canonical names of all functions that torch has."""
+    return frozenset((*PYTHON.values(), *BUILTIN.values()))
+
+
 def is_operation(name: str) -> bool:
     """Whether a canonical name is one that torch has."""
     return name in PYTHON.values() or name in BUILTIN.values()

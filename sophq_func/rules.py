@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -58,6 +58,7 @@ class Rule:
       outputs: ``True``: what the matched call returns is quantized, whatever the strategy says.
       observe_only: the quantizer observes, and values pass unchanged.
       optional: a run may leave the value out.
+      origin: what the rule was translated from, for messages; it plays no part in comparisons.
 
     Example:
       >>> from sophq_func.scheme import override
@@ -74,6 +75,7 @@ class Rule:
     outputs: bool | None = None
     observe_only: bool | None = None
     optional: bool | None = None
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.name is None and self.type is None and self.where is None:
@@ -95,10 +97,10 @@ class Rule:
         parts = [f"name={self.name!r}"] if self.name is not None else []
         parts += [f"type={type_text(self.type)}"] if self.type is not None else []
         parts += [f"where={getattr(self.where, '__name__', self.where)}"] if self.where is not None else []
-        for field in ("weight", "activation"):
-            parts += [f"{field}={getattr(self, field)}"] if getattr(self, field) is not UNSET else []
-        for field in FLAGS:
-            parts += [f"{field}={getattr(self, field)}"] if getattr(self, field) is not None else []
+        for name in ("weight", "activation"):
+            parts += [f"{name}={getattr(self, name)}"] if getattr(self, name) is not UNSET else []
+        for name in FLAGS:
+            parts += [f"{name}={getattr(self, name)}"] if getattr(self, name) is not None else []
         return f"Rule({', '.join(parts)})"
 
     def half(self, role: Role) -> Half:
@@ -282,7 +284,7 @@ class Preset:
 def resolve(config: QuantConfig, site: Site, preset: Preset | None = None) -> Decision:
     """Config of the quantizer at ``site``: the default of its half, the strategy's preset, then each matching rule."""
     start = config.default(site.role)
-    before = {field: config.source(site.role, field) for field in ("observer", "fake_quantize", *SCHEME_FIELDS)}
+    before = {name: config.source(site.role, name) for name in ("observer", "fake_quantize", *SCHEME_FIELDS)}
     if start is not None and preset is not None and not (preset.yields and config.sets(site.role, preset.change)):
         start = preset.change(start)
         before.update(dict.fromkeys(preset.change.names(), preset.why))
@@ -316,8 +318,8 @@ def requested(config: QuantConfig, site: Site) -> tuple[bool | None, list[int]]:
 
 
 def not_grouped(site: Site) -> bool:
-    """Whether ``site`` is no grouped or depthwise convolution: those stay as the global config says (semantics.md 1.3)."""
-    return site.groups == 1
+    """Whether ``site`` is no grouped or depthwise ``Conv2d``: those stay as the global config says (semantics.md 1.3)."""
+    return site.groups == 1 or site.operation != "conv2d"
 
 
 def matches_name(pattern: str, site: Site) -> bool:

@@ -44,8 +44,8 @@ def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ())
     for node in graph:
         if node.is_module(*strategy.weights, *layers):
             axis = 1 if node.is_module(*OUTPUT_AXIS_1) else 0
-            names = [attribute for attribute in node.parameters if attribute.startswith("weight")] or ["weight"]
-            for attribute in names:
+            names = [attribute for attribute in node.parameters if attribute.startswith("weight")]
+            for attribute in names or ["weight"] * ("weight_shape" in node.options):
                 shape = () if attribute in node.parameters else node.options["weight_shape"]
                 yield WeightUse(node, attribute, node.parameters.get(attribute, ""), axis, shape=shape)
         elif strategy.functions and node.function in CONTRACTIONS:

@@ -40,7 +40,7 @@ LISTED = {
         "additional_fuser_method_mapping additional_fusion_pattern additional_qat_module_mapping "
         "additional_qat_module_mappings"
     ),
-    "qscheme": "bit symmetry per_channel pot_scale symmetric_range ch_axis",
+    "qscheme": "bit symmetry per_channel pot_scale symmetric_range ch_axis reduce_range",
     "entry with mode 'weight'": "mode bit wfakequantize wobserver wperchannel",
     "entry with mode 'activation'": "mode bit afakequantize aobserver",
 }
@@ -371,6 +371,7 @@ RIGHT: dict[tuple[str, str], list[Right]] = {
     ("qscheme", "per_channel"): [Right(True, {}), Right(False, weights(granularity=PER_TENSOR))],
     ("qscheme", "pot_scale"): [Right(True, weights(pot_scale=True, granularity=PER_TENSOR))],
     ("qscheme", "symmetric_range"): [Right(True, weights(symmetric_range=True, granularity=PER_TENSOR))],
+    ("qscheme", "reduce_range"): [Right(False, weights(granularity=PER_TENSOR))],
     ("qscheme", "ch_axis"): [Right(1, weights(granularity=sq.PerChannel(1))), Right(-1, weights(granularity=PER_TENSOR))],
     ("entry with mode 'weight'", "mode"): [
         Right("weight", {f"head{WEIGHT}": {"fake_quantize": FIXED, "granularity": PER_TENSOR}})
@@ -549,6 +550,7 @@ WRONG: dict[tuple[str, str], list[Wrong]] = {
     ("extra_fuse_dict", "additional_qat_module_mapping"): list(MAPPINGS),
     ("extra_fuse_dict", "additional_qat_module_mappings"): list(MAPPINGS),
     ("qscheme", "bit"): list(BITS),
+    ("qscheme", "reduce_range"): [Wrong(True, ("False", "bits and symmetry")), Wrong(0, ("False",))],
     **{("qscheme", key): list(A_FLAG) for key in ("symmetry", "per_channel", "pot_scale", "symmetric_range")},
     ("qscheme", "ch_axis"): [Wrong("0", ("'0'", "int")), Wrong(True, ("int",)), Wrong(0.5, ("0.5",))],
     **{
@@ -809,18 +811,11 @@ def test_the_range_of_a_global_scheme_is_the_chips_unless_it_says_otherwise(give
     assert {plan[f"{layer}{WEIGHT}"].scheme.symmetric_range for layer in LAYERS} == {narrow}
 
 
-@pytest.mark.parametrize(
-    ("given", "bounds"),
-    [({"quant_min": -100, "quant_max": 100}, (-100, 100)), ({"reduce_range": False}, (-128, 127))],
-    ids=told,
-)
 @pytest.mark.parametrize("half", ["w", "a"])
-def test_a_scheme_takes_the_parameters_that_all_observers_have(
-    half: str, given: dict[str, Any], bounds: tuple[int, int]
-) -> None:
-    plan = plan_of(*documented(), extra_qconfig_dict={f"{half}_qscheme": {"bit": 8, **given}})
-    scheme = plan[f"head{WEIGHT if half == 'w' else POST}"].scheme
-    assert (scheme.qmin, scheme.qmax) == bounds
+@pytest.mark.parametrize("key", ["quant_min", "quant_max", "dtype"])
+def test_bounds_of_codes_are_said_by_bits_and_symmetry_alone(half: str, key: str) -> None:
+    text = refusal(within("extra_qconfig_dict", f"{half}_qscheme", {"bit": 8, key: 100}))
+    assert missing(text, f"{half}_qscheme", repr(key), "symmetric_range") == [], text
 
 
 @pytest.mark.parametrize("key", ["w_fakeq_params", "a_fakeq_params"])
@@ -854,12 +849,17 @@ def test_a_weight_per_channel_of_a_deconvolution_runs_over_output_channels(axis:
         ("activation", "aobserver"),
     ],
 )
-def test_an_entry_that_leaves_a_field_out_is_refused_with_the_field(mode: str, field: str, section: str) -> None:
+def test_an_entry_that_leaves_a_field_out_keeps_what_the_broader_level_says(mode: str, field: str, section: str) -> None:
     whole = {"weight": HEAD_4, "activation": ENTRY}[mode]
     key: Any = nn.Linear if section == "object_type" else "head"
     given = {name: value for name, value in whole.items() if name != field}
-    text = refusal(within("extra_qconfig_dict", section, {key: given}))
-    assert missing(text, section, repr(field)) == [], text
+    config = plan_of(*documented(), quant_dict=BM1688, extra_qconfig_dict={section: {key: given}})
+    name, chip = f"head{WEIGHT if mode == 'weight' else POST}", sq.CHIPS.get("BM1688")
+    broader = chip.weight if mode == "weight" else chip.activation
+    own = field if field == "bit" else field.removeprefix(mode[0])
+    kept = {"bit": "bits", "observer": "observer", "fakequantize": "fake_quantize"}[own]
+    found = config[name].scheme.bits if kept == "bits" else getattr(config[name], kept)
+    assert found == (8 if kept == "bits" else getattr(broader, kept))
 
 
 @pytest.mark.parametrize(
@@ -1769,14 +1769,17 @@ def test_in_academic_an_entry_for_a_quantizer_adds_it(name: str) -> None:
     assert pieces(plan[f"sigmoid{POST}"]) == (4, "fixed", "minmax", PER_TENSOR)
 
 
-@pytest.mark.parametrize("key", [nn.Linear, torch.matmul, torch.add], ids=told)
-def test_in_academic_a_type_entry_never_affects_an_activation(key: Any) -> None:
-    assert changes(academic(), academic(extra_qconfig_dict={"object_type": {key: ENTRY}})) == {}
+@pytest.mark.parametrize("key", [nn.Linear, torch.matmul, "matmul"], ids=told)
+def test_in_academic_a_type_entry_reaches_the_activations_that_are_quantized(key: Any) -> None:
+    changed = changes(academic(), academic(extra_qconfig_dict={"object_type": {key: ENTRY}}))
+    assert {name.endswith(POST) for name in changed} <= {True}
+    assert changed
 
 
-def test_academic_takes_no_notice_of_what_ought_to_be_observed_only() -> None:
+def test_in_academic_what_ought_to_be_observed_only_is() -> None:
     given = {"module_only_enable_observer": ["matmul_post_act_fake_quantizer"]}
-    assert changes(academic(), academic(extra_quantizer_dict=given)) == {}
+    changed = changes(academic(), academic(extra_quantizer_dict=given))
+    assert changed == {f"matmul{POST}": {"observe_only": True}}
 
 
 LOW = {"w_fakequantize": "FixedFakeQuantize", "w_qscheme": {"bit": 4, "per_channel": True}, "a_qscheme": {"bit": 4}}

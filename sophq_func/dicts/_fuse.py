@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sophq_func.functions import FAMILIES
 from sophq_func.patterns import PATTERNS, Fused, fused
 from sophq_func.rules import stands_for_another, type_text
 
@@ -36,7 +35,7 @@ def read_fusion(given: Mapping[str, Any]) -> Fusion:
     made = {parts: KNOWN_PARTS.get(parts) or fused(_name(parts), *parts) for parts in sequences}
     aliases = {target: made[parts] for parts, target in sequences.items() if isinstance(target, type)}
     aliases |= {target: aliases.get(source, source) for source, target in replaced.items()}
-    layers = tuple(source for source in replaced if _is_new_layer(source) and source not in aliases)
+    layers = tuple(source for source in replaced if _is_layer(source) and source not in aliases)
     further = tuple(pattern for parts, pattern in made.items() if parts not in KNOWN_PARTS)
     return Fusion(further, layers, aliases)
 
@@ -53,7 +52,6 @@ def _name(parts: tuple[Any, ...]) -> str:
     return "".join(type_text(part).strip("'").rpartition(".")[2] for part in parts)
 
 
-def _is_new_layer(source: Any) -> bool:
-    """Whether a class is no layer, fused or single, that is known anyway."""
-    known = isinstance(source, type) and (issubclass(source, Fused) or source in FAMILIES or stands_for_another(source))
-    return isinstance(source, type) and not known
+def _is_layer(source: Any) -> bool:
+    """Whether a class is that of a module, and no fused group."""
+    return isinstance(source, type) and issubclass(source, nn.Module) and not stands_for_another(source)

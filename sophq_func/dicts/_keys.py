@@ -72,7 +72,7 @@ def _is_class(value: Any) -> bool:
 
 
 def _is_name_or_class(value: Any) -> bool:
-    return _is_text(value) or _is_class(value)
+    return _is_text(value) or (isinstance(value, type) and _is_type(value))
 
 
 def _is_dict(value: Any, key: Callable[[Any], bool], item: Callable[[Any], bool] = lambda item: True) -> bool:
@@ -84,7 +84,11 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _is_patterns(value: Any) -> bool:
-    return _is_dict(value, _is_pattern)
+    return _is_dict(value, _is_pattern, callable)
+
+
+def _is_any_class(value: Any) -> bool:
+    return isinstance(value, type)
 
 
 def mapping(where: str, value: Any) -> str:
@@ -99,11 +103,9 @@ options = _of("a dict {option: value}", lambda value: _is_dict(value, _is_text))
 names = _of("a list of names", lambda value: _is_list(value, _is_text))
 types = _of("a list of module classes, functions or their names", lambda value: _is_list(value, _is_type))
 classes = _of("a list of nn.Module classes", lambda value: _is_list(value, _is_class))
-modules = _of(
-    "a list of names or module classes", lambda value: _is_list(value, lambda item: _is_text(item) or _is_class(item))
-)
+modules = _of("a list of names or module classes", lambda value: _is_list(value, _is_name_or_class))
 whole = _of("an int", lambda value: isinstance(value, int) and not isinstance(value, bool))
-replacements = _of("a dict {float class: quantized class}", lambda value: _is_dict(value, _is_type, _is_type))
+replacements = _of("a dict {float class: quantized class}", lambda value: _is_dict(value, _is_any_class, _is_any_class))
 bits = _raised(as_bits)
 observer = _registered(OBSERVERS)
 fake_quantizer = _registered(FAKE_QUANTIZERS)
@@ -159,12 +161,8 @@ KEYS: Mapping[str, Mapping[str, Check]] = {
     "extra_fuse_dict": {
         "additional_fuser_method_mapping": _of("a dict {(type, ...): function}", _is_patterns),
         "additional_fusion_pattern": _of("a dict {(last, ..., first): handler}", _is_patterns),
-        "additional_qat_module_mapping": _of(
-            "a dict {float class: quantized class}", lambda value: _is_dict(value, _is_type)
-        ),
-        "additional_qat_module_mappings": _of(
-            "a dict {float class: quantized class}", lambda value: _is_dict(value, _is_type)
-        ),
+        "additional_qat_module_mapping": replacements,
+        "additional_qat_module_mappings": replacements,
     },
     "qscheme": {
         "bit": bits,
@@ -173,6 +171,7 @@ KEYS: Mapping[str, Mapping[str, Check]] = {
         "pot_scale": flag,
         "symmetric_range": flag,
         "ch_axis": whole,
+        "reduce_range": _of("False; bits and symmetry say the range", lambda value: value is False),
     },
     "entry with mode 'weight'": {
         "mode": text,

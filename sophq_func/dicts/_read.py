@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -11,11 +10,12 @@ from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.chips import CHIPS, ChipSpec
 from sophq_func.dicts._fuse import Fusion, read_fusion
 from sophq_func.dicts._keys import KEYS, REQUIRED
-from sophq_func.errors import ConfigError, explain, near, raise_all, unknown
+from sophq_func.errors import ConfigError, deprecated, explain, near, raise_all, unknown
 from sophq_func.fake_quantize import fp16, learnable
+from sophq_func.functions import canonical, family
 from sophq_func.observers import ema_minmax, minmax
 from sophq_func.registry import Factories, Spec
-from sophq_func.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped, underscored
+from sophq_func.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped, type_text, underscored
 from sophq_func.scheme import Override, PerChannel, PerTensor, QScheme, QuantizerConfig, override
 from sophq_func.site import Role
 
@@ -70,7 +70,7 @@ def from_dicts(prepare_custom_config_dict: Mapping[str, Any]) -> QuantConfig:
     raise_all(reader.problems)
     for key, why in NEEDLESS.items():
         if whole.get(key) is not None:
-            warnings.warn(f"{key} has no effect and is not needed: {why}. Fix: leave it out.", DeprecationWarning, 3)
+            deprecated(f"{key} has no effect and is not needed: {why}. Fix: leave it out.")
     return QuantConfig(
         chip=quant["chip"],
         quantmode=quant["quantmode"],
@@ -169,8 +169,7 @@ class _Reader:
         given = dict(qconfig.get(key, {}))
         for initial in INITIAL:
             if initial in given and initial not in FAKE_QUANTIZERS.options(name):
-                text = f"{key}[{initial!r}] has no effect: calibration sets it. Fix: leave it out."
-                warnings.warn(text, DeprecationWarning, 4)
+                deprecated(f"{key}[{initial!r}] has no effect: calibration sets it. Fix: leave it out.")
                 del given[initial]
         base = default if name == default.name else FAKE_QUANTIZERS.spec(name)
         return self.options(FAKE_QUANTIZERS, base, {key: given})
@@ -199,23 +198,25 @@ class _Reader:
         where = {} if chip.placement else {"where": not_grouped}
         found = []
         for key, entry in qconfig.get("object_type", {}).items():
-            change = self.entry(f"object_type[{key!r}]", entry, chip)
+            origin = f"object_type[{key!r}]"
+            change = self.entry(origin, entry, chip)
             named = {"type": fusion.aliases.get(key, key), **where}
-            found += [Rule(**named, **change)] if change else []
+            found += [Rule(**named, **change, origin=origin)] if change else []
         return found
 
     def names(self, qconfig: Mapping[str, Any], chip: ChipSpec) -> list[Rule]:
-        """Rules of ``module_name`` and of the lists of operations, which replace an entry of the same name."""
-        rules: dict[str, Rule] = {}
+        """Rules of ``module_name`` and of the lists of operations, which replace entries of the same name."""
+        rules: list[Rule] = []
         for name, entry in qconfig.get("module_name", {}).items():
-            change = self.entry(f"module_name[{name!r}]", entry, chip)
-            places = chip.placement and name.endswith("_post_act_fake_quantizer")
-            if change:
-                rules[underscored(name)] = Rule(name=name, **change, outputs=True if places else None)
+            origin = f"module_name[{name!r}]"
+            change = self.entry(origin, entry, chip)
+            places = chip.placement and underscored(name).endswith("_post_act_fake_quantizer")
+            rules += [Rule(name=name, **change, outputs=True if places else None, origin=origin)] if change else []
         for key, (weight, activation) in OPERATION_LISTS.items():
             for name in qconfig.get(key, ()):
-                rules[underscored(name)] = Rule(name=name, weight=weight, activation=activation)
-        return sorted(rules.values(), key=lambda rule: len(str(rule.name)))
+                rules = [rule for rule in rules if underscored(str(rule.name)) != underscored(name)]
+                rules.append(Rule(name=name, weight=weight, activation=activation, origin=key))
+        return _containers_first(rules)
 
     def entry(self, where: str, entry: Any, chip: ChipSpec) -> dict[str, Any]:
         """What one entry changes; empty where something is wrong with it."""
@@ -238,16 +239,34 @@ class _Reader:
         rules = []
         for item in given.get("exclude_module_name", ()):
             named = {"name": item} if isinstance(item, str) else {"type": fusion.aliases.get(item, item)}
-            rules.append(Rule(**named, weight=None, requests=False))
-        types = (fusion.aliases.get(item, item) for item in given.get("exclude_function_type", ()))
-        rules += [Rule(type=item, requests=False) for item in types]
-        rules += [Rule(name=item, requests=False) for item in given.get("exclude_node_name", ())]
-        rules += [Rule(name=item, observe_only=True) for item in given.get("module_only_enable_observer", ())]
-        return rules + [Rule(name=item, requests=True) for item in given.get("additional_node_name", ())]
+            rules.append(Rule(**named, weight=None, requests=False, origin="exclude_module_name"))
+        for item in given.get("exclude_function_type", ()):
+            key = fusion.aliases.get(item, item)
+            rules.append(Rule(type=key, requests=False, origin="exclude_function_type"))
+        flags: dict[str, Callable[..., Rule]] = {
+            "exclude_node_name": partial(Rule, requests=False),
+            "module_only_enable_observer": partial(Rule, observe_only=True),
+            "additional_node_name": partial(Rule, requests=True),
+        }
+        for key, rule in flags.items():
+            rules += [rule(name=item, origin=key) for item in given.get(key, ())]
+        return rules
 
     def operations(self, given: Mapping[str, Any]) -> tuple[Any, ...]:
         """Functions and module classes whose inputs are quantized beside those that the strategy lists."""
         return (*given.get("additional_function_type", ()), *given.get("additional_module_type", ()))
+
+
+def _containers_first(rules: Sequence[Rule]) -> list[Rule]:
+    """Rules by name, each behind those of the containers around it."""
+    names = [underscored(str(rule.name)) for rule in rules]
+
+    def order(rule: Rule) -> tuple[int, int]:
+        own = underscored(str(rule.name))
+        around = sum(own.startswith(f"{name}_") for name in names)
+        return around, str(rule.name).count(".")
+
+    return sorted(rules, key=order)
 
 
 def _checked(registry: Factories[Any], name: str, options: Mapping[str, Any]) -> Spec:
@@ -281,23 +300,33 @@ def contradictions(quant: Mapping[str, Any], qconfig: Mapping[str, Any], quantiz
     if quant.get("bf16_mix_prec") and (quant.get("quantmode") == "weight_only" or quant.get("chip") == "Academic"):
         because = "it places activation quantizers as TPU chips do"
         yield explain("quant_dict['bf16_mix_prec']", "with quantmode 'weight_only' or chip 'Academic'", because=because)
-    excluded = {underscored(name): name for name in quantizer.get("exclude_module_name", ()) if isinstance(name, str)}
+    names = [name for name in quantizer.get("exclude_module_name", ()) if isinstance(name, str)]
     entries = {name: entry for name, entry in qconfig.get("module_name", {}).items() if isinstance(entry, Mapping)}
     asked = {name: "module_name" for name, entry in entries.items() if entry.get("mode") == "weight"}
     asked |= {name: key for key in OPERATION_LISTS for name in qconfig.get(key, ())}
+    fix = "take it out of one of them"
     for name, key in asked.items():
-        if underscored(name) in excluded:
-            what = f"quantizing the weights of {name!r}"
-            fix = f"take {name!r} out of one of them"
-            yield explain(key, what, because=f"exclude_module_name holds {excluded[underscored(name)]!r}", fix=fix)
+        for owner in (owner for owner in names if _is_inside(name, owner)):
+            what, because = f"quantizing the weights of {name!r}", f"exclude_module_name holds {owner!r}"
+            yield explain(key, what, because=because, fix=fix)
     for name in quantizer.get("module_only_enable_observer", ()):
-        owner = next((text for own, text in excluded.items() if underscored(name) == f"{own}_weight_fake_quant"), None)
-        if owner is not None:
-            because, fix = f"exclude_module_name holds {owner!r}", "take it out of one of them"
+        for owner in (owner for owner in names if name.endswith("weight_fake_quant") and _is_inside(name, owner)):
+            because = f"exclude_module_name holds {owner!r}"
             yield explain("module_only_enable_observer", f"observing {name!r}", because=because, fix=fix)
-    added = (*quantizer.get("additional_function_type", ()), *quantizer.get("additional_module_type", ()))
-    removed = (*quantizer.get("exclude_function_type", ()), *quantizer.get("exclude_module_name", ()))
-    for key in added:
-        if key in removed:
-            what, fix = f"adding {key!r}", "take it out of one of them"
-            yield explain("extra_quantizer_dict", what, because="it is excluded, too", fix=fix)
+    removed = [*quantizer.get("exclude_function_type", ()), *quantizer.get("exclude_module_name", ())]
+    operations = {_operation(key) for key in removed}
+    for where in ("additional_function_type", "additional_module_type"):
+        for key in quantizer.get(where, ()):
+            if _operation(key) in operations:
+                yield explain(where, f"adding {type_text(key)}", because="it is excluded, too", fix=fix)
+
+
+def _is_inside(name: str, owner: str) -> bool:
+    return f"{underscored(name)}_".startswith(f"{underscored(owner)}_")
+
+
+def _operation(key: Any) -> str:
+    """One name for each operation, by whatever key."""
+    if isinstance(key, type):
+        return family(key) or key.__name__
+    return canonical(key)

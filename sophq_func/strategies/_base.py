@@ -37,11 +37,13 @@ class SharedInput(NamedTuple):
       consumer: the call that it is named after and configured as: the first.
       uses: each call by name, and which of its tensors the value is there.
       why: in words.
+      value: the value, if the quantizer is left out where one of the same kind sits behind it.
     """
 
     consumer: str
     uses: tuple[tuple[str, int], ...]
     why: str
+    value: str = ""
 
 
 class Placement(NamedTuple):

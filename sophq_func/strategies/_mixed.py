@@ -1,7 +1,8 @@
 """``BF16Mixed``: weight layers in integers, everything between them in bfloat16 (semantics.md 5.7).
 
-Behind each call sits a quantizer: as configured behind weight layers, BF16 behind all others. Where a value goes to calls
-of the other kind, or comes from the model's inputs, a second one sits before them, shared by all calls of one kind.
+Behind each call sits a quantizer: as configured behind weight layers, BF16 behind all others. Before the calls that take a
+value sits a second one, shared by all weight layers among them, and another shared by all others, unless it would be of the
+same kind as that behind the value.
 """
 
 from __future__ import annotations
@@ -44,20 +45,24 @@ def place_mixed(graph: Graph, requests: Requests) -> Placement:
     def is_layer(node: Node) -> bool:
         return node.is_module(*WEIGHTS, *requests.layers)
 
+    def fuses_with_relu(node: Node) -> bool:
+        return is_layer(node) or node.operation in ("add", "batch_norm")
+
     for node in graph:
         for value in (value for value in node.outputs if graph.values[value].floating and node.operation not in DROPOUTS):
             uses = [(user, operand) for user, operand in consumers(graph, value) if requests.asks(user) is not False]
             stays = len(uses) == 1 and uses[0][0].operation == "relu" and not graph.values[value].output
-            if node.kind != "input" and stays:
+            if stays and fuses_with_relu(node):
                 continue
             if node.kind != "input" and requests.asks(node) is not False:
                 chosen[value] = f"result of {node.name}"
                 presets |= {} if is_layer(node) else {activation_quantizer(value): BF16}
             for layers in (True, False):
                 mine = [(user.name, operand.slot) for user, operand in uses if is_layer(user) is layers]
-                if mine and (value not in chosen or is_layer(node) is not layers):
+                if mine:
                     name = _free(f"{mine[0][0]}.input_act_fake_quantizer", inputs)
-                    inputs[name] = SharedInput(mine[0][0], tuple(mine), f"input of {', '.join(user for user, _ in mine)}")
+                    why = f"input of {', '.join(user for user, _ in mine)}"
+                    inputs[name] = SharedInput(mine[0][0], tuple(mine), why, value)
                     presets |= {} if layers else {name: BF16}
     return Placement(chosen, inputs=inputs, presets=presets)
 

@@ -25,6 +25,9 @@ OPERATIONS = frozenset(
 )
 """What has its inputs quantized: module classes, and operations, be they modules or functions."""
 
+NOT_SELECTED = frozenset(("floor_divide", "remainder", "type_as"))
+"""Whose results are not quantized for the sake of those that take them."""
+
 PASSED = frozenset(("relu", "relu6", "dropout", "flatten"))
 """What a value passes before it is quantized."""
 
@@ -57,7 +60,7 @@ def requested_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
                 producer = graph.producer(value)
                 merged = node.operation == "add" and producer.operation == "mul"
                 lone = producer.kind == "input" and not is_tensor_input(graph, producer)
-                if asked or not (merged or lone or producer.function == "type_as"):
+                if asked or not (merged or lone or producer.operation in NOT_SELECTED):
                     chosen.setdefault(value, f"input of {node.name}")
     return chosen
 
