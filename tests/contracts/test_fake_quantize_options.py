@@ -10,7 +10,7 @@ import torch
 
 import sophq_func as sq
 from sophq_func.fake_quantize import rectified_sigmoid
-from tests.contracts import assert_same, calibrated, observed, over_schemes, sample, scheme_param
+from tests.contracts import assert_same, calibrated, observed, over_static_schemes, sample, scheme_param
 
 ZERO = torch.tensor(0, dtype=torch.int32)
 SCHEME = sq.QScheme(bits=4)
@@ -53,7 +53,7 @@ def test_nothing_else_needs_noise(name: str) -> None:
 # AdaRound
 
 
-@over_schemes
+@over_static_schemes
 def test_rounding_without_alpha_is_fixed_and_with_a_fresh_one_changes_nothing(scheme: sq.QScheme) -> None:
     x, found = sample(0), observed(sample(0), scheme)
     soft, hard = (sq.fake_quantizer("adaround", rounding=rounding) for rounding in ("soft", "hard"))
@@ -101,7 +101,7 @@ def test_the_threshold_is_the_range_and_the_step_the_power_of_two_above(bits: in
         assert error <= qparams.scale * 1.0001
 
 
-@over_schemes
+@over_static_schemes
 def test_lsq_plus_with_a_whole_zero_point_is_lsq_in_expression_order(scheme: sq.QScheme) -> None:
     granularity = sq.PerGroup(0, 8) if isinstance(scheme.granularity, sq.PerTensor) else scheme.granularity
     scheme = sq.QScheme(bits=4, symmetric=scheme.symmetric, granularity=granularity)

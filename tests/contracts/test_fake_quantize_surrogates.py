@@ -16,7 +16,7 @@ from torch import Tensor
 import sophq_func as sq
 from sophq_func.affine import expand
 from sophq_func.base import FAKE_QUANTIZERS
-from tests.contracts import SHAPE, over_schemes, sample
+from tests.contracts import SHAPE, over_static_schemes, sample
 from tests.contracts.test_fake_quantize_laws import floating, made, put, ready
 
 Leaves = dict[str, Tensor]
@@ -106,7 +106,7 @@ def uniform_grid(place: Place, scale: Callable[[Leaves], Tensor]) -> Surrogate:
     return surrogate
 
 
-@over_schemes
+@over_static_schemes
 @pytest.mark.parametrize(("name", "flowing"), [("lsq_plus", ("scale", "zero_point")), ("qdrop", ("scale",)), ("dsq", ())])
 def test_learned_steps(name: str, flowing: tuple[str, ...], scheme: sq.QScheme) -> None:
     for seed in range(3):
@@ -131,7 +131,7 @@ def cells(place: Place, alpha: float = 0.4) -> Surrogate:
     return lambda x, leaves: phi(x) + constant
 
 
-@over_schemes
+@over_static_schemes
 def test_a_learned_threshold(scheme: sq.QScheme) -> None:
     bits = scheme.bits - int(scheme.symmetric)
     for seed in range(3):
@@ -140,7 +140,7 @@ def test_a_learned_threshold(scheme: sq.QScheme) -> None:
         place.check(uniform_grid(place, lambda leaves, up=up: torch.exp2(leaves["log2_t"] + up - bits)), ("log2_t",))
 
 
-@over_schemes
+@over_static_schemes
 def test_learned_bounds(scheme: sq.QScheme) -> None:
     for seed in range(3):
         fq = sq.fake_quantizer("pact", alpha=0.9)
@@ -159,7 +159,7 @@ def test_learned_bounds(scheme: sq.QScheme) -> None:
         place.check(lambda x, leaves, c=constant, f=clipped: f(x, leaves) + c, ("alpha", "n_alpha"))
 
 
-@over_schemes
+@over_static_schemes
 @pytest.mark.parametrize("name", ["dorefa", "dorefa_tanh"])
 def test_weights_through_tanh(name: str, scheme: sq.QScheme) -> None:
     for seed in range(3):
@@ -179,7 +179,7 @@ def test_weights_through_tanh(name: str, scheme: sq.QScheme) -> None:
         place.check(lambda x, leaves, i=inside, c=constant, f=mapped: torch.where(i, f(x), 0) + c, ())
 
 
-@over_schemes
+@over_static_schemes
 def test_learned_rounding(scheme: sq.QScheme) -> None:
     for seed in range(3):
         place = Place("adaround", scheme, seed)
@@ -215,7 +215,7 @@ IDENTITY = [
 ]
 
 
-@over_schemes
+@over_static_schemes
 @pytest.mark.parametrize("name", IDENTITY)
 def test_formats_pass_the_gradient_of_every_element_and_of_nothing_else(name: str, scheme: sq.QScheme) -> None:
     place = Place(name, scheme, 0)
