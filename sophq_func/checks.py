@@ -8,8 +8,9 @@ from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.errors import explain, near
 from sophq_func.functions import canonical, is_operation, operations
 from sophq_func.graph import Graph
+from sophq_func.matching import underscored
 from sophq_func.patterns import PATTERNS
-from sophq_func.rules import QuantConfig, underscored
+from sophq_func.rules import QuantConfig
 from sophq_func.scheme import QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.strategies import activation_quantizer

@@ -9,9 +9,10 @@ from sophq_func.biases import Placed, bias_sources
 from sophq_func.checks import is_integer, violations
 from sophq_func.errors import explain
 from sophq_func.graph import Graph, Node
+from sophq_func.matching import matches_type
 from sophq_func.patterns import fuse
 from sophq_func.registry import Spec
-from sophq_func.rules import Decision, Preset, QuantConfig, matches_type, requested, resolve
+from sophq_func.rules import Decision, Preset, QuantConfig, requested, resolve
 from sophq_func.scheme import PerChannel, PerGroup, QuantizerConfig
 from sophq_func.site import Site
 from sophq_func.strategies import PLACEMENTS, Placement, Requests, SharedInput, activation_quantizer

@@ -9,7 +9,8 @@ from typing import Any
 
 from sophq_func import views
 from sophq_func.errors import ConfigError, PlanError, StateError, explain, near
-from sophq_func.rules import Rule, underscored
+from sophq_func.matching import underscored
+from sophq_func.rules import Rule
 from sophq_func.scheme import QuantizerConfig, config_from_data, to_data
 from sophq_func.site import Site
 from sophq_func.views import Call, Edge, PlanDiff, Tree

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from sophq_func.matching import stands_for_another, type_text
 from sophq_func.patterns import PATTERNS, Fused, fused
-from sophq_func.rules import stands_for_another, type_text
 
 KNOWN_PARTS = {PATTERNS.get(name).parts: PATTERNS.get(name) for name in PATTERNS}
 

@@ -10,8 +10,9 @@ from torch import nn
 from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.chips import CHIPS
 from sophq_func.errors import ConfigError, explain, unknown
+from sophq_func.matching import check_type_key
 from sophq_func.registry import Registry
-from sophq_func.rules import QUANTMODES, check_type_key
+from sophq_func.rules import QUANTMODES
 from sophq_func.scheme import as_bits
 
 Check = Callable[[str, Any], str]

@@ -13,9 +13,10 @@ from sophq_func.dicts._keys import KEYS, REQUIRED
 from sophq_func.errors import ConfigError, deprecated, explain, near, raise_all, unknown
 from sophq_func.fake_quantize import fp16, learnable
 from sophq_func.functions import canonical, family
+from sophq_func.matching import type_text, underscored
 from sophq_func.observers import ema_minmax, minmax
 from sophq_func.registry import Factories, Spec
-from sophq_func.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped, type_text, underscored
+from sophq_func.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped
 from sophq_func.scheme import Override, PerChannel, PerTensor, QScheme, QuantizerConfig, override
 from sophq_func.site import Role
 
