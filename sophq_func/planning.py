@@ -32,7 +32,7 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
 
     Example:
       >>> import torch, sophq_func as sq
-      >>> list(sq.plan(sq.trace(nn.Linear(2, 3), (torch.ones(1, 2),)), sq.QuantConfig()))
+      >>> list(sq.plan(sq.trace(torch.nn.Linear(2, 3), (torch.ones(1, 2),)), sq.QuantConfig()))
       ['input.post_act_fake_quantizer', 'weight_fake_quant']
     """
     if not isinstance(config, QuantConfig):
