@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sophq_func import surrogate
 from sophq_func.base import QParams
 from sophq_func.errors import StateError, explain
 from sophq_func.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QScheme
@@ -226,6 +227,9 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *,
     low, high = expanded_bounds(qparams, scheme, x)
     scale = expand(qparams.scale, x, granularity)
     zero = None if scheme.symmetric else _zero_point(qparams, scheme, x, low, high, whole)
+    if whole and surrogate.fits(work, scale, low, high):
+        grid = surrogate.Grid(int(low), int(high), order == "kernel", order == "expression")
+        return surrogate.fake_quantize(work, scale, zero, grid).to(x.dtype)
     code = _code(work.detach(), scale.detach(), None if zero is None else zero.detach(), order)
     inside = (code >= low) & (code <= high)
     within, beyond = code, clamp(code, low, high)

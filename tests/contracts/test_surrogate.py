@@ -1,0 +1,189 @@
+"""The function for large tensors computes what the composition does: every derivative, under every transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sophq_func as sq
+from sophq_func import surrogate
+from sophq_func.affine import fake_quantize
+from sophq_func.registry import Spec
+from tests.contracts import over_static_schemes, sample
+
+ORDERS = ("kernel", "expression", "quotient")
+over_orders = pytest.mark.parametrize("order", ORDERS)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def point(scheme: sq.QScheme, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A tensor that goes beyond the grid on both sides, scales, and zero points."""
+    x = 3 * sample(seed, dtype=dtype)
+    observer = sq.observer("minmax")
+    qparams = observer.qparams(observer.update(observer.init(x, scheme), x / 2, scheme), scheme)
+    return x, qparams.scale.to(dtype), qparams.zero_point.to(dtype)
+
+
+def applied(scheme: sq.QScheme, order: Any) -> Callable[..., Tensor]:
+    def f(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return fake_quantize(x, sq.QParams(scale, zero, {}), scheme, order)
+
+    return f
+
+
+def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the function gives, and what the composition does."""
+    found = []
+    for size in (0, 2**60):
+        monkeypatch.setattr(surrogate, "LARGE", size)
+        found.append(torch.utils._pytree.tree_leaves(compute()))
+    return found[0], found[1]
+
+
+def like(seed: int, x: Tensor) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+
+def transforms(f: Callable[..., Tensor], args: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
+    """Each transform of a weighted sum of the output, or of the output."""
+    weight = like(5, args[0])
+    every = tuple(range(len(args)))
+    tangents = tuple(like(7 + i, a) for i, a in enumerate(args))
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return (f(*inputs) * weight).square().sum()
+
+    gradient = torch.func.grad(loss, argnums=every)
+
+    def steepness(*inputs: Tensor) -> Any:
+        return sum(g.square().sum() for g in gradient(*inputs))
+
+    batched = tuple(torch.stack([a, 1.25 * a]) for a in args)
+    scales = (args[0], *(torch.stack([a, a]) for a in args[1:]))
+    dims = (None, *(0,) * (len(args) - 1))
+    return {
+        "forward": lambda: f(*args),
+        "grad": lambda: gradient(*args),
+        "jvp": lambda: torch.func.jvp(f, args, tangents),
+        "jacrev": lambda: torch.func.jacrev(f, argnums=every)(*args),
+        "jacfwd": lambda: torch.func.jacfwd(f, argnums=every)(*args),
+        "vmap x": lambda: torch.func.vmap(lambda x: f(x, *args[1:]))(batched[0]),
+        "vmap qparams": lambda: torch.func.vmap(f, in_dims=dims)(*scales),
+        "vmap grad": lambda: torch.func.vmap(gradient)(*batched),
+        "grad of grad": lambda: torch.func.grad(steepness, argnums=every)(*args),
+        "hvp": lambda: torch.func.jvp(gradient, args, tangents),
+        "vmap hvp": lambda: torch.func.vmap(lambda *t: torch.func.jvp(gradient, args, t))(
+            *(torch.stack([t, -2 * t]) for t in tangents)
+        ),
+    }
+
+
+NAMES = tuple(transforms(lambda x: x, (torch.ones(2),)))
+
+
+@over_static_schemes
+@over_orders
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_composition(
+    name: str, order: str, scheme: sq.QScheme, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = point(scheme, dtype)[: 2 if scheme.symmetric else 3]
+    blank = torch.zeros_like(args[1], dtype=torch.int32)
+    f = applied(scheme, order)
+    compute = transforms((lambda x, s: f(x, s, blank)) if scheme.symmetric else f, args)[name]
+    actual, expected = both(monkeypatch, compute)
+    assert len(actual) == len(expected) > 0
+    exact = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, **exact)
+
+
+@over_orders
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("zero", [0, 1, 2, 7])
+def test_exact_ties_at_the_bounds_are_on_the_same_side(
+    zero: int, symmetric: bool, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = sq.QScheme(bits=3, symmetric=symmetric)
+    halves = torch.arange(-24, 24, dtype=torch.float32) / 2
+    x = torch.cat([halves, torch.nextafter(halves, halves + 1), torch.nextafter(halves, halves - 1)]) * 0.25
+    scale, zeros = torch.tensor(0.25), torch.tensor(float(zero))
+    f = applied(scheme, order)
+    actual, expected = both(
+        monkeypatch, lambda: [f(x, scale, zeros), torch.func.grad(lambda x: f(x, scale, zeros).sum())(x)]
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 8), st.booleans(), st.sampled_from(ORDERS))
+def test_calibrated_extremes_keep_their_gradient(seed: int, bits: int, symmetric: bool, order: str) -> None:
+    scheme = sq.QScheme(bits=bits, symmetric=symmetric, granularity=sq.PerChannel(0))
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
+    observer = sq.observer("minmax")
+    qparams = observer.qparams(observer.update(observer.init(x, scheme), x, scheme), scheme)
+    f, zero = applied(scheme, order), qparams.zero_point.float()
+    slope = torch.func.grad(lambda x, s: f(x, s, zero).square().sum(), argnums=(0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        actual, expected = both(patch, lambda: slope(x, qparams.scale))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-2)  # an extreme on the wrong side changes a sum by 10 and more
+
+
+SPECS = [sq.fake_quantize.fixed(), sq.fake_quantize.learnable(), sq.fake_quantize.qdrop(), sq.fake_quantize.tqt()]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16, torch.float32])
+def test_quantizers_that_use_it_keep_the_dtype(spec: Spec, half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    fq, scheme = sq.fake_quantizer(spec.name, **dict(spec.options)), sq.QScheme(bits=4)
+    x = sample(3).to(half)
+    qparams = fq.init(sq.QParams(torch.tensor(0.3), torch.tensor(0, dtype=torch.int32), {}), x, scheme)
+    actual, expected = both(monkeypatch, lambda: fq.apply(x, qparams, scheme))
+    assert actual[0].dtype == half
+    assert torch.equal(actual[0], expected[0])
+
+
+def test_what_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])
+    f, scale, zero = applied(sq.QScheme(bits=4), "kernel"), torch.tensor(0.5), torch.tensor(0.0)
+    actual, expected = both(
+        monkeypatch, lambda: [f(x, scale, zero), torch.func.grad(lambda x: f(x, scale, zero)[1:].sum())(x)]
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True)
+
+
+@pytest.mark.parametrize("of", ["forward", "grad"])
+def test_compiled_it_gives_way_to_the_composition(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surrogate, "LARGE", 0)
+    f, scale, zero = applied(sq.QScheme(bits=4), "kernel"), torch.tensor(0.3), torch.tensor(0.0)
+    call = {"forward": lambda x: f(x, scale, zero), "grad": torch.func.grad(lambda x: f(x, scale, zero).square().sum())}[of]
+    x = sample(0)
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x))
+
+
+def test_nothing_that_goes_in_is_changed_and_small_tensors_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, scale = sample(0), torch.tensor(0.3)
+    assert not surrogate.fits(x, scale, -8, 7)
+    monkeypatch.setattr(surrogate, "LARGE", 0)
+    assert surrogate.fits(x, scale, -8, 7)
+    assert not surrogate.fits(x, scale.double(), -8, 7)
+    assert not surrogate.fits(x, scale, torch.tensor(-8), 7)
+    before = (x.clone(), x._version, scale._version)
+    applied(sq.QScheme(bits=4), "kernel")(x, scale, torch.tensor(0.0))
+    assert torch.equal(x, before[0])
+    assert (x._version, scale._version) == before[1:]
