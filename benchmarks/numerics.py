@@ -1,21 +1,19 @@
-"""What the searches of observers cost, against the plain loops that define them.
+"""What the numerics cost: searches of observers against the plain loops that define them, LSQ against torch's own kernel.
 
 Interleaved medians on one thread: ``mse`` per tensor against 95 passes over (64, 256, 14, 14), per channel against 80
-passes over (512, 512, 3, 3), ``ema_quantile`` against a loop over 2048 bins. ``--json FILE`` writes the figures.
+passes over (512, 512, 3, 3), ``ema_quantile`` against a loop over 2048 bins; forward and backward of ``learnable`` per
+tensor, eager and compiled, against ``torch._fake_quantize_learnable_per_tensor_affine``. ``--json FILE`` writes the
+figures, ``--skip-compile`` leaves the compiled row out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import medians, write
 from torch import Tensor
 
 import sophq_func as sq
@@ -57,17 +55,45 @@ def upper(observer: sq.Observer, x: Tensor, scheme: sq.QScheme) -> Tensor:
     return observer.update(observer.init(x, scheme), x, scheme).hi.flatten()
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate, called in turn, after one warm-up each."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def lsq(x: Tensor, g: Tensor, compiled: bool = False) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward of ``learnable`` per tensor."""
+    fq, scheme, zero = sq.fake_quantizer("learnable"), sq.QScheme(), torch.tensor(0, dtype=torch.int32)
+
+    def apply(x: Tensor, scale: Tensor) -> Tensor:
+        return fq.apply(x, sq.QParams(scale, zero, {}), scheme)
+
+    forward = torch.compile(apply, fullgraph=True) if compiled else apply
+
+    def step() -> tuple[Tensor, ...]:
+        leaves = x.detach().requires_grad_(), torch.tensor(0.03, requires_grad=True)
+        return torch.autograd.grad(forward(*leaves), leaves, g)
+
+    return step
+
+
+def torch_lsq(x: Tensor, g: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """The same by torch's kernel."""
+
+    def step() -> tuple[Tensor, ...]:
+        scale, zero = torch.tensor([0.03], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+        leaves = x.detach().requires_grad_(), scale, zero
+        factor = (x.numel() * 127) ** -0.5
+        out = torch._fake_quantize_learnable_per_tensor_affine(*leaves, -128, 127, factor)
+        return torch.autograd.grad(out, leaves, g)
+
+    return step
+
+
+def report_lsq(x: Tensor, rounds: int, compiled: bool) -> dict[str, float]:
+    """Print and return seconds and ratios of the quantizer with learned scale."""
+    g = torch.randn_like(x)
+    candidates = {"clone": x.clone, "torch": torch_lsq(x, g), "eager": lsq(x, g)}
+    candidates |= {"compiled": lsq(x, g, compiled=True)} if compiled else {}
+    found = medians(candidates, rounds)
+    for name, seconds in found.items():
+        ratios = f"{seconds / found['torch']:6.3f} of torch's kernel  {seconds / found['clone']:6.1f} clones"
+        print(f"learnable, {name:<13} {1000 * seconds:8.2f} ms  {ratios}")
+    return {**found, **{f"{name} ratio": seconds / found["torch"] for name, seconds in found.items()}}
 
 
 def main() -> None:
@@ -75,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--skip-compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -88,7 +115,7 @@ def main() -> None:
         "mse per channel": (lambda: plain_mse(weight, channel, 80), lambda: upper(mse, weight, channel)),
         "ema_quantile": (lambda: plain_quantile(x, 0.99999, 2048), lambda: upper(quantile, x, tensor)),
     }
-    rows = {}
+    rows: dict[str, object] = {}
     for name, (plain, ours) in pairs.items():
         found = medians({"plain": plain, "ours": ours}, options.rounds)
         same = float((plain() == ours()).float().mean())
@@ -96,9 +123,9 @@ def main() -> None:
         rows[name] = {**found, "ratio": ratio, "same": same}
         times = f"{1000 * found['plain']:8.1f} ms plain  {1000 * found['ours']:8.1f} ms"
         print(f"{name:<24} {times}  {ratio:6.1f} times faster  {100 * same:.0f} % the same")
+    rows["learnable"] = report_lsq(x, 3 * options.rounds, not options.skip_compile)
     if options.json:
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": 1}
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        write(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 LARGE = 2**14
 """From how many elements on it is used; below, the composition costs less than the call."""
 
-BLOCK = 2**17
+BLOCK = 2**18
 """How many elements are worked on at once: what passes over them after the first finds them in the cache."""
 
 
@@ -82,6 +82,7 @@ def _is_wrapped(*tensors: Tensor | None) -> bool:
 
 
 def _sum_like(value: Tensor, like: Tensor) -> Tensor:
+    """The sum over all axes along which ``like`` is broadcast."""
     return value.sum_to_size(like.shape) if like.ndim else value.sum()
 
 
@@ -105,21 +106,24 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
     return (torch.cat(parts) if split else torch.stack(parts).sum(0)).reshape(like.shape)
 
 
-def _masked(values: tuple[Tensor, ...], x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> list[Tensor]:
-    """Values where the code is inside, else 0."""
+def _outside(code: int, side: int, dtype: torch.dtype) -> float:
+    """The innermost quotient beyond a bound: the neighbour of :func:`_bound`."""
+    bound = torch.tensor(_bound(code, side, dtype), dtype=dtype)
+    return float(torch.nextafter(bound, torch.tensor(side * math.inf, dtype=dtype)))
+
+
+def _split(g: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, out: Tensor) -> Tensor:
+    """Writes ``m g`` to ``out`` and returns ``m x``, in a fresh tensor."""
     if zero is not None:
         inside = _inside(x, scale, zero, grid)
-        return [torch.where(inside, value, 0) for value in values]
+        torch.where(inside, g, g.new_zeros(()), out=out)
+        return torch.where(inside, x, 0)
     v = _quotient(x, scale, None, grid)
-    low, high = _bound(grid.low, -1, x.dtype), _bound(grid.high, 1, x.dtype)
-    low, high = _next(low, -1, x), _next(high, 1, x)
-    return [torch.ops.aten.hardtanh_backward(value, v, low, high) for value in values]
-
-
-def _next(value: float, side: int, like: Tensor) -> float:
-    """The neighbour of a number in the dtype of a tensor."""
-    start = torch.tensor(value, dtype=like.dtype)
-    return float(torch.nextafter(start, torch.tensor(side * math.inf, dtype=like.dtype)))
+    limits = _outside(grid.low, -1, x.dtype), _outside(grid.high, 1, x.dtype)
+    masked = torch.ops.aten.hardtanh_backward.grad_input  # its first argument where the second lies between, else 0
+    masked(g, v, *limits, grad_input=out)
+    kept: Tensor = masked(x, v, *limits, grad_input=v)
+    return kept
 
 
 def _rounded(v: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
@@ -130,6 +134,8 @@ def _rounded(v: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tenso
 
 
 class _FakeQuantize(torch.autograd.Function):
+    """The output; see the top of this file for the gradient."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -183,10 +189,8 @@ class _Backward(torch.autograd.Function):
             return gx, gs, torch.zeros_like(scale) if zero is None else _sum_like((gx - g) * scale, zero)
         gx, to_scale, to_zero = torch.empty_like(x), [], []
         for gc, own, xc, yc, s, z in _blocks(g, gx, x, y, scale, zero):
-            masked, within = _masked((gc, xc), xc, s, z, grid)
-            own.copy_(masked)
-            rest = within.neg_().add_(yc).mul_(gc)
-            to_scale.append(_sum_like(rest, s))
+            kept = _split(gc, xc, s, z, grid, own)
+            to_scale.append(_sum_like(torch.sub(yc, kept, out=kept).mul_(gc), s))
             to_zero += [] if z is None else [_sum_like((own - gc) * s, z)]
         gz = torch.zeros_like(scale) if zero is None else _joined(to_zero, zero)
         return gx, _joined(to_scale, scale) / scale, gz
