@@ -213,6 +213,41 @@ class Quantized:
         self._run(self._weights_on_grids(params, qparams), effect, args, kwargs)
         return sorted_dict(seen)
 
+    def with_noise(
+        self, params: Params, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
+    ) -> QParamsDict:
+        """The qparams with uniform numbers in [0, 1) under ``extras["noise"]`` of each quantizer that needs them.
+
+        One run without quantization tells the shapes; the numbers are drawn in the order of the quantizers' names, so the
+        same generator state gives the same noise. A run with other shapes needs other noise.
+
+        Args:
+          params, qparams: see :meth:`apply`.
+          generator: the source of randomness; its state moves on.
+          *args, **kwargs: of the model.
+
+        Raises:
+          StateError: see :meth:`apply`; ``generator`` is none.
+        """
+        self._check(params, qparams, "with_noise", "qparams")
+        if not isinstance(generator, torch.Generator):
+            got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
+            raise StateError(explain("with_noise", "this generator", got=got, allowed="a torch.Generator", fix=fix))
+        noisy = {n for n, piece in self._pieces.items() if piece.fake_quantize.noise and not piece.config.observe_only}
+        seen = {w.site.quantizer: w.seen(params) for w in self._weights if w.site.quantizer in noisy}
+
+        def effect(name: str, x: Tensor) -> Tensor:
+            seen.update({name: x} if name in noisy else {})
+            return x
+
+        with torch.random.fork_rng(), torch.no_grad():
+            self._run(self._skeleton.detached(params), effect, args, kwargs)
+        new = dict(qparams)
+        for name in sorted(seen):
+            noise = torch.rand(seen[name].shape, generator=generator, device=generator.device).to(seen[name].device)
+            new[name] = new[name]._replace(extras=sorted_dict({**new[name].extras, "noise": noise}))
+        return sorted_dict(new)
+
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is learned, and the rest, both flat: ``{"<quantizer>.<field>": Tensor}``. :func:`merge` is the inverse.
 
