@@ -2,9 +2,9 @@
 
 It computes what the composition in :mod:`sophq_func.affine` computes, forward and all derivatives. With the mask ``m`` of
 codes inside ``[low, high]``, the output ``y`` and its gradient ``g``: ``gx = m g``, ``gs = sum((y - m x) g) / s``,
-``gz = -s sum((1 - m) g)``, each sum over the elements that share a scale. The mask is found again from ``x``: a code is
-inside where the quotient ``v`` lies between ``low - 1/2`` and ``high + 1/2``; a bound itself is rounded to the even
-neighbour, and so is inside where its integer is even.
+``gz = -s sum((1 - m) g)``, each sum over the elements that share a scale. Mask and output are found again from ``x``: a
+code is inside where the quotient ``v`` lies between ``low - 1/2`` and ``high + 1/2``; a bound itself is rounded to the
+even neighbour, and so is inside where its integer is even.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def _quotient(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, out: Te
     return v if zero is None or not grid.shifted else torch.add(v, zero, out=out)
 
 
-def _inside(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    """The mask of codes inside the bounds."""
-    v = _quotient(x, scale, zero, grid)
+def _is_inside(v: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """The mask of quotients whose codes lie inside the bounds."""
     if zero is None or grid.shifted:
         return (v >= _bound(grid.low, -1, v.dtype)) & (v <= _bound(grid.high, 1, v.dtype))
     return (v >= _bounds(grid.low - zero, -1)) & (v <= _bounds(grid.high - zero, 1))
@@ -112,18 +111,30 @@ def _outside(code: int, side: int, dtype: torch.dtype) -> float:
     return float(torch.nextafter(bound, torch.tensor(side * math.inf, dtype=dtype)))
 
 
-def _split(g: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, out: Tensor) -> Tensor:
-    """Writes ``m g`` to ``out`` and returns ``m x``, in a fresh tensor."""
-    if zero is not None:
-        inside = _inside(x, scale, zero, grid)
-        torch.where(inside, g, g.new_zeros(()), out=out)
-        return torch.where(inside, x, 0)
-    v = _quotient(x, scale, None, grid)
-    limits = _outside(grid.low, -1, x.dtype), _outside(grid.high, 1, x.dtype)
-    masked = torch.ops.aten.hardtanh_backward.grad_input  # its first argument where the second lies between, else 0
-    masked(g, v, *limits, grad_input=out)
-    kept: Tensor = masked(x, v, *limits, grad_input=v)
-    return kept
+def _gradient_parts(
+    g: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes ``m g`` to ``out`` and returns ``m x`` and ``y``, in fresh tensors."""
+    v = _quotient(x, scale, zero, grid)
+    if zero is None:
+        limits = _outside(grid.low, -1, x.dtype), _outside(grid.high, 1, x.dtype)
+        masked = torch.ops.aten.hardtanh_backward  # its first argument where the second lies between, else 0
+        masked.grad_input(g, v, *limits, grad_input=out)
+        return masked(x, v, *limits), _rounded(v, scale, None, grid)
+    inside = _is_inside(v, zero, grid)
+    torch.where(inside, g, g.new_zeros(()), out=out)
+    return torch.where(inside, x, 0), _rounded(v, scale, zero, grid)
+
+
+def _levels(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The mask, and ``dy/ds``, which varies with the zero point alone, and only where the code is outside."""
+    x, scale, fixed = x.detach(), scale.detach(), None if zero is None else zero.detach()
+    v = _quotient(x, scale, fixed, grid)
+    inside = _is_inside(v, fixed, grid)
+    level = (_rounded(v, scale, fixed, grid) - torch.where(inside, x, 0)) / scale
+    if zero is not None and fixed is not None:
+        level = level - torch.where(inside, 0, zero - fixed)
+    return inside, level
 
 
 def _rounded(v: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
@@ -149,25 +160,21 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero, ctx.grid = inputs
-        saved = (x, scale, output) if zero is None else (x, scale, output, zero)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        _save(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, y, *zero = ctx.saved_tensors
-        z = zero[0] if zero else None
-        gx, gs, gz = _Backward.apply(g, x, scale, y, z, ctx.grid)  # type: ignore[no-untyped-call]
-        return gx, gs, gz if zero else None, None
+        x, scale, zero = _saved(ctx)
+        gx, gs, gz = _Backward.apply(g, x, scale, zero, ctx.grid)  # type: ignore[no-untyped-call]
+        return gx, gs, None if zero is None else gz, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, ts: Tensor | None, tz: Tensor | None, _: None) -> Tensor:  # type: ignore[override]
-        x, scale, y, *zero = ctx.saved_tensors
-        inside = _inside(x.detach(), scale.detach(), zero[0].detach() if zero else None, ctx.grid)
-        tangent = torch.zeros_like(y) if tx is None else torch.where(inside, tx, 0)
+        x, scale, zero = _saved(ctx)
+        inside, level = _levels(x, scale, zero, ctx.grid)
+        tangent = torch.zeros_like(x) if tx is None else torch.where(inside, tx, 0)
         if ts is not None:
-            tangent = tangent + (y - torch.where(inside, x, 0)) * (ts / scale)
+            tangent = tangent + level * ts
         if tz is not None:
             tangent = tangent - torch.where(inside, 0, scale * tz)
         return tangent
@@ -179,51 +186,59 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        g: Tensor, x: Tensor, scale: Tensor, y: Tensor, zero: Tensor | None, grid: Grid
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if _is_wrapped(g, x, scale, y, zero):
-            inside = _inside(x, scale, zero, grid)
+    def forward(g: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        if _is_wrapped(g, x, scale, zero):
+            inside, level = _levels(x, scale, zero, grid)
             gx = torch.where(inside, g, 0)
-            gs = _sum_like((y - torch.where(inside, x, 0)) * g, scale) / scale
-            return gx, gs, torch.zeros_like(scale) if zero is None else _sum_like((gx - g) * scale, zero)
+            gz = torch.zeros_like(scale) if zero is None else _sum_like((gx - g) * scale, zero)
+            return gx, _sum_like(level * g, scale), gz
         gx, to_scale, to_zero = torch.empty_like(x), [], []
-        for gc, own, xc, yc, s, z in _blocks(g, gx, x, y, scale, zero):
-            kept = _split(gc, xc, s, z, grid, own)
-            to_scale.append(_sum_like(torch.sub(yc, kept, out=kept).mul_(gc), s))
+        for gc, own, xc, s, z in _blocks(g, gx, x, scale, zero):
+            kept, y = _gradient_parts(gc, xc, s, z, grid, own)
+            to_scale.append(_sum_like(y.sub_(kept).mul_(gc), s))
             to_zero += [] if z is None else [_sum_like((own - gc) * s, z)]
         gz = torch.zeros_like(scale) if zero is None else _joined(to_zero, zero)
         return gx, _joined(to_scale, scale) / scale, gz
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        g, x, scale, y, zero, ctx.grid = inputs
-        saved = (g, x, scale, y, output[1]) if zero is None else (g, x, scale, y, output[1], zero)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        g, *rest = inputs
+        _save(ctx, *rest, g)
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor, ggs: Tensor, ggz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        g, x, scale, y, gs, *zero = ctx.saved_tensors
-        inside = _inside(x.detach(), scale.detach(), zero[0].detach() if zero else None, ctx.grid)
-        step = ggs / scale
-        to_g = torch.where(inside, ggx, 0) + (y - torch.where(inside, x, 0)) * step
-        to_scale = -gs * step
-        if zero:
-            outer = torch.where(inside, 0, g)
-            to_g = to_g - torch.where(inside, 0, scale * ggz)
-            to_scale = to_scale - _sum_like(outer * ggz, scale)
-        return to_g, torch.where(inside, -g * step, 0), to_scale, g * step, None, None
+        x, scale, zero, g = _saved(ctx)
+        inside, level = _levels(x, scale, zero, ctx.grid)
+        to_g = torch.where(inside, ggx, 0) + level * ggs
+        if zero is None:
+            return to_g, None, None, None, None
+        outer = torch.where(inside, 0, g)
+        to_g = to_g - torch.where(inside, 0, scale * ggz)
+        return to_g, None, -_sum_like(outer * ggz, scale), -_sum_like(outer * ggs, zero), None
 
     @staticmethod
-    def jvp(ctx: Any, tg: Any, tx: Any, ts: Any, ty: Any, tz: Any, _: None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        g, x, scale, y, gs, *zero = ctx.saved_tensors
-        tg, tx, ty = (torch.zeros_like(x) if t is None else t for t in (tg, tx, ty))
-        ts = torch.zeros_like(scale) if ts is None else ts
-        inside = _inside(x.detach(), scale.detach(), zero[0].detach() if zero else None, ctx.grid)
-        rest, change = y - torch.where(inside, x, 0), ty - torch.where(inside, tx, 0)
-        to_scale = (_sum_like(rest * tg + change * g, scale) - gs * ts) / scale
-        if not zero:
+    def jvp(ctx: Any, tg: Any, tx: Any, ts: Any, tz: Any, _: None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, scale, zero, g = _saved(ctx)
+        tg = torch.zeros_like(g) if tg is None else tg
+        inside, level = _levels(x, scale, zero, ctx.grid)
+        to_scale = _sum_like(level * tg, scale)
+        if zero is None:
             return torch.where(inside, tg, 0), to_scale, torch.zeros_like(scale)
+        ts, tz = (torch.zeros_like(like) if t is None else t for t, like in ((ts, scale), (tz, zero)))
         outer, moved = torch.where(inside, 0, g), torch.where(inside, 0, tg)
-        return torch.where(inside, tg, 0), to_scale, -_sum_like(outer * ts + moved * scale, zero[0])
+        to_zero = -_sum_like(outer * ts + moved * scale, zero)
+        return torch.where(inside, tg, 0), to_scale - _sum_like(outer * tz, scale), to_zero
+
+
+def _save(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, *more: Tensor) -> None:
+    """Keep what a derivative needs; not the output, into which a model may write."""
+    ctx.grid, ctx.has_zero = grid, zero is not None
+    saved = [t for t in (x, scale, zero, *more) if t is not None]
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What was kept: ``x``, the scale, the zero point or ``None``, and more."""
+    x, scale, *rest = ctx.saved_tensors
+    return (x, scale, *rest) if ctx.has_zero else (x, scale, None, *rest)

@@ -188,3 +188,18 @@ def test_nothing_that_goes_in_is_changed_and_small_tensors_take_the_composition(
     applied(sq.QScheme(bits=4), "kernel")(x, scale, torch.tensor(0.0))
     assert torch.equal(x, before[0])
     assert (x._version, scale._version) == before[1:]
+
+
+def test_a_model_may_write_into_what_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, scale, zero = sample(0), torch.tensor(0.3), torch.tensor(0.0)
+    f = applied(sq.QScheme(bits=4), "kernel")
+
+    def compute() -> Any:
+        leaves = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        out = f(*leaves, zero)
+        out += 1
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    actual, expected = both(monkeypatch, compute)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
