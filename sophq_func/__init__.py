@@ -38,6 +38,10 @@ from sophq_func.scheme import PerToken as PerToken
 from sophq_func.scheme import QScheme as QScheme
 from sophq_func.scheme import QuantizerConfig as QuantizerConfig
 from sophq_func.scheme import override as override
+from sophq_func.settings import enabled as enabled
+from sophq_func.settings import stack as stack
+from sophq_func.settings import unstack as unstack
+from sophq_func.settings import with_bits as with_bits
 from sophq_func.site import Site as Site
 from sophq_func.trace import trace as trace
 

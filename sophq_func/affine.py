@@ -169,11 +169,12 @@ def range_to_qparams(
 
 def qparams_to_range(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
     """The range that was handed to :func:`range_to_qparams`, as far as scale and zero point remember it."""
+    low, high = bounds(qparams, scheme)
     if scheme.symmetric:
-        half = qparams.scale * ((scheme.qmax - scheme.qmin) / 2)
+        half = qparams.scale * ((high - low) / 2)
         return -half, half
     zero = qparams.zero_point.to(qparams.scale.dtype)
-    return (scheme.qmin - zero) * qparams.scale, (scheme.qmax - zero) * qparams.scale
+    return (low - zero) * qparams.scale, (high - zero) * qparams.scale
 
 
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QScheme) -> Tensor:
@@ -238,6 +239,14 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *,
     ratio = torch.where(inside, work, 0) / scale
     level = torch.where(inside, within + (ratio - ratio.detach()), beyond)
     return (scale * level).to(x.dtype)
+
+
+def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:
+    """``y``, what became of ``x``, where ``extras["enabled"]`` of the qparams is on or missing; a floating mask mixes."""
+    mask = qparams.extras.get("enabled")
+    if mask is None:
+        return y
+    return torch.where(mask, y, x) if mask.dtype == torch.bool else torch.lerp(x, y, mask.to(x.dtype))
 
 
 def _code(x: Tensor, scale: Tensor, zero: Tensor | None, order: Order) -> Tensor:

@@ -104,6 +104,8 @@ class FakeQuantize(NamedTuple):
         of the qparams. Where both are missing it raises a ``StateError``; ``q.with_noise`` provides them.
       grid: see :class:`Grid`.
       scales_bias: that scale rounds a bias although codes are no integers.
+      resizable: codes lie between bounds that ``extras["qmin"]`` and ``extras["qmax"]`` may move after ``init``, so that
+        :func:`sophq_func.with_bits` can give it another bit width.
     """
 
     init: InitQParams
@@ -113,6 +115,7 @@ class FakeQuantize(NamedTuple):
     noise: bool = False
     grid: Grid = stored
     scales_bias: bool = False
+    resizable: bool = True
 
 
 OBSERVERS: Factories[Observer] = Factories("observer")

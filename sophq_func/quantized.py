@@ -304,7 +304,7 @@ class Quantized:
                 return x
             if piece.config.optional:
                 _check_reached(name, qparams[name])
-            return piece.fake_quantize.apply(x, qparams[name], piece.scheme)
+            return piece.quantize(x, qparams[name])
 
         return effect
 

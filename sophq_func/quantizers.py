@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sophq_func import fake_quantize as fake_quantizers
-from sophq_func.base import OBSERVERS, FakeQuantize, Observer
+from sophq_func.affine import switched
+from sophq_func.base import OBSERVERS, FakeQuantize, Observer, QParams
 from sophq_func.errors import PlanError, near
 from sophq_func.intercept import Skeleton
 from sophq_func.plan import Plan
@@ -31,6 +32,10 @@ class RunQuantizer:
     def scheme(self) -> QScheme:
         """The scheme."""
         return self.config.scheme
+
+    def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """``x`` on its grid, where the quantizer is enabled."""
+        return switched(x, self.fake_quantize.apply(x, qparams, self.scheme), qparams)
 
     def seen(self, params: Params) -> Tensor:
         """A tensor of the example's shape, on the device of the params; it takes no memory."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import positive
+from sophq_func.affine import positive, switched
 from sophq_func.base import FakeQuantize, Observer, QParams, State
 from sophq_func.scheme import PerChannel, PerGroup, QScheme, QuantizerConfig
 from sophq_func.site import Site
@@ -72,8 +72,12 @@ class WeightQuantizer:
         return self.observer.update(self.observer.init(weight, self.scheme), weight, self.scheme)
 
     def quantize(self, params: Params, qparams: QParams) -> Tensor:
-        """The weight on its grid, in its own layout."""
-        weight = self._arrange(params[self.site.parameter])
+        """The weight on its grid, in its own layout, where the quantizer is enabled."""
+        weight = params[self.site.parameter]
+        return switched(weight, self._quantized(weight, params, qparams), qparams)
+
+    def _quantized(self, weight: Tensor, params: Params, qparams: QParams) -> Tensor:
+        weight = self._arrange(weight)
         if self.norm is None:
             return self._arrange(self.fake_quantize.apply(weight, qparams, self.scheme))
         factor = self._along(self.norm.factor(params), weight)
@@ -112,7 +116,9 @@ class WeightQuantizer:
             bias = (bias.to(mean) - mean) * self.norm.factor(params).detach() + beta
         step = positive(qparams.scale) * positive(source.scale)
         ratio = bias / step.detach()
-        return step * (ratio.round() - ratio)
+        shift = step * (ratio.round() - ratio)
+        none = torch.zeros_like(shift)
+        return switched(none, switched(none, shift, qparams), source)
 
     def _unfold(self, shift: Tensor, norm: Norm, params: Params) -> Tensor:
         factor = norm.factor(params).detach()

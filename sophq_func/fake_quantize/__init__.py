@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sophq_func.affine import min_max, range_to_qparams
+from sophq_func.affine import bounds, min_max, range_to_qparams
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
 from sophq_func.fake_quantize._blocks import mxfp4, mxfp6, mxfp8, mxint8, nvfp4
 from sophq_func.fake_quantize._float import bf16, e4m3, e5m2, fp16
@@ -70,7 +70,7 @@ def build(spec: Spec) -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if scheme.dynamic:
-            found = range_to_qparams(*min_max(x, scheme.granularity), scheme)
+            found = range_to_qparams(*min_max(x, scheme.granularity), scheme, limits=bounds(qparams, scheme))
             qparams = made.init(QParams(found.scale, found.zero_point, qparams.extras), x, scheme)
         return made.apply(x, qparams, scheme, noise)
 

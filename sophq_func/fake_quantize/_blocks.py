@@ -115,7 +115,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         found = E2M1.round(blocks / torch.where(shared == 0, 1, shared)) * shared
         return ste(x, (from_blocks(found, unit) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False)
 
 
 def to_blocks(x: Tensor, size: int) -> Tensor:
@@ -144,7 +144,7 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         scale = torch.exp2(shared_exponent(_amax(blocks), form).to(work.dtype))
         return ste(x, from_blocks(form.round(blocks / scale) * scale, work).to(x.dtype))
 
-    return FakeQuantize(kept, apply, integer=False)
+    return FakeQuantize(kept, apply, integer=False, resizable=False)
 
 
 def _amax(blocks: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _gptq(
         rounding = _Integers(constant, scheme) if group_size == 0 else _Scaled(table, group_size, quantile)
         return ste(x, _solve(problem, rounding, block_size).reshape(x.shape).to(x.dtype))
 
-    return FakeQuantize(kept, apply, integer=False)
+    return FakeQuantize(kept, apply, integer=False, resizable=False)
 
 
 class _Problem(NamedTuple):

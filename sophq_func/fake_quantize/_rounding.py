@@ -88,7 +88,7 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
         return ((code - zero) * scale).to(x.dtype)
 
     weight = quant_type in (None, "param")
-    return FakeQuantize(init if weight else kept, apply, ("alpha",) if weight else ())
+    return FakeQuantize(init if weight else kept, apply, ("alpha",) if weight else (), resizable=not weight)
 
 
 @FAKE_QUANTIZERS.register("qdrop", "QDropFakeQuantize")

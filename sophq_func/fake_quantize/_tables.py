@@ -54,7 +54,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
         scale = expand(qparams.scale.detach().abs().clamp(min=LEAST), x, scheme.granularity)
         return ste(x, (table.round(working(x) / scale) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False)
 
 
 @FAKE_QUANTIZERS.register("fpxgroup", "FPXGROUPFakeQuantize")
@@ -102,7 +102,7 @@ def fpxgroup(
         quantized = table.round(groups / scale.clamp(min=LEAST)) * scale
         return ste(x, from_blocks(quantized, x.reshape(-1)).reshape(x.shape).to(x.dtype))
 
-    return FakeQuantize(kept, apply, integer=False)
+    return FakeQuantize(kept, apply, integer=False, resizable=False)
 
 
 @FAKE_QUANTIZERS.register("nnie", "NNIEFakeQuantize")
@@ -139,7 +139,7 @@ def nnie() -> FakeQuantize:
         found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0))
         return ste(x, torch.where(work.isnan(), work, found + 0 * shift).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False)
 
 
 def _sixteenths(exponent: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
     "CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph Observer PerBlock PerChannel PerGroup PerTensor "
     "PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig Rule Site Spec StateError build draw "
-    "fake_quantize fake_quantizer fidelity from_dicts merge observer observers override params_of patterns plan "
-    "prepare_by_platform quantize trace".split()
+    "enabled fake_quantize fake_quantizer fidelity from_dicts merge observer observers override params_of patterns plan "
+    "prepare_by_platform quantize stack trace unstack with_bits".split()
 )
 HEAVY = frozenset(("rich", "matplotlib", "sklearn", "safetensors", "transformers"))
 
