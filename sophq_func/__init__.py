@@ -14,6 +14,7 @@ from sophq_func.errors import ConfigError as ConfigError
 from sophq_func.errors import PlanError as PlanError
 from sophq_func.errors import StateError as StateError
 from sophq_func.fake_quantize import fake_quantizer as fake_quantizer
+from sophq_func.flat import merge as merge
 from sophq_func.graph import Graph as Graph
 from sophq_func.intercept import params_of as params_of
 from sophq_func.observers import observer as observer
@@ -24,7 +25,6 @@ from sophq_func.prepare import build as build
 from sophq_func.prepare import prepare_by_platform as prepare_by_platform
 from sophq_func.prepare import quantize as quantize
 from sophq_func.quantized import Quantized as Quantized
-from sophq_func.quantized import merge as merge
 from sophq_func.registry import Spec as Spec
 from sophq_func.report import Fidelity as Fidelity
 from sophq_func.report import fidelity as fidelity

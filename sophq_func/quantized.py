@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from sophq_func.base import QParams, State
 from sophq_func.calibrate import calibrate
-from sophq_func.errors import StateError, explain, raise_all
+from sophq_func.errors import StateError, explain
+from sophq_func.finite import check_finite, check_reached
+from sophq_func.flat import flat
 from sophq_func.intercept import Skeleton
 from sophq_func.plan import Plan
-from sophq_func.pytree import is_plain, leaves, sorted_dict
+from sophq_func.pytree import sorted_dict
 from sophq_func.quantizers import RunQuantizer, make_quantizers, state_types
 from sophq_func.running import Effect, Runner, Schedule
 from sophq_func.scheme import PerToken
-from sophq_func.site import Site
 from sophq_func.trace import arguments, map_inputs
 from sophq_func.weights import Params, WeightQuantizer, quantize_weights
 
@@ -141,7 +142,7 @@ class Quantized:
             nothing is checked, and such a quantizer has a NaN scale.
         """
         self._check(params, ostate, "qparams", "ostate")
-        self._check_finite(ostate)
+        check_finite(self.plan, self._pieces, ostate)
         found = {}
         for name, piece in self._pieces.items():
             resolved = piece.observer.qparams(ostate[name], piece.scheme)
@@ -255,18 +256,17 @@ class Quantized:
         a quantizer that only observes or whose scheme is dynamic.
         """
         self.plan.check(qparams, "qparams", self._types["qparams"])
-        learnable: dict[str, Tensor] = {}
-        rest: dict[str, Tensor] = {}
-        for name, own in qparams.items():
-            config = self.plan[name]
-            fixed = config.observe_only or config.scheme.dynamic
-            chosen = () if fixed else self._pieces[name].fake_quantize.learnable
-            for field, value in {"scale": own.scale, "zero_point": own.zero_point, **own.extras}.items():
-                learned = field in chosen and value.is_floating_point()
-                if field == "zero_point" and config.scheme.symmetric:
-                    learned = False
-                (learnable if learned else rest)[f"{name}.{field}"] = value
-        return sorted_dict(learnable), sorted_dict(rest)
+        leaves = flat(qparams)
+        learned = {leaf for leaf, value in leaves.items() if value.is_floating_point() and self._is_learned(leaf)}
+        rest = {leaf: value for leaf, value in leaves.items() if leaf not in learned}
+        return {leaf: leaves[leaf] for leaf in sorted(learned)}, rest
+
+    def _is_learned(self, leaf: str) -> bool:
+        name, _, field = leaf.rpartition(".")
+        config = self.plan[name]
+        if config.observe_only or config.scheme.dynamic or (field == "zero_point" and config.scheme.symmetric):
+            return False
+        return field in self._pieces[name].fake_quantize.learnable
 
     def train(self) -> Quantized:
         """The same plan with the model's training flag set; a new object."""
@@ -303,7 +303,7 @@ class Quantized:
             if piece.config.observe_only:
                 return x
             if piece.config.optional:
-                _check_reached(name, qparams[name])
+                check_reached(name, qparams[name])
             return piece.quantize(x, qparams[name])
 
         return effect
@@ -338,71 +338,3 @@ class Quantized:
     def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
         self._skeleton.check(params, where)
         self.plan.check(state, what, self._types[what])
-
-    def _check_finite(self, ostate: Mapping[str, State]) -> None:
-        """One reduction over all statistics, where numbers can be read."""
-        names = [name for name in ostate if not self.plan[name].scheme.dynamic]
-        found = {name: [t for t in leaves(ostate[name]) if t.is_floating_point()] for name in names}
-        if not names or not is_plain(t for values in found.values() for t in values):
-            return
-        if bool(torch.stack([t.isfinite().all() for values in found.values() for t in values]).all()):
-            return
-        bad = {name: values for name, values in found.items() if not all(bool(t.isfinite().all()) for t in values)}
-        blank = {name for name in bad if self.plan[name].optional and self._is_blank(name, ostate[name])}
-        complaints = [_complaint(name, self.plan.site(name), bad[name]) for name in bad if name not in blank]
-        raise_all(complaints, StateError)
-
-    def _is_blank(self, name: str, state: State) -> bool:
-        """Whether an observer has seen nothing."""
-        piece = self._running[name]
-        neutral = piece.observer.init(torch.zeros((), device=leaves(state)[0].device).expand(piece.site.shape), piece.scheme)
-        return all(torch.equal(a, b) for a, b in zip(leaves(neutral), leaves(state), strict=True))
-
-
-def _check_reached(name: str, qparams: QParams) -> None:
-    """A run that reaches an optional value needs what calibration may not have seen."""
-    if is_plain([qparams.scale]) and bool(qparams.scale.isnan().any()):
-        fix = "calibrate with a batch that reaches it"
-        raise StateError(f"not calibrated: {name} is optional and has seen no data, but this run reaches it. Fix: {fix}.")
-
-
-def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
-    if any(bool(t.isnan().any()) for t in values):
-        fix = f"look at {site.parameter or 'what reaches ' + (site.value or site.path)}"
-        return explain(name, "a scale", got="NaN in the data", allowed="finite numbers", fix=fix)
-    if site.parameter:
-        fix = f"look at {site.parameter}"
-        return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=fix)
-    fix = "q.calibrate(params, batches) with finite batches"
-    return f"not calibrated: {name} has seen no data, or infinite data. Fix: {fix}."
-
-
-def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> QParamsDict:
-    """Put together what :meth:`Quantized.split` took apart; names are split at the last dot.
-
-    Raises:
-      StateError: a name in both halves, or a quantizer without scale or zero point.
-
-    Example:
-      >>> merge({"a.scale": torch.tensor(1.0)}, {"a.zero_point": torch.tensor(0)})
-      {'a': QParams(scale=tensor(1.), zero_point=tensor(0), extras={})}
-    """
-    for half in (learnable, rest):
-        if not isinstance(half, Mapping) or not all(isinstance(value, Tensor) for value in half.values()):
-            allowed = "two flat dicts {'<quantizer>.<field>': Tensor}"
-            raise StateError(explain("merge", "this half", allowed=allowed, fix="sq.merge(*q.split(qparams))"))
-    twice = sorted(learnable.keys() & rest.keys())
-    if twice:
-        raise StateError(explain("merge", "one name in both halves", got=twice))
-    fields: dict[str, dict[str, Tensor]] = {}
-    for key, value in {**learnable, **rest}.items():
-        name, dot, field = key.rpartition(".")
-        if not dot:
-            raise StateError(explain("merge", f"the name {key!r}", allowed="'<quantizer>.<field>'"))
-        fields.setdefault(name, {})[field] = value
-    for name, own in fields.items():
-        missing = [field for field in ("scale", "zero_point") if field not in own]
-        if missing:
-            fix = "pass both results of q.split(qparams)"
-            raise StateError(f"merge: {name!r} has no {' and no '.join(missing)}. Fix: {fix}.")
-    return sorted_dict({n: QParams(own.pop("scale"), own.pop("zero_point"), sorted_dict(own)) for n, own in fields.items()})

@@ -17,6 +17,7 @@ from sophq_func import fake_quantize as fake_quantizers
 from sophq_func.affine import clamp, qparams_to_range, range_to_qparams
 from sophq_func.base import FakeQuantize, QParams
 from sophq_func.errors import ConfigError, StateError, explain, near, raise_all
+from sophq_func.flat import flat
 from sophq_func.plan import Plan
 from sophq_func.pytree import flatten, is_plain, sorted_dict, tree_map
 from sophq_func.scheme import QScheme, QuantizerConfig
@@ -214,12 +215,7 @@ def _described(setting: Mapping[str, QParams]) -> dict[str, str]:
     """Dtype and shape of each leaf, by its name in ``q.split``."""
     if not isinstance(setting, Mapping) or not all(isinstance(own, QParams) for own in setting.values()):
         raise StateError(explain("stack", "this setting", got=type(setting).__name__, allowed="a dict of QParams"))
-    fields = {
-        f"{name}.{field}": leaf
-        for name, own in setting.items()
-        for field, leaf in {"scale": own.scale, "zero_point": own.zero_point, **own.extras}.items()
-    }
-    return {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in fields.items()}
+    return {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in flat(setting).items()}
 
 
 def unstack(settings: Mapping[str, QParams]) -> list[dict[str, QParams]]:
