@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from sophq_func.base import QParams, State
 from sophq_func.errors import StateError, explain
 
 Params = Mapping[str, Tensor]
+V = TypeVar("V")
 
 
 class Observes(Protocol):
@@ -26,7 +27,7 @@ def calibrate(q: Observes, params: Params, batches: Iterable[Any], progress: boo
     """See :meth:`sophq_func.Quantized.calibrate`."""
     ostate, count = q.init(params), 0
     with torch.no_grad():
-        for batch in _shown(batches, progress):
+        for batch in shown(_checked(batches), "calibrate", progress):
             args, kwargs = as_call(batch)
             _, ostate = q.observe(params, ostate, *args, **kwargs)
             count += 1
@@ -35,7 +36,7 @@ def calibrate(q: Observes, params: Params, batches: Iterable[Any], progress: boo
         return q.qparams(params, ostate)
 
 
-def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(batch: Any, where: str = "calibrate") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a batch: a tensor, a tuple or list of arguments, or a dict of keywords."""
     if isinstance(batch, Tensor):
         return (batch,), {}
@@ -44,14 +45,18 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     allowed = "a tensor, a tuple of arguments or a dict of keyword arguments"
-    raise StateError(explain("calibrate", "this batch", got=type(batch).__name__, allowed=allowed))
+    raise StateError(explain(where, "this batch", got=type(batch).__name__, allowed=allowed))
 
 
-def _shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
-    """``batches``, with a progress bar on a terminal where ``rich`` is installed."""
+def _checked(batches: Iterable[Any]) -> Iterable[Any]:
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         got = type(batches).__name__
         raise StateError(explain("calibrate", "these batches", got=got, allowed="a list", fix="q.calibrate(params, [x])"))
+    return batches
+
+
+def shown(items: Iterable[V], what: str, progress: bool) -> Iterator[V]:
+    """``items``, with a progress bar on a terminal where ``rich`` is installed."""
     if progress:
         try:
             from rich.console import Console
@@ -59,5 +64,5 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
         except ModuleNotFoundError:
             progress = False
     if progress and (console := Console(stderr=True)).is_terminal:
-        return iter(track(batches, description="calibrate", console=console, transient=True))
-    return iter(batches)
+        return iter(track(items, description=what, console=console, transient=True))
+    return iter(items)

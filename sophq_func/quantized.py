@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sophq_func.base import QParams, State
-from sophq_func.calibrate import calibrate
+from sophq_func.calibrate import as_call, calibrate
 from sophq_func.errors import StateError, explain
 from sophq_func.finite import check_finite, check_reached
 from sophq_func.flat import flat
@@ -20,6 +20,8 @@ from sophq_func.pytree import sorted_dict
 from sophq_func.quantizers import RunQuantizer, make_quantizers, state_types
 from sophq_func.running import Effect, Runner, Schedule
 from sophq_func.scheme import PerToken
+from sophq_func.settings import unstack
+from sophq_func.sweep import Versions, sweep
 from sophq_func.trace import arguments, map_inputs
 from sophq_func.weights import Params, WeightQuantizer, quantize_weights
 
@@ -37,19 +39,22 @@ class Quantized:
     Attributes:
       plan: the :class:`~sophq_func.plan.Plan`.
       training: the training flag of the model at hand, see :meth:`train` and :meth:`eval`.
+      frozen: weights come as they are, see :meth:`freeze`.
     """
 
     plan: Plan
     training: bool
+    frozen: bool
     _skeleton: Skeleton
     _schedule: Schedule
     _arguments: tuple[list[str], str]
     _weights: tuple[WeightQuantizer, ...]
+    _acting: tuple[WeightQuantizer, ...]
     _running: dict[str, RunQuantizer]
     _pieces: dict[str, WeightQuantizer | RunQuantizer]
     _types: dict[str, dict[str, type]]
 
-    def __init__(self, skeleton: Skeleton, plan: Plan) -> None:
+    def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False) -> None:
         schedule = Schedule(plan)
         weights, running = make_quantizers(skeleton, plan)
         set_ = object.__setattr__
@@ -58,7 +63,9 @@ class Quantized:
         set_(self, "_skeleton", skeleton)
         set_(self, "_schedule", schedule)
         set_(self, "_arguments", arguments(skeleton.module))
+        set_(self, "frozen", frozen)
         set_(self, "_weights", weights)
+        set_(self, "_acting", () if frozen else tuple(weight for weight in weights if not weight.config.observe_only))
         set_(self, "_running", running)
         pieces: dict[str, WeightQuantizer | RunQuantizer] = {**{w.site.quantizer: w for w in weights}, **running}
         set_(self, "_pieces", pieces)
@@ -72,13 +79,14 @@ class Quantized:
         self.__setattr__(name, None)
 
     def __repr__(self) -> str:
-        return f"Quantized({type(self._skeleton.module).__name__}, {self.plan!r}, training={self.training})"
+        flags = f"training={self.training}" + (", frozen=True" if self.frozen else "")
+        return f"Quantized({type(self._skeleton.module).__name__}, {self.plan!r}, {flags})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Quantized, (self._skeleton, self.plan)
+        return Quantized, (self._skeleton, self.plan, self.frozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
-        return Quantized(copy.deepcopy(self._skeleton, memo), self.plan)
+        return Quantized(copy.deepcopy(self._skeleton, memo), self.plan, self.frozen)
 
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: weights are observed here, activations start neutral.
@@ -181,10 +189,10 @@ class Quantized:
           What the model returns; all params, with the buffers as the run left them.
         """
         output, buffers = self._apply(params, qparams, "apply_and_update", args, kwargs)
-        kept = {weight.site.parameter for weight in self._weights}
+        kept = {weight.site.parameter for weight in self._acting}
         after: dict[str, Tensor] = {**params, **{n: buffer for n, buffer in buffers.items() if n not in kept}}
-        for weight in self._weights:
-            if weight.site.source and not weight.config.observe_only:
+        for weight in self._acting:
+            if weight.site.source:
                 own, source = qparams[weight.site.quantizer], qparams[weight.site.source]
                 after.update(weight.mean_shift(params, own, source, after))
         return output, sorted_dict(after)
@@ -202,7 +210,7 @@ class Quantized:
         """
         self._check(params, qparams, "capture", "qparams")
         seen = {}
-        for weight in self._weights:
+        for weight in () if self.frozen else self._weights:
             name, parameter = weight.site.quantizer, weight.site.parameter
             seen[name] = params[parameter], weight.quantize(params, qparams[name])
         quantize = self._quantizing(qparams)
@@ -234,8 +242,8 @@ class Quantized:
         if not isinstance(generator, torch.Generator):
             got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
             raise StateError(explain("with_noise", "this generator", got=got, allowed="a torch.Generator", fix=fix))
-        noisy = {n for n, piece in self._pieces.items() if piece.fake_quantize.noise and not piece.config.observe_only}
-        seen = {w.site.quantizer: w.seen(params) for w in self._weights if w.site.quantizer in noisy}
+        noisy = {n for n, piece in self._running.items() if piece.fake_quantize.noise and not piece.config.observe_only}
+        seen = {weight.site.quantizer: weight.seen(params) for weight in self._acting if weight.fake_quantize.noise}
 
         def effect(name: str, x: Tensor) -> Tensor:
             seen.update({name: x} if name in noisy else {})
@@ -266,15 +274,88 @@ class Quantized:
         config = self.plan[name]
         if config.observe_only or config.scheme.dynamic or (field == "zero_point" and config.scheme.symmetric):
             return False
+        if self.frozen and name not in self._running:
+            return False
         return field in self._pieces[name].fake_quantize.learnable
 
     def train(self) -> Quantized:
-        """The same plan with the model's training flag set; a new object."""
+        """The same plan with the model's training flag set; a new object.
+
+        Raises:
+          StateError: the weights are frozen.
+        """
+        if self.frozen:
+            raise StateError(explain("train", "training frozen weights", fix="go on with the q that was frozen"))
         return Quantized(self._skeleton.in_mode(True), self.plan)
 
     def eval(self) -> Quantized:
         """The same plan with the model's training flag cleared; a new object."""
-        return Quantized(self._skeleton.in_mode(False), self.plan)
+        return Quantized(self._skeleton.in_mode(False), self.plan, self.frozen)
+
+    def freeze(self, params: Params, qparams: Mapping[str, QParams], /) -> tuple[Quantized, dict[str, Tensor]]:
+        """Quantize the weights once, for inference.
+
+        Returns:
+          A quantized model that takes weights as they are, and params with weights on their grids and biases rounded,
+          detached. With the same qparams, whose entries for weights no longer matter, outputs are the same bit for bit.
+
+        Raises:
+          StateError: names that are missing or unknown; the model is in training mode, where BatchNorm folds into
+            weights what it has just seen.
+        """
+        self._check(params, qparams, "freeze", "qparams")
+        if self.training:
+            raise StateError(explain("freeze", "freezing in training mode", fix="q.eval().freeze(params, qparams)"))
+        new = {name: tensor.detach() for name, tensor in self._weights_on_grids(params, qparams).items()}
+        return Quantized(self._skeleton, self.plan, frozen=True), sorted_dict(new)
+
+    def sweep(
+        self,
+        params: Params,
+        settings: Sequence[Mapping[str, QParams]] | Mapping[str, QParams],
+        batch: Any,
+        *,
+        reduce: Callable[[Any], Any] | None = None,
+        how: str = "auto",
+        progress: bool = True,
+    ) -> Any:
+        """One batch under many settings, without gradients.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          settings: a list of qparams, or a batch of them as :func:`sophq_func.stack` returns it.
+          batch: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+          reduce: what to keep of an output, such as a loss; by default all of it.
+          how: ``"loop"`` runs one setting after the other, and quantizes a weight once for settings that agree on it.
+            ``"vmap"`` runs chunks of them as one. ``"compile"`` is a loop over one compiled function, worth the wait where
+            settings are many. ``"auto"`` is ``"vmap"`` for a model so small that calling torch costs more than arithmetic,
+            if torch can map it, else ``"loop"``.
+          progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
+
+        Returns:
+          What ``reduce`` returns, each tensor with a new first axis, one entry a setting.
+
+        Raises:
+          StateError: no settings; see :meth:`apply`.
+        """
+        args, kwargs = as_call(batch, "sweep")
+        self._skeleton.check(params, "sweep")
+        frozen, versions = (
+            Quantized(self._skeleton, self.plan, frozen=True),
+            Versions(self._acting, self._skeleton.detached(params)),
+        )
+        keep = reduce or (lambda output: output)
+
+        def one(setting: Mapping[str, QParams]) -> Any:
+            return keep(frozen.apply(versions(self._steps(setting)), setting, *args, **kwargs))
+
+        def whole(setting: Mapping[str, QParams]) -> Any:
+            return keep(self.apply(params, setting, *args, **kwargs))
+
+        each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
+        for setting in each:
+            self.plan.check(setting, "qparams", self._types["qparams"])
+        return sweep(self.plan, each, one, whole, how, progress)
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` as the quantizer ``name`` represents it, also where it only observes."""
@@ -327,13 +408,17 @@ class Quantized:
         return x.clone() if name in self.plan.written else x
 
     def _weights_on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
-        """Weights and biases quantized; a scale that its quantizer does not learn is a constant here, too."""
+        """Weights and biases quantized."""
+        return quantize_weights(self._acting, self._skeleton.detached(params), self._steps(qparams))
+
+    def _steps(self, qparams: Mapping[str, QParams]) -> QParamsDict:
+        """The scales in force; one that its quantizer does not learn is a constant for weights and biases, too."""
         steps = {}
         for name, own in qparams.items():
             piece = self._pieces[name]
             fixed = own if "scale" in piece.fake_quantize.learnable else own._replace(scale=own.scale.detach())
             steps[name] = piece.fake_quantize.grid(fixed, piece.scheme)
-        return quantize_weights(self._weights, self._skeleton.detached(params), steps)
+        return steps
 
     def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
         self._skeleton.check(params, where)

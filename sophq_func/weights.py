@@ -85,19 +85,22 @@ class WeightQuantizer:
         rounded = self.fake_quantize.apply(weight * divisor, qparams, self.scheme) / divisor
         return self._arrange(torch.where(factor == 0, weight, rounded).to(weight.dtype))
 
-    def round_bias(self, params: Params, qparams: QParams, source: QParams, new: dict[str, Tensor]) -> None:
-        """Write into ``new`` what changes when the layer's bias is rounded to multiples of ``S``.
+    def rounded_bias(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+        """What changes in ``params`` where the layer's bias is rounded to multiples of ``S``.
 
         ``d = round(B / S) S - B``, ``B`` the folded bias, goes into the layer's bias as ``d / f``. Without one it goes
         into BatchNorm's bias in eval; in training it only moves the running mean, see :meth:`mean_shift`.
         """
         site, norm = self.site, self.norm
-        shift = self._shift(params, qparams, source)
+        if not site.source:
+            return {}
+        shift = self._shift(params, qparams[site.quantizer], qparams[site.source])
         if site.bias:
             shift = shift if norm is None else self._unfold(shift, norm, params)
-            new[site.bias] = params[site.bias] + shift.to(params[site.bias].dtype)
-        elif norm is not None and not norm.training:
-            new[norm.bias] = params[norm.bias] + shift.to(params[norm.bias].dtype)
+            return {site.bias: params[site.bias] + shift.to(params[site.bias].dtype)}
+        if norm is not None and not norm.training:
+            return {norm.bias: params[norm.bias] + shift.to(params[norm.bias].dtype)}
+        return {}
 
     def mean_shift(self, params: Params, qparams: QParams, source: QParams, after: Params) -> dict[str, Tensor]:
         """The running mean that a training step returns where the layer has no bias to carry ``d``."""
@@ -143,9 +146,6 @@ def quantize_weights(
     """``params`` with weights on their grids and biases rounded; a new dict."""
     new = dict(params)
     for quantizer in quantizers:
-        if not quantizer.config.observe_only:
-            own = qparams[quantizer.site.quantizer]
-            new[quantizer.site.parameter] = quantizer.quantize(params, own)
-            if quantizer.site.source:
-                quantizer.round_bias(params, own, qparams[quantizer.site.source], new)
+        new[quantizer.site.parameter] = quantizer.quantize(params, qparams[quantizer.site.quantizer])
+        new.update(quantizer.rounded_bias(params, qparams))
     return new
