@@ -30,6 +30,11 @@ def medians(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict
 def write(path: Path, rows: Mapping[str, Any]) -> None:
     """Write figures as JSON, first to a temporary name."""
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    write_text(path, json.dumps({"machine": machine, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, first to a temporary name."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"machine": machine, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
+    partial.write_text(text)
     partial.replace(path)

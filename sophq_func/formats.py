@@ -196,6 +196,9 @@ def float_(
 def codebook(values: list[float] | tuple[float, ...]) -> Codebook:
     """A format of any values: nearest, of two equally near ones the lower; saturating.
 
+    Args:
+      values: two or more distinct finite numbers, in any order.
+
     Example:
       >>> codebook([-1.0, 0.0, 0.5, 4.0]).round(torch.tensor([0.25, 2.3, -9.0]))
       tensor([ 0.,  4., -1.])

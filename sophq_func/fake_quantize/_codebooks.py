@@ -1,4 +1,7 @@
-"""The tables of the 4-, 6- and 8-bit data types (semantics.md 4.13), and how to look one up by name."""
+"""The tables of the 4-, 6- and 8-bit data types (semantics.md 4.13), and how to look one up by name.
+
+NF4 is that of QLoRA (arXiv:2305.14314), AF4 that of Yoshida 2023 (arXiv:2306.06965).
+"""
 
 from __future__ import annotations
 

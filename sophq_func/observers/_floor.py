@@ -83,10 +83,11 @@ def grid(exponents: Tensor, state: FloorState | VoteState) -> QParams:
 def minmax_floor(quant_type: str | None = None) -> Observer:
     """The power-of-two step of least squared error near the extremes of the last tensor; see :func:`best_exponent`.
 
-    The zero point is 0, and ``pot_scale`` changes nothing. Not mergeable: only the last tensor counts.
+    The zero point is 0, so that an affine grid holds nothing below 0, and ``pot_scale`` changes nothing. Not mergeable:
+    only the last tensor counts.
 
     Args:
-      quant_type: ``"input"``, ``"param"`` (a weight) or ``"tensor"``; ``None`` means the last.
+      quant_type: ``"input"``, ``"param"`` (a weight) or ``"tensor"``; ``None`` is ``"tensor"``.
 
     Differs from sophgo-mq: the type is an option and has a default, there it must be set and nothing sets it; each
     channel has a step of its own; an affine grid looks at the largest value only instead of dividing by 0.
@@ -121,10 +122,11 @@ def minmax_floor(quant_type: str | None = None) -> Observer:
 def pot_mode(quant_type: str | None = None) -> Observer:
     """The power-of-two step that won most often among all tensors; each votes as ``minmax_floor`` chooses.
 
-    The smaller exponent wins among equals. The zero point is 0, and ``pot_scale`` changes nothing. Mergeable: votes add.
+    The smaller exponent wins among equals. The zero point is 0, so that an affine grid holds nothing below 0, and
+    ``pot_scale`` changes nothing. Mergeable: votes add.
 
     Args:
-      quant_type: ``"input"``, ``"param"`` (a weight) or ``"tensor"``; ``None`` means the last.
+      quant_type: ``"input"``, ``"param"`` (a weight) or ``"tensor"``; ``None`` is ``"tensor"``.
 
     Differs from sophgo-mq: as ``minmax_floor``; and a tensor votes when it is observed, not when qparams are read.
 

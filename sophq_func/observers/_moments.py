@@ -22,7 +22,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class StepState(NamedTuple):
-    """What gives a step, and the smallest value, of the last tensor; float32, scale-shaped; infinite at first."""
+    """What gives a step, and the range, of the last tensor; float32, scale-shaped; infinite at first."""
 
     size: Tensor
     lo: Tensor

@@ -187,7 +187,8 @@ def total(deviation: Tensor, p: float) -> Tensor:
 def mse(p: float = 2.0) -> Observer:
     """Range of least error ``mean(|x_q - x| ** p)`` for each tensor, and the union of these ranges.
 
-    95 candidates per tensor, 80 per channel or group. Mergeable. For low bit widths, where clipping outliers pays.
+    95 candidates per tensor, 80 per channel or group: ``(lo, hi) (1 - i / 100)``. Mergeable. For low bit widths,
+    where clipping outliers pays.
 
     Args:
       p: exponent of the error, > 0.

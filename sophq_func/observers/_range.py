@@ -103,7 +103,7 @@ def fixed_range(lo: float = -1.0, hi: float = 1.0) -> Observer:
     leave none.
 
     Args:
-      lo: lower bound, <= 0 or not.
+      lo: lower bound. A grid holds 0 in any case: above 0, it begins at 0.
       hi: upper bound, > ``lo``.
 
     Example:
