@@ -9,6 +9,7 @@ ties of the other. Rounding is half to even.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -200,7 +201,20 @@ def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound
     return low, high
 
 
-def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True) -> Tensor:
+def folded(quantize: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor) -> Tensor:
+    """``quantize(x * factor) / factor``, and ``x`` where the factor, which broadcasts against ``x``, is 0.
+
+    Example:
+      >>> folded(torch.round, torch.tensor([0.3, 0.3]), torch.tensor([10.0, 0.0]))
+      tensor([0.3000, 0.3000])
+    """
+    divisor = surrogate.divisor(factor)
+    return torch.where(factor == 0, x, quantize(x * divisor) / divisor).to(x.dtype)
+
+
+def fake_quantize(
+    x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True, factor: Tensor | None = None
+) -> Tensor:
     """Quantize and dequantize with the straight-through surrogate of LSQ (arXiv:1902.08153, semantics.md 4.3).
 
     Forward ``y = s * (clamp(q, n, p) - z)`` with the code ``q`` in the given order. For gradients of any order the
@@ -214,6 +228,7 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *,
       scheme: the grid; a symmetric one ignores the zero point.
       order: ``"kernel"``, ``"expression"`` or ``"quotient"``, see the top of this file.
       whole: the zero point is a code, clamped and rounded, straight through both; otherwise any number.
+      factor: quantize as :func:`folded` does; broadcasts against ``x``.
 
     Returns:
       A tensor like ``x``.
@@ -228,9 +243,11 @@ def fake_quantize(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *,
     low, high = expanded_bounds(qparams, scheme, x)
     scale = expand(qparams.scale, x, granularity)
     zero = None if scheme.symmetric else _zero_point(qparams, scheme, x, low, high, whole)
-    if whole and surrogate.fits(work, scale, low, high):
-        grid = surrogate.Grid(int(low), int(high), order == "kernel", order == "expression")
-        return surrogate.fake_quantize(work, scale, zero, grid).to(x.dtype)
+    if whole and surrogate.fits(work, scale, low, high, factor):
+        grid = surrogate.Grid(low, high, order == "kernel", order == "expression")
+        return surrogate.fake_quantize(work, scale, zero, grid, factor).to(x.dtype)
+    if factor is not None:
+        return folded(lambda x: fake_quantize(x, qparams, scheme, order, whole=whole), x, factor)
     code = _code(work.detach(), scale.detach(), None if zero is None else zero.detach(), order)
     inside = (code >= low) & (code <= high)
     within, beyond = code, clamp(code, low, high)

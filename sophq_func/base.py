@@ -76,6 +76,12 @@ class Apply(Protocol):
     def __call__(self, x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor: ...
 
 
+class ApplyFolded(Protocol):
+    """``apply(x * factor) / factor``, and ``x`` where the factor, which broadcasts against ``x``, is 0."""
+
+    def __call__(self, x: Tensor, factor: Tensor, qparams: QParams, scheme: QScheme) -> Tensor: ...
+
+
 class Grid(Protocol):
     """The qparams with the scale and zero point in force, where learned extras decide them."""
 
@@ -104,6 +110,7 @@ class FakeQuantize(NamedTuple):
         of the qparams. Where both are missing it raises a ``StateError``; ``q.with_noise`` provides them.
       grid: see :class:`Grid`.
       scales_bias: that scale rounds a bias although codes are no integers.
+      folded: see :class:`ApplyFolded`; given where it costs fewer passes over ``x`` than that sentence.
       resizable: codes lie between bounds that ``extras["qmin"]`` and ``extras["qmax"]`` may move after ``init``, so that
         :func:`sophq_func.with_bits` can give it another bit width.
     """
@@ -115,6 +122,7 @@ class FakeQuantize(NamedTuple):
     noise: bool = False
     grid: Grid = stored
     scales_bias: bool = False
+    folded: ApplyFolded | None = None
     resizable: bool = True
 
 

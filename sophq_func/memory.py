@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,8 @@ OWN = frozenset(nn.Module().__dict__)
 
 HOOKS = tuple(name for name in sorted(OWN) if "_hooks" in name)
 """Those that hold hooks; a model may install some in its first call."""
+
+_hooks_of = itemgetter(*HOOKS)
 
 
 class _Absent:
@@ -35,8 +38,9 @@ class Memory:
             for name, value in attributes.items()
             if name not in OWN and type(value) in (list, dict, set)
         ]
-        hooks = (attributes[name] for _, attributes in self._modules for name in HOOKS)
-        self._hooks = [(value, dict(value)) for value in hooks if value is not None]
+        hooks = [hooks for _, attributes in self._modules for hooks in _hooks_of(attributes) if hooks is not None]
+        self._hooks = [(value, dict(value)) for value in hooks if value]
+        self._no_hooks = [value for value in hooks if not value]
 
     def restore(self) -> list[tuple[nn.Module, str, Any]]:
         """Put everything back.
@@ -49,9 +53,14 @@ class Memory:
         for value, hooks in self._hooks:
             if value != hooks:
                 _filled(value, hooks)
+        for value in self._no_hooks:
+            if value:
+                value.clear()
         changed = []
         for module, attributes in self._modules:
             now = module.__dict__
+            if len(now) == len(attributes) and all(map(is_, now.values(), attributes.values())):
+                continue
             names = [k for k in now.keys() | attributes.keys() if now.get(k, ABSENT) is not attributes.get(k, ABSENT)]
             changed += [(module, name, attributes.get(name, ABSENT)) for name in names]
             if names:

@@ -5,6 +5,10 @@ codes inside ``[low, high]``, the output ``y`` and its gradient ``g``: ``gx = m 
 ``gz = -s sum((1 - m) g)``, each sum over the elements that share a scale. Mask and output are found again from ``x``: a
 code is inside where the quotient ``v`` lies between ``low - 1/2`` and ``high + 1/2``; a bound itself is rounded to the
 even neighbour, and so is inside where its integer is even.
+
+With a factor ``d`` folded in it is ``Q(x d) / d``, rounded in that order, and ``x`` where ``d`` is 0: a grid of step
+``r = s / d``, which takes the place of ``s`` in every derivative. Autograd knows that quotient; ``s`` and ``d``
+themselves enter as constants.
 """
 
 from __future__ import annotations
@@ -15,65 +19,120 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LARGE = 2**14
 """From how many elements on it is used; below, the composition costs less than the call."""
 
-BLOCK = 2**18
-"""How many elements are worked on at once: what passes over them after the first finds them in the cache."""
+BLOCK = 2**20
+"""How many elements a CPU works on at once: what passes over them after the first finds them in the cache."""
 
 
 class Grid(NamedTuple):
-    """What is not differentiated: bounds of the codes, and whether the quotient is ``x * (1 / s)``, and holds ``z``."""
+    """What is not differentiated: bounds of the codes, and whether the quotient is ``x * (1 / s)``, and holds ``z``.
 
-    low: int
-    high: int
+    Both bounds are ints or, where they are data, tensors of shape ``()``.
+    """
+
+    low: Any
+    high: Any
     reciprocal: bool
     shifted: bool
 
 
-def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> bool:
+class Point(NamedTuple):
+    """Where the function and its derivatives are evaluated; all tensors broadcast against ``x``.
+
+    Attributes:
+      x: the tensor.
+      ratio: the step ``r`` of the grid in ``x``: the scale, divided by the factor.
+      zero: the zero point.
+      step: the scale of the forward, where a factor is folded in; a constant.
+      factor: that factor; a constant.
+    """
+
+    x: Tensor
+    ratio: Tensor
+    zero: Tensor | None
+    step: Tensor | None
+    factor: Tensor | None
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale of the forward."""
+        return self.ratio if self.step is None else self.step
+
+
+def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, factor: Tensor | None = None) -> bool:
     """Whether the function serves these tensors: eager, large, of torch's own type and one floating type."""
+    floats = (x, scale) if factor is None else (x, scale, factor)
     return (
         not torch.compiler.is_compiling()
-        and isinstance(low, int)
-        and isinstance(high, int)
         and x.numel() >= LARGE
-        and x.dtype == scale.dtype
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and type(scale) in (Tensor, torch.nn.Parameter)
+        and all(t.dtype == x.dtype and type(t) in (Tensor, torch.nn.Parameter) for t in floats)
+        and type(low) is type(high)
+        and _is_constant(low)
+        and _is_constant(high)
     )
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    """``s (clamp(q, low, high) - z)``; scale and zero point broadcast against ``x``."""
-    result: Tensor = _FakeQuantize.apply(x, scale, zero, grid)  # type: ignore[no-untyped-call]
+def _is_constant(bound: Tensor | int) -> bool:
+    """Whether a bound is the same everywhere, and nothing is differentiated or mapped along it."""
+    return isinstance(bound, int) or not (bound.ndim or bound.requires_grad or _is_wrapped(bound))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: Tensor | None = None) -> Tensor:
+    """``s (clamp(q, low, high) - z)``; scale, zero point and factor broadcast against ``x``."""
+    point = Point(x, scale, zero, None, None)
+    if factor is not None:
+        point = Point(x, scale / divisor(factor), zero, scale.detach(), factor.detach())
+    if not _has_derivative(point):
+        return _FakeQuantize.forward(*point, grid)
+    result: Tensor = _FakeQuantize.apply(*point, grid)  # type: ignore[no-untyped-call]
     return result
 
 
-def _quotient(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, out: Tensor | None = None) -> Tensor:
+def _has_derivative(point: Point) -> bool:
+    """Whether somebody may ask for one; if not, autograd need not be told."""
+    if forward_ad._current_level >= 0 or _is_wrapped(*point):
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in point)
+
+
+def divisor(factor: Tensor) -> Tensor:
+    """The factor, 1 where it is 0."""
+    return torch.where(factor == 0, 1, factor)
+
+
+def _quotient(p: Point, grid: Grid, out: Tensor | None = None) -> Tensor:
     """What is rounded, in a fresh tensor or in ``out``."""
-    v = torch.mul(x, 1 / scale, out=out) if grid.reciprocal else torch.div(x, scale, out=out)
-    return v if zero is None or not grid.shifted else torch.add(v, zero, out=out)
+    x = p.x if p.factor is None else torch.mul(p.x, divisor(p.factor), out=out)
+    v = torch.mul(x, 1 / p.scale, out=out) if grid.reciprocal else torch.div(x, p.scale, out=out)
+    return v if p.zero is None or not grid.shifted else torch.add(v, p.zero, out=out)
 
 
-def _is_inside(v: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    """The mask of quotients whose codes lie inside the bounds."""
-    if zero is None or grid.shifted:
-        return (v >= _bound(grid.low, -1, v.dtype)) & (v <= _bound(grid.high, 1, v.dtype))
-    return (v >= _bounds(grid.low - zero, -1)) & (v <= _bounds(grid.high - zero, 1))
+def _is_inside(v: Tensor, p: Point, grid: Grid) -> Tensor:
+    """The mask of quotients whose codes lie inside the bounds, and of what a factor of 0 leaves alone."""
+    if p.zero is None or grid.shifted:
+        inside = (v >= _bound(grid.low, -1, v.dtype)) & (v <= _bound(grid.high, 1, v.dtype))
+    else:
+        inside = (v >= _bounds(grid.low - p.zero, -1)) & (v <= _bounds(grid.high - p.zero, 1))
+    return inside if p.factor is None else inside | (p.factor == 0)
 
 
-def _bound(code: int, side: int, dtype: torch.dtype) -> float:
+def _bound(code: int | Tensor, side: int, dtype: torch.dtype) -> float | Tensor:
     """The outermost quotient that is rounded to a code; ``side`` is 1 above it and -1 below."""
+    if isinstance(code, Tensor):
+        return _bounds(code.to(dtype), side)
     tie = torch.tensor(code + side / 2, dtype=dtype)
     return float(tie if code % 2 == 0 else torch.nextafter(tie, tie * 0 - side * math.inf))
 
 
 def _bounds(codes: Tensor, side: int) -> Tensor:
-    """The same for codes that are whole numbers in a tensor."""
-    tie = codes + side / 2
-    return torch.where(codes.remainder(2) == 0, tie, torch.nextafter(tie, torch.full_like(tie, -side * math.inf)))
+    """The same for codes in a tensor; one that is not whole is no tie."""
+    whole = codes.floor() if side > 0 else codes.ceil()
+    tie = whole + side / 2
+    return torch.where(whole.remainder(2) == 0, tie, torch.nextafter(tie, torch.full_like(tie, -side * math.inf)))
 
 
 def _is_wrapped(*tensors: Tensor | None) -> bool:
@@ -91,7 +150,7 @@ def _blocks(like: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
     flat = len(shapes) == 1 and all(t is None or t.is_contiguous() for t in (like, *tensors))
     whole = [t.view(-1) if flat and t is not None and t.ndim else t for t in (like, *tensors)]
     length = whole[0].shape[0] if like.ndim and like.numel() else 1  # type: ignore[union-attr]
-    step = max(1, BLOCK * length // max(1, like.numel()))
+    step = max(1, BLOCK * length // max(1, like.numel())) if like.is_cpu else length
     for start in range(0, length, step):
         cut = (t if t is None or not t.ndim or t.shape[0] == 1 != length else t[start : start + step] for t in whole)
         yield list(cut)
@@ -111,37 +170,50 @@ def _outside(code: int, side: int, dtype: torch.dtype) -> float:
     return float(torch.nextafter(bound, torch.tensor(side * math.inf, dtype=dtype)))
 
 
-def _gradient_parts(
-    g: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, out: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gradient_parts(g: Tensor, p: Point, grid: Grid, out: Tensor) -> tuple[Tensor, Tensor]:
     """Writes ``m g`` to ``out`` and returns ``m x`` and ``y``, in fresh tensors."""
-    v = _quotient(x, scale, zero, grid)
-    if zero is None:
-        limits = _outside(grid.low, -1, x.dtype), _outside(grid.high, 1, x.dtype)
+    v = _quotient(p, grid)
+    if p.zero is None and p.factor is None and isinstance(grid.low, int) and isinstance(grid.high, int):
+        limits = _outside(grid.low, -1, v.dtype), _outside(grid.high, 1, v.dtype)
         masked = torch.ops.aten.hardtanh_backward  # its first argument where the second lies between, else 0
         masked.grad_input(g, v, *limits, grad_input=out)
-        return masked(x, v, *limits), _rounded(v, scale, None, grid)
-    inside = _is_inside(v, zero, grid)
+        return masked(p.x, v, *limits), _rounded(v, p, grid)
+    inside = _is_inside(v, p, grid)
     torch.where(inside, g, g.new_zeros(()), out=out)
-    return torch.where(inside, x, 0), _rounded(v, scale, zero, grid)
+    return torch.where(inside, p.x, 0), _rounded(v, p, grid)
 
 
-def _levels(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The mask, and ``dy/ds``, which varies with the zero point alone, and only where the code is outside."""
-    x, scale, fixed = x.detach(), scale.detach(), None if zero is None else zero.detach()
-    v = _quotient(x, scale, fixed, grid)
+def _levels(p: Point, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The mask, and ``dy/dr``, which varies with the zero point alone, and only where the code is outside."""
+    fixed = Point._make(None if t is None else t.detach() for t in p)
+    v = _quotient(fixed, grid)
     inside = _is_inside(v, fixed, grid)
-    level = (_rounded(v, scale, fixed, grid) - torch.where(inside, x, 0)) / scale
-    if zero is not None and fixed is not None:
-        level = level - torch.where(inside, 0, zero - fixed)
+    level = (_rounded(v, fixed, grid) - torch.where(inside, fixed.x, 0)) / fixed.ratio
+    if p.zero is not None and fixed.zero is not None:
+        level = level - torch.where(inside, 0, p.zero - fixed.zero)
     return inside, level
 
 
-def _rounded(v: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+def _rounded(v: Tensor, p: Point, grid: Grid) -> Tensor:
     """The output from the quotient, whose memory it takes where it may."""
-    v = v.round_() if grid.shifted or zero is None else v.round_().add_(zero)
-    v = v.clamp(grid.low, grid.high) if _is_wrapped(v) else v.clamp_(grid.low, grid.high)
-    return v.mul_(scale) if zero is None else v.sub_(zero).mul_(scale)
+    if _is_wrapped(v, *p):
+        code = v.round() if grid.shifted or p.zero is None else v.round() + p.zero
+        code = code.clamp(grid.low, grid.high)
+        y = (code if p.zero is None else code - p.zero) * p.scale
+        return y if p.factor is None else torch.where(p.factor == 0, p.x, y / divisor(p.factor))
+    v = v.round_() if grid.shifted or p.zero is None else v.round_().add_(p.zero)
+    v = v.clamp_(grid.low, grid.high)
+    y = v.mul_(p.scale) if p.zero is None else v.sub_(p.zero).mul_(p.scale)
+    return y if p.factor is None else _left_alone(p.x, y.div_(divisor(p.factor)), p.factor == 0)
+
+
+def _left_alone(x: Tensor, y: Tensor, dead: Tensor) -> Tensor:
+    """``y``, into which those elements of ``x`` are written that a factor of 0 leaves alone; mostly there are none."""
+    axes = [axis for axis, size in enumerate(dead.shape) if size > 1]
+    if len(axes) != 1 or not x.is_cpu:
+        return torch.where(dead, x, y, out=y)
+    rows = dead.reshape(-1).nonzero().squeeze(1)
+    return y.index_copy_(axes[0], rows, x.index_select(axes[0], rows))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -150,33 +222,37 @@ class _FakeQuantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-        if _is_wrapped(x, scale, zero):
-            return _rounded(_quotient(x, scale, zero, grid), scale, zero, grid)
+    def forward(
+        x: Tensor, ratio: Tensor, zero: Tensor | None, step: Tensor | None, factor: Tensor | None, grid: Grid
+    ) -> Tensor:
+        p = Point(x, ratio, zero, step, factor)
+        if _is_wrapped(*p):
+            return _rounded(_quotient(p, grid), p, grid)
         y = torch.empty_like(x)
-        for part, own, s, z in _blocks(x, y, scale, zero):
-            _rounded(_quotient(part, s, z, grid, out=own), s, z, grid)
+        for part, own, *rest in _blocks(x, y, *p[1:]):
+            cut = Point(part, *rest)
+            _rounded(_quotient(cut, grid, out=own), cut, grid)
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, *inputs)
+        _save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, zero = _saved(ctx)
-        gx, gs, gz = _Backward.apply(g, x, scale, zero, ctx.grid)  # type: ignore[no-untyped-call]
-        return gx, gs, None if zero is None else gz, None
+        p = Point(*ctx.saved_tensors)
+        gx, gr, gz = _Backward.apply(g, *p, ctx.grid)  # type: ignore[no-untyped-call]
+        return gx, gr, None if p.zero is None else gz, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tx: Tensor | None, ts: Tensor | None, tz: Tensor | None, _: None) -> Tensor:  # type: ignore[override]
-        x, scale, zero = _saved(ctx)
-        inside, level = _levels(x, scale, zero, ctx.grid)
-        tangent = torch.zeros_like(x) if tx is None else torch.where(inside, tx, 0)
-        if ts is not None:
-            tangent = tangent + level * ts
+    def jvp(ctx: Any, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
+        p = Point(*ctx.saved_tensors)
+        inside, level = _levels(p, ctx.grid)
+        tangent = torch.zeros_like(p.x) if tx is None else torch.where(inside, tx, 0)
+        if tr is not None:
+            tangent = tangent + level * tr
         if tz is not None:
-            tangent = tangent - torch.where(inside, 0, scale * tz)
+            tangent = tangent - torch.where(inside, 0, p.ratio * tz)
         return tangent
 
 
@@ -186,59 +262,57 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        if _is_wrapped(g, x, scale, zero):
-            inside, level = _levels(x, scale, zero, grid)
+    def forward(
+        g: Tensor, x: Tensor, ratio: Tensor, zero: Tensor | None, step: Tensor | None, factor: Tensor | None, grid: Grid
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = Point(x, ratio, zero, step, factor)
+        if _is_wrapped(g, *p):
+            inside, level = _levels(p, grid)
             gx = torch.where(inside, g, 0)
-            gz = torch.zeros_like(scale) if zero is None else _sum_like((gx - g) * scale, zero)
-            return gx, _sum_like(level * g, scale), gz
-        gx, to_scale, to_zero = torch.empty_like(x), [], []
-        for gc, own, xc, s, z in _blocks(g, gx, x, scale, zero):
-            kept, y = _gradient_parts(gc, xc, s, z, grid, own)
-            to_scale.append(_sum_like(y.sub_(kept).mul_(gc), s))
-            to_zero += [] if z is None else [_sum_like((own - gc) * s, z)]
-        gz = torch.zeros_like(scale) if zero is None else _joined(to_zero, zero)
-        return gx, _joined(to_scale, scale) / scale, gz
+            gz = torch.zeros_like(ratio) if zero is None else _sum_like((gx - g) * ratio, zero)
+            return gx, _sum_like(level * g, ratio), gz
+        gx, to_ratio, to_zero = torch.empty_like(x), [], []
+        for gc, own, *rest in _blocks(g, gx, *p):
+            cut = Point(*rest)
+            kept, y = _gradient_parts(gc, cut, grid, own)
+            to_ratio.append(_sum_like(y.sub_(kept).mul_(gc), cut.ratio))
+            to_zero += [] if cut.zero is None else [_sum_like((own - gc) * cut.ratio, cut.zero)]
+        gz = torch.zeros_like(ratio) if zero is None else _joined(to_zero, zero)
+        return gx, _joined(to_ratio, ratio) / ratio, gz
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        g, *rest = inputs
-        _save(ctx, *rest, g)
+        _save(ctx, inputs)
 
     @staticmethod
-    def backward(ctx: Any, ggx: Tensor, ggs: Tensor, ggz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, zero, g = _saved(ctx)
-        inside, level = _levels(x, scale, zero, ctx.grid)
-        to_g = torch.where(inside, ggx, 0) + level * ggs
-        if zero is None:
-            return to_g, None, None, None, None
+    def backward(ctx: Any, ggx: Tensor, ggr: Tensor, ggz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g, *rest = ctx.saved_tensors
+        p = Point(*rest)
+        inside, level = _levels(p, ctx.grid)
+        to_g = torch.where(inside, ggx, 0) + level * ggr
+        if p.zero is None:
+            return to_g, None, None, None, None, None, None
         outer = torch.where(inside, 0, g)
-        to_g = to_g - torch.where(inside, 0, scale * ggz)
-        return to_g, None, -_sum_like(outer * ggz, scale), -_sum_like(outer * ggs, zero), None
+        to_g = to_g - torch.where(inside, 0, p.ratio * ggz)
+        return to_g, None, -_sum_like(outer * ggz, p.ratio), -_sum_like(outer * ggr, p.zero), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tg: Any, tx: Any, ts: Any, tz: Any, _: None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        x, scale, zero, g = _saved(ctx)
+    def jvp(ctx: Any, tg: Any, tx: Any, tr: Any, tz: Any, *_: None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        g, *rest = ctx.saved_tensors
+        p = Point(*rest)
         tg = torch.zeros_like(g) if tg is None else tg
-        inside, level = _levels(x, scale, zero, ctx.grid)
-        to_scale = _sum_like(level * tg, scale)
-        if zero is None:
-            return torch.where(inside, tg, 0), to_scale, torch.zeros_like(scale)
-        ts, tz = (torch.zeros_like(like) if t is None else t for t, like in ((ts, scale), (tz, zero)))
+        inside, level = _levels(p, ctx.grid)
+        to_ratio = _sum_like(level * tg, p.ratio)
+        if p.zero is None:
+            return torch.where(inside, tg, 0), to_ratio, torch.zeros_like(p.ratio)
+        tr, tz = (torch.zeros_like(like) if t is None else t for t, like in ((tr, p.ratio), (tz, p.zero)))
         outer, moved = torch.where(inside, 0, g), torch.where(inside, 0, tg)
-        to_zero = -_sum_like(outer * ts + moved * scale, zero)
-        return torch.where(inside, tg, 0), to_scale - _sum_like(outer * tz, scale), to_zero
+        to_zero = -_sum_like(outer * tr + moved * p.ratio, p.zero)
+        return torch.where(inside, tg, 0), to_ratio - _sum_like(outer * tz, p.ratio), to_zero
 
 
-def _save(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, *more: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     """Keep what a derivative needs; not the output, into which a model may write."""
-    ctx.grid, ctx.has_zero = grid, zero is not None
-    saved = [t for t in (x, scale, zero, *more) if t is not None]
-    ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
-
-
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """What was kept: ``x``, the scale, the zero point or ``None``, and more."""
-    x, scale, *rest = ctx.saved_tensors
-    return (x, scale, *rest) if ctx.has_zero else (x, scale, None, *rest)
+    *tensors, ctx.grid = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)

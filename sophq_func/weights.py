@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import positive, switched
+from sophq_func.affine import folded, positive, switched
 from sophq_func.base import FakeQuantize, Observer, QParams, State
 from sophq_func.scheme import PerChannel, PerGroup, QScheme, QuantizerConfig
 from sophq_func.site import Site
@@ -81,9 +81,10 @@ class WeightQuantizer:
         if self.norm is None:
             return self._arrange(self.fake_quantize.apply(weight, qparams, self.scheme))
         factor = self._along(self.norm.factor(params), weight)
-        divisor = torch.where(factor == 0, 1, factor)
-        rounded = self.fake_quantize.apply(weight * divisor, qparams, self.scheme) / divisor
-        return self._arrange(torch.where(factor == 0, weight, rounded).to(weight.dtype))
+        quick = self.fake_quantize.folded
+        if quick is not None and not self.scheme.dynamic:
+            return self._arrange(quick(weight, factor, qparams, self.scheme))
+        return self._arrange(folded(lambda w: self.fake_quantize.apply(w, qparams, self.scheme), weight, factor))
 
     def rounded_bias(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
         """What changes in ``params`` where the layer's bias is rounded to multiples of ``S``.

@@ -32,7 +32,10 @@ def fixed() -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel")
 
-    return FakeQuantize(kept, apply)
+    def folded(x: Tensor, factor: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel", factor=factor)
+
+    return FakeQuantize(kept, apply, folded=folded)
 
 
 @FAKE_QUANTIZERS.register("learnable", "LearnableFakeQuantize", "lsq")
@@ -62,16 +65,19 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
 
-    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+    def run(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Tensor:
         order: Order = "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
         scale, zero_point = positive(qparams.scale), qparams.zero_point
         if use_grad_scaling:
-            factor, scaled = _grad_factor(x, qparams, scheme), SCALE_GRAD[order]
-            scale = scaled(scale, factor)
-            zero_point = scaled(zero_point, factor) if zero_point.is_floating_point() else zero_point
-        return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, order)
+            less, scaled = _grad_factor(x, qparams, scheme), SCALE_GRAD[order]
+            scale = scaled(scale, less)
+            zero_point = scaled(zero_point, less) if zero_point.is_floating_point() else zero_point
+        return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, order, factor=factor)
 
-    return FakeQuantize(init, apply, ("scale", "zero_point"))
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        return run(x, None, qparams, scheme)
+
+    return FakeQuantize(init, apply, ("scale", "zero_point"), folded=run)
 
 
 @FAKE_QUANTIZERS.register("lsq_plus", "LSQPlusFakeQuantize")

@@ -94,6 +94,67 @@ NAMES = tuple(transforms(lambda x: x, (torch.ones(2),)))
 
 @over_static_schemes
 @over_orders
+@pytest.mark.parametrize("dead", [False, True], ids=["alive", "dead"])
+@pytest.mark.parametrize(
+    "name", ["forward", "grad", "jvp", "jacrev", "vmap x", "vmap qparams", "vmap grad", "grad of grad", "hvp", "vmap hvp"]
+)
+def test_a_factor_folded_in_equals_the_composition(
+    name: str, dead: bool, order: Any, scheme: sq.QScheme, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = point(scheme, dtype)[: 2 if scheme.symmetric else 3]
+    factor = 0.6 + 0.2 * torch.arange(args[0].shape[0], dtype=dtype).reshape(-1, *[1] * (args[0].ndim - 1))
+    factor[1] = 0 if dead else -1.5
+    blank = torch.zeros_like(args[1], dtype=torch.int32)
+
+    def f(x: Tensor, scale: Tensor, *rest: Tensor) -> Tensor:
+        zero, factor = rest if len(rest) == 2 else (blank, *rest)
+        return fake_quantize(x, sq.QParams(scale, zero, {}), scheme, order, factor=factor)
+
+    compute = transforms(f, (*args, factor))[name]
+    actual, expected = both(monkeypatch, compute)
+    assert len(actual) == len(expected) > 0
+    exact = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e) if name == "forward" else True
+        torch.testing.assert_close(a, e, **exact)
+
+
+@over_static_schemes
+@over_orders
+@pytest.mark.parametrize("bits", [2, 3, 3.4])
+def test_bounds_may_be_data(order: Any, bits: float, scheme: sq.QScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, scale, zero = point(scheme, torch.float32)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if scheme.symmetric else (0.0, 2**bits - 1)
+    bounds = {"qmin": torch.tensor(low), "qmax": torch.tensor(high)}
+
+    def loss(x: Tensor, scale: Tensor) -> Tensor:
+        return fake_quantize(x, sq.QParams(scale, zero, bounds), scheme, order).square().sum()
+
+    actual, expected = both(
+        monkeypatch,
+        lambda: [
+            fake_quantize(x, sq.QParams(scale, zero, bounds), scheme, order),
+            torch.func.grad(loss, argnums=(0, 1))(x, scale),
+        ],
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_that_are_learned_or_mapped_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surrogate, "LARGE", 0)
+    x, scale, bound = sample(0), torch.tensor(0.3), torch.tensor(7.0)
+    assert surrogate.fits(x, scale, -bound, bound)
+    assert not surrogate.fits(x, scale, -8, bound)
+    assert not surrogate.fits(x, scale, -bound, bound.clone().requires_grad_())
+    assert not surrogate.fits(x, scale, -bound.expand(3), bound.expand(3))
+    seen = []
+    torch.func.vmap(lambda b: seen.append(surrogate.fits(x, scale, -b, b)) or b)(torch.ones(2))
+    assert seen == [False]
+
+
+@over_static_schemes
+@over_orders
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_composition(
     name: str, order: str, scheme: sq.QScheme, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -183,7 +244,6 @@ def test_nothing_that_goes_in_is_changed_and_small_tensors_take_the_composition(
     monkeypatch.setattr(surrogate, "LARGE", 0)
     assert surrogate.fits(x, scale, -8, 7)
     assert not surrogate.fits(x, scale.double(), -8, 7)
-    assert not surrogate.fits(x, scale, torch.tensor(-8), 7)
     before = (x.clone(), x._version, scale._version)
     applied(sq.QScheme(bits=4), "kernel")(x, scale, torch.tensor(0.0))
     assert torch.equal(x, before[0])
