@@ -2,7 +2,7 @@
 
 It computes what the composition in :mod:`sophq_func.affine` computes, forward and all derivatives. With the mask ``m`` of
 codes inside ``[low, high]``, the output ``y`` and its gradient ``g``: ``gx = m g``, ``gs = sum((y - m x) g) / s``,
-``gz = -s sum((1 - m) g)``, each sum over the elements that share a scale. Mask and output are found again from ``x``: a
+``gz = -s sum((1 - m) g)``, each sum over the elements that share a scale. Mask and codes are found again from ``x``: a
 code is inside where the quotient ``v`` lies between ``low - 1/2`` and ``high + 1/2``; a bound itself is rounded to the
 even neighbour, and so is inside where its integer is even.
 
@@ -112,12 +112,10 @@ def _quotient(p: Point, grid: Grid, out: Tensor | None = None) -> Tensor:
 
 
 def _is_inside(v: Tensor, p: Point, grid: Grid) -> Tensor:
-    """The mask of quotients whose codes lie inside the bounds, and of what a factor of 0 leaves alone."""
+    """The mask of quotients whose codes lie inside the bounds."""
     if p.zero is None or grid.shifted:
-        inside = (v >= _bound(grid.low, -1, v.dtype)) & (v <= _bound(grid.high, 1, v.dtype))
-    else:
-        inside = (v >= _bounds(grid.low - p.zero, -1)) & (v <= _bounds(grid.high - p.zero, 1))
-    return inside if p.factor is None else inside | (p.factor == 0)
+        return (v >= _bound(grid.low, -1, v.dtype)) & (v <= _bound(grid.high, 1, v.dtype))
+    return (v >= _bounds(grid.low - p.zero, -1)) & (v <= _bounds(grid.high - p.zero, 1))
 
 
 def _bound(code: int | Tensor, side: int, dtype: torch.dtype) -> float | Tensor:
@@ -170,17 +168,31 @@ def _outside(code: int, side: int, dtype: torch.dtype) -> float:
     return float(torch.nextafter(bound, torch.tensor(side * math.inf, dtype=dtype)))
 
 
-def _gradient_parts(g: Tensor, p: Point, grid: Grid, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes ``m g`` to ``out`` and returns ``m x`` and ``y``, in fresh tensors."""
+def _gradient_parts(g: Tensor, p: Point, grid: Grid, out: Tensor) -> Tensor:
+    """Writes ``m g`` to ``out`` and returns ``g dy/dr``, in a fresh tensor; one pass over the other, in place."""
     v = _quotient(p, grid)
-    if p.zero is None and p.factor is None and isinstance(grid.low, int) and isinstance(grid.high, int):
+    code = v.round() if grid.shifted or p.zero is None else v.round().add_(p.zero)
+    level = code.clamp_(grid.low, grid.high)
+    if p.zero is None and isinstance(grid.low, int) and isinstance(grid.high, int):
         limits = _outside(grid.low, -1, v.dtype), _outside(grid.high, 1, v.dtype)
         masked = torch.ops.aten.hardtanh_backward  # its first argument where the second lies between, else 0
         masked.grad_input(g, v, *limits, grad_input=out)
-        return masked(p.x, v, *limits), _rounded(v, p, grid)
-    inside = _is_inside(v, p, grid)
-    torch.where(inside, g, g.new_zeros(()), out=out)
-    return torch.where(inside, p.x, 0), _rounded(v, p, grid)
+        level.sub_(masked.grad_input(v, v, *limits, grad_input=v))
+    else:
+        inside = _is_inside(v, p, grid)
+        torch.where(inside, g, g.new_zeros(()), out=out)
+        level.sub_(_center(v, inside, p, grid))
+    if p.factor is not None:
+        _left_alone(g, out, p.factor == 0)
+        _left_alone(g.new_zeros(()).expand_as(g), level, p.factor == 0)
+    return level.mul_(g)
+
+
+def _center(v: Tensor, inside: Tensor, p: Point, grid: Grid) -> Tensor:
+    """What is subtracted from a code to have ``dy/dr``."""
+    if p.zero is None or grid.shifted:
+        return torch.where(inside, v, 0 if p.zero is None else p.zero)
+    return torch.where(inside, v, 0) + p.zero
 
 
 def _levels(p: Point, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -188,7 +200,11 @@ def _levels(p: Point, grid: Grid) -> tuple[Tensor, Tensor]:
     fixed = Point._make(None if t is None else t.detach() for t in p)
     v = _quotient(fixed, grid)
     inside = _is_inside(v, fixed, grid)
-    level = (_rounded(v, fixed, grid) - torch.where(inside, fixed.x, 0)) / fixed.ratio
+    code = v.round() if grid.shifted or fixed.zero is None else v.round() + fixed.zero
+    level = code.clamp(grid.low, grid.high) - _center(v, inside, fixed, grid)
+    if p.factor is not None:
+        dead = p.factor == 0
+        inside, level = inside | dead, torch.where(dead, 0, level)
     if p.zero is not None and fixed.zero is not None:
         level = level - torch.where(inside, 0, p.zero - fixed.zero)
     return inside, level
@@ -274,11 +290,10 @@ class _Backward(torch.autograd.Function):
         gx, to_ratio, to_zero = torch.empty_like(x), [], []
         for gc, own, *rest in _blocks(g, gx, *p):
             cut = Point(*rest)
-            kept, y = _gradient_parts(gc, cut, grid, own)
-            to_ratio.append(_sum_like(y.sub_(kept).mul_(gc), cut.ratio))
+            to_ratio.append(_sum_like(_gradient_parts(gc, cut, grid, own), cut.ratio))
             to_zero += [] if cut.zero is None else [_sum_like((own - gc) * cut.ratio, cut.zero)]
         gz = torch.zeros_like(ratio) if zero is None else _joined(to_zero, zero)
-        return gx, _joined(to_ratio, ratio) / ratio, gz
+        return gx, _joined(to_ratio, ratio), gz
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
