@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -86,17 +87,17 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, fac
     point = Point(x, scale, zero, None, None)
     if factor is not None:
         point = Point(x, scale / divisor(factor), zero, scale.detach(), factor.detach())
-    if not _has_derivative(point):
+    if not _has_derivative(*point):
         return _FakeQuantize.forward(*point, grid)
     result: Tensor = _FakeQuantize.apply(*point, grid)  # type: ignore[no-untyped-call]
     return result
 
 
-def _has_derivative(point: Point) -> bool:
+def _has_derivative(*tensors: Tensor | None) -> bool:
     """Whether somebody may ask for one; if not, autograd need not be told."""
-    if forward_ad._current_level >= 0 or _is_wrapped(*point):
+    if forward_ad._current_level >= 0 or _is_wrapped(*tensors):
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in point)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def divisor(factor: Tensor) -> Tensor:
@@ -120,8 +121,11 @@ def _is_inside(v: Tensor, p: Point, grid: Grid) -> Tensor:
 
 def _bound(code: int | Tensor, side: int, dtype: torch.dtype) -> float | Tensor:
     """The outermost quotient that is rounded to a code; ``side`` is 1 above it and -1 below."""
-    if isinstance(code, Tensor):
-        return _bounds(code.to(dtype), side)
+    return _bounds(code.to(dtype), side) if isinstance(code, Tensor) else _inner_limit(code, side, dtype)
+
+
+@cache
+def _inner_limit(code: int, side: int, dtype: torch.dtype) -> float:
     tie = torch.tensor(code + side / 2, dtype=dtype)
     return float(tie if code % 2 == 0 else torch.nextafter(tie, tie * 0 - side * math.inf))
 
@@ -162,9 +166,10 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
     return (torch.cat(parts) if split else torch.stack(parts).sum(0)).reshape(like.shape)
 
 
+@cache
 def _outside(code: int, side: int, dtype: torch.dtype) -> float:
     """The innermost quotient beyond a bound: the neighbour of :func:`_bound`."""
-    bound = torch.tensor(_bound(code, side, dtype), dtype=dtype)
+    bound = torch.tensor(_inner_limit(code, side, dtype), dtype=dtype)
     return float(torch.nextafter(bound, torch.tensor(side * math.inf, dtype=dtype)))
 
 
@@ -257,7 +262,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         p = Point(*ctx.saved_tensors)
-        gx, gr, gz = _Backward.apply(g, *p, ctx.grid)  # type: ignore[no-untyped-call]
+        again = torch.is_grad_enabled() or _has_derivative(g, *p)
+        gx, gr, gz = (_Backward.apply if again else _Backward.forward)(g, *p, ctx.grid)  # type: ignore[no-untyped-call]
         return gx, gr, None if p.zero is None else gz, None, None, None
 
     @staticmethod
