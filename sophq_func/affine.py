@@ -248,14 +248,27 @@ def fake_quantize(
         return surrogate.fake_quantize(work, scale, zero, grid, factor).to(x.dtype)
     if factor is not None:
         return folded(lambda x: fake_quantize(x, qparams, scheme, order, whole=whole), x, factor)
-    code = _code(work.detach(), scale.detach(), None if zero is None else zero.detach(), order)
+    return _composed(work, scale, zero, low, high, order).to(x.dtype)
+
+
+def _composed(x: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order) -> Tensor:
+    """The same as a composition of functions of torch: for small tensors, transforms and compilers.
+
+    The value is ``s L`` with the constant level ``L = clamp(q) - z``; terms that are 0 carry the derivatives, so that no
+    compiler computes a quotient for the value that only a derivative needs.
+    """
+    step, center = scale.detach(), None if zero is None else zero.detach()
+    ratio = x.detach() * (1 / step) if order == "kernel" else x.detach() / step
+    code = _rounded(ratio, center, order)
+    level = clamp(code, low, high) if center is None else clamp(code, low, high) - center
+    if not surrogate.may_differentiate():
+        return step * level
     inside = (code >= low) & (code <= high)
-    within, beyond = code, clamp(code, low, high)
-    if zero is not None:
-        within, beyond = (code - zero).detach(), beyond - zero
-    ratio = torch.where(inside, work, 0) / scale
-    level = torch.where(inside, within + (ratio - ratio.detach()), beyond)
-    return (scale * level).to(x.dtype)
+    if zero is not None and center is not None:  # which moves what is outside
+        level = level - torch.where(inside, 0, zero - center)
+    within = torch.where(inside, x, 0)
+    slope = level - torch.where(inside, ratio, 0)
+    return step * level + (within - within.detach()) + (scale - step) * slope
 
 
 def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:
@@ -266,19 +279,18 @@ def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:
     return torch.where(mask, y, x) if mask.dtype == torch.bool else torch.lerp(x, y, mask.to(x.dtype))
 
 
-def _code(x: Tensor, scale: Tensor, zero: Tensor | None, order: Order) -> Tensor:
-    """The rounded code, not clamped; a constant."""
-    ratio = x * (1 / scale) if order == "kernel" else x / scale
+def _rounded(ratio: Tensor, zero: Tensor | None, order: Order) -> Tensor:
+    """The code, not clamped, of a quotient."""
     if zero is None:
         return ratio.round()
     return (ratio + zero).round() if order == "expression" else ratio.round() + zero
 
 
 def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
-    """A constant between bounds that may be tensors."""
+    """A constant between bounds that may be tensors; a code on a bound does not move with it."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (torch.as_tensor(b, dtype=code.dtype, device=code.device) for b in (low, high))
-        return torch.minimum(torch.maximum(code, low), high)
+        return torch.where(code > high, high, torch.where(code < low, low, code))
     return code.clamp(low, high)
 
 

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 LARGE = 2**14
 """From how many elements on it is used; below, the composition costs less than the call."""
 
-BLOCK = 2**20
+BLOCK = 2**17
 """How many elements a CPU works on at once: what passes over them after the first finds them in the cache."""
 
 
@@ -93,8 +93,13 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, fac
     return result
 
 
+def may_differentiate() -> bool:
+    """Whether somebody may ask for a derivative of what is computed now, or maps it; known to compilers, too."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def _has_derivative(*tensors: Tensor | None) -> bool:
-    """Whether somebody may ask for one; if not, autograd need not be told."""
+    """Whether somebody may ask for one of these tensors; if not, autograd need not be told."""
     if forward_ad._current_level >= 0 or _is_wrapped(*tensors):
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
