@@ -20,7 +20,7 @@ from sophq_func.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 from sophq_func.site import Role, Site
 
 QUANTMODES = ("weight_activation", "weight_only")
-STRATEGIES = ("CNN", "Transformer", "Dataflow", "BF16Mixed")
+STRATEGIES = ("CNN", "Transformer", "Dataflow", "Layers", "BF16Mixed")
 DEFAULT_CHIP = "BM1690"
 
 
@@ -121,8 +121,8 @@ class QuantConfig:
 
     Attributes:
       chip: fills what is not given, and validates; ``None``: no limits, and BM1690's defaults.
-      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"BF16Mixed"`` or ``"Dataflow"`` (the
-        default without a chip; with one it is ``"CNN"``).
+      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Layers"``, ``"BF16Mixed"`` or
+        ``"Dataflow"`` (the default without a chip; with one it is ``"CNN"``).
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
       weight, activation: config of every quantizer that no rule changes: a whole one, an override of the chip's, or
         ``None``, which leaves that half float.

@@ -1,4 +1,4 @@
-"""The strategy Dataflow: which operands are quantized, where, and once each."""
+"""The strategies Dataflow and Layers: which operands are quantized, where, and once each."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ class Net(nn.Module):
         return self.f(self, *inputs)
 
 
-def plan(f: Callable[..., Tensor], *inputs: Tensor, chip: str | None = None, **layers: nn.Module) -> sq.Plan:
-    config = sq.QuantConfig(chip=chip, strategy="Dataflow")
+def plan(
+    f: Callable[..., Tensor], *inputs: Tensor, chip: str | None = None, strategy: str = "Dataflow", **layers: nn.Module
+) -> sq.Plan:
+    config = sq.QuantConfig(chip=chip, strategy=strategy)
     return sq.plan(sq.trace(Net(f, **layers).eval(), inputs), config)
 
 
@@ -132,3 +134,35 @@ def test_what_the_user_says_is_stronger_than_a_known_range(by: str) -> None:
     found = sq.plan(sq.trace(Net(BOUNDED["softmax"]), (A, B)), config)["softmax" + AFTER]
     assert found.observer == sq.observers.mse()
     assert found.scheme.symmetric
+
+
+READ: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
+    "layers": (
+        lambda m, x: m.fc(m.conv(x).relu().flatten(1)),
+        {"x", "conv.weight_fake_quant", "flatten", "fc.weight_fake_quant"},
+    ),
+    "behind pooling": (
+        lambda m, x: m.conv(F.max_pool2d(F.pad(x, (0, 4, 0, 4)), 2)),
+        {"max_pool2d", "conv.weight_fake_quant"},
+    ),
+    "one tensor for two layers": (
+        lambda m, x: m.conv(x) + m.conv2(x),
+        {"x", "conv.weight_fake_quant", "conv2.weight_fake_quant"},
+    ),
+    "functions": (lambda m, x: F.linear(x, m.fc.weight[:, :4]), {"x", "fc.weight_fake_quant"}),
+    "nothing else": (lambda m, x: torch.softmax(x @ x.mT, -1).cumsum(0) * x + x.mean(), set()),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_layers_quantizes_what_layers_read(name: str) -> None:
+    f, expected = READ[name]
+    layers = {"conv": nn.Conv2d(3, 2, 1), "conv2": nn.Conv2d(3, 2, 1), "fc": nn.Linear(32, 2)}
+    found = plan(lambda m, x: f(m, x), A, strategy="Layers", **layers)
+    assert {n.removeprefix("inputs.0").replace(AFTER, "") or "x" for n in found} == expected
+
+
+def test_layers_rounds_no_bias() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    q = sq.quantize(model, sq.QuantConfig(strategy="Layers"), example_args=(x,))
+    assert q.plan.site("weight_fake_quant").source == ""

@@ -699,7 +699,14 @@ def test_an_underscored_glob_is_matched_against_every_place() -> None:
 
 # ----------------------------------------------------------------------------------------------------- section 3: placement
 
-STRATEGIES = (("BM1690", "CNN"), ("BM1690", "Transformer"), (None, "Dataflow"), (None, "BF16Mixed"), ("Academic", None))
+STRATEGIES = (
+    ("BM1690", "CNN"),
+    ("BM1690", "Transformer"),
+    (None, "Dataflow"),
+    (None, "Layers"),
+    (None, "BF16Mixed"),
+    ("Academic", None),
+)
 EVERY = pytest.mark.parametrize(("chip", "strategy"), STRATEGIES)
 MIXED: tuple[Any, ...] = (FUSED, ("twice", ("sequential", "linear")), "functional", ("residual", "deconv"), "softmax")
 

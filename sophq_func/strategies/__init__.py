@@ -1,6 +1,7 @@
 """Strategies: where quantizers go. Each is one file, and one entry in ``PLACEMENTS``."""
 
 from sophq_func.strategies import _academic as _academic
+from sophq_func.strategies import _layers as _layers
 from sophq_func.strategies import _mixed as _mixed
 from sophq_func.strategies import _tpu as _tpu
 from sophq_func.strategies._base import (

@@ -1,0 +1,53 @@
+"""``Layers``: weights and inputs of convolutions and linear layers, and nothing else.
+
+The setting of the literature on quantization-aware training (LSQ, arXiv:1902.08153, among others): each such layer
+multiplies integers; additions, norms, attention products and biases stay float. The input is quantized where the layer
+reads it, behind views and pooling, once where several layers read one tensor.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sophq_func.graph import Graph, Node, Operand
+from sophq_func.strategies._base import PLACEMENTS, Placement, Requests, Strategy, floating_operands
+from sophq_func.strategies._dataflow import LAYERS, contracted, signals, source_of
+
+WEIGHTS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+FUNCTIONS = LAYERS - {"embedding", "bilinear"}
+INPUT = ("0", "input")
+
+
+def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
+    """The operands of a node that the strategy quantizes: an input where it is read, a weight at its source."""
+    if node.is_module(*WEIGHTS, *requests.layers):
+        return list(node.operands[:1])
+    if node.function in FUNCTIONS:
+        return [o if o.role in INPUT else source_of(graph, o) for o in node.operands if contracted(node, o)]
+    return list(node.operands) if requests.listed(node) else []
+
+
+def place_layers(graph: Graph, requests: Requests) -> Placement:
+    """Every operand that a layer multiplies with its weight."""
+    chosen: dict[str, str] = {}
+    carrying = signals(graph)
+    for node in graph:
+        asked = requests.asks(node)
+        if asked:
+            chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
+        elif asked is None:
+            values = (operand.value for operand in read(graph, node, requests))
+            chosen.update({v: chosen.get(v, f"input of {node.name}") for v in values if v in carrying})
+    return Placement(chosen)
+
+
+PLACEMENTS.add("Layers", Strategy(place_layers, WEIGHTS, functions=True, rounds_bias=False))
