@@ -186,6 +186,8 @@ def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QScheme)
 
 def positive(scale: Tensor) -> Tensor:
     """The scale in force, ``max(|s|, 2 ** -23)``; its gradient is the sign of ``s``, straight through the floor."""
+    if not surrogate.may_differentiate():
+        return scale.abs().clamp(min=EPS)
     size = torch.where(scale < 0, -scale, scale)
     return size + (size.clamp(min=EPS) - size).detach()
 
@@ -246,19 +248,24 @@ def fake_quantize(
     if whole and surrogate.fits(work, scale, low, high, factor):
         grid = surrogate.Grid(low, high, order == "kernel", order == "expression")
         return surrogate.fake_quantize(work, scale, zero, grid, factor).to(x.dtype)
-    if factor is not None:
-        return folded(lambda x: fake_quantize(x, qparams, scheme, order, whole=whole), x, factor)
-    return _composed(work, scale, zero, low, high, order).to(x.dtype)
+    if factor is None:
+        return _composed(work, work, scale, scale, zero, low, high, order).to(x.dtype)
+    safe = surrogate.divisor(factor)
+    y = _composed(work, work * safe, scale, scale / safe, zero, low, high, order)
+    return torch.where(factor == 0, work, y).to(x.dtype)
 
 
-def _composed(x: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order) -> Tensor:
+def _composed(
+    x: Tensor, seen: Tensor, scale: Tensor, unit: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
+) -> Tensor:
     """The same as a composition of functions of torch: for small tensors, transforms and compilers.
 
-    The value is ``s L`` with the constant level ``L = clamp(q) - z``; terms that are 0 carry the derivatives, so that no
-    compiler computes a quotient for the value that only a derivative needs.
+    ``seen / scale`` is rounded, and codes are steps of ``unit``: with a factor ``f`` folded in ``x f`` and ``s / f``,
+    without one ``x`` and ``s``. The value is ``unit L`` with the constant level ``L = clamp(q) - z``; terms that are 0
+    carry the derivatives, so that no compiler computes for the value what only a derivative needs.
     """
-    step, center = scale.detach(), None if zero is None else zero.detach()
-    ratio = x.detach() * (1 / step) if order == "kernel" else x.detach() / step
+    step, center = unit.detach(), None if zero is None else zero.detach()
+    ratio = seen.detach() * (1 / scale.detach()) if order == "kernel" else seen.detach() / scale.detach()
     code = _rounded(ratio, center, order)
     level = clamp(code, low, high) if center is None else clamp(code, low, high) - center
     if not surrogate.may_differentiate():
@@ -268,7 +275,7 @@ def _composed(x: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: B
         level = level - torch.where(inside, 0, zero - center)
     within = torch.where(inside, x, 0)
     slope = level - torch.where(inside, ratio, 0)
-    return step * level + (within - within.detach()) + (scale - step) * slope
+    return step * level + (within - within.detach()) + (unit - step) * slope
 
 
 def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from sophq_func.decompose import DECOMPOSED
 from sophq_func.errors import PlanError, StateError, explain, near, raise_all
@@ -95,7 +96,8 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         frame.scopes.append(place.path)
         return None
     if not frame.leaves:
-        args, kwargs = frame.before_module(place.path, args, kwargs)
+        with _unwatched():
+            args, kwargs = frame.before_module(place.path, args, kwargs)
     frame.leaves += 1
     return args, kwargs
 
@@ -109,7 +111,17 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         frame.scopes.pop()
         return None
     frame.leaves -= 1
-    return None if frame.leaves else frame.after_module(place.path, module, args, kwargs, output)
+    if frame.leaves:
+        return None
+    with _unwatched():
+        return frame.after_module(place.path, module, args, kwargs, output)
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """While a frame computes something of its own, in eager, the mode need not see each function that it calls."""
+    if torch.compiler.is_compiling() or not isinstance(_get_current_function_mode(), _Watch):  # type: ignore[no-untyped-call]
+        return nullcontext()
+    return _pop_mode_temporarily()
 
 
 class _Watch(TorchFunctionMode):

@@ -14,7 +14,7 @@ themselves enter as constants.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,20 +48,17 @@ class Point(NamedTuple):
       x: the tensor.
       ratio: the step ``r`` of the grid in ``x``: the scale, divided by the factor.
       zero: the zero point.
-      step: the scale of the forward, where a factor is folded in; a constant.
-      factor: that factor; a constant.
+      step: the scale, where a factor is folded in; a constant.
+      factor: that factor, 1 where it is 0; a constant.
+      dead: where it is 0; a constant.
     """
 
     x: Tensor
     ratio: Tensor
     zero: Tensor | None
-    step: Tensor | None
-    factor: Tensor | None
-
-    @property
-    def scale(self) -> Tensor:
-        """The scale of the forward."""
-        return self.ratio if self.step is None else self.step
+    step: Tensor | None = None
+    factor: Tensor | None = None
+    dead: Tensor | None = None
 
 
 def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, factor: Tensor | None = None) -> bool:
@@ -84,9 +81,10 @@ def _is_constant(bound: Tensor | int) -> bool:
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: Tensor | None = None) -> Tensor:
     """``s (clamp(q, low, high) - z)``; scale, zero point and factor broadcast against ``x``."""
-    point = Point(x, scale, zero, None, None)
+    point = Point(x, scale, zero)
     if factor is not None:
-        point = Point(x, scale / divisor(factor), zero, scale.detach(), factor.detach())
+        safe = divisor(factor)
+        point = Point(x, scale / safe, zero, scale.detach(), safe.detach(), factor == 0)
     if not _has_derivative(*point):
         return _FakeQuantize.forward(*point, grid)
     result: Tensor = _FakeQuantize.apply(*point, grid)  # type: ignore[no-untyped-call]
@@ -112,8 +110,9 @@ def divisor(factor: Tensor) -> Tensor:
 
 def _quotient(p: Point, grid: Grid, out: Tensor | None = None) -> Tensor:
     """What is rounded, in a fresh tensor or in ``out``."""
-    x = p.x if p.factor is None else torch.mul(p.x, divisor(p.factor), out=out)
-    v = torch.mul(x, 1 / p.scale, out=out) if grid.reciprocal else torch.div(x, p.scale, out=out)
+    x = p.x if p.factor is None else torch.mul(p.x, p.factor, out=out)
+    scale = p.ratio if p.step is None else p.step
+    v = torch.mul(x, 1 / scale, out=out) if grid.reciprocal else torch.div(x, scale, out=out)
     return v if p.zero is None or not grid.shifted else torch.add(v, p.zero, out=out)
 
 
@@ -153,14 +152,19 @@ def _sum_like(value: Tensor, like: Tensor) -> Tensor:
 
 def _blocks(like: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
     """Corresponding parts of tensors that broadcast against the first, cut along the first axis; views."""
-    shapes = {t.shape for t in (like, *tensors) if t is not None and t.ndim}
-    flat = len(shapes) == 1 and all(t is None or t.is_contiguous() for t in (like, *tensors))
-    whole = [t.view(-1) if flat and t is not None and t.ndim else t for t in (like, *tensors)]
-    length = whole[0].shape[0] if like.ndim and like.numel() else 1  # type: ignore[union-attr]
+    whole: list[Any] = [like, *tensors]
+    wide = [i for i, t in enumerate(whole) if t is not None and t.ndim]
+    if all(whole[i].is_contiguous() and whole[i].shape == like.shape for i in wide):
+        for i in wide:
+            whole[i] = whole[i].view(-1)
+    length = whole[0].shape[0] if like.ndim and like.numel() else 1
+    cut = [i for i in wide if whole[i].shape[0] != 1 or length == 1]
     step = max(1, BLOCK * length // max(1, like.numel())) if like.is_cpu else length
     for start in range(0, length, step):
-        cut = (t if t is None or not t.ndim or t.shape[0] == 1 != length else t[start : start + step] for t in whole)
-        yield list(cut)
+        part = whole.copy()
+        for i in cut:
+            part[i] = whole[i][start : start + step]
+        yield part
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -178,23 +182,23 @@ def _outside(code: int, side: int, dtype: torch.dtype) -> float:
     return float(torch.nextafter(bound, torch.tensor(side * math.inf, dtype=dtype)))
 
 
-def _gradient_parts(g: Tensor, p: Point, grid: Grid, out: Tensor) -> Tensor:
-    """Writes ``m g`` to ``out`` and returns ``g dy/dr``, in a fresh tensor; one pass over the other, in place."""
-    v = _quotient(p, grid)
-    code = v.round() if grid.shifted or p.zero is None else v.round().add_(p.zero)
-    level = code.clamp_(grid.low, grid.high)
+def _gradient_parts(g: Tensor, p: Point, grid: Grid, out: Tensor, room: Sequence[Tensor]) -> Tensor:
+    """Writes ``m g`` to ``out`` and returns ``g dy/dr`` in the second tensor of ``room``; both are overwritten."""
+    v, level = room
+    _quotient(p, grid, out=v)
+    torch.round(v, out=level)
+    if p.zero is not None and not grid.shifted:
+        level.add_(p.zero)
+    level.clamp_(grid.low, grid.high)
     if p.zero is None and isinstance(grid.low, int) and isinstance(grid.high, int):
         limits = _outside(grid.low, -1, v.dtype), _outside(grid.high, 1, v.dtype)
-        masked = torch.ops.aten.hardtanh_backward  # its first argument where the second lies between, else 0
-        masked.grad_input(g, v, *limits, grad_input=out)
-        level.sub_(masked.grad_input(v, v, *limits, grad_input=v))
+        masked = torch.ops.aten.hardtanh_backward.grad_input  # its first argument where the second lies between, else 0
+        masked(g, v, *limits, grad_input=out)
+        level.sub_(masked(v, v, *limits, grad_input=v))
     else:
         inside = _is_inside(v, p, grid)
         torch.where(inside, g, g.new_zeros(()), out=out)
         level.sub_(_center(v, inside, p, grid))
-    if p.factor is not None:
-        _left_alone(g, out, p.factor == 0)
-        _left_alone(g.new_zeros(()).expand_as(g), level, p.factor == 0)
     return level.mul_(g)
 
 
@@ -212,9 +216,8 @@ def _levels(p: Point, grid: Grid) -> tuple[Tensor, Tensor]:
     inside = _is_inside(v, fixed, grid)
     code = v.round() if grid.shifted or fixed.zero is None else v.round() + fixed.zero
     level = code.clamp(grid.low, grid.high) - _center(v, inside, fixed, grid)
-    if p.factor is not None:
-        dead = p.factor == 0
-        inside, level = inside | dead, torch.where(dead, 0, level)
+    if p.dead is not None:
+        inside, level = inside | p.dead, torch.where(p.dead, 0, level)
     if p.zero is not None and fixed.zero is not None:
         level = level - torch.where(inside, 0, p.zero - fixed.zero)
     return inside, level
@@ -225,19 +228,19 @@ def _rounded(v: Tensor, p: Point, grid: Grid) -> Tensor:
     if _is_wrapped(v, *p):
         code = v.round() if grid.shifted or p.zero is None else v.round() + p.zero
         code = code.clamp(grid.low, grid.high)
-        y = (code if p.zero is None else code - p.zero) * p.scale
-        return y if p.factor is None else torch.where(p.factor == 0, p.x, y / divisor(p.factor))
+        return (code if p.zero is None else code - p.zero) * p.ratio
     v = v.round_() if grid.shifted or p.zero is None else v.round_().add_(p.zero)
     v = v.clamp_(grid.low, grid.high)
-    y = v.mul_(p.scale) if p.zero is None else v.sub_(p.zero).mul_(p.scale)
-    return y if p.factor is None else _left_alone(p.x, y.div_(divisor(p.factor)), p.factor == 0)
+    return v.mul_(p.ratio) if p.zero is None else v.sub_(p.zero).mul_(p.ratio)
 
 
-def _left_alone(x: Tensor, y: Tensor, dead: Tensor) -> Tensor:
+def _left_alone(x: Tensor, y: Tensor, dead: Tensor | None) -> Tensor:
     """``y``, into which those elements of ``x`` are written that a factor of 0 leaves alone; mostly there are none."""
+    if dead is None:
+        return y
     axes = [axis for axis, size in enumerate(dead.shape) if size > 1]
-    if len(axes) != 1 or not x.is_cpu:
-        return torch.where(dead, x, y, out=y)
+    if len(axes) != 1 or not x.is_cpu or _is_wrapped(x, y, dead):
+        return torch.where(dead, x, y)
     rows = dead.reshape(-1).nonzero().squeeze(1)
     return y.index_copy_(axes[0], rows, x.index_select(axes[0], rows))
 
@@ -249,16 +252,22 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, ratio: Tensor, zero: Tensor | None, step: Tensor | None, factor: Tensor | None, grid: Grid
+        x: Tensor,
+        ratio: Tensor,
+        zero: Tensor | None,
+        step: Tensor | None,
+        factor: Tensor | None,
+        dead: Tensor | None,
+        grid: Grid,
     ) -> Tensor:
-        p = Point(x, ratio, zero, step, factor)
+        p = Point(x, ratio, zero, step, factor, dead)
         if _is_wrapped(*p):
-            return _rounded(_quotient(p, grid), p, grid)
+            return _left_alone(x, _rounded(_quotient(p, grid), p, grid), dead)
         y = torch.empty_like(x)
         for part, own, *rest in _blocks(x, y, *p[1:]):
             cut = Point(part, *rest)
             _rounded(_quotient(cut, grid, out=own), cut, grid)
-        return y
+        return _left_alone(x, y, dead)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -269,7 +278,7 @@ class _FakeQuantize(torch.autograd.Function):
         p = Point(*ctx.saved_tensors)
         again = torch.is_grad_enabled() or _has_derivative(g, *p)
         gx, gr, gz = (_Backward.apply if again else _Backward.forward)(g, *p, ctx.grid)  # type: ignore[no-untyped-call]
-        return gx, gr, None if p.zero is None else gz, None, None, None
+        return gx, gr, None if p.zero is None else gz, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
@@ -290,21 +299,35 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        g: Tensor, x: Tensor, ratio: Tensor, zero: Tensor | None, step: Tensor | None, factor: Tensor | None, grid: Grid
+        g: Tensor,
+        x: Tensor,
+        ratio: Tensor,
+        zero: Tensor | None,
+        step: Tensor | None,
+        factor: Tensor | None,
+        dead: Tensor | None,
+        grid: Grid,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p = Point(x, ratio, zero, step, factor)
+        p = Point(x, ratio, zero, step, factor, dead)
         if _is_wrapped(g, *p):
             inside, level = _levels(p, grid)
             gx = torch.where(inside, g, 0)
             gz = torch.zeros_like(ratio) if zero is None else _sum_like((gx - g) * ratio, zero)
             return gx, _sum_like(level * g, ratio), gz
         gx, to_ratio, to_zero = torch.empty_like(x), [], []
+        room: list[Tensor] = []
         for gc, own, *rest in _blocks(g, gx, *p):
             cut = Point(*rest)
-            to_ratio.append(_sum_like(_gradient_parts(gc, cut, grid, own), cut.ratio))
-            to_zero += [] if cut.zero is None else [_sum_like((own - gc) * cut.ratio, cut.zero)]
+            if not room or room[0].shape != own.shape:
+                room = [torch.empty_like(own), torch.empty_like(own)]
+            terms = _gradient_parts(gc, cut, grid, own, room)
+            to_ratio.append(terms.clone() if terms.shape == cut.ratio.shape else _sum_like(terms, cut.ratio))
+            if cut.zero is not None:
+                outer = own - gc if cut.dead is None else (own - gc).masked_fill_(cut.dead, 0)
+                to_zero.append(_sum_like(outer * cut.ratio, cut.zero))
+        gr = _joined(to_ratio, ratio)
         gz = torch.zeros_like(ratio) if zero is None else _joined(to_zero, zero)
-        return gx, _joined(to_ratio, ratio), gz
+        return _left_alone(g, gx, dead), gr if dead is None else gr.masked_fill(dead, 0), gz
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -317,10 +340,11 @@ class _Backward(torch.autograd.Function):
         inside, level = _levels(p, ctx.grid)
         to_g = torch.where(inside, ggx, 0) + level * ggr
         if p.zero is None:
-            return to_g, None, None, None, None, None, None
+            return to_g, *(None,) * 7
         outer = torch.where(inside, 0, g)
         to_g = to_g - torch.where(inside, 0, p.ratio * ggz)
-        return to_g, None, -_sum_like(outer * ggz, p.ratio), -_sum_like(outer * ggr, p.zero), None, None, None
+        to_ratio, to_zero = -_sum_like(outer * ggz, p.ratio), -_sum_like(outer * ggr, p.zero)
+        return to_g, None, to_ratio, to_zero, *(None,) * 4
 
     @staticmethod
     def jvp(ctx: Any, tg: Any, tx: Any, tr: Any, tz: Any, *_: None) -> tuple[Tensor, ...]:  # type: ignore[override]

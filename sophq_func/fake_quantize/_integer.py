@@ -13,6 +13,7 @@ from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
 from sophq_func.errors import ConfigError, explain
 from sophq_func.pytree import tree_map
 from sophq_func.scheme import PerTensor, QScheme
+from sophq_func.surrogate import may_differentiate
 
 
 @FAKE_QUANTIZERS.register("fixed", "FixedFakeQuantize")
@@ -126,6 +127,8 @@ def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
 
 def _scale_grad(value: Tensor, factor: Tensor) -> Tensor:
     """``value``, with its gradient multiplied by ``factor``."""
+    if not may_differentiate():
+        return value
     return value.detach() + (value - value.detach()) * factor
 
 
