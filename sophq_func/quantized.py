@@ -21,7 +21,7 @@ from sophq_func.quantizers import RunQuantizer, make_quantizers, state_types
 from sophq_func.running import Effect, Runner, Schedule
 from sophq_func.scheme import PerToken
 from sophq_func.settings import unstack
-from sophq_func.sweep import Versions, sweep
+from sophq_func.sweep import Versions, size_of, sweep
 from sophq_func.trace import arguments, map_inputs
 from sophq_func.weights import Params, WeightQuantizer, quantize_weights
 
@@ -355,7 +355,7 @@ class Quantized:
         each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
         for setting in each:
             self.plan.check(setting, "qparams", self._types["qparams"])
-        return sweep(self.plan, each, one, whole, how, progress)
+        return sweep(size_of(self.plan, params), each, one, whole, how, progress)
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` as the quantizer ``name`` represents it, also where it only observes."""

@@ -59,11 +59,17 @@ class Versions:
         return known[-1][1]
 
 
-def sweep(plan: Plan, each: Sequence[Setting], one: Run, whole: Run, how: str, progress: bool) -> Any:
+def size_of(plan: Plan, params: Params) -> int:
+    """How many elements the quantized weights and values of one setting have."""
+    sites = [plan.site(name) for name in plan]
+    return sum(params[site.parameter].numel() if site.parameter else math.prod(site.shape) for site in sites)
+
+
+def sweep(size: int, each: Sequence[Setting], one: Run, whole: Run, how: str, progress: bool) -> Any:
     """See :meth:`sophq_func.Quantized.sweep`.
 
     Args:
-      plan: tells how large the model is.
+      size: how many elements one setting holds, see :func:`size_of`.
       each: the settings.
       one: runs a setting, sharing weights with others.
       whole: runs a setting and knows no other; may be mapped and compiled.
@@ -74,7 +80,6 @@ def sweep(plan: Plan, each: Sequence[Setting], one: Run, whole: Run, how: str, p
         raise StateError(explain("sweep", "this way", got=how, allowed=" or ".join(map(repr, WAYS))))
     if not each:
         raise StateError(explain("sweep", "no settings", fix="pass a list of qparams, or sq.stack of one"))
-    size = sum(math.prod(plan.site(name).shape) for name in plan)
     with torch.no_grad():
         if how == "vmap":
             return _mapped(whole, each, size)

@@ -1,0 +1,97 @@
+"""The two models that are measured: ResNet-18 at 224 x 224, and a BERT shaped like MiniLM at 8 x 128. Random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Basic(nn.Module):
+    """The basic block of ResNet (arXiv:1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        projection = (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.downsample = None if same else nn.Sequential(*projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += x if self.downsample is None else self.downsample(x)
+        return self.relu(y)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2)]
+        self.blocks = nn.Sequential(*[Basic(*width) for width in [*widths, (512, 512, 1)]])
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class Subject(NamedTuple):
+    """A way to make a model, arguments for it, and the tensor of its output that a loss is made of."""
+
+    make: Callable[[], nn.Module]
+    args: tuple[Tensor, ...]
+    read: Callable[[Any], Tensor]
+
+
+def resnet18(size: int = 224, batch: int = 4) -> Subject:
+    """ResNet-18 on random images."""
+    return Subject(seeded(ResNet18), (torch.randn(batch, 3, size, size, generator=generator()),), lambda output: output)
+
+
+def minilm(batch: int = 8, length: int = 128) -> Subject:
+    """A BERT of 6 layers and 384 features, fused attention, on random tokens."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        attn_implementation="sdpa",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    tokens = torch.randint(0, 30000, (batch, length), generator=generator())
+    read = lambda output: output[0] if isinstance(output, tuple | list) else output["last_hidden_state"]  # noqa: E731
+    return Subject(seeded(lambda: BertModel(config, add_pooling_layer=False)), (tokens,), read)
+
+
+def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The same weights at every call, eval mode."""
+
+    def make_seeded() -> nn.Module:
+        torch.manual_seed(0)
+        return make().eval()
+
+    return make_seeded
+
+
+def generator() -> torch.Generator:
+    """A source of the same random numbers at every call."""
+    return torch.Generator().manual_seed(0)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"resnet18": resnet18, "minilm": minilm}
