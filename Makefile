@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 examples: $(VENV)/.demo
-	for script in examples/0*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in examples/[0-9]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2

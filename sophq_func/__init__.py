@@ -9,6 +9,11 @@ from sophq_func.base import Observer as Observer
 from sophq_func.base import QParams as QParams
 from sophq_func.chips import CHIPS as CHIPS
 from sophq_func.chips import ChipSpec as ChipSpec
+from sophq_func.curvature import HessianTrace as HessianTrace
+from sophq_func.curvature import TopEigenvalue as TopEigenvalue
+from sophq_func.curvature import hessian_trace as hessian_trace
+from sophq_func.curvature import rademacher as rademacher
+from sophq_func.curvature import top_eigenvalue as top_eigenvalue
 from sophq_func.dicts import from_dicts as from_dicts
 from sophq_func.errors import ConfigError as ConfigError
 from sophq_func.errors import PlanError as PlanError
@@ -27,7 +32,9 @@ from sophq_func.prepare import quantize as quantize
 from sophq_func.quantized import Quantized as Quantized
 from sophq_func.registry import Spec as Spec
 from sophq_func.report import Fidelity as Fidelity
+from sophq_func.report import Sensitivity as Sensitivity
 from sophq_func.report import fidelity as fidelity
+from sophq_func.report import sensitivity as sensitivity
 from sophq_func.rules import QuantConfig as QuantConfig
 from sophq_func.rules import Rule as Rule
 from sophq_func.scheme import PerBlock as PerBlock

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.documented import DocumentedNet
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 CODED = [page for page in PAGES if "```python" in page.read_text()]
 
 
