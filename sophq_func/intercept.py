@@ -12,18 +12,24 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from sophq_func.decompose import DECOMPOSED
+from sophq_func.deferred import Deferred
 from sophq_func.errors import PlanError, StateError, explain, near, raise_all
 from sophq_func.functions import called
 from sophq_func.memory import OWN, Memory, rebind
 from sophq_func.pytree import sorted_dict
+
+PLAIN = (_ConvNd, nn.Linear, nn.Embedding)
+"""Layers that read their parameters in their forward only."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -41,7 +47,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class Frame:
-    """All state of one run: which module is running, and whether it is a leaf.
+    """All state of one run: which module is running, whether it is a leaf, and which parameters are yet to come.
 
     Subclasses say what happens at each call. ``scope`` is the path of the innermost module that is no leaf.
     """
@@ -49,6 +55,7 @@ class Frame:
     def __init__(self) -> None:
         self.scopes = [""]
         self.leaves = 0
+        self.deferred: Deferred | None = None
 
     @property
     def scope(self) -> str:
@@ -98,6 +105,8 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     if not frame.leaves:
         with _unwatched():
             args, kwargs = frame.before_module(place.path, args, kwargs)
+            if frame.deferred is not None:
+                frame.deferred.enter(place.path, module)
     frame.leaves += 1
     return args, kwargs
 
@@ -113,6 +122,8 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     frame.leaves -= 1
     if frame.leaves:
         return None
+    if frame.deferred is not None:
+        frame.deferred.leave(place.path, module)
     with _unwatched():
         return frame.after_module(place.path, module, args, kwargs, output)
 
@@ -135,6 +146,8 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.frame.leaves:
             return self.frame.inner_function(func, args, kwargs)
+        if self.frame.deferred is not None and func.__name__ != "__get__":
+            args, kwargs = self.frame.deferred.filled(args), self.frame.deferred.filled(kwargs)
         name = called(func)
         if name in DECOMPOSED:
             with self:
@@ -226,16 +239,34 @@ class Skeleton:
         """``params`` with buffers that are constants: no gradient reaches them."""
         return {**params, **{name: params[name].detach() for name in self.buffers}}
 
+    def deferrable(self, path: str, parameter: str) -> bool:
+        """Whether only the layer at ``path`` holds a parameter, and reads it nowhere but in its own forward."""
+        owners = [(p, attribute) for p, own in self.owned.items() for attribute, name in own.items() if name == parameter]
+        if [owner for owner, _ in owners] != [path]:
+            return False
+        module = self.module.get_submodule(path)
+        plain = isinstance(module, PLAIN) and is_leaf(module) and len(module._forward_pre_hooks) == 1
+        aliased = any(parameter in _names_in(template) for _, _, template in self._aliases)
+        return plain and not aliased and owners[0][1] in module._parameters
+
     def run(
-        self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        frame: Frame | None,
+        params: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
     ) -> tuple[Any, dict[str, Tensor]]:
         """Call the model with ``params`` while ``frame`` watches; without a frame nothing is intercepted.
 
         Buffers enter cloned; see :meth:`detached`. In eager one run at a time uses a skeleton; nested runs are fine.
+        ``later`` computes parameters that are :meth:`deferrable`, and wants a frame.
 
         Returns:
           The model's output, and its buffers afterwards.
         """
+        if frame is not None and later:
+            frame.deferred = Deferred(later, self.owned, params)
         if torch.compiler.is_compiling():
             result = self._run(frame, params, args, kwargs)
             rebind(self._rebound)
@@ -319,6 +350,14 @@ def _template(value: Any, names: Mapping[int, str]) -> tuple[Any, bool]:
         parts = [_template(item, names) for item in value]
         return type(value)(item for item, _ in parts), any(holds for _, holds in parts)
     return value, False
+
+
+def _names_in(template: Any) -> list[str]:
+    """The parameters and buffers that a template names."""
+    if isinstance(template, _Name):
+        return [str(template)]
+    parts = template.values() if type(template) is dict else template if type(template) in (list, tuple) else ()
+    return [name for part in parts for name in _names_in(part)]
 
 
 def _filled(template: Any, tensors: Mapping[str, Tensor]) -> Any:

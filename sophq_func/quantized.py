@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from sophq_func.scheme import PerToken
 from sophq_func.settings import unstack
 from sophq_func.sweep import Versions, size_of, sweep
 from sophq_func.trace import arguments, map_inputs
-from sophq_func.weights import Params, WeightQuantizer, quantize_weights
+from sophq_func.weights import Params, WeightQuantizer, quantize_weights, round_biases
 
 OState = dict[str, State]
 QParamsDict = dict[str, QParams]
@@ -50,6 +52,7 @@ class Quantized:
     _arguments: tuple[list[str], str]
     _weights: tuple[WeightQuantizer, ...]
     _acting: tuple[WeightQuantizer, ...]
+    _deferrable: tuple[WeightQuantizer, ...]
     _running: dict[str, RunQuantizer]
     _pieces: dict[str, WeightQuantizer | RunQuantizer]
     _types: dict[str, dict[str, type]]
@@ -66,6 +69,7 @@ class Quantized:
         set_(self, "frozen", frozen)
         set_(self, "_weights", weights)
         set_(self, "_acting", () if frozen else tuple(weight for weight in weights if not weight.config.observe_only))
+        set_(self, "_deferrable", tuple(weight for weight in self._acting if _is_read_by_its_layer(weight, skeleton)))
         set_(self, "_running", running)
         pieces: dict[str, WeightQuantizer | RunQuantizer] = {**{w.site.quantizer: w for w in weights}, **running}
         set_(self, "_pieces", pieces)
@@ -136,7 +140,7 @@ class Quantized:
         def effect(name: str, x: Tensor) -> Tensor:
             return quantize(name, observe(name, x))
 
-        output, _ = self._run(self._weights_on_grids(params, qparams), effect, args, kwargs)
+        output, _ = self._run_quantized(params, qparams, effect, args, kwargs)
         return output, sorted_dict(states)
 
     def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
@@ -219,7 +223,7 @@ class Quantized:
             seen[name] = x.clone(), self.quantize_value(name, x, qparams[name])
             return quantize(name, x)
 
-        self._run(self._weights_on_grids(params, qparams), effect, args, kwargs)
+        self._run_quantized(params, qparams, effect, args, kwargs)
         return sorted_dict(seen)
 
     def with_noise(
@@ -366,7 +370,7 @@ class Quantized:
         self, params: Params, qparams: Mapping[str, QParams], where: str, args: Any, kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         self._check(params, qparams, where, "qparams")
-        return self._run(self._weights_on_grids(params, qparams), self._quantizing(qparams), args, kwargs)
+        return self._run_quantized(params, qparams, self._quantizing(qparams), args, kwargs)
 
     def _observing(self, states: OState) -> Effect:
         def effect(name: str, x: Tensor) -> Tensor:
@@ -389,7 +393,25 @@ class Quantized:
 
         return effect
 
-    def _run(self, params: Params, effect: Effect, args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+    def _run_quantized(
+        self, params: Params, qparams: Mapping[str, QParams], effect: Effect, args: Any, kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """A run with weights on their grids: in eager, those that only a layer reads when that layer starts."""
+        raw, steps = self._skeleton.detached(params), self._steps(qparams)
+        deferred = () if torch.compiler.is_compiling() or not self._schedule else self._deferrable
+        now = [weight for weight in self._acting if weight not in deferred]
+        new = round_biases(deferred, quantize_weights(now, raw, steps), steps)
+        later = {w.site.parameter: partial(w.quantize, raw, steps[w.site.quantizer]) for w in deferred}
+        return self._run(new, effect, args, kwargs, later)
+
+    def _run(
+        self,
+        params: Params,
+        effect: Effect,
+        args: Any,
+        kwargs: Any,
+        later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
+    ) -> tuple[Any, dict[str, Tensor]]:
         if self.plan.written:
             args, kwargs = map_inputs(self._arguments, args, kwargs, self._copied)
         if not self._schedule:
@@ -399,7 +421,7 @@ class Quantized:
             args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
         if self._schedule.same:
             args, kwargs = map_inputs(self._arguments, args, kwargs, runner.repeated_input)
-        output, buffers = self._skeleton.run(runner, params, args, kwargs)
+        output, buffers = self._skeleton.run(runner, params, args, kwargs, later)
         runner.check()
         return output, buffers
 
@@ -423,3 +445,9 @@ class Quantized:
     def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
         self._skeleton.check(params, where)
         self.plan.check(state, what, self._types[what])
+
+
+def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:
+    """Whether a weight may wait for the layer that it belongs to, which the example called."""
+    path, function, _ = weight.site.anchor
+    return not function and skeleton.deferrable(path, weight.site.parameter)

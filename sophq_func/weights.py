@@ -6,7 +6,7 @@ With a BatchNorm behind a layer, ``f = gamma / sqrt(var + eps)`` is folded in fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -142,11 +142,18 @@ class WeightQuantizer:
 
 
 def quantize_weights(
-    quantizers: tuple[WeightQuantizer, ...], params: Params, qparams: Mapping[str, QParams]
+    quantizers: Iterable[WeightQuantizer], params: Params, qparams: Mapping[str, QParams]
 ) -> dict[str, Tensor]:
     """``params`` with weights on their grids and biases rounded; a new dict."""
-    new = dict(params)
+    new = round_biases(quantizers, params, qparams)
     for quantizer in quantizers:
         new[quantizer.site.parameter] = quantizer.quantize(params, qparams[quantizer.site.quantizer])
+    return new
+
+
+def round_biases(quantizers: Iterable[WeightQuantizer], params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+    """``params`` with biases rounded; a new dict."""
+    new = dict(params)
+    for quantizer in quantizers:
         new.update(quantizer.rounded_bias(params, qparams))
     return new

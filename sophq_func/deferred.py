@@ -1,0 +1,64 @@
+"""Parameters that get their values only when the layer that reads them starts.
+
+The value is in the cache when it is read, and its memory is free for the next one soon after. A torch function that
+reads such a parameter from elsewhere gets the same value.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Deferred:
+    """Values of some parameters in one run, computed at need and remembered only as long as somebody else holds them.
+
+    Args:
+      compute: by parameter.
+      readers: by the path of a layer, its attributes that hold such a parameter.
+      raw: what stands for each parameter until then.
+    """
+
+    def __init__(
+        self,
+        compute: Mapping[str, Callable[[], Tensor]],
+        readers: Mapping[str, Mapping[str, str]],
+        raw: Mapping[str, Tensor],
+    ) -> None:
+        self._compute, self._readers, self._raw = compute, readers, raw
+        self._names = {id(raw[name]): name for name in compute}
+        self._known: dict[str, weakref.ref[Tensor]] = {}
+
+    def enter(self, path: str, module: nn.Module) -> None:
+        """The layer starts."""
+        for attribute, name in self._readers.get(path, {}).items():
+            if name in self._compute:
+                module._parameters[attribute] = self._value(name)  # type: ignore[assignment]
+
+    def leave(self, path: str, module: nn.Module) -> None:
+        """The layer is done."""
+        for attribute, name in self._readers.get(path, {}).items():
+            if name in self._compute:
+                module._parameters[attribute] = self._raw[name]  # type: ignore[assignment]
+
+    def filled(self, tree: Any) -> Any:
+        """Arguments of a function outside layers, with values for parameters in tuples, lists and dicts."""
+        if isinstance(tree, Tensor):
+            name = self._names.get(id(tree))
+            return tree if name is None else self._value(name)
+        if type(tree) in (tuple, list):
+            return type(tree)([self.filled(item) for item in tree])
+        if type(tree) is dict:
+            return {key: self.filled(item) for key, item in tree.items()}
+        return tree
+
+    def _value(self, name: str) -> Tensor:
+        known = self._known.get(name)
+        value = None if known is None else known()
+        if value is None:
+            value = self._compute[name]()
+            self._known[name] = weakref.ref(value)
+        return value
