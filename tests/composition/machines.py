@@ -66,10 +66,10 @@ def check_bfloat16(s: Subject) -> None:
     under_autocast(s, torch.bfloat16, 0.1)
 
 
-@row("autocast float16", "10 % of the norm")
+@row("autocast float16", "5 % of the norm")
 def check_float16(s: Subject) -> None:
     """float32: output and gradient; a code may differ by one."""
-    under_autocast(s, torch.float16, 0.1)
+    under_autocast(s, torch.float16, 0.05)
 
 
 @row("inference_mode", "0")
