@@ -325,7 +325,7 @@ def page(quantizers: Mapping[str, Row], observers: Mapping[str, Row], pairs: Map
         f"result with its plain counterpart; torch {torch.__version__.partition('+')[0]}. *yes*: no error and the same",
         "numbers on every granularity: per tensor, channel, group and block with static scales, per token with dynamic",
         "ones; four bits with a zero point, options as in [numerics.md](numerics.md) except `qdrop(prob=0.5)`, and a",
-        "Hessian for `gptq` and `gptqfp4`.",
+        "Hessian for `gptq` and `gptqfp4`. [composition.md](composition.md) is the page for whole models.",
         "",
         "| transform | compared with | within |",
         "|---|---|---|",

@@ -114,7 +114,7 @@ class WeightQuantizer:
 
     def _shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
         """``d``: straight-through in the rounding, constant in ``B``."""
-        bias = params[self.site.bias].detach() if self.site.bias else torch.zeros(())
+        bias = params[self.site.bias].detach() if self.site.bias else qparams.scale.new_zeros(())
         if self.norm is not None:
             mean, beta = params[self.norm.mean].detach(), params[self.norm.bias].detach()
             bias = (bias.to(mean) - mean) * self.norm.factor(params).detach() + beta

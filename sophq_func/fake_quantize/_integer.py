@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -121,7 +120,7 @@ def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
     elements = max(x.numel(), 1) / max(qparams.scale.numel(), 1)
     if "qmax" in qparams.extras:
         return torch.rsqrt(elements * qparams.extras["qmax"].detach().to(qparams.scale.dtype))
-    factor = 1 / math.sqrt(elements * scheme.qmax)
+    factor = 1 / torch.sym_sqrt(elements * scheme.qmax)  # while exporting, elements may be a symbol
     return torch.full((), factor, dtype=qparams.scale.dtype, device=x.device)
 
 
