@@ -5,8 +5,8 @@
 
 ResNet-18 at 4x3x224x224 and a BERT shaped like MiniLM at 8x128, one thread, random weights: W8A8 with int8 weights per
 channel and int8 activations per tensor at the inputs of convolutions and linear layers, learned scales. Forward,
-training step, calibration, making the quantized model, peak memory of a training step; eager, and with ``--compile``
-under inductor. Candidates take turns; figures are medians, as ratios to float. 16 settings of the weights of ResNet-18 at
+training step, calibration, making the quantized model, peak memory of a training step; eager, and with ``--modes
+eager compiled`` under inductor, too. Candidates take turns; figures are medians, as ratios to float. 16 settings of the weights of ResNet-18 at
 1x3x32x32 are swept beside them. Freed memory is kept by the process (glibc's thresholds are raised before anything
 runs), as allocators for servers do, so that no candidate pays for the pages of another.
 """
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     names = [name for name in CANDIDATES if not options.only or name in ("float", *options.only)]
     for key in options.models:
-        for compiled in (False, True) if options.compile else (False,):
+        for compiled in [mode == "compiled" for mode in options.modes]:
             subject, label = SUBJECTS[key](), f"{key}{', compiled' if compiled else ''}"
             candidates, notes = prepared(subject, names, compiled)
             found = measured(candidates, options.rounds)
@@ -155,10 +155,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--only", nargs="*", choices=list(CANDIDATES), help="candidates beside float; all by default")
-    parser.add_argument("--compile", action="store_true", help="measure under inductor, too")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager"])
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--no-sweep", dest="sweep", action="store_false")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="rows of an earlier run that this one did not measure stay in the file")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--redraw", type=Path, help="only draw the picture from this JSON file")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "CANDIDATE"), help=argparse.SUPPRESS)
@@ -172,6 +172,8 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     rows = run(options)
     if options.json:
+        earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() else {}
+        rows = {**earlier, **rows}
         write(options.json, rows)
     if options.picture:
         draw(rows, options.picture)

@@ -203,6 +203,31 @@ def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound
     return low, high
 
 
+def is_compiled_for_use() -> bool:
+    """Whether a compiler looks on, and nobody asks for a derivative."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not surrogate.may_differentiate()
+
+
+def settled(value: Tensor) -> Tensor:
+    """``value``, which a compiler shall compute once.
+
+    Inductor computes what is broadcast anew for each element that it is broadcast to, and takes only the results of
+    reductions from memory: this is one, of equal numbers.
+    """
+    return value.unsqueeze(-1).expand(*value.shape, 16).amax(-1) if is_compiled_for_use() else value
+
+
+def laid_out(y: Tensor, like: Tensor, granularity: Granularity) -> Tensor:
+    """``y``, which a compiler shall write as ``like`` is laid out, before a convolution wants it otherwise.
+
+    Inductor would compute a weight in the order in which the convolution reads it, one channel beside the other, and read
+    it with as many cache misses. What is viewed by strides is stored first.
+    """
+    if is_compiled_for_use() and isinstance(granularity, PerChannel) and like.ndim > 2:
+        return y.as_strided(like.shape, like.stride())
+    return y
+
+
 def folded(quantize: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor) -> Tensor:
     """``quantize(x * factor) / factor``, and ``x`` where the factor, which broadcasts against ``x``, is 0.
 
@@ -243,16 +268,16 @@ def fake_quantize(
     granularity = scheme.granularity
     work = working(x)
     low, high = expanded_bounds(qparams, scheme, x)
-    scale = expand(qparams.scale, x, granularity)
-    zero = None if scheme.symmetric else _zero_point(qparams, scheme, x, low, high, whole)
+    scale = expand(settled(qparams.scale), x, granularity)
+    zero = None if scheme.symmetric else expand(settled(_zero_point(qparams, scheme, whole)), x, granularity)
     if whole and surrogate.fits(work, scale, low, high, factor):
         grid = surrogate.Grid(low, high, order == "kernel", order == "expression")
         return surrogate.fake_quantize(work, scale, zero, grid, factor).to(x.dtype)
     if factor is None:
-        return _composed(work, work, scale, scale, zero, low, high, order).to(x.dtype)
-    safe = surrogate.divisor(factor)
-    y = _composed(work, work * safe, scale, scale / safe, zero, low, high, order)
-    return torch.where(factor == 0, work, y).to(x.dtype)
+        return laid_out(_composed(work, work, scale, scale, zero, low, high, order).to(x.dtype), x, granularity)
+    safe = settled(surrogate.divisor(factor))
+    y = _composed(work, work * safe, scale, settled(scale / safe), zero, low, high, order)
+    return laid_out(torch.where(factor == 0, work, y).to(x.dtype), x, granularity)
 
 
 def _composed(
@@ -301,7 +326,7 @@ def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
     return code.clamp(low, high)
 
 
-def _zero_point(qparams: QParams, scheme: QScheme, x: Tensor, low: Bound, high: Bound, whole: bool) -> Tensor:
-    """The zero point in a shape that broadcasts; a whole one clamped to the grid and rounded, straight through both."""
-    zero = expand(qparams.zero_point.to(qparams.scale.dtype), x, scheme.granularity)
-    return ste(zero, clamp(zero, low, high).round()) if whole else zero
+def _zero_point(qparams: QParams, scheme: QScheme, whole: bool) -> Tensor:
+    """The zero point; a whole one clamped to the grid and rounded, straight through both."""
+    zero = qparams.zero_point.to(qparams.scale.dtype)
+    return ste(zero, clamp(zero, *bounds(qparams, scheme)).round()) if whole else zero

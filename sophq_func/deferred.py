@@ -18,7 +18,7 @@ class Deferred:
 
     Args:
       compute: by parameter.
-      readers: by the path of a layer, its attributes that hold such a parameter.
+      readers: by the path of a layer, the parameters that its attributes hold.
       raw: what stands for each parameter until then.
     """
 
@@ -28,30 +28,34 @@ class Deferred:
         readers: Mapping[str, Mapping[str, str]],
         raw: Mapping[str, Tensor],
     ) -> None:
-        self._compute, self._readers, self._raw = compute, readers, raw
+        self._compute, self._raw = compute, raw
+        self.readers = {
+            path: {attribute: name for attribute, name in own.items() if name in compute}
+            for path, own in readers.items()
+            if not compute.keys().isdisjoint(own.values())
+        }
         self._names = {id(raw[name]): name for name in compute}
         self._known: dict[str, weakref.ref[Tensor]] = {}
 
     def enter(self, path: str, module: nn.Module) -> None:
         """The layer starts."""
-        for attribute, name in self._readers.get(path, {}).items():
-            if name in self._compute:
-                module._parameters[attribute] = self._value(name)  # type: ignore[assignment]
+        for attribute, name in self.readers[path].items():
+            module._parameters[attribute] = self._value(name)  # type: ignore[assignment]
 
     def leave(self, path: str, module: nn.Module) -> None:
         """The layer is done."""
-        for attribute, name in self._readers.get(path, {}).items():
-            if name in self._compute:
-                module._parameters[attribute] = self._raw[name]  # type: ignore[assignment]
+        for attribute, name in self.readers[path].items():
+            module._parameters[attribute] = self._raw[name]  # type: ignore[assignment]
 
     def filled(self, tree: Any) -> Any:
         """Arguments of a function outside layers, with values for parameters in tuples, lists and dicts."""
         if isinstance(tree, Tensor):
             name = self._names.get(id(tree))
             return tree if name is None else self._value(name)
-        if type(tree) in (tuple, list):
-            return type(tree)([self.filled(item) for item in tree])
-        if type(tree) is dict:
+        kind = type(tree)
+        if kind is tuple or kind is list:
+            return kind([self.filled(item) for item in tree])
+        if kind is dict and tree:
             return {key: self.filled(item) for key, item in tree.items()}
         return tree
 

@@ -103,9 +103,9 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         frame.scopes.append(place.path)
         return None
     if not frame.leaves:
-        with _unwatched():
-            args, kwargs = frame.before_module(place.path, args, kwargs)
-            if frame.deferred is not None:
+        args, kwargs = frame.before_module(place.path, args, kwargs)
+        if frame.deferred is not None and place.path in frame.deferred.readers:
+            with unwatched():
                 frame.deferred.enter(place.path, module)
     frame.leaves += 1
     return args, kwargs
@@ -122,13 +122,12 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     frame.leaves -= 1
     if frame.leaves:
         return None
-    if frame.deferred is not None:
+    if frame.deferred is not None and place.path in frame.deferred.readers:
         frame.deferred.leave(place.path, module)
-    with _unwatched():
-        return frame.after_module(place.path, module, args, kwargs, output)
+    return frame.after_module(place.path, module, args, kwargs, output)
 
 
-def _unwatched() -> AbstractContextManager[Any]:
+def unwatched() -> AbstractContextManager[Any]:
     """While a frame computes something of its own, in eager, the mode need not see each function that it calls."""
     if torch.compiler.is_compiling() or not isinstance(_get_current_function_mode(), _Watch):  # type: ignore[no-untyped-call]
         return nullcontext()
@@ -147,7 +146,7 @@ class _Watch(TorchFunctionMode):
         if self.frame.leaves:
             return self.frame.inner_function(func, args, kwargs)
         if self.frame.deferred is not None and func.__name__ != "__get__":
-            args, kwargs = self.frame.deferred.filled(args), self.frame.deferred.filled(kwargs)
+            args, kwargs = self.frame.deferred.filled((args, kwargs))
         name = called(func)
         if name in DECOMPOSED:
             with self:

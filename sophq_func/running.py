@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sophq_func.errors import StateError
 from sophq_func.functions import called, hidden_from_compile
-from sophq_func.intercept import Frame
+from sophq_func.intercept import Frame, unwatched
 from sophq_func.plan import Plan
 from sophq_func.pytree import flatten, has_floating, tensors
 from sophq_func.site import Site
@@ -183,16 +183,19 @@ class Runner(Frame):
         if not names:
             return tree
         self.leaves += 1
-        if isinstance(tree, Tensor):
-            result = self._act(names[0], tree)
-        else:
-            found, rebuild = flatten(tree)
-            slots = [i for i, item in enumerate(found) if isinstance(item, Tensor)]
-            for index, name in names.items():
-                found[slots[index]] = self._act(name, found[slots[index]])
-            result = rebuild(found)
+        with unwatched():
+            result = self._acted(names, tree)
         self.leaves -= 1
         return result
+
+    def _acted(self, names: Mapping[int, str], tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return self._act(names[0], tree)
+        found, rebuild = flatten(tree)
+        slots = [i for i, item in enumerate(found) if isinstance(item, Tensor)]
+        for index, name in names.items():
+            found[slots[index]] = self._act(name, found[slots[index]])
+        return rebuild(found)
 
     def _act(self, name: str, tensor: Tensor) -> Tensor:
         """The effect on a tensor, which is had once where several calls share it."""

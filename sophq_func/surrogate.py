@@ -142,7 +142,10 @@ def _bounds(codes: Tensor, side: int) -> Tensor:
 
 
 def _is_wrapped(*tensors: Tensor | None) -> bool:
-    return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    """Whether a transform of ``torch.func`` looks at one of these tensors."""
+    return torch._C._are_functorch_transforms_active() and any(
+        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
+    )
 
 
 def _sum_like(value: Tensor, like: Tensor) -> Tensor:
@@ -153,13 +156,16 @@ def _sum_like(value: Tensor, like: Tensor) -> Tensor:
 def _blocks(like: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
     """Corresponding parts of tensors that broadcast against the first, cut along the first axis; views."""
     whole: list[Any] = [like, *tensors]
+    if like.numel() <= BLOCK or not like.is_cpu:
+        yield whole
+        return
     wide = [i for i, t in enumerate(whole) if t is not None and t.ndim]
     if all(whole[i].is_contiguous() and whole[i].shape == like.shape for i in wide):
         for i in wide:
             whole[i] = whole[i].view(-1)
-    length = whole[0].shape[0] if like.ndim and like.numel() else 1
+    length = whole[0].shape[0]
     cut = [i for i in wide if whole[i].shape[0] != 1 or length == 1]
-    step = max(1, BLOCK * length // max(1, like.numel())) if like.is_cpu else length
+    step = max(1, BLOCK * length // like.numel())
     for start in range(0, length, step):
         part = whole.copy()
         for i in cut:
