@@ -34,6 +34,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/interception.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/numerics.py
+	$(BIN)/python benchmarks/speed.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

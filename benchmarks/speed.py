@@ -1,14 +1,15 @@
 """How fast whole models are, against plain float and against every peer that is installed, in one run.
 
     pip install -c constraints.txt .[bench]
-    python benchmarks/speed.py --json speed.json --picture speed.png
+    python benchmarks/speed.py --modes eager compiled --json benchmarks/speed.json
+    python benchmarks/speed_page.py
 
 ResNet-18 at 4x3x224x224 and a BERT shaped like MiniLM at 8x128, one thread, random weights: W8A8 with int8 weights per
 channel and int8 activations per tensor at the inputs of convolutions and linear layers, learned scales. Forward,
-training step, calibration, making the quantized model, peak memory of a training step; eager, and with ``--modes
-eager compiled`` under inductor, too. Candidates take turns; figures are medians, as ratios to float. 16 settings of the weights of ResNet-18 at
-1x3x32x32 are swept beside them. Freed memory is kept by the process (glibc's thresholds are raised before anything
-runs), as allocators for servers do, so that no candidate pays for the pages of another.
+training step, calibration, making the quantized model, peak memory of a training step, eager and under inductor.
+Candidates take turns; figures are medians, as ratios to float. 16 settings of the weights of ResNet-18 at 1x3x32x32 are
+swept beside them. Freed memory is kept by the process (glibc's thresholds are raised before anything runs), as
+allocators for servers do, so that no candidate pays for the pages of another.
 """
 
 from __future__ import annotations
@@ -125,30 +126,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def draw(rows: Mapping[str, Any], path: Path) -> None:
-    """A picture of the ratios: a panel a model, a group of bars a row."""
-    from matplotlib import pyplot as plt
-
-    panels = {label: row["ratios"] for label, row in rows.items() if "ratios" in row}
-    names = list(dict.fromkeys(n for ratios in panels.values() for values in ratios.values() for n in values))
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 2.8 * len(panels)), squeeze=False)
-    for axis, (label, ratios) in zip(axes[:, 0], panels.items(), strict=True):
-        shown = [row for row in ("forward", "step", "calibrate", "memory") if row in ratios]
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            heights = [ratios[row].get(name, 0) for row in shown]
-            style = {"color": "#d1495b"} if name == "sophq_func" else {"color": plt.get_cmap("Greys")(0.3 + 0.09 * i)}
-            axis.bar([k + i * width for k in range(len(shown))], heights, width * 0.92, label=name, **style)
-        axis.axhline(1, color="black", linewidth=0.7)
-        axis.set_xticks([k + 0.4 - width / 2 for k in range(len(shown))], shown)
-        axis.set_ylabel("times float")
-        axis.set_title(label, loc="left", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8, ncols=4, frameon=False, loc="upper left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,24 +136,17 @@ def main() -> None:
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--no-sweep", dest="sweep", action="store_false")
     parser.add_argument("--json", type=Path, help="rows of an earlier run that this one did not measure stay in the file")
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--redraw", type=Path, help="only draw the picture from this JSON file")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "CANDIDATE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:
         return print_peak(*options.peak)
-    if options.redraw:
-        return draw(json.loads(options.redraw.read_text())["rows"], options.picture)
     if not KEEP.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     rows = run(options)
     if options.json:
         earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() else {}
-        rows = {**earlier, **rows}
-        write(options.json, rows)
-    if options.picture:
-        draw(rows, options.picture)
+        write(options.json, {**earlier, **rows})
     return None
 
 

@@ -104,9 +104,9 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         return None
     if not frame.leaves:
         args, kwargs = frame.before_module(place.path, args, kwargs)
-        if frame.deferred is not None and place.path in frame.deferred.readers:
-            with unwatched():
-                frame.deferred.enter(place.path, module)
+    if frame.deferred is not None and place.path in frame.deferred.readers:
+        with unwatched():
+            frame.deferred.enter(place.path, module)
     frame.leaves += 1
     return args, kwargs
 
@@ -120,11 +120,9 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         frame.scopes.pop()
         return None
     frame.leaves -= 1
-    if frame.leaves:
-        return None
     if frame.deferred is not None and place.path in frame.deferred.readers:
         frame.deferred.leave(place.path, module)
-    return frame.after_module(place.path, module, args, kwargs, output)
+    return None if frame.leaves else frame.after_module(place.path, module, args, kwargs, output)
 
 
 def unwatched() -> AbstractContextManager[Any]:
@@ -143,10 +141,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.frame.leaves:
-            return self.frame.inner_function(func, args, kwargs)
         if self.frame.deferred is not None and func.__name__ != "__get__":
             args, kwargs = self.frame.deferred.filled((args, kwargs))
+        if self.frame.leaves:
+            return self.frame.inner_function(func, args, kwargs)
         name = called(func)
         if name in DECOMPOSED:
             with self:

@@ -1,0 +1,130 @@
+"""Write ``docs/speed.md`` and its picture from what ``benchmarks/speed.py`` measured.
+
+``python benchmarks/speed_page.py [--json benchmarks/speed.json] [--out docs]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from measure import write_text
+
+HEAD = """# Speed
+
+Made by `python benchmarks/speed_page.py` from `benchmarks/speed.json`, which `python benchmarks/speed.py` measures with each
+peer that is installed (`pip install -c constraints.txt .[bench]`); its help says how.
+
+W8A8 with learned scales: int8 weights per channel and int8 activations per tensor at the input of every convolution and
+linear layer (strategy `Layers`), or what a peer offers nearest to that. One thread of {machine}, torch {torch}, random
+weights; ResNet-18 at 4x3x224x224, a BERT shaped like MiniLM (6 layers, 384 features, fused attention) at 8x128. Candidates
+take turns in one process; each figure is the median of its rounds divided by that of plain float. On this machine the same
+code measured twice differs by up to a tenth. `-`: the candidate has no such thing; `fails`: see below the table.
+
+* *forward*: eval mode, without gradients. *frozen*: the same with weights quantized beforehand by `q.freeze`.
+* *step*: training mode, forward and backward to every parameter and learned scale.
+* *calibrate*: one batch through min/max observers. *empty*: nothing quantized.
+* *memory*: peak of making the candidate and two training steps, in a process of its own.
+
+![ratios](pictures/speed.png)
+"""
+
+TAIL = """
+## Where the time goes
+
+A profile of the eager ResNet-18 (`torch.profiler`), in percent of the float step of {step:.0f} ms: the gradient to the input
+of the first convolution, which a float model never computes and a learned scale of the image needs, 12; forward of the
+quantizers 11, of which half is reading weights from memory; their backward 15; modes, hooks and small tensors 4. A quantizer
+takes four or five passes over a tensor in eager, eight in backward; caches and memory are their limit, and only a compiler
+has fewer.
+
+Under inductor, per-channel numbers are computed once and a weight is stored in its own order before oneDNN's order is made
+(otherwise the compiled forward is 1.27); what is left are two more passes over 11 million weights.
+
+Freed memory stays with the process during the measurement (`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` of glibc,
+set by the script), as it does with jemalloc or tcmalloc; without that, page faults cost float and quantized models alike.
+"""
+
+COLUMNS = ("forward", "step", "calibrate", "frozen", "empty", "memory")
+
+
+def table(label: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """One model in one mode."""
+    ratios, notes = row["ratios"], row["notes"]
+    columns = [column for column in COLUMNS if column in ratios]
+    yield f"\n## {label}\n"
+    yield f"| | {' | '.join(columns)} | seconds to make |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for name, note in notes.items():
+        if isinstance(note, str):
+            yield f"| {name} | {' | '.join(['fails'] * len(columns))} | |"
+        else:
+            cells = [f"{ratios[column][name]:.2f}" if name in ratios[column] else "-" for column in columns]
+            yield f"| {name} | {' | '.join(cells)} | {note:.1f} |"
+    failed = [(name, note) for name, note in notes.items() if isinstance(note, str)]
+    yield from ([""] if failed else [])
+    yield from (f"* {name}: `{note}`" for name, note in failed)
+
+
+def sweep(row: Mapping[str, float]) -> Iterator[str]:
+    """The settings of one batch."""
+    yield "\n## 16 settings of one batch\n"
+    yield "ResNet-18 at 1x3x32x32, weights only; in each setting another layer has 4 bits (`benchmarks/sweeps.py`).\n"
+    yield "| | ms | times `q.sweep` | outputs differ by |"
+    yield "|---|---|---|---|"
+    for name in ("sophq_func", "functional_call", "torch.ao FX"):
+        yield f"| {name} | {1000 * row[name]:.0f} | {row[f'{name} ratio']:.1f} | {row[f'{name} difference']:.0e} |"
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The page."""
+    rows, machine = data["rows"], data["machine"]
+    parts = [
+        HEAD.format(machine=f"a {machine['cores']}-core {machine['machine']} machine", torch=machine["torch"].split("+")[0])
+    ]
+    for label, row in rows.items():
+        parts += sweep(row) if label == "sweep" else table(label, row)
+    return "\n".join([*parts, TAIL.format(step=1000 * rows["resnet18"]["medians"]["step"]["float"])])
+
+
+def draw(rows: Mapping[str, Any], path: Path) -> None:
+    """A picture of the ratios: a panel a model, a group of bars a row."""
+    from matplotlib import pyplot as plt
+
+    panels = {label: row["ratios"] for label, row in rows.items() if "ratios" in row and "memory" in row["ratios"]}
+    names = list(dict.fromkeys(n for ratios in panels.values() for values in ratios.values() for n in values))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 3.1 * len(panels)), squeeze=False)
+    for axis, (label, ratios) in zip(axes[:, 0], panels.items(), strict=True):
+        shown = ["forward", "step", "calibrate", "memory"]
+        width = 0.84 / len(names)
+        for i, name in enumerate(names):
+            heights = [ratios[row].get(name, 0) for row in shown]
+            color = "#d1495b" if name == "sophq_func" else plt.get_cmap("Blues")(0.25 + 0.09 * i)
+            axis.bar([k + i * width for k in range(len(shown))], heights, width * 0.92, label=name, color=color)
+        axis.axhline(1, color="black", linewidth=0.7)
+        axis.set_xticks([k + 0.42 - width / 2 for k in range(len(shown))], shown)
+        axis.set_ylabel("times float")
+        axis.set_ylim(0, 3.4)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=8, ncols=4, frameon=False, loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Write both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/speed.json"))
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    data = json.loads(options.json.read_text())
+    write_text(options.out / "speed.md", page(data))
+    draw(data["rows"], options.out / "pictures" / "speed.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Weights that are quantized when their layer starts: the same numbers as all at once, whoever reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sophq_func as sq
+from sophq_func import deferred
+
+
+class Net(nn.Module):
+    """Two layers of one shape, one further layer, and a forward given as a function."""
+
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.f = f
+        self.a, self.b, self.tied = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self, x)
+
+
+FORWARDS: dict[str, Callable[..., Tensor]] = {
+    "each layer once": lambda m, x: m.b(m.a(x).relu()),
+    "a layer twice": lambda m, x: m.a(m.a(x)),
+    "a function reads it, too": lambda m, x: F.linear(m.a(x), m.a.weight),
+    "a method reads it, too": lambda m, x: m.a(x) @ m.a.weight.t(),
+    "inside a list": lambda m, x: m.a(x) + torch.stack([m.a.weight, m.b.weight]).sum() + m.b(x),
+    "before its layer": lambda m, x: m.a(x + m.a.weight.mean()),
+    "tied": lambda m, x: m.b(m.tied(m.a(x))),
+    "its shape and dtype": lambda m, x: m.a(x.to(m.a.weight.dtype)).reshape(-1, m.a.weight.shape[0]),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", FORWARDS)
+def test_values_and_gradients_are_those_of_weights_quantized_at_once(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Net(FORWARDS[name]).train(training), torch.randn(3, 4)
+    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    assert q._deferrable
+    at_once = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+    object.__setattr__(at_once, "_deferrable", ())
+    qparams = sq.with_bits(q.calibrate(params, [x], progress=False), q.plan, 3)
+
+    def gradient(q: sq.Quantized) -> dict[str, Tensor]:
+        return torch.func.grad(lambda params: q.apply(params, qparams, x).square().sum())(params)
+
+    assert torch.equal(q.apply(params, qparams, x), at_once.apply(params, qparams, x))
+    torch.testing.assert_close(gradient(q), gradient(at_once))
+    assert not torch.equal(q.apply(params, qparams, x), model(x))
+
+
+def test_a_tied_weight_is_not_deferred() -> None:
+    model, x = Net(FORWARDS["tied"]), torch.randn(3, 4)
+    q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+    assert [weight.site.parameter for weight in q._deferrable] == ["a.weight"]
+
+
+def test_an_error_in_a_layer_leaves_the_skeleton_as_it_was() -> None:
+    model, x = Net(FORWARDS["each layer once"]), torch.randn(3, 4)
+    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    expected = q.apply(params, qparams, x)
+    with pytest.raises(RuntimeError, match="shapes"):
+        q.apply(params, qparams, torch.randn(3, 5))
+    assert all(parameter.is_meta for parameter in q._skeleton.module.parameters())
+    assert torch.equal(q.apply(params, qparams, x), expected)
+
+
+def test_a_value_is_computed_once_while_somebody_holds_it_and_then_forgotten() -> None:
+    calls = []
+
+    def compute() -> Tensor:
+        calls.append(1)
+        return torch.ones(2)
+
+    raw = {"w": torch.zeros(2)}
+    values = deferred.Deferred({"w": compute}, {"layer": {"weight": "w", "bias": "b"}, "other": {"weight": "v"}}, raw)
+    assert values.readers == {"layer": {"weight": "w"}}
+    held, plain = values.filled([raw["w"], {"x": (raw["w"], 3)}]), torch.zeros(2)
+    assert held[0] is held[1]["x"][0]
+    assert values.filled(plain) is plain
+    assert len(calls) == 1
+    del held
+    values.filled(raw["w"])
+    assert len(calls) == 2
