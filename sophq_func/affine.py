@@ -120,6 +120,9 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """Smallest and largest value for each scale, float32, no gradient; ``(inf, -inf)`` of an empty tensor."""
     if x.numel() == 0:
         return no_range(x, granularity)
+    if isinstance(granularity, PerTensor):
+        lo, hi = torch.aminmax(x.detach())
+        return lo.float(), hi.float()
     flat = rows(x.detach(), granularity)
     return flat.amin(-1).float(), flat.amax(-1).float()
 
@@ -217,14 +220,14 @@ def settled(value: Tensor) -> Tensor:
     return value.unsqueeze(-1).expand(*value.shape, 16).amax(-1) if is_compiled_for_use() else value
 
 
-def laid_out(y: Tensor, like: Tensor, granularity: Granularity) -> Tensor:
-    """``y``, which a compiler shall write as ``like`` is laid out, before a convolution wants it otherwise.
+def laid_out(y: Tensor, granularity: Granularity) -> Tensor:
+    """``y``, which a compiler shall write in its own order, before a convolution wants it in another.
 
     Inductor would compute a weight in the order in which the convolution reads it, one channel beside the other, and read
     it with as many cache misses. What is viewed by strides is stored first.
     """
-    if is_compiled_for_use() and isinstance(granularity, PerChannel) and like.ndim > 2:
-        return y.as_strided(like.shape, like.stride())
+    if is_compiled_for_use() and isinstance(granularity, PerChannel) and y.ndim > 2:
+        return y.as_strided(y.shape, y.stride())
     return y
 
 
@@ -274,10 +277,10 @@ def fake_quantize(
         grid = surrogate.Grid(low, high, order == "kernel", order == "expression")
         return surrogate.fake_quantize(work, scale, zero, grid, factor).to(x.dtype)
     if factor is None:
-        return laid_out(_composed(work, work, scale, scale, zero, low, high, order).to(x.dtype), x, granularity)
+        return laid_out(_composed(work, work, scale, scale, zero, low, high, order).to(x.dtype), granularity)
     safe = settled(surrogate.divisor(factor))
     y = _composed(work, work * safe, scale, settled(scale / safe), zero, low, high, order)
-    return laid_out(torch.where(factor == 0, work, y).to(x.dtype), x, granularity)
+    return laid_out(torch.where(factor == 0, work, y).to(x.dtype), granularity)
 
 
 def _composed(

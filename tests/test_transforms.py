@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import grad
 
+import sophq_func as sq
 from tests.composition.subjects import SUBJECTS, Subject
 
 
@@ -46,3 +47,39 @@ def test_torch_optim_trains_leaf_parameters(any_model: Subject) -> None:
         s.loss(scales, weights, s.batch).backward()
         optimizer.step()
     assert s.loss(scales, weights, s.batch).detach() < before
+
+
+class Layouts(nn.Module):
+    """Convolutions of three kinds, a BatchNorm to fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.b, self.c = nn.ConvTranspose2d(16, 8, 3, groups=4), nn.Conv1d(8, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.norm(self.a(x)).relu()).flatten(2))
+
+
+def turned(weight: Tensor) -> Tensor:
+    return weight.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "expanded"])
+def test_inductor_reads_weights_of_any_layout(layout: str) -> None:
+    """Compiled for use, weights are viewed by strides; see ``affine.laid_out``."""
+    torch.manual_seed(0)
+    model, x = Layouts().eval(), torch.randn(2, 8, 9, 9)
+    model = model.to(memory_format=torch.channels_last) if layout == "channels last" else model
+    params = sq.params_of(model)
+    if layout == "transposed":
+        params |= {name: turned(params[name]) for name in ("a.weight", "b.weight", "c.weight")}
+    if layout == "expanded":
+        params["a.weight"] = params["a.weight"][:, :1].expand(16, 8, 3, 3)
+    q = sq.quantize(model, sq.QuantConfig(strategy="CNN"), example_args=(x,))
+    qparams = q.calibrate(params, [x], progress=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda params, x: q.apply(params, qparams, x), fullgraph=True)
+    with torch.no_grad():
+        expected = q.apply(params, qparams, x)
+        torch.testing.assert_close(compiled(params, x), expected, rtol=1e-4, atol=1e-5)
