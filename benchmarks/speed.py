@@ -34,6 +34,7 @@ KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "40000
 """What the process is started with."""
 
 ROWS = ("forward", "step", "calibrate", "frozen", "empty")
+COMPILED = ("forward", "step", "frozen")
 
 
 def prepared(subject: Subject, names: list[str], compiled: bool) -> tuple[dict[str, Candidate], dict[str, Any]]:
@@ -50,10 +51,10 @@ def prepared(subject: Subject, names: list[str], compiled: bool) -> tuple[dict[s
     return candidates, notes
 
 
-def measured(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, dict[str, float]]:
+def measured(candidates: Mapping[str, Candidate], rounds: int, compiled: bool) -> dict[str, dict[str, float]]:
     """Median seconds by row and candidate."""
     found = {}
-    for row in ROWS:
+    for row in COMPILED if compiled else ROWS:
         calls: dict[str, Callable[[], object]] = {}
         for name, candidate in candidates.items():
             call = getattr(candidate, row)
@@ -114,7 +115,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for compiled in [mode == "compiled" for mode in options.modes]:
             subject, label = SUBJECTS[key](), f"{key}{', compiled' if compiled else ''}"
             candidates, notes = prepared(subject, names, compiled)
-            found = measured(candidates, options.rounds)
+            found = measured(candidates, options.rounds, compiled)
             if not compiled and options.memory:
                 found["memory"] = peaks(key, list(candidates))
             ratios = report(label, found)

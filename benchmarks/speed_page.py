@@ -29,7 +29,7 @@ code measured twice differs by up to a tenth. `-`: the candidate has no such thi
 * *calibrate*: one batch through min/max observers. *empty*: nothing quantized.
 * *memory*: peak of making the candidate and two training steps, in a process of its own.
 
-![ratios](pictures/speed.png)
+![ratios](speed.png)
 """
 
 TAIL = """
@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     data = json.loads(options.json.read_text())
     write_text(options.out / "speed.md", page(data))
-    draw(data["rows"], options.out / "pictures" / "speed.png")
+    draw(data["rows"], options.out / "speed.png")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -98,3 +99,12 @@ def test_states_and_options_are_read_off_what_is_registered() -> None:
     assert page.merges("minmax") and not page.merges("ema_minmax")
     assert page.parse(sq.observers.mse.__doc__).options == {"p": "exponent of the error, > 0."}
     assert "`hessian`, which you give" in page.body("gptq", "fake quantizer")
+
+
+def test_the_page_of_speed_shows_the_figures_that_were_measured() -> None:
+    data = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
+    text = (ROOT / "docs" / "speed.md").read_text()
+    for label, row in data["rows"].items():
+        for figures in row.get("ratios", {}).values():
+            assert f"\n## {label}\n" in text
+            assert [name for name, ratio in figures.items() if f"{ratio:.2f}" not in text] == []
