@@ -15,7 +15,7 @@ the config says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -158,8 +158,8 @@ def signals(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
-def place_dataflow(graph: Graph, requests: Requests) -> Placement:
-    """Every wanted operand, at its source."""
+def choose(graph: Graph, requests: Requests, wanted: Callable[[Graph, Node, Requests], Iterable[Operand]]) -> dict[str, str]:
+    """Values that are the wanted operands of some node, or any operand of one that asks; each with why."""
     chosen: dict[str, str] = {}
     carrying = signals(graph)
     for node in graph:
@@ -168,9 +168,14 @@ def place_dataflow(graph: Graph, requests: Requests) -> Placement:
             chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
         elif asked is None:
             for operand in wanted(graph, node, requests):
-                source = source_of(graph, operand)
-                if source.value in carrying:
-                    chosen.setdefault(source.value, f"operand of {node.name}")
+                if operand.value in carrying:
+                    chosen.setdefault(operand.value, f"operand of {node.name}")
+    return chosen
+
+
+def place_dataflow(graph: Graph, requests: Requests) -> Placement:
+    """Every wanted operand, at its source."""
+    chosen = choose(graph, requests, lambda *call: (source_of(graph, operand) for operand in wanted(*call)))
     bounded = (value for value in chosen if graph.producer(value).last.operation in BOUNDED)
     known = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
     return Placement(chosen, presets={activation_quantizer(value): known for value in bounded})

@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import nn
 
 from sophq_func.graph import Graph, Node, Operand
-from sophq_func.strategies._base import PLACEMENTS, Placement, Requests, Strategy, floating_operands
-from sophq_func.strategies._dataflow import LAYERS, contracted, signals, source_of
+from sophq_func.strategies._base import PLACEMENTS, Placement, Requests, Strategy
+from sophq_func.strategies._dataflow import LAYERS, choose, contracted, source_of
 
 WEIGHTS = (
     nn.Conv1d,
@@ -38,16 +38,7 @@ def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
 
 def place_layers(graph: Graph, requests: Requests) -> Placement:
     """Every operand that a layer multiplies with its weight."""
-    chosen: dict[str, str] = {}
-    carrying = signals(graph)
-    for node in graph:
-        asked = requests.asks(node)
-        if asked:
-            chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
-        elif asked is None:
-            values = (operand.value for operand in read(graph, node, requests))
-            chosen.update({v: chosen.get(v, f"input of {node.name}") for v in values if v in carrying})
-    return Placement(chosen)
+    return Placement(choose(graph, requests, read))
 
 
 PLACEMENTS.add("Layers", Strategy(place_layers, WEIGHTS, functions=True, rounds_bias=False))
