@@ -32,8 +32,11 @@ from sophq_func.prepare import quantize as quantize
 from sophq_func.quantized import Quantized as Quantized
 from sophq_func.registry import Spec as Spec
 from sophq_func.report import Fidelity as Fidelity
+from sophq_func.report import Report as Report
+from sophq_func.report import ReportRow as ReportRow
 from sophq_func.report import Sensitivity as Sensitivity
 from sophq_func.report import fidelity as fidelity
+from sophq_func.report import report as report
 from sophq_func.report import sensitivity as sensitivity
 from sophq_func.rules import QuantConfig as QuantConfig
 from sophq_func.rules import Rule as Rule
