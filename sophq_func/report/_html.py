@@ -42,7 +42,7 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-size: .8rem; color: var(--soft); font-weight: 600; white-space: nowrap; }
 th, td { padding: .45rem .7rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child { padding-left: .6rem; min-width: 15rem; }
+td:first-child, th:first-child { padding-left: .6rem; min-width: 15rem; max-width: 22rem; }
 tr.hot { background: var(--hotpaper); }
 tr.hot .name { color: var(--hot); }
 .name { font-weight: 650; overflow-wrap: anywhere; }
@@ -130,7 +130,7 @@ def _cards(report: Report) -> str:
             f"parameters and buffers{smaller}",
         ),
         (value(len(report.rows), str(len(report.rows))), "quantizers"),
-        (value(report.batches, str(report.batches)), "batches"),
+        (value(report.batches, str(report.batches)), "batch" if report.batches == 1 else "batches"),
     )
     items = "".join(f"<li><b>{figure}</b><span>{escape(text)}</span></li>" for figure, text in cards)
     return f'<ul class="cards">{items}</ul>'
@@ -145,7 +145,7 @@ def _table(report: Report, hot: list[bool]) -> str:
 def _row(row: ReportRow, is_hot: bool) -> str:
     note = ", observes only" * row.observe_only
     pill = f'<span class="pill {row.role}">{row.role}</span>'
-    where = f'<div class="where">{pill} {escape(row.where.removeprefix("weight ") + note)}</div>'
+    where = f'<div class="where">{pill} {_breakable(row.where.removeprefix("weight ") + note)}</div>'
     name = f'<div class="name">{_breakable(row.quantizer)}</div>{where}'
     cells = (
         (name, ""),
