@@ -1,5 +1,6 @@
 """Fine-grained control over quantization, as pure functions that compose with ``torch.func``."""
 
+from sophq_func import export as export
 from sophq_func import fake_quantize as fake_quantize
 from sophq_func import observers as observers
 from sophq_func import patterns as patterns
@@ -32,8 +33,11 @@ from sophq_func.prepare import quantize as quantize
 from sophq_func.quantized import Quantized as Quantized
 from sophq_func.registry import Spec as Spec
 from sophq_func.report import Fidelity as Fidelity
+from sophq_func.report import Report as Report
+from sophq_func.report import ReportRow as ReportRow
 from sophq_func.report import Sensitivity as Sensitivity
 from sophq_func.report import fidelity as fidelity
+from sophq_func.report import report as report
 from sophq_func.report import sensitivity as sensitivity
 from sophq_func.rules import QuantConfig as QuantConfig
 from sophq_func.rules import Rule as Rule

@@ -113,6 +113,8 @@ class FakeQuantize(NamedTuple):
       folded: see :class:`ApplyFolded`; given where it costs fewer passes over ``x`` than that sentence.
       resizable: codes lie between bounds that ``extras["qmin"]`` and ``extras["qmax"]`` may move after ``init``, so that
         :func:`sophq_func.with_bits` can give it another bit width.
+      bits: what a stored code takes, its share of the scales of a block included; ``None``: the scheme's.
+      scaled: the scale of the qparams must be stored with the codes.
     """
 
     init: InitQParams
@@ -124,6 +126,8 @@ class FakeQuantize(NamedTuple):
     scales_bias: bool = False
     folded: ApplyFolded | None = None
     resizable: bool = True
+    bits: float | None = None
+    scaled: bool = True
 
 
 OBSERVERS: Factories[Observer] = Factories("observer")

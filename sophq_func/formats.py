@@ -209,6 +209,16 @@ def codebook(values: list[float] | tuple[float, ...]) -> Codebook:
     return Codebook(entries)
 
 
+def code_bits(form: Format) -> int:
+    """How many bits tell the values of a format apart.
+
+    Example:
+      >>> code_bits(E2M1), code_bits(MXINT8)
+      (4, 8)
+    """
+    return (len(form.values()) - 1).bit_length()
+
+
 def shared_exponent(amax: Tensor, element: Format) -> Tensor:
     """The exponent of the E8M0 scale of a block: ``floor(log2 amax)`` less that of the largest element (MX v1.0, 6.3).
 

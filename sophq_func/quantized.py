@@ -21,7 +21,7 @@ from sophq_func.plan import Plan
 from sophq_func.pytree import sorted_dict
 from sophq_func.quantizers import RunQuantizer, make_quantizers, state_types
 from sophq_func.running import Effect, Runner, Schedule
-from sophq_func.scheme import PerToken
+from sophq_func.scheme import PerToken, QScheme
 from sophq_func.settings import unstack
 from sophq_func.sweep import Versions, size_of, sweep
 from sophq_func.trace import arguments, map_inputs
@@ -84,13 +84,18 @@ class Quantized:
 
     def __repr__(self) -> str:
         flags = f"training={self.training}" + (", frozen=True" if self.frozen else "")
-        return f"Quantized({type(self._skeleton.module).__name__}, {self.plan!r}, {flags})"
+        return f"Quantized({self.model_name}, {self.plan!r}, {flags})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Quantized, (self._skeleton, self.plan, self.frozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
         return Quantized(copy.deepcopy(self._skeleton, memo), self.plan, self.frozen)
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model's class."""
+        return type(self._skeleton.module).__name__
 
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: weights are observed here, activations start neutral.
@@ -360,6 +365,17 @@ class Quantized:
         for setting in each:
             self.plan.check(setting, "qparams", self._types["qparams"])
         return sweep(size_of(self.plan, params), each, one, whole, how, progress)
+
+    def weights_seen(self, params: Params, /) -> dict[str, tuple[Tensor, QScheme]]:
+        """Each weight as its quantizer sees it, and the scheme for it as it lies there.
+
+        With the BatchNorm folded in; of grouped deconvolutions, output channels first.
+
+        Returns:
+          ``{quantizer name: (weight, scheme)}``, sorted.
+        """
+        self._skeleton.check(params, "weights_seen")
+        return sorted_dict({weight.site.quantizer: (weight.seen(params), weight.scheme) for weight in self._weights})
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` as the quantizer ``name`` represents it, also where it only observes."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
 from sophq_func.errors import ConfigError, explain
-from sophq_func.formats import E2M1, E2M3, E3M2, E4M3, E5M2, MXINT8, Format, shared_exponent
+from sophq_func.formats import E2M1, E2M3, E3M2, E4M3, E5M2, MXINT8, Format, code_bits, shared_exponent
 from sophq_func.scheme import QScheme
 
 
@@ -115,7 +115,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         found = E2M1.round(blocks / torch.where(shared == 0, 1, shared)) * shared
         return ste(x, (from_blocks(found, unit) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False, bits=code_bits(E2M1) + 8 / block_size)
 
 
 def to_blocks(x: Tensor, size: int) -> Tensor:
@@ -144,7 +144,8 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         scale = torch.exp2(shared_exponent(_amax(blocks), form).to(work.dtype))
         return ste(x, from_blocks(form.round(blocks / scale) * scale, work).to(x.dtype))
 
-    return FakeQuantize(kept, apply, integer=False, resizable=False)
+    bits = code_bits(form) + 8 / block_size
+    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False)
 
 
 def _amax(blocks: Tensor) -> Tensor:

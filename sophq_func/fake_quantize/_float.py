@@ -106,7 +106,7 @@ def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
         scale = expand(qparams.scale.detach().abs().clamp(min=EPS**2), x, scheme.granularity)
         return ste(x, (round_to_float8(work / scale, dtype) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False, bits=torch.finfo(dtype).bits)
 
 
 def _cast(dtype: torch.dtype) -> FakeQuantize:
@@ -116,4 +116,4 @@ def _cast(dtype: torch.dtype) -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return round_to_dtype(x, dtype)
 
-    return FakeQuantize(init, apply, integer=False, resizable=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False, bits=torch.finfo(dtype).bits, scaled=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from sophq_func.affine import EPS, fake_quantize, ste, working
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
 from sophq_func.errors import ConfigError, StateError, explain
 from sophq_func.fake_quantize._codebooks import codebook_named
-from sophq_func.formats import Codebook
+from sophq_func.formats import Codebook, code_bits
 from sophq_func.pytree import tree_map
 from sophq_func.scheme import QScheme
 
@@ -132,7 +133,9 @@ def _gptq(
         rounding = _Integers(constant, scheme) if group_size == 0 else _Scaled(table, group_size, quantile)
         return ste(x, _solve(problem, rounding, block_size).reshape(x.shape).to(x.dtype))
 
-    return FakeQuantize(kept, apply, integer=False, resizable=False)
+    shared = 32 / {-1: block_size, -2: math.inf}.get(group_size, group_size) if group_size else 0
+    bits = code_bits(table) + shared if group_size else None
+    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=group_size == 0)
 
 
 class _Problem(NamedTuple):

@@ -10,7 +10,7 @@ from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
 from sophq_func.errors import ConfigError, explain
 from sophq_func.fake_quantize._blocks import from_blocks, to_blocks
 from sophq_func.fake_quantize._codebooks import codebook_named
-from sophq_func.formats import E4M3
+from sophq_func.formats import E4M3, code_bits
 from sophq_func.scheme import QScheme
 
 LEAST = EPS**2
@@ -54,7 +54,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
         scale = expand(qparams.scale.detach().abs().clamp(min=LEAST), x, scheme.granularity)
         return ste(x, (table.round(working(x) / scale) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False, bits=code_bits(table))
 
 
 @FAKE_QUANTIZERS.register("fpxgroup", "FPXGROUPFakeQuantize")
@@ -102,7 +102,8 @@ def fpxgroup(
         quantized = table.round(groups / scale.clamp(min=LEAST)) * scale
         return ste(x, from_blocks(quantized, x.reshape(-1)).reshape(x.shape).to(x.dtype))
 
-    return FakeQuantize(kept, apply, integer=False, resizable=False)
+    shared = (8 if double_quant else 32) / group_size if group_size > 0 else 0
+    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=code_bits(table) + shared, scaled=False)
 
 
 @FAKE_QUANTIZERS.register("nnie", "NNIEFakeQuantize")
@@ -139,7 +140,7 @@ def nnie() -> FakeQuantize:
         found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0))
         return ste(x, torch.where(work.isnan(), work, found + 0 * shift).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False)
+    return FakeQuantize(init, apply, integer=False, resizable=False, bits=8)
 
 
 def _sixteenths(exponent: Tensor) -> Tensor:

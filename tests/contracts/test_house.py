@@ -17,10 +17,10 @@ FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in so
 over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
     "CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph HessianTrace Observer PerBlock PerChannel PerGroup "
-    "PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig Rule Sensitivity Site "
-    "Spec StateError TopEigenvalue build draw enabled fake_quantize fake_quantizer fidelity from_dicts hessian_trace "
-    "merge observer observers override params_of patterns plan prepare_by_platform quantize rademacher sensitivity "
-    "stack top_eigenvalue trace unstack with_bits".split()
+    "PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig Report ReportRow Rule "
+    "Sensitivity Site Spec StateError TopEigenvalue build draw enabled export fake_quantize fake_quantizer fidelity "
+    "from_dicts hessian_trace merge observer observers override params_of patterns plan prepare_by_platform quantize "
+    "rademacher report sensitivity stack top_eigenvalue trace unstack with_bits".split()
 )
 HEAVY = frozenset(("rich", "matplotlib", "sklearn", "safetensors", "transformers"))
 

@@ -1,4 +1,4 @@
-"""How well each quantizer represents what it is there for, and what it costs the loss, as data."""
+"""Single measures: how well each quantizer represents what it is there for, and what it costs the loss."""
 
 from __future__ import annotations
 

@@ -1,0 +1,157 @@
+"""What a chip's compiler calls the places of quantizers: ``<tensor>_<op type>`` of the ONNX node that makes a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from sophq_func.errors import ConfigError, explain, near, raise_all
+from sophq_func.functions import canonical, family
+from sophq_func.patterns import PATTERNS
+from sophq_func.plan import Plan
+from sophq_func.scheme import PerChannel
+from sophq_func.site import Site
+
+OP_TYPES: Mapping[str, str] = {
+    "abs": "Abs",
+    "adaptive_avg_pool2d": "GlobalAveragePool",
+    "add": "Add",
+    "avg_pool1d": "AveragePool",
+    "avg_pool2d": "AveragePool",
+    "batch_norm": "BatchNormalization",
+    "bmm": "MatMul",
+    "cat": "Concat",
+    "celu": "Celu",
+    "clamp": "Clip",
+    "conv1d": "Conv",
+    "conv2d": "Conv",
+    "conv3d": "Conv",
+    "conv_transpose1d": "ConvTranspose",
+    "conv_transpose2d": "ConvTranspose",
+    "conv_transpose3d": "ConvTranspose",
+    "div": "Div",
+    "elu": "Elu",
+    "embedding": "Gather",
+    "exp": "Exp",
+    "flatten": "Flatten",
+    "gelu": "Gelu",
+    "hardsigmoid": "HardSigmoid",
+    "hardswish": "HardSwish",
+    "interpolate": "Resize",
+    "layer_norm": "LayerNormalization",
+    "leaky_relu": "LeakyRelu",
+    "linear": "Gemm",
+    "matmul": "MatMul",
+    "max_pool1d": "MaxPool",
+    "max_pool2d": "MaxPool",
+    "mean": "ReduceMean",
+    "mish": "Mish",
+    "mul": "Mul",
+    "pad": "Pad",
+    "permute": "Transpose",
+    "prelu": "PRelu",
+    "relu": "Relu",
+    "relu6": "Clip",
+    "reshape": "Reshape",
+    "selu": "Selu",
+    "sigmoid": "Sigmoid",
+    "softmax": "Softmax",
+    "softplus": "Softplus",
+    "sub": "Sub",
+    "sum": "ReduceSum",
+    "t": "Transpose",
+    "tanh": "Tanh",
+    "transpose": "Transpose",
+    "view": "Reshape",
+}
+"""Op type of the ONNX node that does an operation, by the operation's canonical name."""
+
+
+def ops(plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
+    """For each quantizer what the tables call its place; see :func:`sophq_func.export.tables` for ``names``.
+
+    Raises:
+      ConfigError: a name for a quantizer that the plan has not, a quantizer whose op type is not known.
+    """
+    unknown = [name for name in names if name not in plan]
+    raise_all([f"tables: names has {name!r}, which the plan has not; {near(name, plan)}." for name in unknown])
+    found, problems = {}, []
+    for name in plan:
+        op = names.get(name) or (_weight_op(plan, name) if plan.site(name).role == "weight" else _op(plan, name))
+        if not op:
+            because = (
+                f"no op type of ONNX is known for {plan.site(name).operation or plan.site(name).pattern or 'its call'!r}"
+            )
+            problems.append(explain(name, "a name", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}'))
+        found[name] = op
+    raise_all(problems, ConfigError)
+    return found
+
+
+def _op(plan: Plan, name: str) -> str:
+    """Of a value: the tensor behind the last call of its group, and that call's op type; of an input, its name.
+
+    A quantizer before a call is named after the call that makes what it takes.
+    """
+    site = plan.site(name)
+    if site.argument:
+        return site.value
+    if site.operand >= 0:
+        source = next((edge.source for edge in plan.edges if name in edge.through), "")
+        return call_op(plan, source)
+    tensor = site.members[-1] if site.members else site.value
+    return _joined(tensor, last_operation(site))
+
+
+def call_op(plan: Plan, name: str) -> str:
+    """The same for a call of the traced model; empty where the op type is not known."""
+    call = next((call for call in plan.calls if call.name == name), None)
+    if call is None:
+        return ""
+    if not call.does:
+        return name
+    quantizers = (*call.weights, f"{name}.post_act_fake_quantizer")
+    members = next((plan.site(own).members for own in quantizers if own in plan), ())
+    return _joined(members[-1] if members else name, operation(call.does))
+
+
+def _weight_op(plan: Plan, name: str) -> str:
+    """Of a weight: its layer's tensor; per channel, that of a ReLU which is the first to take it."""
+    site = plan.site(name)
+    call = next((call.name for call in plan.calls if name in call.weights), site.members[0] if site.members else site.path)
+    tensor = site.members[0] if site.members else call
+    if isinstance(plan[name].scheme.granularity, PerChannel):
+        if site.members and last_operation(site) == "relu":
+            return _joined(site.members[-1], "relu")
+        takers = [edge.target for edge in plan.edges if edge.source == call]
+        if not site.members and takers and _does(plan, takers[0]) == "relu":
+            return _joined(takers[0], "relu")
+    return _joined(tensor, site.operation)
+
+
+def _does(plan: Plan, call: str) -> str:
+    """The operation of a call of the traced model."""
+    word = next((own.does for own in plan.calls if own.name == call), "")
+    return operation(word)
+
+
+def operation(word: str) -> str:
+    """The operation that makes the result of a call: of a class of torch.nn, a function, or the last of a pattern.
+
+    Example:
+      >>> operation("ReLU"), operation("relu"), operation("ConvBnReLU2d")
+      ('relu', 'relu', 'relu')
+    """
+    part = PATTERNS.get(word).parts[-1] if word in PATTERNS else getattr(nn, word, word)
+    return family(part) if isinstance(part, type) else canonical(part)
+
+
+def last_operation(site: Site) -> str:
+    """What makes the tensor of a site: the operation of its only call, or of the last of its group."""
+    return operation(site.pattern) if site.pattern else site.operation
+
+
+def _joined(tensor: str, does: str) -> str:
+    kind = OP_TYPES.get(does, "")
+    return f"{tensor}_{kind}" if kind else ""

@@ -1,0 +1,51 @@
+"""One quantizer of a report, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRow:
+    """One quantizer.
+
+    Attributes:
+      quantizer: its name.
+      position: its place in execution order, from 0.
+      role: ``"weight"`` or ``"activation"``.
+      grid: the integer grid, or the name of the number format.
+      where: the place where it sits, in words.
+      observe_only: values pass it unchanged; what is said of clipping and noise is what it would do.
+      low, high: smallest and largest value that it sees; a weight with the BatchNorm folded in.
+      clip_low, clip_high: values of the outermost codes, of all channels the widest; ``None`` for formats that are no
+        integer grid and for ranges taken from each tensor.
+      step: distance of two codes, of all channels the largest; ``None`` as above.
+      clipped: share of the values that lie more than half a step beyond their outermost code; ``None`` as above.
+      sqnr_db: signal-to-quantization-noise ratio of what it sees, in dB.
+      cosine: of the angle between what it sees and what it makes of it.
+      error: with this quantizer alone switched on, the squared error of the model's output, by the squared output.
+      share: that error, by the sum over all quantizers.
+      bytes_before, bytes_after: of its weight: as it is; and its codes with their scales. 0 for activations.
+      histogram: how many values lie in each of 64 equal bins from ``low`` to ``high``; nearly so where a later batch widened
+        the range, and bins were split.
+    """
+
+    quantizer: str
+    position: int
+    role: str
+    grid: str
+    where: str
+    observe_only: bool
+    low: float
+    high: float
+    clip_low: float | None
+    clip_high: float | None
+    step: float | None
+    clipped: float | None
+    sqnr_db: float
+    cosine: float
+    error: float
+    share: float
+    bytes_before: int
+    bytes_after: int
+    histogram: tuple[int, ...]

@@ -1,0 +1,179 @@
+"""The command line: what it prints, what it writes, and errors that are one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import sophq_func as sq
+from sophq_func import cli
+from tests.helpers import ready
+
+MAKE = '''"""A model and its batches."""
+
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), iter([torch.randn(5, 4)])
+
+def wrong():
+    return 3
+
+def broken():
+    raise RuntimeError("no\\nweights")
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two plans and a module, in which commands run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "maker", raising=False)
+    (tmp_path / "maker.py").write_text(MAKE)
+    for name, bits in (("a", 8), ("b", 3)):
+        (tmp_path / f"{name}.json").write_text(plan(bits).to_json())
+    return tmp_path
+
+
+def plan(bits: int) -> sq.Plan:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    rule = sq.Rule(name="2.weight_fake_quant", weight=sq.override(bits=bits))
+    return sq.plan(sq.trace(model, (torch.ones(1, 4),)), sq.QuantConfig(chip="BM1690" if bits == 8 else None, rules=(rule,)))
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_inspect_shows_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "inspect", "a.json")
+    assert (code, err) == (0, "")
+    assert plan(8).table() in out
+    assert plan(8).digest()[:12] in out
+    assert run(capsys, "inspect", "a.json", "--tree")[1] == f"{plan(8).tree()}\n"
+    assert (
+        run(capsys, "inspect", "a.json", "--name", "2_weight_fake_quant")[1] == f"{plan(8).explain('2.weight_fake_quant')}\n"
+    )
+
+
+def test_inspect_shows_what_a_checkpoint_holds(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, params, qparams = ready(nn.Linear(2, 3).eval(), torch.tensor([[1.0, 2.0]]))
+    metadata = {"library": "0.1.0", "digest": q.plan.digest()}
+    held = SimpleNamespace(plan=q.plan, qparams=qparams, params=params, metadata=metadata)
+    monkeypatch.setitem(sys.modules, "sophq_func.io", SimpleNamespace(load=lambda path: held))
+    head = json.dumps({}).encode()
+    (folder / "net.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + b" " * 8)
+    code, out, _ = run(capsys, "inspect", "net.safetensors")
+    scale = qparams["weight_fake_quant"].scale
+    assert code == 0
+    assert q.plan.table() in out
+    assert "library: 0.1.0" in out
+    assert f"weight_fake_quant  scale {float(scale.min()):.6g} to {float(scale.max()):.6g}, 3" in out
+    held.plan = None
+    code, _, err = run(capsys, "inspect", "net.safetensors")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "without one" in err
+
+
+def test_diff_says_what_differs_by_text_and_exit_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "diff", "a.json", "a.json") == (0, "no difference\n", "")
+    code, out, _ = run(capsys, "diff", "a.json", "b.json")
+    assert code == 1
+    assert "~ 2.weight_fake_quant: bits 8 -> 3" in out
+    assert out == f"{plan(8).diff(plan(3))}\n"
+
+
+def test_report_calibrates_a_plan_and_writes_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "report", "maker:make", "b.json", "--html", "r.html", "--csv", "r.csv")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(5, 4)
+    q, params = sq.build(model, plan(3)).eval(), sq.params_of(model)
+    expected = sq.report(q, params, q.calibrate(params, [x]), [x], progress=False)
+    assert code == 0
+    assert out == f"{expected.table()}\nwritten: r.html\nwritten: r.csv\n"
+    expected.to_html(folder / "own.html")
+    assert (folder / "r.html").read_bytes() == (folder / "own.html").read_bytes()
+
+
+def test_export_writes_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["net_cali_table_from_sophgo_mq_sophgo_tpu", "net_q_table_from_sophgo_mq_sophgo_tpu", "net_clip_ranges.json"]
+    code, out, _ = run(capsys, "export", "maker:make", "a.json", ".", "--name", "net")
+    assert (code, out) == (0, "".join(f"written: {name}\n" for name in names))
+    assert "2_Gemm_weight INT8" in (folder / names[1]).read_text()
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "no command": ((), "COMMAND"),
+    "unknown command": (("inspct", "a.json"), "inspct"),
+    "no file": (("inspect", "none.json"), "none.json"),
+    "a folder": (("inspect", "."), "directory"),
+    "no plan": (("inspect", "maker.py"), "reading a plan or a checkpoint"),
+    "binary": (("inspect", "noise.bin"), "reading a plan or a checkpoint"),
+    "quantizer": (("inspect", "a.json", "--name", "2.weight_fake_quan"), "did you mean '2.weight_fake_quant'"),
+    "source": (("report", "maker", "a.json"), "demo:make"),
+    "module": (("report", "nowhere:make", "a.json"), "nowhere"),
+    "function": (("report", "maker:mak", "a.json"), "did you mean 'make'"),
+    "result": (("report", "maker:wrong", "a.json"), "a tuple (model, batches)"),
+    "raises": (("report", "maker:broken", "a.json"), "RuntimeError: no weights"),
+    "folder": (("export", "maker:make", "a.json", "none"), "this folder"),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), WRONG.values(), ids=WRONG)
+def test_errors_are_one_line_and_exit_code_2(
+    words: tuple[str, ...], told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "noise.bin").write_bytes(bytes(range(256)))
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_a_traceback_is_there_for_those_who_ask(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--traceback", "inspect", "none.json"])
+
+
+@pytest.mark.parametrize("words", [(), ("inspect",), ("diff",), ("report",), ("export",)], ids=" ".join)
+def test_help_teaches(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, *words, "--help")
+    assert code == 0
+    assert "FILE" in out or "A B" in out
+    if not words:
+        for line in ("inspect plan.json", "diff before.json after.json", "report demo:make", "def make():"):
+            assert line in out
+
+
+def test_the_module_runs_as_a_program_and_stops_with_its_reader(folder: Path) -> None:
+    def program(*words: str) -> subprocess.Popen[bytes]:
+        command, pipe = [sys.executable, "-m", "sophq_func", *words], subprocess.PIPE
+        environment = {**os.environ, "PYTHONPATH": str(Path(sq.__file__).parent.parent)}
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=folder, env=environment)
+
+    bad, unread = program("inspect", "none.json"), program("inspect", "a.json")
+    assert unread.stdout and unread.stderr
+    unread.stdout.close()
+    out, err = bad.communicate()
+    assert (bad.returncode, out) == (2, b"")
+    assert b"Traceback" not in err and err.count(b"\n") == 1
+    with unread.stderr as stream:
+        assert (stream.read(), unread.wait()) == (b"", 0)
