@@ -540,6 +540,28 @@ def test_a_failure_leaves_the_old_file_and_no_other(
     assert not there or list(sq.load(path).params) == ["old"]
 
 
+def test_the_file_is_on_the_disk_before_it_is_renamed_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def flushing(file: int) -> None:
+        found = os.fstat(file)
+        assert stat.S_ISDIR(found.st_mode) or found.st_size > 1000, "flushed before all is written"
+        done.append("folder" if stat.S_ISDIR(found.st_mode) else "file")
+        fsync(file)
+
+    def renaming(self: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "replace", renaming)
+    sq.save(tmp_path / "a", params={"a": torch.zeros(1000)})
+    assert done == ["file", "rename", "folder"]
+
+
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
 def test_a_write_that_stops_in_the_middle_leaves_the_old_file_and_no_other(
     stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
