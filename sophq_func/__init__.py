@@ -16,6 +16,7 @@ from sophq_func.curvature import hessian_trace as hessian_trace
 from sophq_func.curvature import rademacher as rademacher
 from sophq_func.curvature import top_eigenvalue as top_eigenvalue
 from sophq_func.dicts import from_dicts as from_dicts
+from sophq_func.errors import CheckpointError as CheckpointError
 from sophq_func.errors import ConfigError as ConfigError
 from sophq_func.errors import PlanError as PlanError
 from sophq_func.errors import StateError as StateError
@@ -23,6 +24,9 @@ from sophq_func.fake_quantize import fake_quantizer as fake_quantizer
 from sophq_func.flat import merge as merge
 from sophq_func.graph import Graph as Graph
 from sophq_func.intercept import params_of as params_of
+from sophq_func.io import Checkpoint as Checkpoint
+from sophq_func.io import load as load
+from sophq_func.io import save as save
 from sophq_func.observers import observer as observer
 from sophq_func.plan import Plan as Plan
 from sophq_func.planning import plan as plan
@@ -55,5 +59,4 @@ from sophq_func.settings import unstack as unstack
 from sophq_func.settings import with_bits as with_bits
 from sophq_func.site import Site as Site
 from sophq_func.trace import trace as trace
-
-__version__ = "0.1.0"
+from sophq_func.version import __version__ as __version__

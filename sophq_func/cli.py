@@ -16,6 +16,7 @@ from sophq_func.base import QParams
 from sophq_func.errors import ConfigError, explain, unknown
 from sophq_func.export import tables
 from sophq_func.intercept import params_of
+from sophq_func.io import load
 from sophq_func.plan import Plan
 from sophq_func.prepare import build
 from sophq_func.quantized import Quantized
@@ -218,7 +219,7 @@ def _read(path: str) -> Given:
 
 def _checkpoint(path: str) -> Given:
     """A checkpoint with a plan."""
-    found = importlib.import_module("sophq_func.io").load(path)
+    found = load(path)
     if found.plan is None:
         raise ConfigError(explain(path, "reading a plan", because="the checkpoint was saved without one"))
     return Given(found.plan, found.qparams, found.params, found.metadata)

@@ -1,4 +1,4 @@
-"""The three errors of the library and the one sentence that all of them speak."""
+"""The errors of the library and the one sentence that all of them speak."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ class PlanError(ValueError):
 
 class StateError(ValueError):
     """Parameters, observer state or qparams do not fit the plan, or hold no usable numbers."""
+
+
+class CheckpointError(StateError):
+    """A file with states is damaged, is no such file, or does not fit the plan: a :class:`StateError` of what is stored."""
 
 
 _NOTHING = object()

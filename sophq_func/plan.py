@@ -210,7 +210,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             return _read(json.loads(text))
         except ConfigError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             because = f"{type(error).__name__}: {error}"
             raise ConfigError(explain("Plan.from_json", "reading a plan", because=because)) from error
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,25 +69,28 @@ def test_inspect_shows_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]
     )
 
 
-def test_inspect_shows_what_a_checkpoint_holds(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_shows_what_a_checkpoint_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     q, params, qparams = ready(nn.Linear(2, 3).eval(), torch.tensor([[1.0, 2.0]]))
-    metadata = {"library": "0.1.0", "digest": q.plan.digest()}
-    held = SimpleNamespace(plan=q.plan, qparams=qparams, params=params, metadata=metadata)
-    monkeypatch.setitem(sys.modules, "sophq_func.io", SimpleNamespace(load=lambda path: held))
-    head = json.dumps({}).encode()
-    (folder / "net.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + b" " * 8)
-    code, out, _ = run(capsys, "inspect", "net.safetensors")
+    sq.save(folder / "net.safetensors", plan=q.plan, qparams=qparams, params=params)
+    code, out, err = run(capsys, "inspect", "net.safetensors")
     scale = qparams["weight_fake_quant"].scale
-    assert code == 0
+    assert (code, err) == (0, "")
     assert q.plan.table() in out
-    assert "library: 0.1.0" in out
+    assert q.plan.digest() in out
     assert f"weight_fake_quant  scale {float(scale.min()):.6g} to {float(scale.max()):.6g}, 3" in out
-    held.plan = None
+
+
+def test_a_checkpoint_without_a_plan_or_a_damaged_one_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, params, _ = ready(nn.Linear(2, 3).eval(), torch.tensor([[1.0, 2.0]]))
+    sq.save(folder / "net.safetensors", params=params)
     code, _, err = run(capsys, "inspect", "net.safetensors")
     assert (code, err.count("\n")) == (2, 1)
     assert "without one" in err
+    whole = (folder / "net.safetensors").read_bytes()
+    (folder / "half.safetensors").write_bytes(whole[: len(whole) - 4])
+    code, _, err = run(capsys, "inspect", "half.safetensors")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "half.safetensors" in err
 
 
 def test_diff_says_what_differs_by_text_and_exit_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
