@@ -87,7 +87,7 @@ class WeightQuantizer:
         site, norm = self.site, self.norm
         if not site.source:
             return {}
-        shift = self._shift(params, qparams[site.quantizer], qparams[site.source])
+        shift = self.bias_shift(params, qparams[site.quantizer], qparams[site.source])
         if site.bias:
             shift = shift if norm is None else self._unfold(shift, norm, params)
             return {site.bias: params[site.bias] + shift.to(params[site.bias].dtype)}
@@ -101,7 +101,7 @@ class WeightQuantizer:
         if norm is None or self.site.bias or not norm.training:
             return {}
         momentum = norm.momentum if norm.momentum is not None else 1 / after[norm.tracked]
-        shift = self._unfold(self._shift(params, qparams, source), norm, params).detach()
+        shift = self._unfold(self.bias_shift(params, qparams, source), norm, params).detach()
         return {norm.mean: after[norm.mean] + (momentum * shift).to(after[norm.mean].dtype)}
 
     def folded_bias(self, params: Params) -> Tensor:
@@ -114,7 +114,7 @@ class WeightQuantizer:
         mean, beta = params[self.norm.mean].detach(), params[self.norm.bias].detach()
         return (bias.to(mean) - mean) * self.norm.factor(params).detach() + beta
 
-    def _shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
+    def bias_shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
         """``d``: straight-through in the rounding, constant in ``B``."""
         step = positive(qparams.scale) * positive(source.scale)
         ratio = self.folded_bias(params) / step.detach()

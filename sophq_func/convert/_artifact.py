@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from sophq_func.base import QParams
-from sophq_func.convert._codes import decoded, is_integer, spread, unstored
+from sophq_func.convert._codes import HALF, decoded, is_integer, spread, unstored
 from sophq_func.convert._integers import Given, Integers, Value, Whole
 from sophq_func.errors import StateError, explain, near
 from sophq_func.finite import check_reached
 from sophq_func.plan import Plan
+from sophq_func.pytree import is_plain, tensors, tree_map
 from sophq_func.quantized import Quantized
 from sophq_func.running import Schedule
 
@@ -27,15 +29,22 @@ class Artifact:
 
     Attributes:
       plan: the plan it was made by.
-      metadata: JSON-able: ``"version"``, ``"digest"`` of the plan, ``"weights"``, ``"biases"`` and ``"values"`` by name, and
-        ``"folded"``, the parameters that are folded away.
     """
 
     plan: Plan
-    metadata: Mapping[str, Any]
+    _metadata: Mapping[str, Any]
     _tensors: Mapping[str, Tensor]
     _q: Quantized
     _floats: Mapping[str, QParams]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is what, JSON-able, a copy.
+
+        ``"version"``, ``"digest"`` of the plan, ``"torch"``, ``"weights"``, ``"biases"`` and ``"values"`` by name, and
+        ``"folded"``: the parameters that are folded away.
+        """
+        return copy.deepcopy(dict(self._metadata))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -48,7 +57,7 @@ class Artifact:
         return sum(t.numel() * t.element_size() for t in self._tensors.values())
 
     def __repr__(self) -> str:
-        found = self.metadata
+        found = self._metadata
         kinds = ", ".join(sorted({entry["format"] for entry in found["weights"].values()})) or "none"
         coded = sum(self._size(f"{name}.codes") for name in found["weights"])
         parts = f"{len(found['weights'])} weights ({kinds}) in {coded} bytes, {len(found['values'])} grids of values"
@@ -57,11 +66,13 @@ class Artifact:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Artifact):
             return NotImplemented
-        same = self.plan == other.plan and self.metadata == other.metadata and self._tensors.keys() == other._tensors.keys()
+        same = (
+            self.plan == other.plan and self._metadata == other._metadata and self._tensors.keys() == other._tensors.keys()
+        )
         return same and all(_same(tensor, other._tensors[name]) for name, tensor in self._tensors.items())
 
     def __hash__(self) -> int:
-        return hash(self.metadata["digest"])
+        return hash(self._metadata["digest"])
 
     def codes(self, name: str) -> Tensor:
         """The codes of a weight, unpacked, in its own shape; integers are ``real = (code - zero_point) * scale``.
@@ -72,7 +83,8 @@ class Artifact:
         Raises:
           StateError: it has no codes.
         """
-        return unstored(self._tensors[f"{name}.codes"], self._entry(name))
+        entry = self._entry(name)
+        return unstored(self._part(name, "codes"), entry)
 
     def weight(self, name: str) -> Tensor:
         """The numbers that the codes of a weight stand for, float32, with a BatchNorm behind it folded in."""
@@ -103,36 +115,37 @@ class Artifact:
             runs.append(Integers(schedule, given))
             return runs[0]
 
+        args, kwargs = _taken((args, kwargs))
         with torch.inference_mode(False), torch.no_grad():
             given = self._given()
             output, _ = self._q._run(self._parameters(given), given.other, args, kwargs, watch=watch)
         return output, runs[0]
 
     def _given(self) -> Given:
-        weights, biases = self.metadata["weights"], self.metadata["biases"]
+        weights, biases = self._metadata["weights"], self._metadata["biases"]
         wholes = {name: self._whole(name) for name, entry in weights.items() if is_integer(entry)}
         rounded = {name: self._whole_bias(name) for name, entry in biases.items() if entry["source"]}
         folds = {name: (entry["bias"], entry["norm"]) for name, entry in weights.items() if entry["norm"]}
         keys = {key for key, _ in folds.values()}
         extra: dict[str, Whole | Tensor] = {key: rounded[key] if key in rounded else self._tensors[key] for key in keys}
         wholes |= {name: whole for name, whole in rounded.items() if name not in keys}
-        values = {name: self._value(name) for name in self.metadata["values"] if name not in self._floats}
-        return Given(values, self._other, wholes, folds, extra, frozenset(self.metadata["folded"]))
+        values = {name: self._value(name) for name in self._metadata["values"] if name not in self._floats}
+        return Given(values, self._other, wholes, folds, extra, frozenset(self._metadata["folded"]))
 
     def _parameters(self, given: Given) -> dict[str, Tensor]:
         """What the model runs with: real numbers for what the executor has no integers for."""
-        found = {}
+        found, device = {}, next((t.device for t in self._tensors.values()), None)
         for name, empty in self._q._skeleton.registered().items():
             if name in given.wholes:
                 found[name] = given.wholes[name].real(torch.float32)
-            elif name in self.metadata["weights"]:
+            elif name in self._metadata["weights"]:
                 found[name] = self.weight(name)
             elif name in given.dropped:
-                found[name] = torch.zeros(empty.shape, dtype=empty.dtype)
+                found[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
             elif name in self._tensors:
                 found[name] = self._tensors[name].clone()
             else:  # the bias of a layer that a BatchNorm is folded into, which the executor adds itself
-                found[name] = torch.full(empty.shape, torch.nan)
+                found[name] = torch.full(empty.shape, torch.nan, device=device)
         return found
 
     def _other(self, name: str, x: Tensor) -> Tensor:
@@ -149,12 +162,12 @@ class Artifact:
         zero = spread(self._part(name, "zero_point"), entry, site, config)
         scale = spread(self._part(name, "scale"), entry, site, config).double()
         level = self.codes(name).to(torch.int32) - zero
-        return Whole(level, scale.expand(level.shape) if scale.ndim else scale, entry["quantizer"], (2 << entry["bits"]) - 1)
+        return Whole(level, scale.expand(level.shape) if scale.ndim else scale, entry["quantizer"], (1 << entry["bits"]) - 1)
 
     def _whole_bias(self, name: str) -> Whole:
         scale = self._part(name, "scale").double()
         level = self._part(name, "codes")
-        return Whole(level, scale.expand(level.shape) if scale.ndim else scale, self.metadata["biases"][name]["source"])
+        return Whole(level, scale.expand(level.shape) if scale.ndim else scale, self._metadata["biases"][name]["source"])
 
     def _value(self, name: str) -> Value:
         low, high = self._part(name, "qmin"), self._part(name, "qmax")
@@ -163,7 +176,7 @@ class Artifact:
         return Value(scheme, scale, zero, low, high)
 
     def _entry(self, name: str) -> Mapping[str, Any]:
-        weights = self.metadata["weights"]
+        weights = self._metadata["weights"]
         if name not in weights:
             fix = near(name, weights) or "artifact.metadata['weights'] has the names"
             raise StateError(explain("artifact", f"codes of {name!r}", because="it was not converted", fix=fix))
@@ -177,6 +190,14 @@ class Artifact:
 
     def _size(self, name: str) -> int:
         return math.prod(self._tensors[name].shape) * self._tensors[name].element_size()
+
+
+def _taken(call: Any) -> Any:
+    """The arguments of a run, 16-bit floats as float32."""
+    if not is_plain(tensors(call)):
+        fix = "run outside of vmap, grad and compile"
+        raise StateError(explain("artifact.run", "running on integers inside a transform", fix=fix))
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF.values() else x, call)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -196,7 +197,7 @@ class _Conversion:
         self.biases[key] = {"source": ""}
         step = self._step(weight, source)
         if step is None:
-            self.tensors[key] = real.clone()
+            self.tensors[key] = real + self._shift(weight)
             return
         step = self._widened(weight, step, real)
         code = (real / step).round()
@@ -207,6 +208,13 @@ class _Conversion:
         self.biases[key] = {"source": source}
         self.gone.add(key)
         self._keep(key, codes=code.to(torch.int32), scale=step)
+
+    def _shift(self, weight: WeightQuantizer) -> Tensor | float:
+        """What the plan's rounding adds to a bias that stays real: 16-bit floats have steps for biases, but no integers."""
+        site = weight.site
+        if not site.source:
+            return 0.0
+        return weight.bias_shift(self.params, self.qparams[site.quantizer], self.qparams[site.source])
 
     def _widened(self, weight: WeightQuantizer, step: Tensor, real: Tensor) -> Tensor:
         """The step, larger where all weights are 0, so that their scale plays no part, and the bias did not fit."""
@@ -234,7 +242,7 @@ class _Conversion:
         for weight in self.q._weights:
             if weight.norm:
                 behind.setdefault(weight.site.norm, []).append(weight.site.parameter)
-        lone = {call.name for call in self.q.plan.calls}
+        lone = {re.sub(r"_\d+$", "", call.name) for call in self.q.plan.calls} | {call.name for call in self.q.plan.calls}
         owned = self.q._skeleton.owned
         paths = {norm for norm, layers in behind.items() if self.weights.keys() >= set(layers) and norm not in lone}
         others = {name for path, own in owned.items() if path not in paths for name in own.values()}

@@ -21,7 +21,7 @@ from sophq_func.errors import StateError, explain
 from sophq_func.functions import called
 from sophq_func.pytree import tensors
 from sophq_func.running import Runner, Schedule
-from sophq_func.scheme import QScheme
+from sophq_func.scheme import PerTensor, QScheme
 from sophq_func.strategies import DROPOUTS, MOVES
 
 INT32 = torch.iinfo(torch.int32)
@@ -222,7 +222,9 @@ class Integers(Runner):
         if whole is not None and not value.scheme.dynamic:
             code = rescaled(whole.level, whole.scale / scale) + zero
         else:
-            code = torch.round(working(x) * (1 / scale.float())).double() + zero
+            code = _rounded(working(x), scale.float(), zero.float(), value.scheme).double()
+        if bool(code.isnan().any()):
+            raise StateError(explain(name, "a code for NaN", fix="look at what reaches it"))
         level = fitting(torch.minimum(torch.maximum(code, low), high) - zero, name)
         bound = int(torch.maximum(value.high - value.zero_point, value.zero_point - value.low).max())
         found = Whole(level, scale.expand(x.shape) if scale.ndim else scale, name, bound)
@@ -355,6 +357,13 @@ def _at_hand(value: Value, x: Tensor) -> Value:
     limits = int(value.low.min()), int(value.high.max())
     found = range_to_qparams(*min_max(x, value.scheme.granularity), value.scheme, limits=limits)
     return value._replace(scale=found.scale, zero_point=found.zero_point)
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, scheme: QScheme) -> Tensor:
+    """Codes, not clamped, in the rounding order of ``learnable``: kernel order per tensor, else expression order."""
+    if isinstance(scheme.granularity, PerTensor):
+        return torch.round(x * (1 / scale)) + zero
+    return torch.round(x / scale + zero)
 
 
 def _beside(channels: Tensor, like: Tensor, name: str) -> Tensor:
