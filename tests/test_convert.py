@@ -133,6 +133,18 @@ def test_a_batch_norm_that_is_called_elsewhere_too_stays() -> None:
     torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_second_batch_norm_is_computed() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 6, 6)
+    for norm in model[1:]:
+        norm.weight.data.uniform_(0.5, 2)
+        norm.bias.data.normal_()
+    for config in (sq.QuantConfig(), tpu()):
+        r = ready(model, x, config=config)
+        artifact = sq.convert(r.q, r.params, r.qparams)
+        assert artifact.metadata["folded"] and "2.weight" in artifact.tensors
+        torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_bias_behind_weights_that_are_all_zero_keeps_its_value() -> None:
     model, x = nn.Linear(4, 2).eval(), 1e-4 * torch.randn(8, 4)
     model.weight.data[0] = 0

@@ -156,7 +156,7 @@ class Integers(Runner):
         super().__init__(schedule, self._quantized)
         self._given = given
         self._known: dict[int, Known] = {}
-        self._folded: dict[int, tuple[Tensor, str]] = {}
+        self._folded: dict[int, Tensor] = {}
         self._folds: dict[int, tuple[str, str]] = {}
         self._dropped: set[int] = set()
         self.computed: dict[str, int] = {}
@@ -230,7 +230,7 @@ class Integers(Runner):
         found = Whole(level, scale.expand(x.shape) if scale.ndim else scale, name, bound)
         return self._noted(found.real(x.dtype), found, "quantize" if whole is None else "requantize")
 
-    def _layer(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
+    def _layer(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A convolution or linear layer; with the bias of the BatchNorm that is folded into its weight."""
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         x, weight, bias = given["input"], self._on_grid(given["weight"]), given.get("bias")
@@ -248,13 +248,12 @@ class Integers(Runner):
         if whole is not None and weight is not None and given["weight"].ndim > 1:
             groups = args[6] if len(args) > 6 else rest.get("groups", 1)
             output = self._integer_layer(name, run, (whole, weight, groups), bias, x.dtype)
+        if not norm:
+            return func(*args, **kwargs) if output is None else output
         if output is None:
             output = run(x, given["weight"])
-            if bias is not None:
-                real: Tensor = bias.real(output.dtype) if isinstance(bias, Whole) else bias
-                output = output + _beside(real, output, name)
-        if norm:
-            self._folded[id(output)] = (output, norm)
+            output = output + _beside(bias.real(output.dtype) if isinstance(bias, Whole) else bias, output, name)
+        self._folded[id(output)] = output
         return output
 
     def _integer_layer(
@@ -341,8 +340,7 @@ class Integers(Runner):
     def _normalized(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A BatchNorm: nothing is left to do behind the layer that it is folded into."""
         x = args[0] if args else kwargs["input"]
-        _, norm = self._folded.get(id(x), (None, ""))
-        if norm:
+        if self._folded.pop(id(x), None) is not None:  # once: the next BatchNorm, if there is one, is another
             return x
         if any(id(tensor) in self._dropped for tensor in tensors((args, kwargs))):
             because, fix = "the artifact folds it into the layer before it", "plan with an example that shows this call"
