@@ -16,11 +16,11 @@ ROOT = Path(sq.__file__).parent
 FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
-    "Artifact CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph HessianTrace Observer PerBlock PerChannel PerGroup "
-    "PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig Rule Sensitivity Site "
-    "Spec StateError TopEigenvalue build convert draw enabled fake_quantize fake_quantizer fidelity from_dicts hessian_trace "
-    "merge observer observers override pack params_of patterns plan prepare_by_platform quantize rademacher sensitivity "
-    "stack top_eigenvalue trace unpack unstack with_bits".split()
+    "Artifact CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph HessianTrace Observer PerBlock PerChannel "
+    "PerGroup PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig Rule "
+    "Sensitivity Site Spec StateError TopEigenvalue build convert draw enabled fake_quantize fake_quantizer fidelity "
+    "from_dicts hessian_trace merge observer observers override pack params_of patterns plan prepare_by_platform "
+    "quantize rademacher sensitivity stack top_eigenvalue trace unpack unstack with_bits".split()
 )
 HEAVY = frozenset(("rich", "matplotlib", "sklearn", "safetensors", "transformers"))
 
