@@ -10,6 +10,10 @@ from sophq_func.base import Observer as Observer
 from sophq_func.base import QParams as QParams
 from sophq_func.chips import CHIPS as CHIPS
 from sophq_func.chips import ChipSpec as ChipSpec
+from sophq_func.convert import Artifact as Artifact
+from sophq_func.convert import convert as convert
+from sophq_func.convert import pack as pack
+from sophq_func.convert import unpack as unpack
 from sophq_func.curvature import HessianTrace as HessianTrace
 from sophq_func.curvature import TopEigenvalue as TopEigenvalue
 from sophq_func.curvature import hessian_trace as hessian_trace

@@ -236,6 +236,10 @@ class Skeleton:
         """``params`` with buffers that are constants: no gradient reaches them."""
         return {**params, **{name: params[name].detach() for name in self.buffers}}
 
+    def registered(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by its canonical name, without numbers: tensors on the ``meta`` device."""
+        return _registered(self.module)
+
     def deferrable(self, path: str, parameter: str) -> bool:
         """Whether only the layer at ``path`` holds a parameter, and reads it nowhere but in its own forward."""
         owners = [(p, attribute) for p, own in self.owned.items() for attribute, name in own.items() if name == parameter]

@@ -427,12 +427,13 @@ class Quantized:
         args: Any,
         kwargs: Any,
         later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
+        watch: Callable[[Schedule], Runner] | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         if self.plan.written:
             args, kwargs = map_inputs(self._arguments, args, kwargs, self._copied)
-        if not self._schedule:
+        if watch is None and not self._schedule:
             return self._skeleton.run(None, params, args, kwargs)
-        runner = Runner(self._schedule, effect)
+        runner = Runner(self._schedule, effect) if watch is None else watch(self._schedule)
         if self._schedule.inputs:
             args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
         if self._schedule.same:

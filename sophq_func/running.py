@@ -121,12 +121,12 @@ class Runner(Frame):
     def function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         pair = (self.scope, name)
         if pair not in self.counts:
-            return func(*args, **kwargs)
+            return self.compute(func, args, kwargs)
         floating = has_floating(args, kwargs)
         actions = self._actions(pair) if floating else None
         if actions is not None:
             args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
-        output = func(*args, **kwargs)
+        output = self.compute(func, args, kwargs)
         if name == "setitem":
             self._on_output(pair, args[0], floating)
             return output
@@ -135,6 +135,10 @@ class Runner(Frame):
     def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.inner and called(func) in LAYERS:
             args, kwargs = self._on_tensors({1: self.inner}, (args, kwargs))
+        return self.compute(func, args, kwargs)
+
+    def compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make the call itself, of a function inside or outside leaf modules, with quantized operands."""
         return func(*args, **kwargs)
 
     def check(self) -> None:

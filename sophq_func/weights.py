@@ -51,15 +51,7 @@ class WeightQuantizer:
     @property
     def scheme(self) -> QScheme:
         """The scheme, for the weight as :meth:`seen` shows it."""
-        granularity = self.config.scheme.granularity
-        if not self._regrouped or not isinstance(granularity, PerChannel | PerGroup):
-            return self.config.scheme
-        return replace(self.config.scheme, granularity=replace(granularity, axis=0))
-
-    @property
-    def _regrouped(self) -> bool:
-        """Whether it is a grouped deconvolution, whose weight has no axis with all output channels."""
-        return self.site.groups > 1 and self.site.axis == 1
+        return arranged_scheme(self.config.scheme, self.site)
 
     def seen(self, params: Params) -> Tensor:
         """The weight that is observed: with the BatchNorm folded in; of grouped deconvolutions, output channels first."""
@@ -95,7 +87,7 @@ class WeightQuantizer:
         site, norm = self.site, self.norm
         if not site.source:
             return {}
-        shift = self._shift(params, qparams[site.quantizer], qparams[site.source])
+        shift = self.bias_shift(params, qparams[site.quantizer], qparams[site.source])
         if site.bias:
             shift = shift if norm is None else self._unfold(shift, norm, params)
             return {site.bias: params[site.bias] + shift.to(params[site.bias].dtype)}
@@ -109,17 +101,23 @@ class WeightQuantizer:
         if norm is None or self.site.bias or not norm.training:
             return {}
         momentum = norm.momentum if norm.momentum is not None else 1 / after[norm.tracked]
-        shift = self._unfold(self._shift(params, qparams, source), norm, params).detach()
+        shift = self._unfold(self.bias_shift(params, qparams, source), norm, params).detach()
         return {norm.mean: after[norm.mean] + (momentum * shift).to(after[norm.mean].dtype)}
 
-    def _shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
+    def folded_bias(self, params: Params) -> Tensor:
+        """``B``: the layer's bias, or 0, with the BatchNorm folded in; a constant."""
+        bias = (
+            params[self.site.bias].detach() if self.site.bias else torch.zeros((), device=params[self.site.parameter].device)
+        )
+        if self.norm is None:
+            return bias
+        mean, beta = params[self.norm.mean].detach(), params[self.norm.bias].detach()
+        return (bias.to(mean) - mean) * self.norm.factor(params).detach() + beta
+
+    def bias_shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
         """``d``: straight-through in the rounding, constant in ``B``."""
-        bias = params[self.site.bias].detach() if self.site.bias else qparams.scale.new_zeros(())
-        if self.norm is not None:
-            mean, beta = params[self.norm.mean].detach(), params[self.norm.bias].detach()
-            bias = (bias.to(mean) - mean) * self.norm.factor(params).detach() + beta
         step = positive(qparams.scale) * positive(source.scale)
-        ratio = bias / step.detach()
+        ratio = self.folded_bias(params) / step.detach()
         shift = step * (ratio.round() - ratio)
         none = torch.zeros_like(shift)
         return switched(none, switched(none, shift, qparams), source)
@@ -129,16 +127,36 @@ class WeightQuantizer:
         return torch.where(factor == 0, 0, shift / torch.where(factor == 0, 1, factor))
 
     def _along(self, factor: Tensor, weight: Tensor) -> Tensor:
-        axis = 0 if self._regrouped else self.site.axis
+        axis = 0 if is_regrouped(self.site) else self.site.axis
         return factor.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
 
     def _arrange(self, weight: Tensor) -> Tensor:
-        """``(in, out / groups, ...)`` as ``(out, in / groups, ...)``, and back: the exchange is its own inverse."""
-        if not self._regrouped:
-            return weight
-        groups, (rows, columns) = self.site.groups, weight.shape[:2]
-        split = weight.reshape(groups, rows // groups, columns, *weight.shape[2:])
-        return split.transpose(1, 2).reshape(groups * columns, rows // groups, *weight.shape[2:])
+        return arranged(weight, self.site)
+
+
+def is_regrouped(site: Site) -> bool:
+    """Whether it is a grouped deconvolution, whose weight has no axis with all output channels."""
+    return site.groups > 1 and site.axis == 1
+
+
+def arranged_scheme(scheme: QScheme, site: Site) -> QScheme:
+    """The scheme of a site's weight, for the weight as :func:`arranged` shows it."""
+    granularity = scheme.granularity
+    if not is_regrouped(site) or not isinstance(granularity, PerChannel | PerGroup):
+        return scheme
+    return replace(scheme, granularity=replace(granularity, axis=0))
+
+
+def arranged(weight: Tensor, site: Site) -> Tensor:
+    """Of a grouped deconvolution ``(in, out / groups, ...)`` as ``(out, in / groups, ...)``, and back; others as they are.
+
+    The exchange is its own inverse.
+    """
+    if not is_regrouped(site):
+        return weight
+    groups, (rows, columns) = site.groups, weight.shape[:2]
+    split = weight.reshape(groups, rows // groups, columns, *weight.shape[2:])
+    return split.transpose(1, 2).reshape(groups * columns, rows // groups, *weight.shape[2:])
 
 
 def quantize_weights(

@@ -69,9 +69,14 @@ def build(spec: Spec) -> FakeQuantize:
     made = FAKE_QUANTIZERS.build(spec)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        if scheme.dynamic:
-            found = range_to_qparams(*min_max(x, scheme.granularity), scheme, limits=bounds(qparams, scheme))
-            qparams = made.init(QParams(found.scale, found.zero_point, qparams.extras), x, scheme)
-        return made.apply(x, qparams, scheme, noise)
+        return made.apply(x, in_force(made, x, qparams, scheme), scheme, noise)
 
     return made._replace(apply=apply)
+
+
+def in_force(made: FakeQuantize, x: Tensor, qparams: QParams, scheme: QScheme) -> QParams:
+    """The qparams themselves, or with a dynamic scheme those of the range of ``x``."""
+    if not scheme.dynamic:
+        return qparams
+    found = range_to_qparams(*min_max(x, scheme.granularity), scheme, limits=bounds(qparams, scheme))
+    return made.init(QParams(found.scale, found.zero_point, qparams.extras), x, scheme)

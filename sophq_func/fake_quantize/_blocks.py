@@ -111,7 +111,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         scale = expand(qparams.scale.detach().abs().clamp(min=EPS**2), x, scheme.granularity)
         unit = working(x).detach() / scale
         blocks = to_blocks(unit, block_size)
-        shared = E4M3.round(_amax(blocks) / E2M1.largest)
+        shared = E4M3.round(block_amax(blocks) / E2M1.largest)
         found = E2M1.round(blocks / torch.where(shared == 0, 1, shared)) * shared
         return ste(x, (from_blocks(found, unit) * scale).to(x.dtype))
 
@@ -141,14 +141,14 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         work = working(x).detach()
         blocks = to_blocks(work, block_size)
-        scale = torch.exp2(shared_exponent(_amax(blocks), form).to(work.dtype))
+        scale = torch.exp2(shared_exponent(block_amax(blocks), form).to(work.dtype))
         return ste(x, from_blocks(form.round(blocks / scale) * scale, work).to(x.dtype))
 
     bits = code_bits(form) + 8 / block_size
     return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False)
 
 
-def _amax(blocks: Tensor) -> Tensor:
+def block_amax(blocks: Tensor) -> Tensor:
     """The largest finite magnitude of each block."""
     return torch.where(blocks.isfinite(), blocks, 0).abs().amax(-1, keepdim=True)
 

@@ -13,12 +13,13 @@ from sophq_func.strategies._base import (
     Strategy,
     activation_quantizer,
 )
-from sophq_func.strategies._dataflow import CONTRACTIONS, LAYERS, contracted, source_of
+from sophq_func.strategies._dataflow import CONTRACTIONS, LAYERS, MOVES, contracted, source_of
 
 __all__ = [
     "CONTRACTIONS",
     "DROPOUTS",
     "LAYERS",
+    "MOVES",
     "PLACEMENTS",
     "Placement",
     "Requests",

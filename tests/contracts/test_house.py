@@ -16,11 +16,12 @@ ROOT = Path(sq.__file__).parent
 FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
-    "CHIPS Checkpoint CheckpointError ChipSpec ConfigError FakeQuantize Fidelity Graph HessianTrace Observer PerBlock "
-    "PerChannel PerGroup PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig "
-    "Report ReportRow Rule Sensitivity Site Spec StateError TopEigenvalue build draw enabled export fake_quantize "
-    "fake_quantizer fidelity from_dicts hessian_trace load merge observer observers override params_of patterns plan "
-    "prepare_by_platform quantize rademacher report save sensitivity stack top_eigenvalue trace unstack with_bits".split()
+    "Artifact CHIPS Checkpoint CheckpointError ChipSpec ConfigError FakeQuantize Fidelity Graph HessianTrace Observer "
+    "PerBlock PerChannel PerGroup PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized "
+    "QuantizerConfig Report ReportRow Rule Sensitivity Site Spec StateError TopEigenvalue build convert draw enabled "
+    "export fake_quantize fake_quantizer fidelity from_dicts hessian_trace load merge observer observers override "
+    "pack params_of patterns plan prepare_by_platform quantize rademacher report save sensitivity stack "
+    "top_eigenvalue trace unpack unstack with_bits".split()
 )
 HEAVY = frozenset(("rich", "matplotlib", "sklearn", "transformers"))
 
