@@ -96,16 +96,39 @@ def _looked_up(graph: ir.Graph, node: ir.Node) -> None:
     if "axis" not in source.attributes:
         _replace(graph, node, [found, ir.node("DequantizeLinear", [found.outputs[0], scale, zero])])
         return
-    width = _array(codes).shape[-1]
-    if source.attributes["axis"].as_int() or len(_array(codes).shape) != 2:
+    width, last = _array(codes).shape[-1], len(rows.shape)
+    if len(_array(codes).shape) != 2:
         return
-    last = len(rows.shape)
+    if source.attributes["axis"].as_int() == 1:
+        _replace(graph, node, [found, ir.node("DequantizeLinear", [found.outputs[0], scale, zero], {"axis": last})])
+        return
     shape = _array(scale).shape
     tables = [_initializer(graph, f"{v.name}_rows", _array(v).reshape(shape[0], -1)) for v in (scale, zero)]
     parts = [ir.node("Gather", [table, rows], {"axis": 0}) for table in tables]
     inputs = [found.outputs[0], *(part.outputs[0] for part in parts)]
     block = {"axis": last, "block_size": width // (shape[1] if len(shape) > 1 else 1)}
     _replace(graph, node, [found, *parts, ir.node("DequantizeLinear", inputs, block)])
+
+
+def _linear(graph: ir.Graph, node: ir.Node) -> None:
+    """``Add(MatMul(x, w), b)`` with stored ``w`` and ``b`` as ``Gemm``, which adds the bias among the integers."""
+    for product, bias in (node.inputs, node.inputs[::-1]):
+        matmul, stored = None if product is None else product.producer(), _dequantized(bias)
+        if matmul is None or stored is None or matmul.op_type != "MatMul" or len(product.uses()) != 1:
+            continue
+        x, weight = matmul.inputs
+        shape = None if x is None else x.shape
+        if _dequantized(weight) is None or len(weight.shape) != 2 or shape is None:
+            continue
+        lead = [dim if isinstance(dim, int) else -1 for dim in shape[:-1]]
+        if lead.count(-1) > 1 or len(bias.shape) != 1:
+            continue
+        flat = ir.node("Reshape", [x, _initializer(graph, f"rows_of_{weight.shape[0]}", np.array([-1, weight.shape[0]]))])
+        gemm = ir.node("Gemm", [flat.outputs[0], weight, bias])
+        back = np.array([*lead, weight.shape[1]])
+        name = "shape_" + "_".join(map(str, back))
+        _replace(graph, node, [flat, gemm, ir.node("Reshape", [gemm.outputs[0], _initializer(graph, name, back)])])
+        return
 
 
 def _pooled(graph: ir.Graph, node: ir.Node) -> None:
@@ -119,14 +142,37 @@ def _pooled(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _rectified(graph: ir.Graph, node: ir.Node) -> None:
-    """``Relu`` before an FP8 grid as ``Max(x, 0)``: ONNX Runtime 1.32 takes FP8 for unsigned and would drop it."""
-    kinds = {None if user.inputs[-1] is None else user.inputs[-1].dtype for user, _ in node.outputs[0].uses()}
-    if kinds & FLOAT8:
-        zero = _initializer(graph, "zero", np.zeros((), np.float32))
-        _replace(graph, node, [ir.node("Max", [node.inputs[0], zero])])
+    """``Relu`` in the form in which runtimes fuse it, or do not fuse it wrongly.
+
+    Before a uint8 grid whose smallest code is below that of 0: behind it, among the codes, as ``max(code, zero)``. Before
+    an FP8 grid: as ``Max(x, 0)``, because ONNX Runtime 1.32 takes FP8 for unsigned and drops a ``Relu`` there.
+    """
+    users = [user for user, _ in node.outputs[0].uses()]
+    if not users or any(user.op_type != "QuantizeLinear" or user.inputs[2] is None for user in users):
+        return
+    x, kinds = node.inputs[0], {user.inputs[2].dtype for user in users}
+    if kinds <= FLOAT8:
+        _replace(graph, node, [ir.node("Max", [x, _initializer(graph, "zero", np.zeros((), np.float32))])])
+    elif kinds == {ir.DataType.UINT8} and all(_array(user.inputs[2]).all() for user in users):
+        for user in users:
+            codes, zero = user.outputs[0], user.inputs[2]
+            clipped = ir.node("Clip", [codes, zero])
+            clipped.outputs[0].shape, clipped.outputs[0].type = codes.shape, codes.type
+            for consumer, index in list(codes.uses()):
+                consumer.replace_input_with(index, clipped.outputs[0])
+            clipped.replace_input_with(0, codes)
+            graph.insert_after(user, [clipped])
+            user.replace_input_with(0, x)
+        graph.remove(node, safe=True)
 
 
-REWRITES = {"Transpose": _transposed, "Gather": _looked_up, "ReduceMean": _pooled, "Relu": _rectified}
+REWRITES = {
+    "Add": _linear,
+    "Transpose": _transposed,
+    "Gather": _looked_up,
+    "ReduceMean": _pooled,
+    "Relu": _rectified,
+}
 
 
 def _still_codes(graph: ir.Graph, node: ir.Node) -> None:

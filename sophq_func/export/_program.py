@@ -36,8 +36,8 @@ MIXES = "its mask mixes"
 class Target(Protocol):
     """How an export spells grids."""
 
-    def problem(self, grid: Grid, stored: bool) -> str:
-        """Why a grid, of a stored weight or not, cannot be spelled; empty where it can."""
+    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+        """A grid, of a stored weight or not, as the target has it; or why it cannot be spelled."""
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         """``x`` as codes and back."""
@@ -204,11 +204,12 @@ def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -
         if piece.config.observe_only or on is False:
             continue
         result = MIXES if on is None else activation_grid(piece, own)
-        why = result if isinstance(result, str) else target.problem(result, False)
-        if isinstance(result, Grid) and not why:
+        if isinstance(result, Grid):
+            result = target.fitted(result, False)
+        if isinstance(result, Grid):
             found.grids[name] = result
         else:
-            problems[name] = why
+            problems[name] = result
             found.simulated[name] = partial(piece.quantize, qparams=own)
     return found, problems
 
@@ -219,7 +220,10 @@ def _stored(weight: WeightQuantizer, params: Params, qparams: QParams, target: T
     if not on:
         return MIXES if on is None else None
     result = weight_codes(weight, params, qparams)
-    return result if isinstance(result, str) else target.problem(result.grid, True) or result
+    if isinstance(result, str):
+        return result
+    grid = target.fitted(result.grid, True)
+    return grid if isinstance(grid, str) else Stored(result.codes, grid)
 
 
 def _folded_weight(weight: WeightQuantizer, params: Params, qparams: QParams) -> Tensor:

@@ -32,6 +32,7 @@ def onnx(
     example_args: Any,
     path: str | os.PathLike[str],
     *,
+    signed: bool = False,
     simulate: bool = False,
     dynamic_batch: bool = True,
 ) -> None:
@@ -47,6 +48,8 @@ def onnx(
       params, qparams: see :meth:`Quantized.apply`.
       example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
       path: of the file.
+      signed: activations of signed grids are int8, as TensorRT wants them; otherwise uint8 with a zero point that is 128
+        higher, which stands for the same values and which ONNX Runtime's kernels for x86 want.
       simulate: a quantizer that the operators cannot express is computed in floating point, as :meth:`Quantized.apply`
         does, instead of refused.
       dynamic_batch: tensors whose first axis is as long as that of the first tensor may have any length there.
@@ -70,7 +73,7 @@ def onnx(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.onnx")
-    made = program("export.onnx", q, params, qparams, _Onnx(), simulate)
+    made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
     with _quiet():
         exported = captured("export.onnx", made, args, kwargs, dynamic_batch)
         written = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
@@ -119,10 +122,16 @@ def _write(path: Path, data: bytes) -> None:
 class _Onnx:
     """Grids as QuantizeLinear and DequantizeLinear."""
 
-    def problem(self, grid: Grid, stored: bool) -> str:
+    def __init__(self, signed: bool) -> None:
+        self.signed = signed
+
+    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
         if not (stored or grid.full or grid.ends):
             return "codes that do not fill their type, with several scales"
-        return ""
+        if stored or self.signed or grid.dtype != torch.int8:
+            return grid
+        zero_point = (grid.zero_point.to(torch.int16) + 128).to(torch.uint8)
+        return grid._replace(zero_point=zero_point, low=grid.low + 128, high=grid.high + 128)
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         x = x if grid.ends is None else x.clamp(*grid.ends)
