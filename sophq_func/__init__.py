@@ -1,5 +1,6 @@
 """Fine-grained control over quantization, as pure functions that compose with ``torch.func``."""
 
+from sophq_func import export as export
 from sophq_func import fake_quantize as fake_quantize
 from sophq_func import observers as observers
 from sophq_func import patterns as patterns
