@@ -99,7 +99,7 @@ def _looked_up(graph: ir.Graph, node: ir.Node) -> None:
     width, last = _array(codes).shape[-1], len(rows.shape)
     if len(_array(codes).shape) != 2:
         return
-    if source.attributes["axis"].as_int() == 1:
+    if source.attributes["axis"].as_int() == 1 and "block_size" not in source.attributes:
         _replace(graph, node, [found, ir.node("DequantizeLinear", [found.outputs[0], scale, zero], {"axis": last})])
         return
     shape = _array(scale).shape
@@ -153,7 +153,9 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
     x, kinds = node.inputs[0], {user.inputs[2].dtype for user in users}
     if kinds <= FLOAT8:
         _replace(graph, node, [ir.node("Max", [x, _initializer(graph, "zero", np.zeros((), np.float32))])])
-    elif kinds == {ir.DataType.UINT8} and all(_array(user.inputs[2]).all() for user in users):
+    elif kinds == {ir.DataType.UINT8} and all(_array(user.inputs[2]).shape == () for user in users):
+        if not all(_array(user.inputs[2]) for user in users):
+            return
         for user in users:
             codes, zero = user.outputs[0], user.inputs[2]
             clipped = ir.node("Clip", [codes, zero])

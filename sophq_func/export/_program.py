@@ -34,7 +34,13 @@ MIXES = "its mask mixes"
 
 
 class Target(Protocol):
-    """How an export spells grids."""
+    """How an export spells grids.
+
+    Attributes:
+      stores_biases: biases that the plan rounds are stored as int32; otherwise as floats, with the same values.
+    """
+
+    stores_biases: bool
 
     def fitted(self, grid: Grid, stored: bool) -> Grid | str:
         """A grid, of a stored weight or not, as the target has it; or why it cannot be spelled."""
@@ -74,8 +80,9 @@ class Program(nn.Module):
         for name, (codes, grid) in found.stored.items():
             self._hold(f"{name}_quantized", codes)
             self._hold_grid(name, grid)
+        self._values = {name: q.plan.site(name).value or name for name in found.grids}
         for name, grid in found.grids.items():
-            self._hold_grid(name, grid)
+            self._hold_grid(self._values[name], grid)
 
     def _hold(self, name: str, tensor: Tensor) -> None:
         key = f"t{len(self.names)}"
@@ -138,7 +145,8 @@ class Program(nn.Module):
             grid = self._found.grids.get(name)
             if grid is None:
                 return x
-            return self._target.quantize(x, self._tensor(f"{name}_scale"), self._tensor(f"{name}_zero_point"), grid)
+            value = self._values[name]
+            return self._target.quantize(x, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
 
         return effect
 
@@ -172,7 +180,7 @@ def program(
             result = _stored(weight, params, qparams[weight.site.quantizer], target)
             if isinstance(result, str):
                 problems[weight.site.quantizer] = result
-                tensors[weight.site.parameter] = _folded_weight(weight, params, qparams)
+                tensors[weight.site.parameter] = _folded_weight(weight, params, qparams[weight.site.quantizer])
             elif result is not None:
                 found.stored[weight.site.parameter] = result
             else:
@@ -180,7 +188,7 @@ def program(
         fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
         texts = [explain(name, f"{where}", because=why, fix=fix) for name, why in problems.items()]
         raise_all([] if simulate else texts, ConfigError)
-        skeleton = _with_folded_biases(q, tensors, found)
+        skeleton = _with_folded_biases(q, tensors, found, target.stores_biases)
     return Program(skeleton, q, tensors, found, target)
 
 
@@ -232,10 +240,10 @@ def _folded_weight(weight: WeightQuantizer, params: Params, qparams: QParams) ->
     return weight._arrange(switched(seen, weight.fake_quantize.apply(seen, qparams, weight.scheme), qparams))
 
 
-def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found) -> Skeleton:
+def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, stores: bool) -> Skeleton:
     """The skeleton with BatchNorms that do nothing and layers that have their bias, which goes into ``tensors``.
 
-    A bias that is rounded is stored as int32 on its grid.
+    A bias that is rounded is stored as int32 on its grid, where the target ``stores`` biases.
     """
     skeleton = copy.deepcopy(q._skeleton)
     for weight in q._acting:
@@ -248,7 +256,7 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found) 
             layer = skeleton.module.get_submodule(site.path)
             layer.bias = nn.Parameter(torch.empty_like(tensors[name], device="meta"))
             skeleton.owned[site.path]["bias"] = name
-        if site.source in found.grids and site.parameter in found.stored and name in tensors:
+        if stores and site.source in found.grids and site.parameter in found.stored and name in tensors:
             found.stored[name] = _stored_bias(tensors[name], found.stored[site.parameter].grid, found.grids[site.source])
     return skeleton
 
@@ -287,7 +295,7 @@ def captured(where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str,
         with torch.no_grad():
             return torch.export.export(made, args, kwargs, dynamic_shapes=shapes, strict=False)
     except (UserError, ConstraintViolationError) as error:
-        because, fix = f"torch.export says: {error}", "dynamic_batch=False, or a model that takes its size from its input"
+        because, fix = f"torch.export says: {str(error).strip().splitlines()[0]}", "dynamic_batch=False, or a model that takes its size from its input"
         raise ConfigError(explain(where, "a batch of any size", because=because, fix=fix)) from error
 
 

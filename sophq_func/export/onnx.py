@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from sophq_func.base import QParams
 from sophq_func.calibrate import as_call
@@ -33,6 +34,7 @@ def onnx(
     path: str | os.PathLike[str],
     *,
     signed: bool = False,
+    pack: bool = True,
     simulate: bool = False,
     dynamic_batch: bool = True,
 ) -> None:
@@ -50,6 +52,7 @@ def onnx(
       path: of the file.
       signed: activations of signed grids are int8, as TensorRT wants them; otherwise uint8 with a zero point that is 128
         higher, which stands for the same values and which ONNX Runtime's kernels for x86 want.
+      pack: codes of up to four bits are INT4 or UINT4; otherwise a byte each, with which ONNX Runtime computes in integers.
       simulate: a quantizer that the operators cannot express is computed in floating point, as :meth:`Quantized.apply`
         does, instead of refused.
       dynamic_batch: tensors whose first axis is as long as that of the first tensor may have any length there.
@@ -76,12 +79,25 @@ def onnx(
     made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
     with _quiet():
         exported = captured("export.onnx", made, args, kwargs, dynamic_batch)
-        written = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
-        assert written is not None
+        written = _translated(exported)
         names = {key: name for name, key in made.names.items()}
-        narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow())
+        narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow() if pack)
         proto = _onnx_graph.finished(written.model, names, narrow, made.inputs(args, kwargs), output_names(exported))
     _write(Path(path), proto.SerializeToString())
+
+
+def _translated(exported: ExportedProgram) -> torch.onnx.ONNXProgram:
+    """What torch.onnx makes of a captured program."""
+    try:
+        written = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        because, fix = f"torch.onnx says: {str(cause).splitlines()[0]}", "write that operation another way"
+        raise ConfigError(explain("export.onnx", "an operation of this model", because=because, fix=fix)) from error
+    assert written is not None
+    return written
 
 
 def _require() -> None:
@@ -121,6 +137,8 @@ def _write(path: Path, data: bytes) -> None:
 
 class _Onnx:
     """Grids as QuantizeLinear and DequantizeLinear."""
+
+    stores_biases = True
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed
