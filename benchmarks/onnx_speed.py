@@ -5,8 +5,8 @@
     python benchmarks/onnx_speed.py --json onnx.json
 
 ResNet-18 at 4x3x224x224 and MiniLM at 8x128, one thread, W8A8, all graph optimizations. Sessions take turns; figures are
-medians, as ratios to float. Beside them: size of the file as a ratio to float, cosine of the output to ``q.apply`` and to the float model,
-and which operators are left in the optimized graph.
+medians, as ratios to float. Beside them: size of the file as a ratio to float, cosine of the output to ``q.apply`` and to
+the float model, and which operators are left in the optimized graph.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ CONFIGS = {
     "dataflow, affine": sq.QuantConfig(activation=AFFINE),
     "dataflow, symmetric": sq.QuantConfig(),
     "layers, affine": sq.QuantConfig(strategy="Layers", activation=AFFINE),
+    "products, affine": sq.QuantConfig(
+        activation=AFFINE,
+        rules=tuple(
+            sq.Rule(type=kind, requests=False)
+            for kind in (nn.LayerNorm, torch.add, nn.functional.scaled_dot_product_attention)
+        ),
+    ),
     "weights only": sq.QuantConfig(activation=None),
 }
 

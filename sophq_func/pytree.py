@@ -55,7 +55,10 @@ def paths(spec: Any) -> list[str]:
     """
     tree = _pytree.tree_unflatten(range(spec.num_leaves), spec)
     found, _ = _pytree.tree_flatten_with_path(tree)
-    return [".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path) for path, _ in found]
+    return [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+        for path, _ in found
+    ]
 
 
 def tensors(tree: Any) -> list[Tensor]:

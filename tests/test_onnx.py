@@ -105,9 +105,7 @@ CONFIGS = {
     "w3a5": sq.QuantConfig(weight=sq.override(bits=3), activation=sq.override(symmetric=False, bits=5)),
     "a12": sq.QuantConfig(activation=sq.override(bits=12)),
     "weights": sq.QuantConfig(activation=None),
-    "fp8": sq.QuantConfig(
-        weight=sq.override(fake_quantize=FQ.e4m3()), activation=sq.override(fake_quantize=FQ.e5m2("max"))
-    ),
+    "fp8": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.e4m3()), activation=sq.override(fake_quantize=FQ.e5m2("max"))),
     "pact-tqt": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.tqt()), activation=sq.override(fake_quantize=FQ.pact())),
     "channels": sq.QuantConfig(activation=sq.override(granularity=sq.PerChannel(1))),
     "adaround": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.adaround("hard")), activation=AFFINE),
@@ -218,7 +216,7 @@ class Fixed(nn.Module):
 
 def test_a_model_without_dynamic_batch_says_so(tmp_path: Path) -> None:
     made = ready(Fixed().eval(), torch.randn(4, 4))
-    with pytest.raises(sq.ConfigError, match="a batch of any size is not possible.*dynamic_batch=False"):
+    with pytest.raises(sq.ConfigError, match=r"a batch of any size is not possible.*dynamic_batch=False"):
         exported(made, torch.randn(4, 4), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
     exported(made, torch.randn(4, 4), tmp_path / "net.onnx", dynamic_batch=False)
@@ -260,7 +258,7 @@ def test_masks_switch_quantizers_off_and_half_masks_are_refused(tmp_path: Path) 
     x = image(256)
     agree(computed(path, {"x": x})[0], off(x).detach())
     mixed = made._replace(qparams=sq.enabled(made.qparams, {"head.weight_fake_quant": 0.5}))
-    with pytest.raises(sq.ConfigError, match="head.weight_fake_quant.*its mask mixes"):
+    with pytest.raises(sq.ConfigError, match=r"head.weight_fake_quant.*its mask mixes"):
         exported(mixed, image(), path)
 
 

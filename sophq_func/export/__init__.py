@@ -1,5 +1,6 @@
-"""What a quantized model becomes outside of this library; each target is one file, imported with what it needs when called."""
+"""What a quantized model becomes outside of this library; each target is one file that imports its packages when called."""
 
 from sophq_func.export.onnx import onnx
+from sophq_func.export.torch import torch
 
-__all__ = ["onnx"]
+__all__ = ["onnx", "torch"]

@@ -7,7 +7,6 @@ or a cast to FP8, makes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ class Grid(NamedTuple):
       axis: of the channels; ``None`` per tensor.
       size: elements of a group along the axis behind the channels; 0 without groups.
       ends: of one scale, what the outermost codes stand for, where the type has further codes beyond them.
+      number: of one scale, scale and zero point as numbers.
     """
 
     scale: Tensor
@@ -44,6 +44,7 @@ class Grid(NamedTuple):
     axis: int | None = None
     size: int = 0
     ends: tuple[float, float] | None = None
+    number: tuple[float, int] = (1.0, 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +62,14 @@ class Grid(NamedTuple):
         """Whether every code of the type is one of the grid's."""
         info = torch.iinfo(self.dtype) if not self.dtype.is_floating_point else None
         return info is None or (info.min, info.max) == (self.low, self.high)
+
+    def unsigned(self) -> Grid:
+        """The same values as codes from 0 on, where they are int8."""
+        if self.dtype != torch.int8:
+            return self
+        zero_point = (self.zero_point.to(torch.int16) + 128).to(torch.uint8)
+        step, zero = self.number
+        return self._replace(zero_point=zero_point, low=self.low + 128, high=self.high + 128, number=(step, zero + 128))
 
 
 class Stored(NamedTuple):
@@ -127,8 +136,8 @@ def _candidates(fake: FakeQuantize, qparams: QParams, scheme: QScheme, axis: int
         scale = qparams.scale.detach().float().abs().clamp(min=EPS**2)
         return [Grid(scale, torch.zeros_like(scale).to(dtype), 0, 0, axis, size) for dtype in FLOAT8]
     found = fake.grid(qparams, scheme)
-    ends = [torch.as_tensor(bound).detach().float() for bound in bounds(qparams, scheme)]
-    low, high = float(ends[0].min()), float(ends[1].max())
+    outer = [torch.as_tensor(bound).detach().float() for bound in bounds(qparams, scheme)]
+    low, high = float(outer[0].min()), float(outer[1].max())
     if low != round(low) or high != round(high):
         return ["its outermost codes are no whole numbers"]
     dtype = _dtype(int(low), int(high))
@@ -137,10 +146,11 @@ def _candidates(fake: FakeQuantize, qparams: QParams, scheme: QScheme, axis: int
     zero = torch.zeros_like(found.scale) if scheme.symmetric else found.zero_point.detach().float()
     whole = zero.clamp(low, high).round().to(dtype)
     grid = Grid(positive(found.scale.detach()).float(), whole, int(low), int(high), axis, size)
-    if grid.full or grid.scale.ndim:
+    if grid.scale.ndim:
         return [grid]
-    step, center = grid.scale.double(), float(whole)
-    return [grid._replace(ends=(float((low - center) * step), float((high - center) * step)))]
+    step, center = float(grid.scale), int(whole)
+    ends = None if grid.full else ((low - center) * step, (high - center) * step)
+    return [grid._replace(ends=ends, number=(step, center))]
 
 
 def _dtype(low: int, high: int) -> torch.dtype | None:

@@ -183,7 +183,7 @@ def _still_codes(graph: ir.Graph, node: ir.Node) -> None:
     made = node.outputs[0]
     if source is None or source.op_type != "DequantizeLinear" or "axis" in source.attributes or made.is_graph_output():
         return
-    codes, scale, zero = source.inputs
+    _, scale, zero = source.inputs
     if zero is None or zero.dtype not in BYTES or all(user.op_type == "QuantizeLinear" for user, _ in made.uses()):
         return
     uses = list(made.uses())

@@ -274,7 +274,9 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def captured(where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> ExportedProgram:
+def captured(
+    where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
+) -> ExportedProgram:
     """The module as torch.export sees it, for batches of any size or for that of the example alone."""
     shapes = None
     signature = made.signature(len(args), kwargs)
@@ -295,7 +297,10 @@ def captured(where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str,
         with torch.no_grad():
             return torch.export.export(made, args, kwargs, dynamic_shapes=shapes, strict=False)
     except (UserError, ConstraintViolationError) as error:
-        because, fix = f"torch.export says: {str(error).strip().splitlines()[0]}", "dynamic_batch=False, or a model that takes its size from its input"
+        because, fix = (
+            f"torch.export says: {str(error).strip().splitlines()[0]}",
+            "dynamic_batch=False, or a model that takes its size from its input",
+        )
         raise ConfigError(explain(where, "a batch of any size", because=because, fix=fix)) from error
 
 

@@ -146,10 +146,7 @@ class _Onnx:
     def fitted(self, grid: Grid, stored: bool) -> Grid | str:
         if not (stored or grid.full or grid.ends):
             return "codes that do not fill their type, with several scales"
-        if stored or self.signed or grid.dtype != torch.int8:
-            return grid
-        zero_point = (grid.zero_point.to(torch.int16) + 128).to(torch.uint8)
-        return grid._replace(zero_point=zero_point, low=grid.low + 128, high=grid.high + 128)
+        return grid if stored or self.signed else grid.unsigned()
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         x = x if grid.ends is None else x.clamp(*grid.ends)
@@ -164,6 +161,6 @@ class _Onnx:
         return symbolic("DequantizeLinear", (codes, scale, zero_point), attrs, torch.float32, codes)
 
 
-def symbolic(name: str, inputs: tuple[Tensor, ...], attrs: dict[str, int], dtype: torch.dtype, like: Tensor) -> Tensor:
+def symbolic(name: str, inputs: tuple[Tensor, ...], attrs: dict[str, Any], dtype: torch.dtype, like: Tensor) -> Tensor:
     """A node of the graph to be, whose result is shaped like ``like``."""
     return torch.onnx.ops.symbolic(name, inputs, attrs, dtype=dtype, shape=like.shape, version=OPSET)

@@ -18,17 +18,17 @@ over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
     "CHIPS ChipSpec ConfigError FakeQuantize Fidelity Graph HessianTrace Observer PerBlock PerChannel PerGroup "
     "PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized QuantizerConfig Rule Sensitivity Site "
-    "Spec StateError TopEigenvalue build draw enabled fake_quantize fake_quantizer fidelity from_dicts hessian_trace "
+    "Spec StateError TopEigenvalue build draw enabled export fake_quantize fake_quantizer fidelity from_dicts hessian_trace "
     "merge observer observers override params_of patterns plan prepare_by_platform quantize rademacher sensitivity "
     "stack top_eigenvalue trace unstack with_bits".split()
 )
-HEAVY = frozenset(("rich", "matplotlib", "sklearn", "safetensors", "transformers"))
+HEAVY = frozenset(("rich", "matplotlib", "onnx", "onnxruntime", "onnxscript", "sklearn", "safetensors", "transformers"))
 
 
 def exported() -> dict[str, object]:
     """What the package and its modules of pieces offer, by dotted name."""
     found = {name: getattr(sq, name) for name in EXPORTED}
-    for module in (sq.observers, sq.fake_quantize):
+    for module in (sq.observers, sq.fake_quantize, sq.export):
         found |= {f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
     return found
 
