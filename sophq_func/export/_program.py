@@ -10,13 +10,10 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import UserError
-from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from sophq_func.affine import switched
 from sophq_func.base import QParams
@@ -28,6 +25,9 @@ from sophq_func.quantized import Quantized
 from sophq_func.running import Effect, Runner, Schedule
 from sophq_func.trace import map_inputs
 from sophq_func.weights import Params, WeightQuantizer, round_biases
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 BYTES = (torch.int8, torch.uint8)
 MIXES = "its mask mixes"
@@ -278,6 +278,9 @@ def captured(
     where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
 ) -> ExportedProgram:
     """The module as torch.export sees it, for batches of any size or for that of the example alone."""
+    from torch._dynamo.exc import UserError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
     shapes = None
     signature = made.signature(len(args), kwargs)
     if dynamic_batch:

@@ -9,11 +9,10 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from sophq_func.base import QParams
 from sophq_func.calibrate import as_call
@@ -21,6 +20,9 @@ from sophq_func.errors import ConfigError, explain
 from sophq_func.export._grids import Grid
 from sophq_func.export._program import captured, output_names, program
 from sophq_func.quantized import Quantized
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 OPSET = 21
 NEEDED = ("onnx", "onnx_ir", "onnxscript")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as pytorch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from sophq_func.base import QParams
@@ -16,6 +15,9 @@ from sophq_func.calibrate import as_call
 from sophq_func.export._grids import Grid
 from sophq_func.export._program import captured, program
 from sophq_func.quantized import Quantized
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 BYTES = (pytorch.int8, pytorch.uint8)
 MOVES = frozenset("flatten max_pool2d permute reshape squeeze transpose unsqueeze view".split())
