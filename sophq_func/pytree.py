@@ -46,6 +46,21 @@ def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     return found, lambda new: _pytree.tree_unflatten(new, spec)
 
 
+def paths(spec: Any) -> list[str]:
+    """For each leaf of a structure, as ``torch.export`` describes one, its dotted path; empty where it is the only one.
+
+    Example:
+      >>> paths(_pytree.tree_structure({"a": 1, "b": (2, 3)}))
+      ['a', 'b.0', 'b.1']
+    """
+    tree = _pytree.tree_unflatten(range(spec.num_leaves), spec)
+    found, _ = _pytree.tree_flatten_with_path(tree)
+    return [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+        for path, _ in found
+    ]
+
+
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a tree; plain dataclasses are walked too."""
     found: list[Tensor] = []

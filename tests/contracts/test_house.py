@@ -23,13 +23,13 @@ EXPORTED = frozenset(
     "pack params_of patterns plan prepare_by_platform quantize rademacher report save sensitivity stack "
     "top_eigenvalue trace unpack unstack with_bits".split()
 )
-HEAVY = frozenset(("rich", "matplotlib", "sklearn", "transformers"))
+HEAVY = frozenset(("rich", "matplotlib", "onnx", "onnxruntime", "onnxscript", "sklearn", "transformers"))
 
 
 def exported() -> dict[str, object]:
     """What the package and its modules of pieces offer, by dotted name."""
     found = {name: getattr(sq, name) for name in EXPORTED}
-    for module in (sq.observers, sq.fake_quantize):
+    for module in (sq.observers, sq.fake_quantize, sq.export):
         found |= {f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
     return found
 

@@ -1,0 +1,271 @@
+"""The graph that torch.onnx writes, put into the form in which runtimes look for integer kernels.
+
+* A weight that is transposed behind its DequantizeLinear is stored transposed instead.
+* Rows of a table are looked up among the codes, so that only those of a batch are dequantized.
+* Codes of up to four bits become INT4 or UINT4.
+* The mean over an image becomes GlobalAveragePool.
+* Tensors have the names that parameters and quantizers have; nothing is left that says where the file was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+from sophq_func.errors import ConfigError, explain
+
+NARROW = {np.dtype(np.int8): ml_dtypes.int4, np.dtype(np.uint8): ml_dtypes.uint4}
+BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
+FLOAT8 = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2}
+MOVES = frozenset(("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"))
+LARGEST = 2**31 - 1
+
+
+def finished(
+    model: ir.Model, names: Mapping[str, str], narrow: frozenset[str], inputs: Sequence[str], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """The checked file.
+
+    Args:
+      model: from torch.onnx; it is changed.
+      names: of initializers, by the name that they have.
+      narrow: which of them, by that name, are codes of four bits.
+      inputs, outputs: names of the model's.
+
+    Raises:
+      ConfigError: more than one file can hold.
+    """
+    graph = model.graph
+    for node in list(graph):
+        rewrite = REWRITES.get(node.op_type)
+        if rewrite is not None:
+            rewrite(graph, node)
+    for node in list(graph):
+        if node.op_type in MOVES:
+            _still_codes(graph, node)
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and _base(node.inputs[0].name) in narrow:
+            _narrowed(graph, node)
+    RemoveUnusedNodesPass()(model)
+    _named(graph, names, inputs, outputs)
+    NameFixPass()(model)
+    _anonymous(model)
+    size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
+    if size > LARGEST:
+        raise ConfigError(explain("export.onnx", "a file of this size", got=size, allowed=f"up to {LARGEST} bytes"))
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _base(name: str | None) -> str:
+    """The name of the initializer that a transposed one comes from."""
+    return (name or "").removesuffix("_transposed")
+
+
+def _transposed(graph: ir.Graph, node: ir.Node) -> None:
+    """``Transpose(DequantizeLinear(w))`` as ``DequantizeLinear(transposed w)``."""
+    source = _dequantized(node.inputs[0])
+    if source is None or "perm" not in node.attributes:
+        return
+    perm = list(node.attributes["perm"].as_ints())
+    codes, scale, zero = (_array(value) for value in source.inputs)
+    grouped = scale.ndim > 1
+    moved = [codes.transpose(perm), *((part.transpose(perm) if grouped else part) for part in (scale, zero))]
+    stored = [_initializer(graph, f"{v.name}_transposed", m) for v, m in zip(source.inputs, moved, strict=True)]
+    attributes = {name: attribute.value for name, attribute in source.attributes.items()}
+    if "axis" in attributes:
+        attributes["axis"] = perm.index(attributes["axis"] % len(perm))
+    _replace(graph, node, [ir.node("DequantizeLinear", stored, attributes)])
+
+
+def _looked_up(graph: ir.Graph, node: ir.Node) -> None:
+    """``Gather(DequantizeLinear(w), rows)`` as ``DequantizeLinear(Gather(w, rows))``."""
+    source = _dequantized(node.inputs[0])
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    rows = node.inputs[1]
+    if source is None or axis != 0 or rows is None or rows.shape is None:
+        return
+    codes, scale, zero = source.inputs
+    found = ir.node("Gather", [codes, rows], {"axis": 0})
+    if "axis" not in source.attributes:
+        _replace(graph, node, [found, ir.node("DequantizeLinear", [found.outputs[0], scale, zero])])
+        return
+    width, last = _array(codes).shape[-1], len(rows.shape)
+    if len(_array(codes).shape) != 2:
+        return
+    if source.attributes["axis"].as_int() == 1 and "block_size" not in source.attributes:
+        _replace(graph, node, [found, ir.node("DequantizeLinear", [found.outputs[0], scale, zero], {"axis": last})])
+        return
+    shape = _array(scale).shape
+    tables = [_initializer(graph, f"{v.name}_rows", _array(v).reshape(shape[0], -1)) for v in (scale, zero)]
+    parts = [ir.node("Gather", [table, rows], {"axis": 0}) for table in tables]
+    inputs = [found.outputs[0], *(part.outputs[0] for part in parts)]
+    block = {"axis": last, "block_size": width // (shape[1] if len(shape) > 1 else 1)}
+    _replace(graph, node, [found, *parts, ir.node("DequantizeLinear", inputs, block)])
+
+
+def _linear(graph: ir.Graph, node: ir.Node) -> None:
+    """``Add(MatMul(x, w), b)`` with stored ``w`` and ``b`` as ``Gemm``, which adds the bias among the integers."""
+    for product, bias in (node.inputs, node.inputs[::-1]):
+        matmul, stored = None if product is None else product.producer(), _dequantized(bias)
+        if matmul is None or stored is None or matmul.op_type != "MatMul" or len(product.uses()) != 1:
+            continue
+        x, weight = matmul.inputs
+        shape = None if x is None else x.shape
+        if _dequantized(weight) is None or len(weight.shape) != 2 or shape is None:
+            continue
+        lead = [dim if isinstance(dim, int) else -1 for dim in shape[:-1]]
+        if lead.count(-1) > 1 or len(bias.shape) != 1:
+            continue
+        flat = ir.node("Reshape", [x, _initializer(graph, f"rows_of_{weight.shape[0]}", np.array([-1, weight.shape[0]]))])
+        gemm = ir.node("Gemm", [flat.outputs[0], weight, bias])
+        back = np.array([*lead, weight.shape[1]])
+        name = "shape_" + "_".join(map(str, back))
+        _replace(graph, node, [flat, gemm, ir.node("Reshape", [gemm.outputs[0], _initializer(graph, name, back)])])
+        return
+
+
+def _pooled(graph: ir.Graph, node: ir.Node) -> None:
+    """``ReduceMean`` over both axes of images as ``GlobalAveragePool``."""
+    x, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    keeps = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+    if x is None or x.shape is None or len(x.shape) != 4 or axes is None or axes.const_value is None or not keeps:
+        return
+    if sorted(int(axis) % 4 for axis in axes.const_value.numpy()) == [2, 3]:
+        _replace(graph, node, [ir.node("GlobalAveragePool", [x])])
+
+
+def _rectified(graph: ir.Graph, node: ir.Node) -> None:
+    """``Relu`` in the form in which runtimes fuse it, or do not fuse it wrongly.
+
+    Before a uint8 grid whose smallest code is below that of 0: behind it, among the codes, as ``max(code, zero)``. Before
+    an FP8 grid: as ``Max(x, 0)``, because ONNX Runtime 1.32 takes FP8 for unsigned and drops a ``Relu`` there.
+    """
+    users = [user for user, _ in node.outputs[0].uses()]
+    if not users or any(user.op_type != "QuantizeLinear" or user.inputs[2] is None for user in users):
+        return
+    x, kinds = node.inputs[0], {user.inputs[2].dtype for user in users}
+    if kinds <= FLOAT8:
+        _replace(graph, node, [ir.node("Max", [x, _initializer(graph, "zero", np.zeros((), np.float32))])])
+    elif kinds == {ir.DataType.UINT8} and all(_array(user.inputs[2]).shape == () for user in users):
+        if not all(_array(user.inputs[2]) for user in users):
+            return
+        for user in users:
+            codes, zero = user.outputs[0], user.inputs[2]
+            clipped = ir.node("Clip", [codes, zero])
+            clipped.outputs[0].shape, clipped.outputs[0].type = codes.shape, codes.type
+            for consumer, index in list(codes.uses()):
+                consumer.replace_input_with(index, clipped.outputs[0])
+            clipped.replace_input_with(0, codes)
+            graph.insert_after(user, [clipped])
+            user.replace_input_with(0, x)
+        graph.remove(node, safe=True)
+
+
+REWRITES = {
+    "Add": _linear,
+    "Transpose": _transposed,
+    "Gather": _looked_up,
+    "ReduceMean": _pooled,
+    "Relu": _rectified,
+}
+
+
+def _still_codes(graph: ir.Graph, node: ir.Node) -> None:
+    """A grid once more behind an operation that only moves data: where runtimes look for one."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    made = node.outputs[0]
+    if source is None or source.op_type != "DequantizeLinear" or "axis" in source.attributes or made.is_graph_output():
+        return
+    _, scale, zero = source.inputs
+    if zero is None or zero.dtype not in BYTES or all(user.op_type == "QuantizeLinear" for user, _ in made.uses()):
+        return
+    uses = list(made.uses())
+    quantize = ir.node("QuantizeLinear", [made, scale, zero])
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
+    dequantize.outputs[0].shape, dequantize.outputs[0].type = made.shape, made.type
+    graph.insert_after(node, [quantize, dequantize])
+    for user, index in uses:
+        user.replace_input_with(index, dequantize.outputs[0])
+
+
+def _dequantized(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear of stored codes that makes a value."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or any(v is None or v.const_value is None for v in node.inputs):
+        return None
+    return node
+
+
+def _array(value: ir.Value | None) -> Any:
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """A stored tensor, which is there once."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+        graph.register_initializer(
+            ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+        )
+    return graph.initializers[name]
+
+
+def _replace(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
+    """``new`` nodes in the place of a node, the last of which makes what it made."""
+    old, made = node.outputs[0], new[-1].outputs[0]
+    made.shape, made.type = old.shape, old.type
+    graph.insert_before(node, list(new))
+    ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _narrowed(graph: ir.Graph, node: ir.Node) -> None:
+    """Codes and zero points of a DequantizeLinear in four bits each."""
+    for index in (0, 2):
+        value = node.inputs[index]
+        array = _array(value)
+        kind = NARROW[array.dtype]
+        node.replace_input_with(index, _initializer(graph, f"{value.name}_4bit", array.astype(kind)))
+
+
+def _named(graph: ir.Graph, names: Mapping[str, str], inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Everything by the name that it has in the model."""
+    for value in list(graph.initializers.values()):
+        stem, _, suffix = str(value.name).partition("_")
+        if stem in names:
+            value.name = names[stem] if names[stem] not in graph.initializers else f"{names[stem]}_{suffix}"
+    for node in graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[1] is not None:
+            stem = str(node.inputs[1].name).removesuffix("_scale")
+            node.outputs[0].name = f"{stem}_{node.op_type.replace('Linear', 'd').lower()}"
+    for values, given in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        if len(values) == len(given):
+            for value, name in zip(values, given, strict=True):
+                value.name = name
+
+
+def _anonymous(model: ir.Model) -> None:
+    """Nothing in the file that only tells how it was made."""
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.graph.metadata_props.clear()
+    model.graph.name, model.graph.doc_string = "quantized", None
+    model.metadata_props.clear()
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs

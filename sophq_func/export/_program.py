@@ -1,0 +1,319 @@
+"""A quantized model as a module that torch.export captures: stored codes for weights, a target's own operations for grids.
+
+It is the run that ``q.apply`` makes, with another effect at each quantizer. BatchNorms that were folded into weights are
+gone; their layers have the folded bias.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sophq_func.affine import switched
+from sophq_func.base import QParams
+from sophq_func.errors import ConfigError, StateError, explain, raise_all
+from sophq_func.export._grids import Grid, Stored, activation_grid, is_on, weight_codes
+from sophq_func.intercept import Skeleton
+from sophq_func.pytree import paths, tensors, tree_map
+from sophq_func.quantized import Quantized
+from sophq_func.running import Effect, Runner, Schedule
+from sophq_func.trace import map_inputs
+from sophq_func.weights import Params, WeightQuantizer, round_biases
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+BYTES = (torch.int8, torch.uint8)
+MIXES = "its mask mixes"
+
+
+class Target(Protocol):
+    """How an export spells grids.
+
+    Attributes:
+      stores_biases: biases that the plan rounds are stored as int32; otherwise as floats, with the same values.
+    """
+
+    stores_biases: bool
+
+    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+        """A grid, of a stored weight or not, as the target has it; or why it cannot be spelled."""
+
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        """``x`` as codes and back."""
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        """What stored codes stand for."""
+
+
+class Found(NamedTuple):
+    """What becomes of each quantizer.
+
+    Attributes:
+      stored: codes of weights and of rounded biases, by parameter.
+      grids: of activations, by quantizer.
+      simulated: quantizers that keep their own arithmetic.
+    """
+
+    stored: dict[str, Stored]
+    grids: dict[str, Grid]
+    simulated: dict[str, Callable[[Tensor], Tensor]]
+
+
+class Program(nn.Module):
+    """A quantized model whose tensors are its buffers; ``names`` says which parameter each of them is."""
+
+    def __init__(self, skeleton: Skeleton, q: Quantized, params: Params, found: Found, target: Target) -> None:
+        super().__init__()
+        self.names: dict[str, str] = {}
+        self._skeleton, self._schedule, self._arguments = [skeleton], Schedule(q.plan), q._arguments
+        self._written, self._found, self._target = q.plan.written, found, target
+        self._plain = sorted(params.keys() - found.stored.keys())
+        for name in self._plain:
+            self._hold(name, params[name])
+        for name, (codes, grid) in found.stored.items():
+            self._hold(f"{name}_quantized", codes)
+            self._hold_grid(name, grid)
+        self._values = {name: q.plan.site(name).value or name for name in found.grids}
+        for name, grid in found.grids.items():
+            self._hold_grid(self._values[name], grid)
+
+    def _hold(self, name: str, tensor: Tensor) -> None:
+        key = f"t{len(self.names)}"
+        self.names[name] = key
+        self.register_buffer(key, tensor.detach().clone())
+
+    def _hold_grid(self, name: str, grid: Grid) -> None:
+        self._hold(f"{name}_scale", grid.scale)
+        self._hold(f"{name}_zero_point", grid.zero_point)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.get_buffer(self.names[name])
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The quantized model."""
+        params = {name: self._tensor(name) for name in self._plain}
+        for name, (_, grid) in self._found.stored.items():
+            codes, scale = self._tensor(f"{name}_quantized"), self._tensor(f"{name}_scale")
+            params[name] = self._target.dequantize(codes, scale, self._tensor(f"{name}_zero_point"), grid)
+        if self._written:
+            args, kwargs = map_inputs(self._arguments, args, kwargs, self._copied)
+        if not self._schedule:
+            return self._skeleton[0].run(None, params, args, kwargs)[0]
+        runner = Runner(self._schedule, self._effect())
+        args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
+        args, kwargs = map_inputs(self._arguments, args, kwargs, runner.repeated_input)
+        output, _ = self._skeleton[0].run(runner, params, args, kwargs)
+        runner.check()
+        return output
+
+    def _copied(self, name: str, x: Tensor) -> Tensor:
+        return x.clone() if name in self._written else x
+
+    def narrow(self) -> list[str]:
+        """Parameters whose codes need no more than four bits."""
+        return [name for name, (_, grid) in self._found.stored.items() if grid.dtype in BYTES and grid.bits <= 4]
+
+    def signature(self, count: int, kwargs: Mapping[str, Any]) -> inspect.Signature:
+        """That of a call with ``count`` positional arguments, each by its name."""
+        kinds, (names, rest) = inspect.Parameter, self._arguments
+        given = [*names[:count], *(f"{rest}_{i}" for i in range(count - len(names)))]
+        positional = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in given]
+        return inspect.Signature([*positional, *(kinds(name, kinds.KEYWORD_ONLY) for name in kwargs)])
+
+    def inputs(self, args: Any, kwargs: Any) -> list[str]:
+        """Names of the tensors among a call's arguments."""
+        found: list[str] = []
+
+        def note(name: str, x: Tensor) -> Tensor:
+            found.append(name)
+            return x
+
+        map_inputs(self._arguments, args, kwargs, note)
+        return found
+
+    def _effect(self) -> Effect:
+        def effect(name: str, x: Tensor) -> Tensor:
+            if name in self._found.simulated:
+                return self._found.simulated[name](x)
+            grid = self._found.grids.get(name)
+            if grid is None:
+                return x
+            value = self._values[name]
+            return self._target.quantize(x, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
+
+        return effect
+
+
+def program(
+    where: str,
+    q: Quantized,
+    params: Params,
+    qparams: Mapping[str, QParams],
+    target: Target,
+    simulate: bool,
+) -> Program:
+    """A quantized model in eval mode, ready for torch.export.
+
+    Args:
+      where: who asks, for errors.
+      q, params, qparams: see :meth:`Quantized.apply`.
+      target: how grids are spelled, and which.
+      simulate: quantizers that it cannot spell keep their arithmetic, in floating point.
+
+    Raises:
+      ConfigError: quantizers that the target cannot spell, each with the reason.
+      StateError: frozen weights, training mode; see :meth:`Quantized.apply`.
+    """
+    _check(where, q)
+    q._check(params, qparams, where, "qparams")
+    with torch.no_grad():
+        found, problems = _activations(q, qparams, target)
+        tensors = dict(round_biases(q._acting, params, q._steps(qparams)))
+        for weight in q._acting:
+            result = _stored(weight, params, qparams[weight.site.quantizer], target)
+            if isinstance(result, str):
+                problems[weight.site.quantizer] = result
+                tensors[weight.site.parameter] = _folded_weight(weight, params, qparams[weight.site.quantizer])
+            elif result is not None:
+                found.stored[weight.site.parameter] = result
+            else:
+                tensors[weight.site.parameter] = weight._arrange(weight.seen(params))
+        fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
+        texts = [explain(name, f"{where}", because=why, fix=fix) for name, why in problems.items()]
+        raise_all([] if simulate else texts, ConfigError)
+        skeleton = _with_folded_biases(q, tensors, found, target.stores_biases)
+    return Program(skeleton, q, tensors, found, target)
+
+
+def _check(where: str, q: Quantized) -> None:
+    if not isinstance(q, Quantized):
+        raise StateError(explain(where, "this model", got=type(q).__name__, allowed="a sq.Quantized"))
+    if q.frozen:
+        because = "its weights are on their grids already, without their codes"
+        raise StateError(explain(where, "a frozen model", because=because, fix="export the q that was frozen"))
+    if q.training:
+        because = "BatchNorm would use the statistics of the batch"
+        raise StateError(explain(where, "a model in training mode", because=because, fix="q.eval()"))
+
+
+def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -> tuple[Found, dict[str, str]]:
+    """The grids of quantizers that act while the model runs; and those without one, with the reason."""
+    found, problems = Found({}, {}, {}), {}
+    for name, piece in q._running.items():
+        own = qparams[name]
+        on = is_on(own)
+        if piece.config.observe_only or on is False:
+            continue
+        result = MIXES if on is None else activation_grid(piece, own)
+        if isinstance(result, Grid):
+            result = target.fitted(result, False)
+        if isinstance(result, Grid):
+            found.grids[name] = result
+        else:
+            problems[name] = result
+            found.simulated[name] = partial(piece.quantize, qparams=own)
+    return found, problems
+
+
+def _stored(weight: WeightQuantizer, params: Params, qparams: QParams, target: Target) -> Stored | str | None:
+    """A weight as codes, or why not; ``None`` where it is switched off."""
+    on = is_on(qparams)
+    if not on:
+        return MIXES if on is None else None
+    result = weight_codes(weight, params, qparams)
+    if isinstance(result, str):
+        return result
+    grid = target.fitted(result.grid, True)
+    return grid if isinstance(grid, str) else Stored(result.codes, grid)
+
+
+def _folded_weight(weight: WeightQuantizer, params: Params, qparams: QParams) -> Tensor:
+    """A quantized weight with its BatchNorm folded in, in floating point."""
+    seen = weight.seen(params)
+    return weight._arrange(switched(seen, weight.fake_quantize.apply(seen, qparams, weight.scheme), qparams))
+
+
+def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, stores: bool) -> Skeleton:
+    """The skeleton with BatchNorms that do nothing and layers that have their bias, which goes into ``tensors``.
+
+    A bias that is rounded is stored as int32 on its grid, where the target ``stores`` biases.
+    """
+    skeleton = copy.deepcopy(q._skeleton)
+    for weight in q._acting:
+        site, norm = weight.site, weight.norm
+        name = site.bias or f"{site.path}.bias".lstrip(".")
+        if norm is not None:
+            bias = tensors[site.bias] if site.bias else torch.zeros_like(tensors[norm.mean])
+            tensors[name] = (bias - tensors[norm.mean]) * norm.factor(tensors) + tensors[norm.bias]
+            skeleton.module.get_submodule(site.norm).forward = _same  # type: ignore[method-assign]
+            layer = skeleton.module.get_submodule(site.path)
+            layer.bias = nn.Parameter(torch.empty_like(tensors[name], device="meta"))
+            skeleton.owned[site.path]["bias"] = name
+        if stores and site.source in found.grids and site.parameter in found.stored and name in tensors:
+            found.stored[name] = _stored_bias(tensors[name], found.stored[site.parameter].grid, found.grids[site.source])
+    return skeleton
+
+
+def _stored_bias(bias: Tensor, weight: Grid, source: Grid) -> Stored:
+    """A bias as multiples of weight scale times input scale."""
+    step = weight.scale * source.scale
+    codes = (bias.float() / step).round().clamp(-(2.0**31), 2.0**31 - 128).to(torch.int32)
+    grid = Grid(step, torch.zeros_like(step, dtype=torch.int32), -(2**31), 2**31 - 1, 0 if step.ndim else None)
+    return Stored(codes, grid)
+
+
+def _same(x: Tensor) -> Tensor:
+    """The forward of a BatchNorm that is folded into the layer before it."""
+    return x
+
+
+def captured(
+    where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
+) -> ExportedProgram:
+    """The module as torch.export sees it, for batches of any size or for that of the example alone."""
+    from torch._dynamo.exc import UserError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    shapes = None
+    signature = made.signature(len(args), kwargs)
+    if dynamic_batch:
+        sizes = [t.shape[0] for t in tensors((args, kwargs)) if t.ndim]
+        args, kwargs = tree_map(lambda x: _doubled(x, sizes), (args, kwargs))
+        size = max(sizes[0], 2) if sizes else 0
+        batch = torch.export.Dim("batch", min=1)
+        of = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else None  # noqa: E731
+        shapes = {name: tree_map(of, given) for name, given in signature.bind(*args, **kwargs).arguments.items()}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return made.run(*args, **kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    made.forward = forward
+    try:
+        with torch.no_grad():
+            return torch.export.export(made, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except (UserError, ConstraintViolationError) as error:
+        because, fix = (
+            f"torch.export says: {str(error).strip().splitlines()[0]}",
+            "dynamic_batch=False, or a model that takes its size from its input",
+        )
+        raise ConfigError(explain(where, "a batch of any size", because=because, fix=fix)) from error
+
+
+def _doubled(x: Any, sizes: list[int]) -> Any:
+    """A batch of one as a batch of two: torch.export takes a size of one for granted."""
+    if sizes[:1] == [1] and isinstance(x, Tensor) and x.ndim and x.shape[0] == 1:
+        return torch.cat([x, x])
+    return x
+
+
+def output_names(exported: ExportedProgram) -> list[str]:
+    """Names of the tensors that the model returns: keys and positions, or ``output`` where there is but one."""
+    return [path or "output" for path in paths(exported.call_spec.out_spec)]

@@ -1,0 +1,168 @@
+"""ONNX: QuantizeLinear and DequantizeLinear around float operations, weights stored as integers; runtimes fuse the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sophq_func.base import QParams
+from sophq_func.calibrate import as_call
+from sophq_func.errors import ConfigError, explain
+from sophq_func.export._grids import Grid
+from sophq_func.export._program import captured, output_names, program
+from sophq_func.quantized import Quantized
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+OPSET = 21
+NEEDED = ("onnx", "onnx_ir", "onnxscript")
+
+
+def onnx(
+    q: Quantized,
+    params: Mapping[str, Tensor],
+    qparams: Mapping[str, QParams],
+    example_args: Any,
+    path: str | os.PathLike[str],
+    *,
+    signed: bool = False,
+    pack: bool = True,
+    simulate: bool = False,
+    dynamic_batch: bool = True,
+) -> None:
+    """Write a quantized model as an ONNX file (opset 21) that computes what :meth:`Quantized.apply` computes.
+
+    ``QuantizeLinear`` and ``DequantizeLinear`` stand where the plan has quantizers; weights are stored as codes: int8 or
+    uint8, INT4 up to four bits, FP8. BatchNorms are folded into the weights before them, and a bias that the plan rounds
+    is int32 with the scale ``s_weight * s_input``. A runtime that knows the pattern computes in integers. The file is
+    checked by ``onnx.checker`` and appears under its name when it is whole.
+
+    Args:
+      q: in eval mode, weights not frozen.
+      params, qparams: see :meth:`Quantized.apply`.
+      example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+      path: of the file.
+      signed: activations of signed grids are int8, as TensorRT wants them; otherwise uint8 with a zero point that is 128
+        higher, which stands for the same values and which ONNX Runtime's kernels for x86 want.
+      pack: codes of up to four bits are INT4 or UINT4; otherwise a byte each, with which ONNX Runtime computes in integers.
+      simulate: a quantizer that the operators cannot express is computed in floating point, as :meth:`Quantized.apply`
+        does, instead of refused.
+      dynamic_batch: tensors whose first axis is as long as that of the first tensor may have any length there.
+
+    Raises:
+      ConfigError: quantizers that cannot be expressed, each with the reason; the extra is not installed; the model has no
+        dynamic batch.
+      StateError: frozen weights, training mode, names that are missing or unknown.
+
+    Example:
+      >>> import os, tempfile, sophq_func as sq
+      >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+      >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> path = os.path.join(tempfile.mkdtemp(), "linear.onnx")
+      >>> onnx(q, params, q.calibrate(params, [x]), x, path)
+      >>> os.path.exists(path)
+      True
+    """
+    _require()
+    from sophq_func.export import _onnx_graph
+
+    args, kwargs = as_call(example_args, "export.onnx")
+    made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
+    with _quiet():
+        exported = captured("export.onnx", made, args, kwargs, dynamic_batch)
+        written = _translated(exported)
+        names = {key: name for name, key in made.names.items()}
+        narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow() if pack)
+        proto = _onnx_graph.finished(written.model, names, narrow, made.inputs(args, kwargs), output_names(exported))
+    _write(Path(path), proto.SerializeToString())
+
+
+def _translated(exported: ExportedProgram) -> torch.onnx.ONNXProgram:
+    """What torch.onnx makes of a captured program."""
+    try:
+        written = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        because, fix = f"torch.onnx says: {str(cause).splitlines()[0]}", "write that operation another way"
+        raise ConfigError(explain("export.onnx", "an operation of this model", because=because, fix=fix)) from error
+    assert written is not None
+    return written
+
+
+def _require() -> None:
+    """Raise a :class:`ConfigError` unless the extra is installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        fix = "pip install sophq-func[onnx]"
+        raise ConfigError(explain("export.onnx", f"writing ONNX without {' and '.join(missing)}", fix=fix))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch.onnx tells about itself and about packages that are not needed stays unsaid."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    silent = lambda record: False  # noqa: E731
+    logger.addFilter(silent)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeFilter(silent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file, first to a temporary name beside it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Onnx:
+    """Grids as QuantizeLinear and DequantizeLinear."""
+
+    stores_biases = True
+
+    def __init__(self, signed: bool) -> None:
+        self.signed = signed
+
+    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+        if not (stored or grid.full or grid.ends):
+            return "codes that do not fill their type, with several scales"
+        return grid if stored or self.signed else grid.unsigned()
+
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        x = x if grid.ends is None else x.clamp(*grid.ends)
+        attrs = {} if grid.axis is None else {"axis": grid.axis}
+        codes = symbolic("QuantizeLinear", (x, scale, zero_point), attrs, grid.dtype, x)
+        return symbolic("DequantizeLinear", (codes, scale, zero_point), attrs, x.dtype, x)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        attrs = {} if grid.axis is None else {"axis": grid.axis}
+        if grid.size:
+            attrs = {"axis": 1, "block_size": grid.size}
+        return symbolic("DequantizeLinear", (codes, scale, zero_point), attrs, torch.float32, codes)
+
+
+def symbolic(name: str, inputs: tuple[Tensor, ...], attrs: dict[str, Any], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A node of the graph to be, whose result is shaped like ``like``."""
+    return torch.onnx.ops.symbolic(name, inputs, attrs, dtype=dtype, shape=like.shape, version=OPSET)

@@ -1,0 +1,120 @@
+"""A ``torch.export`` program with the operators of PT2E, which inductor lowers to integer kernels on x86."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch as pytorch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from sophq_func.base import QParams
+from sophq_func.calibrate import as_call
+from sophq_func.export._grids import Grid
+from sophq_func.export._program import captured, program
+from sophq_func.quantized import Quantized
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+BYTES = (pytorch.int8, pytorch.uint8)
+MOVES = frozenset("flatten max_pool2d permute reshape squeeze transpose unsqueeze view".split())
+OPERATORS = "torch.ao.quantization.fx._decomposed"
+"""The module whose import registers the operators."""
+
+
+def torch(
+    q: Quantized,
+    params: Mapping[str, Tensor],
+    qparams: Mapping[str, QParams],
+    example_args: Any,
+    *,
+    simulate: bool = False,
+    dynamic_batch: bool = False,
+) -> ExportedProgram:
+    """The quantized model as a program of torch, for ``torch.compile`` to run in integers.
+
+    ``quantized_decomposed.quantize_per_tensor`` and ``dequantize_per_tensor`` stand where the plan has quantizers, weights
+    are int8 or uint8 codes before a ``dequantize_per_channel``, BatchNorms are folded, biases are floats: the form that
+    PT2E's ``convert_pt2e`` leaves and that inductor's passes for x86 look for. Activations are uint8. In eager the program
+    computes what :meth:`Quantized.apply` computes, in floating point.
+
+    Args:
+      q, params, qparams, example_args, simulate: see :func:`sophq_func.export.onnx`.
+      dynamic_batch: see there; by default only the batch of the example fits, for which inductor has faster kernels.
+
+    Returns:
+      The program; ``program.module()`` can be called and compiled.
+
+    Raises:
+      ConfigError, StateError: see there.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+      >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> program = sq.export.torch(q, params, q.calibrate(params, [x]), x)
+      >>> program.module()(x).shape
+      torch.Size([4, 3])
+    """
+    importlib.import_module(OPERATORS)
+    args, kwargs = as_call(example_args, "export.torch")
+    made = program("export.torch", q, params, qparams, _Decomposed(), simulate)
+    exported = captured("export.torch", made, args, kwargs, dynamic_batch)
+    exported.graph.eliminate_dead_code()
+    _still_codes(exported.graph)
+    exported.graph_module.recompile()
+    return exported
+
+
+def _still_codes(graph: Graph) -> None:
+    """Grids once more behind operations that only move data: the passes look for one right before each product."""
+    operators = pytorch.ops.quantized_decomposed
+    quantize, dequantize = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default
+    for node in list(graph.nodes):
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        moves = isinstance(node.target, pytorch._ops.OpOverload) and node.target.overloadpacket.__name__ in MOVES
+        if not moves or not isinstance(source, Node) or source.target is not dequantize:
+            continue
+        if any(user.op == "output" or user.target is quantize for user in node.users):
+            continue
+        with graph.inserting_after(node):
+            codes = graph.call_function(quantize, (node, *source.args[1:]))
+        with graph.inserting_after(codes):
+            real = graph.call_function(dequantize, (codes, *source.args[1:]))
+        node.replace_all_uses_with(real, delete_user_cb=lambda user, own=codes: user is not own)
+        codes.meta, real.meta = {**node.meta, "val": node.meta["val"].to(source.args[-1])}, dict(node.meta)
+
+
+class _Decomposed:
+    """Grids as the operators of PT2E."""
+
+    stores_biases = False
+
+    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+        if grid.dtype not in BYTES:
+            return f"codes of {str(grid.dtype).removeprefix('torch.')}"
+        if grid.size:
+            return "PerGroup"
+        if stored:
+            return grid
+        return grid.unsigned() if grid.axis is None else "PerChannel on an activation"
+
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        operators = pytorch.ops.quantized_decomposed
+        step, zero = grid.number
+        codes = operators.quantize_per_tensor.default(x, step, zero, grid.low, grid.high, grid.dtype)
+        found: Tensor = operators.dequantize_per_tensor.default(codes, step, zero, grid.low, grid.high, grid.dtype)
+        return found
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        operators, rest = pytorch.ops.quantized_decomposed, (grid.low, grid.high, grid.dtype)
+        found: Tensor
+        if grid.axis is None:
+            found = operators.dequantize_per_tensor.default(codes, *grid.number, *rest)
+        else:
+            found = operators.dequantize_per_channel.default(codes, scale, zero_point, grid.axis, *rest)
+        return found
