@@ -106,6 +106,8 @@ CONFIGS = {
     "a12": sq.QuantConfig(activation=sq.override(bits=12)),
     "weights": sq.QuantConfig(activation=None),
     "fp8": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.e4m3()), activation=sq.override(fake_quantize=FQ.e5m2("max"))),
+    "fp4": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.fp4()), activation=None),
+    "fp6": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.fp4("fp6_e3m2")), activation=None),
     "pact-tqt": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.tqt()), activation=sq.override(fake_quantize=FQ.pact())),
     "channels": sq.QuantConfig(activation=sq.override(granularity=sq.PerChannel(1))),
     "adaround": sq.QuantConfig(weight=sq.override(fake_quantize=FQ.adaround("hard")), activation=AFFINE),
