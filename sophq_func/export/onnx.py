@@ -66,7 +66,7 @@ def onnx(
 
     Example:
       >>> import os, tempfile, sophq_func as sq
-      >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+      >>> model, x = torch.nn.Linear(2, 3).eval(), torch.randn(4, 2)
       >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
       >>> params = sq.params_of(model)
       >>> path = os.path.join(tempfile.mkdtemp(), "linear.onnx")

@@ -53,7 +53,7 @@ def torch(
 
     Example:
       >>> import torch, sophq_func as sq
-      >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+      >>> model, x = torch.nn.Linear(2, 3).eval(), torch.randn(4, 2)
       >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
       >>> params = sq.params_of(model)
       >>> program = sq.export.torch(q, params, q.calibrate(params, [x]), x)
