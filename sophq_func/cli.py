@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sophq_func.base import QParams
 from sophq_func.errors import ConfigError, explain, unknown
-from sophq_func.export import tables
+from sophq_func.export import onnx, tables
 from sophq_func.intercept import params_of
 from sophq_func.io import load
 from sophq_func.plan import Plan
@@ -35,6 +35,7 @@ examples:
   python -m sophq_func diff before.json after.json                   exit code 1 where they differ
   python -m sophq_func report demo:make plan.json --html report.html calibrate on the batches, and report
   python -m sophq_func export demo:make net.safetensors out          files for the compiler of a chip
+  python -m sophq_func export demo:make net.safetensors net.onnx     integers for ONNX Runtime
 
 where demo.py holds
 
@@ -118,10 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(told)
     told.add_argument("--html", metavar="PATH", help="write a page with pictures")
     told.add_argument("--csv", metavar="PATH", help="write the rows as CSV")
-    out = command(_export, "write the tables that the compilers of chips take", "export demo:make plan.json out")
+    out = command(
+        _export, "write ONNX, or the tables that the compilers of chips take", "export demo:make plan.json net.onnx"
+    )
     _add_model(out)
-    out.add_argument("folder", metavar="FOLDER", help="where to write; it must be there")
-    out.add_argument("--name", default="sophq_func", help="what file names begin with (default: %(default)s)")
+    out.add_argument("target", metavar="TARGET", help="net.onnx; or a folder for tables, which must be there")
+    out.add_argument("--name", default="sophq_func", help="what the names of tables begin with (default: %(default)s)")
     return parser
 
 
@@ -168,8 +171,13 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
-    q, params, qparams, _ = _ready(given)
-    for path in tables(q, params, qparams, given.folder, name=given.name):
+    q, params, qparams, batches = _ready(given)
+    if given.target.endswith(".onnx"):
+        if not batches:
+            raise ConfigError(explain(given.source, "no batches", because="ONNX is made from an example"))
+        onnx(q, params, qparams, batches[0], given.target)
+        return _say(f"written: {given.target}")
+    for path in tables(q, params, qparams, given.target, name=given.name):
         _say(f"written: {path}")
     return 0
 

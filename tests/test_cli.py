@@ -113,6 +113,19 @@ def test_report_calibrates_a_plan_and_writes_files(folder: Path, capsys: pytest.
     assert (folder / "r.html").read_bytes() == (folder / "own.html").read_bytes()
 
 
+def test_export_writes_onnx(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    code, out, err = run(capsys, "export", "maker:make", "a.json", "net.onnx")
+    assert (code, out, err) == (0, "written: net.onnx\n", "")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(5, 4)
+    q, params = sq.build(model, plan(8)).eval(), sq.params_of(model)
+    expected = q.apply(params, q.calibrate(params, [x], progress=False), x)
+    session = runtime.InferenceSession("net.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=0.02)
+
+
 def test_export_writes_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["net_cali_table_from_sophgo_mq_sophgo_tpu", "net_q_table_from_sophgo_mq_sophgo_tpu", "net_clip_ranges.json"]
     code, out, _ = run(capsys, "export", "maker:make", "a.json", ".", "--name", "net")
