@@ -12,7 +12,6 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -256,7 +255,7 @@ class Skeleton:
         params: Mapping[str, Tensor],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
+        later: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Call the model with ``params`` while ``frame`` watches; without a frame nothing is intercepted.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -426,7 +425,7 @@ class Quantized:
         effect: Effect,
         args: Any,
         kwargs: Any,
-        later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
+        later: Mapping[str, Callable[[], Tensor]] | None = None,
         watch: Callable[[Schedule], Runner] | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         if self.plan.written:
