@@ -37,12 +37,12 @@ TAIL = """
 
 A profile of the eager ResNet-18 (`torch.profiler`), in percent of the float step of {step:.0f} ms: the gradient to the input
 of the first convolution, which a float model never computes and a learned scale of the image needs, 12; forward of the
-quantizers 11, of which half is reading weights from memory; their backward 15; modes, hooks and small tensors 4. A quantizer
-takes four or five passes over a tensor in eager, eight in backward; caches and memory are their limit, and only a compiler
-has fewer.
+quantizers 11; their backward 16; the rest, among it modes, hooks and small tensors, 5. A quantizer takes four or five passes
+over a tensor in eager, eight or nine in backward.
 
 Under inductor, per-channel numbers are computed once and a weight is stored in its own order before oneDNN's order is made
-(otherwise the compiled forward is 1.27); what is left are two more passes over 11 million weights.
+(before that the compiled forward was 1.27). The compiled rows are single runs on a machine with other load: a second
+measurement of the ResNet's forward gave 1.14. Why the compiled step is slower than that is not known.
 
 Freed memory stays with the process during the measurement (`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` of glibc,
 set by the script), as it does with jemalloc or tcmalloc; without that, page faults cost float and quantized models alike.
