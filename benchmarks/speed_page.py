@@ -35,7 +35,7 @@ code measured twice differs by up to a tenth. `-`: the candidate has no such thi
 TAIL = """
 ## Where the time goes
 
-A profile of the eager ResNet-18 (`torch.profiler`), in percent of the float step, 419 ms in that run: the gradient to the input
+A profile of the eager ResNet-18 (`torch.profiler`), in percent of a float step of 419 ms: the gradient to the input
 of the first convolution, which a float model never computes and a learned scale of the image needs, 12; forward of the
 quantizers 11; their backward 16; the rest, among it modes, hooks and small tensors, 5. A quantizer takes four or five passes
 over a tensor in eager, eight or nine in backward.
