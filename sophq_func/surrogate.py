@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -48,15 +49,15 @@ class Point(NamedTuple):
       x: the tensor.
       ratio: the step ``r`` of the grid in ``x``: the scale, divided by the factor.
       zero: the zero point.
-      step: the scale, where a factor is folded in; a constant.
-      factor: that factor, 1 where it is 0; a constant.
+      unit: the scale ``s``, or ``1 / s`` where the quotient is a product; a constant.
+      factor: what is folded in, 1 where it is 0; a constant.
       dead: where it is 0; a constant.
     """
 
     x: Tensor
     ratio: Tensor
     zero: Tensor | None
-    step: Tensor | None = None
+    unit: Tensor
     factor: Tensor | None = None
     dead: Tensor | None = None
 
@@ -81,10 +82,13 @@ def _is_constant(bound: Tensor | int) -> bool:
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: Tensor | None = None) -> Tensor:
     """``s (clamp(q, low, high) - z)``; scale, zero point and factor broadcast against ``x``."""
-    point = Point(x, scale, zero)
+    constant = scale.detach()
+    unit = 1 / constant if grid.reciprocal else constant
+    point = Point(x, scale, zero, unit)
     if factor is not None:
-        safe = divisor(factor)
-        point = Point(x, scale / safe, zero, scale.detach(), safe.detach(), factor == 0)
+        dead = factor == 0
+        safe = factor.masked_fill(dead, 1)
+        point = Point(x, scale / safe, zero, unit, safe.detach(), dead)
     if not _has_derivative(*point):
         return _FakeQuantize.forward(*point, grid)
     result: Tensor = _FakeQuantize.apply(*point, grid)  # type: ignore[no-untyped-call]
@@ -105,14 +109,13 @@ def _has_derivative(*tensors: Tensor | None) -> bool:
 
 def divisor(factor: Tensor) -> Tensor:
     """The factor, 1 where it is 0."""
-    return torch.where(factor == 0, 1, factor)
+    return factor.masked_fill(factor == 0, 1)
 
 
 def _quotient(p: Point, grid: Grid, out: Tensor | None = None) -> Tensor:
     """What is rounded, in a fresh tensor or in ``out``."""
     x = p.x if p.factor is None else torch.mul(p.x, p.factor, out=out)
-    scale = p.ratio if p.step is None else p.step
-    v = torch.mul(x, 1 / scale, out=out) if grid.reciprocal else torch.div(x, scale, out=out)
+    v = torch.mul(x, p.unit, out=out) if grid.reciprocal else torch.div(x, p.unit, out=out)
     return v if p.zero is None or not grid.shifted else torch.add(v, p.zero, out=out)
 
 
@@ -153,24 +156,19 @@ def _sum_like(value: Tensor, like: Tensor) -> Tensor:
     return value.sum_to_size(like.shape) if like.ndim else value.sum()
 
 
-def _blocks(like: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
+def _blocks(like: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Corresponding parts of tensors that broadcast against the first, cut along the first axis; views."""
     whole: list[Any] = [like, *tensors]
     if like.numel() <= BLOCK or not like.is_cpu:
-        yield whole
-        return
+        return iter([tuple(whole)])
     wide = [i for i, t in enumerate(whole) if t is not None and t.ndim]
     if all(whole[i].is_contiguous() and whole[i].shape == like.shape for i in wide):
         for i in wide:
             whole[i] = whole[i].view(-1)
     length = whole[0].shape[0]
+    rows = max(1, BLOCK * length // like.numel())
     cut = [i for i in wide if whole[i].shape[0] != 1 or length == 1]
-    step = max(1, BLOCK * length // like.numel())
-    for start in range(0, length, step):
-        part = whole.copy()
-        for i in cut:
-            part[i] = whole[i][start : start + step]
-        yield part
+    return zip(*[t.split(rows) if i in cut else repeat(t) for i, t in enumerate(whole)], strict=False)
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -261,12 +259,12 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor,
         ratio: Tensor,
         zero: Tensor | None,
-        step: Tensor | None,
+        unit: Tensor,
         factor: Tensor | None,
         dead: Tensor | None,
         grid: Grid,
     ) -> Tensor:
-        p = Point(x, ratio, zero, step, factor, dead)
+        p = Point(x, ratio, zero, unit, factor, dead)
         if _is_wrapped(*p):
             return _left_alone(x, _rounded(_quotient(p, grid), p, grid), dead)
         y = torch.empty_like(x)
@@ -309,12 +307,12 @@ class _Backward(torch.autograd.Function):
         x: Tensor,
         ratio: Tensor,
         zero: Tensor | None,
-        step: Tensor | None,
+        unit: Tensor,
         factor: Tensor | None,
         dead: Tensor | None,
         grid: Grid,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p = Point(x, ratio, zero, step, factor, dead)
+        p = Point(x, ratio, zero, unit, factor, dead)
         if _is_wrapped(g, *p):
             inside, level = _levels(p, grid)
             gx = torch.where(inside, g, 0)
