@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sophq_func import surrogate
 from sophq_func.base import QParams
@@ -231,6 +232,19 @@ def laid_out(y: Tensor, granularity: Granularity) -> Tensor:
     return y
 
 
+def recomputed(f: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``f(*args)``, of which a compiler shall keep nothing for the backward pass but the arguments.
+
+    Inductor would keep what is smallest, masks; a CPU takes longer to write one than to compute it twice. Inside
+    transforms there is no backward pass that could compute again.
+    """
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if not compiled or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return f(*args)
+    result: Tensor = checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
 def folded(quantize: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor) -> Tensor:
     """``quantize(x * factor) / factor``, and ``x`` where the factor, which broadcasts against ``x``, is 0.
 
@@ -277,9 +291,9 @@ def fake_quantize(
         grid = surrogate.Grid(low, high, order == "kernel", order == "expression")
         return surrogate.fake_quantize(work, scale, zero, grid, factor).to(x.dtype)
     if factor is None:
-        return laid_out(_composed(work, work, scale, scale, zero, low, high, order).to(x.dtype), granularity)
+        return laid_out(recomputed(_composed, work, work, scale, scale, zero, low, high, order).to(x.dtype), granularity)
     safe = settled(surrogate.divisor(factor))
-    y = _composed(work, work * safe, scale, settled(scale / safe), zero, low, high, order)
+    y = recomputed(_composed, work, work * safe, scale, settled(scale / safe), zero, low, high, order)
     return laid_out(torch.where(factor == 0, work, y).to(x.dtype), granularity)
 
 
