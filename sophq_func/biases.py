@@ -76,9 +76,15 @@ def _input_quantizer(placed: Placed, node: Node) -> str:
     graph, operand = placed.graph, node.operands[0]
     if placed.strategy.functions:
         operand = source_of(graph, operand)
-    while operand.value and graph.producer(operand.value).operation in DROPOUTS:
+    while _passes(placed, operand.value):
         operand = graph.producer(operand.value).operands[0]
     name = placed.inputs.get((node.name, 0), activation_quantizer(operand.value))
     config = placed.configs.get(name)
     scalar = config is not None and config.scheme.granularity == PerTensor()
     return name if config is not None and scalar and is_scaled_grid(config) else ""
+
+
+def _passes(placed: Placed, value: str) -> bool:
+    """Whether a value is what a dropout, which has no quantizer of its own, made of another."""
+    dropped = value and placed.graph.producer(value).operation in DROPOUTS
+    return bool(dropped) and activation_quantizer(value) not in placed.configs

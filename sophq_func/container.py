@@ -12,12 +12,10 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +23,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from sophq_func.errors import CheckpointError, explain
+from sophq_func.files import replacing
 from sophq_func.pytree import is_plain
 
 LONGEST_HEADER = 100_000_000
@@ -95,7 +94,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         _read_header(data[: _length(data[:8], len(data))], len(data))
     except (SafetensorError, ValueError) as error:
         refuse(path, "writing a checkpoint", str(error), "save plain, dense tensors by their names in the model")
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(data)
 
 
@@ -165,31 +164,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file in the same folder that takes the place of ``path`` when it is complete, or is gone.
-
-    A symbolic link is followed. The order is: write, flush to the disk, rename, flush the folder.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = target.parent / f".{target.name[:32]}.{secrets.token_hex(8)}.tmp"
-    opened = temporary.open("xb")
-    try:
-        with opened as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 # Reading

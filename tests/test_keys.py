@@ -1141,6 +1141,14 @@ def test_an_excluded_node_of_an_additional_type_asks_for_nothing(
     assert values(plan_of(*softmaxed(), extra_quantizer_dict={**addition, **exclusion})) == {"x"}
 
 
+def test_a_dropout_with_a_quantizer_of_its_own_gives_the_scale_that_rounds_the_bias() -> None:
+    layers = {"table": nn.Embedding(9, 4), "norm": nn.LayerNorm(4), "drop": nn.Dropout(), "a": nn.Linear(4, 4)}
+    model = Net(lambda m, x: m.a(m.drop(m.norm(m.table(x)))), **layers).eval()
+    config = sq.QuantConfig(chip="BM1690", strategy="CNN")
+    q = sq.quantize(model, config, example_args=(torch.arange(6)[None],))
+    assert q.plan.site("a.weight_fake_quant").source == "drop.post_act_fake_quantizer"
+
+
 def test_observing_a_weight_only_leaves_the_bias_unrounded() -> None:
     plan = plan_of(*two_linears(), extra_quantizer_dict={"module_only_enable_observer": ["b.weight_fake_quant"]})
     assert (plan.site(f"a{WEIGHT}").source, plan.site(f"b{WEIGHT}").source) == (f"x{POST}", "")

@@ -19,6 +19,7 @@ from sophq_func.calibrate import as_call
 from sophq_func.errors import ConfigError, explain
 from sophq_func.export._grids import Grid
 from sophq_func.export._program import captured, output_names, program
+from sophq_func.files import replacing
 from sophq_func.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def onnx(
         names = {key: name for name, key in made.names.items()}
         narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow() if pack)
         proto = _onnx_graph.finished(written.model, names, narrow, made.inputs(args, kwargs), output_names(exported))
-    _write(Path(path), proto.SerializeToString())
+    with replacing(Path(path)) as file:
+        file.write(proto.SerializeToString())
 
 
 def _translated(exported: ExportedProgram) -> torch.onnx.ONNXProgram:
@@ -122,19 +124,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(silent)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file, first to a temporary name beside it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Onnx:
