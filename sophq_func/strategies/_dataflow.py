@@ -33,7 +33,7 @@ from sophq_func.strategies._base import (
     floating_operands,
 )
 
-WEIGHTS = (
+MULTIPLIERS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -41,12 +41,10 @@ WEIGHTS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.Linear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
 )
+"""Layers that multiply one input with a weight."""
+
+WEIGHTS = (*MULTIPLIERS, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 
 ALL = ("*",)
 

@@ -7,21 +7,9 @@ reads it, behind views and pooling, once where several layers read one tensor.
 
 from __future__ import annotations
 
-from torch import nn
-
 from sophq_func.graph import Graph, Node, Operand
 from sophq_func.strategies._base import PLACEMENTS, Placement, Requests, Strategy
-from sophq_func.strategies._dataflow import LAYERS, choose, contracted, source_of
-
-WEIGHTS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
+from sophq_func.strategies._dataflow import LAYERS, MULTIPLIERS, choose, contracted, source_of
 
 FUNCTIONS = LAYERS - {"embedding", "bilinear"}
 INPUT = ("0", "input")
@@ -29,7 +17,7 @@ INPUT = ("0", "input")
 
 def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
     """The operands of a node that the strategy quantizes: an input where it is read, a weight at its source."""
-    if node.is_module(*WEIGHTS, *requests.layers):
+    if node.is_module(*MULTIPLIERS, *requests.layers):
         return list(node.operands[:1])
     if node.function in FUNCTIONS:
         return [o if o.role in INPUT else source_of(graph, o) for o in node.operands if contracted(node, o)]
@@ -41,4 +29,4 @@ def place_layers(graph: Graph, requests: Requests) -> Placement:
     return Placement(choose(graph, requests, read))
 
 
-PLACEMENTS.add("Layers", Strategy(place_layers, WEIGHTS, functions=True, rounds_bias=False))
+PLACEMENTS.add("Layers", Strategy(place_layers, MULTIPLIERS, functions=True, rounds_bias=False))
