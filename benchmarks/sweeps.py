@@ -1,8 +1,8 @@
 """16 settings of the weights of ResNet-18 at 1x3x32x32: in each, another layer has 4 bits and all others have 8.
 
 By ``q.sweep``; by a loop of ``functional_call`` that quantizes every weight of every setting; by preparing the model anew
-with torch.ao FX. All quantize ``W f`` with the BatchNorm's factor ``f``; their outputs agree to about a thousandth of
-the largest.
+with torch.ao FX. All quantize ``W f`` with the BatchNorm's factor ``f``. Outputs agree to about a thousandth of the
+largest: extremes of channels are exact ties, and 2 of 187 million codes of the loop fall on the other side.
 """
 
 from __future__ import annotations
