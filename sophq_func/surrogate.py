@@ -29,6 +29,9 @@ LARGE = 2**14
 BLOCK = 2**17
 """How many elements a CPU works on at once: what passes over them after the first finds them in the cache."""
 
+BACKWARD_BLOCK = 2**16
+"""The same where five tensors are in use at once."""
+
 
 class Grid(NamedTuple):
     """What is not differentiated: bounds of the codes, and whether the quotient is ``x * (1 / s)``, and holds ``z``.
@@ -156,17 +159,20 @@ def _sum_like(value: Tensor, like: Tensor) -> Tensor:
     return value.sum_to_size(like.shape) if like.ndim else value.sum()
 
 
-def _blocks(like: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Corresponding parts of tensors that broadcast against the first, cut along the first axis; views."""
+def _blocks(size: int, like: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Corresponding parts, of about ``size`` elements, of tensors that broadcast against the first; views.
+
+    They are cut along the first axis.
+    """
     whole: list[Any] = [like, *tensors]
-    if like.numel() <= BLOCK or not like.is_cpu:
+    if like.numel() <= size or not like.is_cpu:
         return iter([tuple(whole)])
     wide = [i for i, t in enumerate(whole) if t is not None and t.ndim]
     if all(whole[i].is_contiguous() and whole[i].shape == like.shape for i in wide):
         for i in wide:
             whole[i] = whole[i].view(-1)
     length = whole[0].shape[0]
-    rows = max(1, BLOCK * length // like.numel())
+    rows = max(1, size * length // like.numel())
     cut = [i for i in wide if whole[i].shape[0] != 1 or length == 1]
     return zip(*[t.split(rows) if i in cut else repeat(t) for i, t in enumerate(whole)], strict=False)
 
@@ -268,7 +274,7 @@ class _FakeQuantize(torch.autograd.Function):
         if _is_wrapped(*p):
             return _left_alone(x, _rounded(_quotient(p, grid), p, grid), dead)
         y = torch.empty_like(x)
-        for part, own, *rest in _blocks(x, y, *p[1:]):
+        for part, own, *rest in _blocks(BLOCK, x, y, *p[1:]):
             cut = Point(part, *rest)
             _rounded(_quotient(cut, grid, out=own), cut, grid)
         return _left_alone(x, y, dead)
@@ -320,7 +326,7 @@ class _Backward(torch.autograd.Function):
             return gx, _sum_like(level * g, ratio), gz
         gx, to_ratio, to_zero = torch.empty_like(x), [], []
         room: list[Tensor] = []
-        for gc, own, *rest in _blocks(g, gx, *p):
+        for gc, own, *rest in _blocks(BACKWARD_BLOCK, g, gx, *p):
             cut = Point(*rest)
             if not room or room[0].shape != own.shape:
                 room = [torch.empty_like(own), torch.empty_like(own)]

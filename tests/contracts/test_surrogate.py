@@ -44,6 +44,7 @@ def applied(scheme: sq.QScheme, order: Any) -> Callable[..., Tensor]:
 def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Any]) -> tuple[list[Tensor], list[Tensor]]:
     """What the function gives, in blocks that leave a rest, and what the composition does."""
     monkeypatch.setattr(surrogate, "BLOCK", 10)
+    monkeypatch.setattr(surrogate, "BACKWARD_BLOCK", 10)
     found = []
     for size in (0, 2**60):
         monkeypatch.setattr(surrogate, "LARGE", size)
