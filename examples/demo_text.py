@@ -141,7 +141,7 @@ def main() -> None:
 
 def table(outcomes: Mapping[str, Outcome], count: int) -> Table:
     """Cosine similarity, neighbours and size of each configuration, as a table for the terminal."""
-    shown = Table(title=f"{count} sentences: cosine to the float embeddings, same nearest neighbour, weights")
+    shown = Table(title=f"{count} sentences: cosine to float, same nearest neighbour, weights")
     for name in ("configuration", "mean", "lowest", "neighbour %", "MiB", "share"):
         shown.add_column(name, justify="left" if name == "configuration" else "right", no_wrap=True)
     whole = outcomes["float"].mib
