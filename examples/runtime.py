@@ -48,9 +48,9 @@ def deploy(
       model: the float model.
       q, params, qparams: the quantized one, with a grid at its output.
       x, y: images and labels.
-      path: of the quantized file; that of the float one starts with ``float_``.
+      path: of the quantized file; beside it comes ``float.onnx``.
     """
-    original = path.with_name(f"float_{path.name}")
+    original = path.with_name("float.onnx")
     plain, weights = sq.quantize(model, FLOAT, example_args=(x[:BATCH],)), sq.params_of(model)
     sq.export.onnx(plain, weights, {}, x[:BATCH], original)
     sq.export.onnx(q, params, qparams, x[:BATCH], path)
