@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ LONGEST = 256
 class Encoder(transformers.BertModel):
     """A BERT that gives one vector of length 1 for each sentence: the mean over its tokens, normalized."""
 
-    _keys_to_ignore_on_load_unexpected = (r"^pooler\.",)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^pooler\."]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
