@@ -1,13 +1,17 @@
-# make demo: the main job on real data.  make test: all tests.  Both set up what they need; a second run reuses it.
+# make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
+# Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo examples test lint types contract doctest check bench clean
+.PHONY: demo demo-text examples test lint types contract doctest check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+demo-text: $(VENV)/.text
+	$(BIN)/python examples/demo_text.py
 
 examples: $(VENV)/.demo
 	for script in examples/[0-9]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -43,6 +47,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[demo]"
 	touch $@
 
+$(VENV)/.text: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[text]"
+	touch $@
+
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo]"
 	touch $@
@@ -52,4 +60,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_out
+	rm -rf $(VENV) demo_out demo_text_out

@@ -1,6 +1,7 @@
-"""The main job: quantize a trained network for handwritten digits in seven ways, and show what each costs.
+"""The main job: quantize a trained network for handwritten digits in seven ways, show what each costs, run one in integers.
 
-Writes ``demo_out/``: the plan of the fine-grained setting, its quantizer state, the table as JSON, and two pictures.
+Writes ``demo_out/``: the plan of the fine-grained setting, a checkpoint of it, the W8A8 network and the float one as ONNX,
+the tables as JSON, and two pictures.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-from digits import Digits, Params, accuracy, batches, load, trained
+from digits import BATCH, Digits, Params, accuracy, batches, load, trained
 from pictures import accuracy_picture, layer_picture
 from qat import finetune
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from safetensors.torch import save_file
+from runtime import Deployed, deploy
 from torch import Tensor
 
 import sophq_func as sq
@@ -138,6 +139,7 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     results: dict[str, list[float]] = {"float": []}
     sizes: dict[str, float] = {}
+    outcomes: dict[str, Outcome] = {}
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -159,18 +161,30 @@ def main() -> None:
                 outcome = run(setting, model, seed, lambda task=task: progress.update(task, advance=1))
                 results.setdefault(setting.name, []).append(outcome.accuracy)
                 sizes[setting.name] = size_kib(params, outcome.q.plan)
+                outcomes[setting.name] = outcome
             progress.update(task, description=f"seed {seed}: done")
+        task = progress.add_task("ONNX Runtime: W8A8", total=1)
+        torch.set_num_threads(1)  # what is timed takes a millisecond: too short to share
+        q, params, qparams, _ = outcomes["W8A8 PTQ"]
+        deployed = deploy(model, q, params, qparams, test_x, test_y, OUT / "w8a8.onnx")
+        progress.update(task, advance=1)
     console.print(table(results, sizes))
-    final = outcome
-    q, state = final.q, {k: v.contiguous() for half in final.q.split(final.qparams) for k, v in half.items()}
-    write(OUT / "plan.json", lambda path: path.write_text(q.plan.to_json()))
-    write(OUT / "quantizers.safetensors", lambda path: save_file(state, path, {"plan": q.plan.digest()}))
+    console.print(runtime_table(deployed))
     rows = {name: {"accuracy": values, "size_kib": sizes[name]} for name, values in results.items()}
     write(OUT / "results.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
+    write(OUT / "runtime.json", lambda path: path.write_text(json.dumps(deployed._asdict(), indent=1)))
     write(OUT / "accuracy.png", lambda path: accuracy_picture(results, sizes, path))
-    found = sq.fidelity(q, final.params, final.qparams, load(SEEDS[-1])[2])
-    write(OUT / "layers.png", lambda path: layer_picture(q.plan, found, path))
+    write_setting(outcomes["fine-grained QAT"], test_x)
     console.print(f"[bold]{OUT}/[/bold]: " + ", ".join(sorted(p.name for p in OUT.iterdir() if p.name[0] != ".")))
+
+
+def write_setting(outcome: Outcome, x: Tensor) -> None:
+    """Plan, checkpoint, and the picture of each quantizer on some images."""
+    q, params, qparams, _ = outcome
+    write(OUT / "plan.json", lambda path: path.write_text(q.plan.to_json()))
+    sq.save(OUT / "fine_grained.safetensors", plan=q.plan, qparams=qparams, params=params)
+    found = sq.fidelity(q, params, qparams, x)
+    write(OUT / "layers.png", lambda path: layer_picture(q.plan, found, path))
 
 
 def table(results: dict[str, list[float]], sizes: dict[str, float]) -> Table:
@@ -183,6 +197,19 @@ def table(results: dict[str, list[float]], sizes: dict[str, float]) -> Table:
         mean = sum(values) / len(values)
         numbers = (f"{mean:.2f}", f"{min(values):.2f}", f"{max(values):.2f}", f"{mean - base:+.2f}", f"{sizes[name]:.1f}")
         shown.add_row(name, *numbers)
+    return shown
+
+
+def runtime_table(found: Deployed) -> Table:
+    """The W8A8 network of the last seed in ONNX Runtime, as a table for the terminal."""
+    small, large = found.kib
+    shown = Table(title=f"The last seed as ONNX: {small:.0f} KiB, float {large:.0f} KiB")
+    for name in ("run by", "accuracy %", f"ms for {BATCH}, one thread"):
+        shown.add_column(name, justify="left" if name == "run by" else "right", no_wrap=True)
+    for name, milliseconds in found.milliseconds.items():
+        shown.add_row(name, f"{found.accuracy[name]:.2f}", f"{milliseconds:.2f}")
+    same = f"{found.same} of {found.total} predictions are those of q.apply"
+    shown.caption = f"{same},\noutputs at most {found.steps:.2f} steps of their grid apart"
     return shown
 
 
