@@ -146,8 +146,7 @@ def main() -> None:
             print(label)
             for what, row in rows[label].items():
                 words = [f"{value:.4f}" if "beyond" in key else f"{value:.6f}" for key, value in row.items()]
-                hidden, beyond, embedding, far, worst = (*words[:3], words[4], words[3])
-                print(f"  {what:<24}{hidden:>9}{beyond:>9}{embedding:>11}{far:>9}{worst:>9}", flush=True)
+                print(f"  {what:<24}{words[0]:>9}{words[1]:>9}{words[2]:>11}{words[3]:>9}{words[4]:>9}", flush=True)
     if options.json:
         write(options.json, rows)
 
