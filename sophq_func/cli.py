@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(out)
     out.add_argument("target", metavar="TARGET", help="net.onnx; or a folder for tables, which must be there")
     out.add_argument("--name", default="sophq_func", help="what the names of tables begin with (default: %(default)s)")
+    out.add_argument("--float", action="store_true", help="write the float ONNX file beside the tables, too")
     return parser
 
 
@@ -172,12 +173,14 @@ def _report(given: argparse.Namespace) -> int:
 
 def _export(given: argparse.Namespace) -> int:
     q, params, qparams, batches = _ready(given)
-    if given.target.endswith(".onnx"):
-        if not batches:
-            raise ConfigError(explain(given.source, "no batches", because="ONNX is made from an example"))
+    to_onnx = given.target.endswith(".onnx")
+    if (to_onnx or given.float) and not batches:
+        raise ConfigError(explain(given.source, "no batches", because="ONNX is made from an example"))
+    if to_onnx:
         onnx(q, params, qparams, batches[0], given.target)
         return _say(f"written: {given.target}")
-    for path in tables(q, params, qparams, given.target, name=given.name):
+    example = batches[0] if given.float else None
+    for path in filter(None, tables(q, params, qparams, given.target, example_args=example, name=given.name)):
         _say(f"written: {path}")
     return 0
 

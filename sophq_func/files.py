@@ -37,6 +37,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file; see :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
 def write_text(where: str, path: str | os.PathLike[str], text: str) -> Path:
     """Write UTF-8 text; see :func:`replacing`.
 
@@ -59,6 +65,5 @@ def write_text(where: str, path: str | os.PathLike[str], text: str) -> Path:
         raise StateError(explain(where, "this folder", got=str(target.parent), fix="make it first"))
     if target.is_dir():
         raise StateError(explain(where, "this path", got=str(target), allowed="the path of a file"))
-    with replacing(target) as file:
-        file.write(text.encode())
+    write_bytes(target, text.encode())
     return target

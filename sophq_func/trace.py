@@ -68,6 +68,17 @@ def trace(
     return frame.graph(output, model, opaque)
 
 
+def retrace(
+    skeleton: Skeleton, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Any
+) -> Graph:
+    """The same for a skeleton; ``names`` are those of its arguments, as :func:`arguments` returns them."""
+    frame = _Recorder(skeleton)
+    with torch.random.fork_rng(), torch.no_grad():
+        args, kwargs = map_inputs(names, args, kwargs, frame.input)
+        output, _ = skeleton.run(frame, params, args, kwargs)
+    return frame.graph(output, skeleton.module, ())
+
+
 def _checked_call(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example as positional and keyword arguments that ``forward`` takes."""
     fix = "example_args=(x,) and example_kwargs={'name': x}, as in model(x, name=x)"

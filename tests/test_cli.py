@@ -133,6 +133,16 @@ def test_export_writes_tables(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "2_Gemm_weight INT8" in (folder / names[1]).read_text()
 
 
+def test_export_writes_the_float_file_beside_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    code, out, _ = run(capsys, "export", "maker:make", "a.json", ".", "--name", "net", "--float")
+    assert code == 0 and out.endswith("written: net.onnx\n")
+    made = {f"{node.output[0]}_{node.op_type}_weight INT8" for node in onnx.load(folder / "net.onnx").graph.node}
+    table = (folder / "net_q_table_from_sophgo_mq_sophgo_tpu").read_text().splitlines()
+    assert len(made.intersection(table)) == 2
+
+
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no command": ((), "COMMAND"),
     "unknown command": (("inspct", "a.json"), "inspct"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,9 @@ from torch.nn.functional import relu
 
 import sophq_func as sq
 from tests.helpers import Ready, ready, unchanged
+from tests.runtime import LEVELS, agree, computed, kernels, onnx
 
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
-from onnx import TensorProto, numpy_helper  # noqa: E402
-
-LEVELS = onnxruntime.GraphOptimizationLevel
+TensorProto, numpy_helper = onnx.TensorProto, onnx.numpy_helper
 AFFINE = sq.override(symmetric=False)
 FQ = sq.fake_quantize
 
@@ -60,35 +54,8 @@ def exported(made: Ready, example: Any, path: Path, **options: Any) -> Any:
     return onnx.load(path)
 
 
-def session(path: Path, level: Any = LEVELS.ORT_ENABLE_ALL, optimized: Path | None = None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level, options.intra_op_num_threads, options.log_severity_level = level, 1, 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # weights only means weights only
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def computed(path: Path, inputs: dict[str, Tensor], level: Any = LEVELS.ORT_ENABLE_ALL) -> list[Tensor]:
-    found = session(path, level).run(None, {name: x.numpy() for name, x in inputs.items()})
-    return [torch.from_numpy(x) for x in found]
-
-
-def kernels(path: Path, folder: Path) -> Counter[str]:
-    """The operators of the graph that ONNX Runtime makes of the file."""
-    session(path, optimized=folder / "optimized.onnx")
-    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
-
-
 def stored(proto: Any) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in proto.graph.initializer}
-
-
-def agree(actual: Tensor, expected: Tensor, steps: float = 255, share: float = 0.01) -> None:
-    """Cosine 0.9999; where a code falls on the other side of a tie, further values differ: few by more than a step."""
-    step = (expected.amax() - expected.amin()) / steps
-    assert torch.cosine_similarity(actual.flatten().double(), expected.flatten().double(), dim=0) >= 0.9999
-    assert ((actual - expected).abs() > step).float().mean() <= share
 
 
 CONFIGS = {

@@ -36,7 +36,7 @@ def run(page: Path) -> dict[str, object]:
     return names
 
 
-NEEDS = {"export": "onnxruntime"}
+NEEDS = {"export": "onnxruntime", "tables": "onnxscript"}
 """Packages of an extra that a page uses."""
 
 

@@ -253,12 +253,13 @@ def test_files_have_their_names_and_nothing_changes(tmp_path: Path) -> None:
     made = small()
     with unchanged(made.params, made.qparams):
         found = tables(*made, tmp_path, name="digits", work_mode="int4_and_int8_mix")
-    assert [path.name for path in found] == [
+    assert found.model is None
+    assert [path.name for path in found[:3]] == [
         "digits_cali_table_from_sophgo_mq_sophgo_tpu",
         "digits_q_table_from_sophgo_mq_sophgo_tpu",
         "digits_clip_ranges.json",
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in found[:3])
     assert found.calibration.read_text().startswith("# work_mode:int4_and_int8_mix #")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
@@ -68,8 +69,22 @@ OP_TYPES: Mapping[str, str] = {
 """Op type of the ONNX node that does an operation, by the operation's canonical name."""
 
 
-def ops(plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
+class FileNames(NamedTuple):
+    """What is called how in an ONNX file, by call of the traced model.
+
+    Attributes:
+      values: ``<tensor>_<op type>``, of inputs the name alone.
+      layers: the same of the node that takes a layer's weight; and of the ReLU that is the first behind it, if there is one.
+    """
+
+    values: Mapping[str, str]
+    layers: Mapping[str, tuple[str, str]]
+
+
+def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> dict[str, str]:
     """For each quantizer what the tables call its place; see :func:`sophq_func.export.tables` for ``names``.
+
+    Without a file, tensors are called as the plan calls values.
 
     Raises:
       ConfigError: a name for a quantizer that the plan has not, a quantizer whose op type is not known.
@@ -78,10 +93,12 @@ def ops(plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
     raise_all([f"tables: names has {name!r}, which the plan has not; {near(name, plan)}." for name in unknown])
     found, problems = {}, []
     for name in plan:
-        op = names.get(name) or (_weight_op(plan, name) if plan.site(name).role == "weight" else _op(plan, name))
+        find = _weight_op if plan.site(name).role == "weight" else _op
+        op = names.get(name) or find(plan, name, file)
         if not op:
+            does = plan.site(name).operation or plan.site(name).pattern or "its call"
             because = (
-                f"no op type of ONNX is known for {plan.site(name).operation or plan.site(name).pattern or 'its call'!r}"
+                f"no op type of ONNX is known for {does!r}" if file is None else "no tensor of the ONNX file is its value"
             )
             problems.append(explain(name, "a name", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}'))
         found[name] = op
@@ -89,45 +106,48 @@ def ops(plan: Plan, names: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _op(plan: Plan, name: str) -> str:
+def _op(plan: Plan, name: str, file: FileNames | None) -> str:
     """Of a value: the tensor behind the last call of its group, and that call's op type; of an input, its name.
 
     A quantizer before a call is named after the call that makes what it takes.
     """
     site = plan.site(name)
     if site.argument:
-        return site.value
+        return site.value if file is None else file.values[site.value]
     if site.operand >= 0:
         source = next((edge.source for edge in plan.edges if name in edge.through), "")
-        return call_op(plan, source)
+        return call_op(plan, source, file)
     tensor = site.members[-1] if site.members else site.value
-    return _joined(tensor, last_operation(site))
+    return _joined(tensor, last_operation(site), file)
 
 
-def call_op(plan: Plan, name: str) -> str:
+def call_op(plan: Plan, name: str, file: FileNames | None) -> str:
     """The same for a call of the traced model; empty where the op type is not known."""
     call = next((call for call in plan.calls if call.name == name), None)
     if call is None:
         return ""
     if not call.does:
-        return name
+        return name if file is None else file.values.get(name, "")
     quantizers = (*call.weights, f"{name}.post_act_fake_quantizer")
     members = next((plan.site(own).members for own in quantizers if own in plan), ())
-    return _joined(members[-1] if members else name, operation(call.does))
+    return _joined(members[-1] if members else name, operation(call.does), file)
 
 
-def _weight_op(plan: Plan, name: str) -> str:
+def _weight_op(plan: Plan, name: str, file: FileNames | None) -> str:
     """Of a weight: its layer's tensor; per channel, that of a ReLU which is the first to take it."""
     site = plan.site(name)
     call = next((call.name for call in plan.calls if name in call.weights), site.members[0] if site.members else site.path)
     tensor = site.members[0] if site.members else call
-    if isinstance(plan[name].scheme.granularity, PerChannel):
+    per_channel = isinstance(plan[name].scheme.granularity, PerChannel)
+    if file is not None:
+        return file.layers.get(tensor, ("", ""))[per_channel]
+    if per_channel:
         if site.members and last_operation(site) == "relu":
-            return _joined(site.members[-1], "relu")
+            return _joined(site.members[-1], "relu", file)
         takers = [edge.target for edge in plan.edges if edge.source == call]
         if not site.members and takers and _does(plan, takers[0]) == "relu":
-            return _joined(takers[0], "relu")
-    return _joined(tensor, site.operation)
+            return _joined(takers[0], "relu", file)
+    return _joined(tensor, site.operation, file)
 
 
 def _does(plan: Plan, call: str) -> str:
@@ -152,6 +172,8 @@ def last_operation(site: Site) -> str:
     return operation(site.pattern) if site.pattern else site.operation
 
 
-def _joined(tensor: str, does: str) -> str:
+def _joined(tensor: str, does: str, file: FileNames | None) -> str:
+    if file is not None:
+        return file.values.get(tensor, "")
     kind = OP_TYPES.get(does, "")
     return f"{tensor}_{kind}" if kind else ""

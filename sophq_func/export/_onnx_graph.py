@@ -5,6 +5,7 @@
 * Codes of up to four bits become INT4 or UINT4.
 * The mean over an image becomes GlobalAveragePool.
 * Tensors have the names that parameters and quantizers have; nothing is left that says where the file was made.
+* Nodes that only tell the name of a tensor are gone, and the tensor has that name.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from sophq_func.errors import ConfigError, explain
 NARROW = {np.dtype(np.int8): ml_dtypes.int4, np.dtype(np.uint8): ml_dtypes.uint4}
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 FLOAT8 = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2}
+MARK = "Named"
 MOVES = frozenset(("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"))
 LARGEST = 2**31 - 1
 
 
 def finished(
     model: ir.Model, names: Mapping[str, str], narrow: frozenset[str], inputs: Sequence[str], outputs: Sequence[str]
-) -> onnx.ModelProto:
-    """The checked file.
+) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
+    """The checked file, and the tensors of it that were marked, by the name in the mark.
 
     Args:
       model: from torch.onnx; it is changed.
@@ -46,6 +48,7 @@ def finished(
         rewrite = REWRITES.get(node.op_type)
         if rewrite is not None:
             rewrite(graph, node)
+    marked = _unmarked(graph)
     for node in list(graph):
         if node.op_type in MOVES:
             _still_codes(graph, node)
@@ -60,7 +63,35 @@ def finished(
         raise ConfigError(explain("export.onnx", "a file of this size", got=size, allowed=f"up to {LARGEST} bytes"))
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    return proto
+    return proto, {
+        name: value for name, value in marked.items() if value.producer() is None or value.uses() or value.is_graph_output()
+    }
+
+
+def _unmarked(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Take away the nodes that name a tensor, the first of which it is called by; returns the tensors by name."""
+    found: dict[str, ir.Value] = {}
+    for node in [node for node in graph if node.op_type == MARK]:
+        value, made, name = node.inputs[0], node.outputs[0], node.attributes["name"].as_string()
+        assert value is not None
+        if value not in found.values() and value.producer() is not None:
+            value.name, product = name, product_of(value)
+            product.name = name if product is value else f"{name}.matmul"
+        found[name] = value
+        ir.convenience.replace_all_uses_with(made, value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    return found
+
+
+def product_of(value: ir.Value) -> ir.Value:
+    """Of the result of a linear layer with more than two axes, which is an Add of the bias, the MatMul's; else the value."""
+    node = value.producer()
+    if node is None or node.op_type != "Add":
+        return value
+    stored = [given for given in node.inputs if given is not None and given.const_value is not None]
+    makers = {given: given.producer() for given in node.inputs if given is not None}
+    products = [given for given, maker in makers.items() if maker is not None and maker.op_type == "MatMul"]
+    return products[0] if stored and products else value
 
 
 def _base(name: str | None) -> str:
@@ -260,7 +291,7 @@ def _anonymous(model: ir.Model) -> None:
         node.metadata_props.clear()
         node.doc_string = None
     model.graph.metadata_props.clear()
-    model.graph.name, model.graph.doc_string = "quantized", None
+    model.graph.name, model.graph.doc_string = "model", None
     model.metadata_props.clear()
 
 

@@ -104,14 +104,17 @@ class Program(nn.Module):
             params[name] = self._target.dequantize(codes, scale, self._tensor(f"{name}_zero_point"), grid)
         if self._written:
             args, kwargs = map_inputs(self._arguments, args, kwargs, self._copied)
-        if not self._schedule:
+        runner = self._runner()
+        if runner is None:
             return self._skeleton[0].run(None, params, args, kwargs)[0]
-        runner = Runner(self._schedule, self._effect())
         args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
         args, kwargs = map_inputs(self._arguments, args, kwargs, runner.repeated_input)
         output, _ = self._skeleton[0].run(runner, params, args, kwargs)
         runner.check()
         return output
+
+    def _runner(self) -> Runner | None:
+        return Runner(self._schedule, self._effect()) if self._schedule else None
 
     def _copied(self, name: str, x: Tensor) -> Tensor:
         return x.clone() if name in self._written else x
@@ -158,6 +161,7 @@ def program(
     qparams: Mapping[str, QParams],
     target: Target,
     simulate: bool,
+    kind: type[Program] = Program,
 ) -> Program:
     """A quantized model in eval mode, ready for torch.export.
 
@@ -166,6 +170,7 @@ def program(
       q, params, qparams: see :meth:`Quantized.apply`.
       target: how grids are spelled, and which.
       simulate: quantizers that it cannot spell keep their arithmetic, in floating point.
+      kind: the class to make.
 
     Raises:
       ConfigError: quantizers that the target cannot spell, each with the reason.
@@ -189,7 +194,7 @@ def program(
         texts = [explain(name, f"{where}", because=why, fix=fix) for name, why in problems.items()]
         raise_all([] if simulate else texts, ConfigError)
         skeleton = _with_folded_biases(q, tensors, found, target.stores_biases)
-    return Program(skeleton, q, tensors, found, target)
+    return kind(skeleton, q, tensors, found, target)
 
 
 def _check(where: str, q: Quantized) -> None:

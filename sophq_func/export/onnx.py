@@ -19,7 +19,7 @@ from sophq_func.calibrate import as_call
 from sophq_func.errors import ConfigError, explain
 from sophq_func.export._grids import Grid
 from sophq_func.export._program import captured, output_names, program
-from sophq_func.files import replacing
+from sophq_func.files import write_bytes
 from sophq_func.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -75,45 +75,45 @@ def onnx(
       >>> os.path.exists(path)
       True
     """
-    _require()
+    require("export.onnx")
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.onnx")
     made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
-    with _quiet():
+    with quiet():
         exported = captured("export.onnx", made, args, kwargs, dynamic_batch)
-        written = _translated(exported)
+        written = translated("export.onnx", exported, OPSET)
         names = {key: name for name, key in made.names.items()}
         narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow() if pack)
-        proto = _onnx_graph.finished(written.model, names, narrow, made.inputs(args, kwargs), output_names(exported))
-    with replacing(Path(path)) as file:
-        file.write(proto.SerializeToString())
+        ends = made.inputs(args, kwargs), output_names(exported)
+        proto, _ = _onnx_graph.finished(written.model, names, narrow, *ends)
+    write_bytes(Path(path), proto.SerializeToString())
 
 
-def _translated(exported: ExportedProgram) -> torch.onnx.ONNXProgram:
+def translated(where: str, exported: ExportedProgram, opset: int) -> torch.onnx.ONNXProgram:
     """What torch.onnx makes of a captured program."""
     try:
-        written = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+        written = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         because, fix = f"torch.onnx says: {str(cause).splitlines()[0]}", "write that operation another way"
-        raise ConfigError(explain("export.onnx", "an operation of this model", because=because, fix=fix)) from error
+        raise ConfigError(explain(where, "an operation of this model", because=because, fix=fix)) from error
     assert written is not None
     return written
 
 
-def _require() -> None:
+def require(where: str) -> None:
     """Raise a :class:`ConfigError` unless the extra is installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "pip install sophq-func[onnx]"
-        raise ConfigError(explain("export.onnx", f"writing ONNX without {' and '.join(missing)}", fix=fix))
+        raise ConfigError(explain(where, f"writing ONNX without {' and '.join(missing)}", fix=fix))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What torch.onnx tells about itself and about packages that are not needed stays unsaid."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     silent = lambda record: False  # noqa: E731
@@ -152,6 +152,8 @@ class _Onnx:
         return symbolic("DequantizeLinear", (codes, scale, zero_point), attrs, torch.float32, codes)
 
 
-def symbolic(name: str, inputs: tuple[Tensor, ...], attrs: dict[str, Any], dtype: torch.dtype, like: Tensor) -> Tensor:
+def symbolic(
+    name: str, inputs: tuple[Tensor, ...], attrs: dict[str, Any], dtype: torch.dtype, like: Tensor, version: int = OPSET
+) -> Tensor:
     """A node of the graph to be, whose result is shaped like ``like``."""
-    return torch.onnx.ops.symbolic(name, inputs, attrs, dtype=dtype, shape=like.shape, version=OPSET)
+    return torch.onnx.ops.symbolic(name, inputs, attrs, dtype=dtype, shape=like.shape, version=version)

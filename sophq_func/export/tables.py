@@ -15,20 +15,27 @@ from sophq_func.affine import expand
 from sophq_func.base import QParams
 from sophq_func.errors import ConfigError, explain, unknown
 from sophq_func.export._chains import propagated
+from sophq_func.export._float import float_file
 from sophq_func.export._names import ops
 from sophq_func.export._records import Record, check_names, records
-from sophq_func.files import write_text
+from sophq_func.files import write_bytes, write_text
 from sophq_func.quantized import Quantized
 
 WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
 
 
 class Tables(NamedTuple):
-    """Where :func:`tables` wrote."""
+    """Where :func:`tables` wrote.
+
+    Attributes:
+      calibration, q_table, clip_ranges: the tables.
+      model: the float ONNX file, where there is one.
+    """
 
     calibration: Path
     q_table: Path
     clip_ranges: Path
+    model: Path | None = None
 
 
 def tables(
@@ -37,32 +44,38 @@ def tables(
     qparams: Mapping[str, QParams],
     folder: str | os.PathLike[str],
     *,
+    example_args: Any = None,
     name: str = "sophq_func",
     names: Mapping[str, str] = MappingProxyType({}),
     work_mode: str = "QAT_all_int8",
 ) -> Tables:
-    """Write the files that a chip's compiler takes beside a float ONNX file.
+    """Write the files that a chip's compiler takes: tables, and with ``example_args`` the float ONNX file they refer to.
 
     ``<name>_cali_table_from_sophgo_mq_sophgo_tpu``: for each activation ``threshold = s max(-qmin, qmax)``, ``min = s
     (qmin - z)`` and ``max = s (qmax - z)``; for each weight its steps and zero points.
     ``<name>_q_table_from_sophgo_mq_sophgo_tpu``: the type of each op. ``<name>_clip_ranges.json``: both as data.
+    ``<name>.onnx``: the model without quantizers, opset 18, BatchNorms folded into quantized weights, which are clipped to
+    their range but not rounded.
 
     Args:
       q: a quantized model, planned for a chip.
       params, qparams: see :meth:`Quantized.apply`.
       folder: must be there.
+      example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments; its size is the file's.
+        Without it there is no ONNX file.
       name: what file names begin with.
       names: by quantizer, ``<tensor>_<op type>``: the name of the tensor in the ONNX file and the op type of the node
         that makes it; of inputs, the name alone; of weights that of the layer's result, or per channel of a ReLU behind
-        it. What is missing is named after the value: ``layer1.conv1_Conv``, a fused group after its last call, as
-        ``layer1.relu_Relu``.
+        it. What is missing is called as in the ONNX file; without one it is named after the value: ``layer1.conv1_Conv``, a
+        fused group after its last call, as ``layer1.relu_Relu``.
       work_mode: ``"QAT_all_int8"``, ``"int4_and_int8_mix"`` or ``"int4_and_int8_mix_no_fc"``.
 
     Returns:
       :class:`Tables`, the paths. Each file is written to a temporary name first, so that it is never half there.
 
     Raises:
-      ConfigError: dynamic ranges, granularities that a table cannot hold, names that are missing or collide.
+      ConfigError: dynamic ranges, granularities that a table cannot hold, names that are missing or collide; the extra
+        ``onnx`` is not installed, where a file is to be written.
       StateError: no such folder; see :meth:`Quantized.apply`.
 
     Differs from sophgo-mq: weights of 255 levels are 8 bits wide, so that the q_table has them; deconvolutions and
@@ -86,9 +99,10 @@ def tables(
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
     for own, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[own].scale, weight, scheme.granularity)
-    found = records(q.plan, qparams, ops(q.plan, names))
+    data, file = (b"", None) if example_args is None else float_file(q, params, qparams, example_args)
+    found = records(q.plan, qparams, ops(q.plan, names, file))
     check_names(found)
-    found += propagated(q.plan, found)
+    found += propagated(q.plan, found, file)
     start = Path(folder) / name
     texts = (calibration_table(found, work_mode), q_table(found), clip_ranges(found))
     endings = (
@@ -96,7 +110,12 @@ def tables(
         "_q_table_from_sophgo_mq_sophgo_tpu",
         "_clip_ranges.json",
     )
-    return Tables(*(write_text("tables", f"{start}{end}", text) for end, text in zip(endings, texts, strict=True)))
+    written = [write_text("tables", f"{start}{end}", text) for end, text in zip(endings, texts, strict=True)]
+    if file is None:
+        return Tables(*written)
+    model = start.with_name(f"{name}.onnx")
+    write_bytes(model, data)
+    return Tables(written[0], written[1], written[2], model)
 
 
 def calibration_table(found: Iterable[Record], work_mode: str) -> str:

@@ -1,0 +1,44 @@
+"""ONNX Runtime for tests: files and what it computes with them; a module that needs it is skipped where it is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+LEVELS = onnxruntime.GraphOptimizationLevel
+
+
+def session(path: Path, level: Any = LEVELS.ORT_ENABLE_ALL, optimized: Path | None = None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level, options.intra_op_num_threads, options.log_severity_level = level, 1, 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # weights only means weights only
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def computed(path: Path, inputs: dict[str, Tensor], level: Any = LEVELS.ORT_ENABLE_ALL) -> list[Tensor]:
+    found = session(path, level).run(None, {name: x.numpy() for name, x in inputs.items()})
+    return [torch.from_numpy(x) for x in found]
+
+
+def kernels(path: Path, folder: Path) -> Counter[str]:
+    """The operators of the graph that ONNX Runtime makes of the file."""
+    session(path, optimized=folder / "optimized.onnx")
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def agree(actual: Tensor, expected: Tensor, steps: float = 255, share: float = 0.01) -> None:
+    """Cosine 0.9999; where a code falls on the other side of a tie, further values differ: few by more than a step."""
+    step = (expected.amax() - expected.amin()) / steps
+    assert torch.cosine_similarity(actual.flatten().double(), expected.flatten().double(), dim=0) >= 0.9999
+    assert ((actual - expected).abs() > step).float().mean() <= share
