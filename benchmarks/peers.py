@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
       calibrate: one batch through the observers.
       frozen: a forward with weights quantized beforehand.
       empty: a forward with nothing quantized.
+      inner: a step without the gradient to the model's input, which only the scale of that input needs.
     """
 
     forward: Call
@@ -41,6 +42,7 @@ class Candidate(NamedTuple):
     calibrate: Call | None = None
     frozen: Call | None = None
     empty: Call | None = None
+    inner: Call | None = None
 
 
 def no_grad(call: Call) -> Call:
@@ -96,28 +98,35 @@ def ours(subject: Subject, wrap: Wrap = same) -> Candidate:
     qparams, ostate = q.calibrate(params, [args], progress=False), q.init(params)
     frozen, baked = q.freeze(params, qparams)
     empty = sq.quantize(model, sq.QuantConfig(weight=None, activation=None), example_args=args)
-    training = q.train()
+    trained = q.train()
     learned, rest = q.split(qparams)
-    leaves = [{n: t.clone().requires_grad_() for n, t in tree.items()} for tree in (trainable(model), learned)]
+    inner, outer = ({n: t for n, t in learned.items() if _is_of_an_input(q.plan, n) is wanted} for wanted in (False, True))
     forward = wrap(lambda params, qparams, *args: read(q.apply(params, qparams, *args)))
     use = wrap(lambda params, qparams, *args: read(frozen.apply(params, qparams, *args)))
-    loss = wrap(
-        lambda weights, scales, *args: (
-            read(training.apply({**params, **weights}, sq.merge(scales, rest), *args)).square().mean()
-        )
-    )
 
-    def step() -> object:
-        flat = [*leaves[0].values(), *leaves[1].values()]
-        return torch.autograd.grad(loss(*leaves, *args), flat, allow_unused=True)
+    def training(scales: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> Call:
+        leaves = [{n: t.clone().requires_grad_() for n, t in tree.items()} for tree in (trainable(model), scales)]
+        loss = wrap(
+            lambda weights, scales, *args: (
+                read(trained.apply({**params, **weights}, sq.merge(scales, rest), *args)).square().mean()
+            )
+        )
+        flat = [leaf for tree in leaves for leaf in tree.values()]
+        return lambda: torch.autograd.grad(loss(*leaves, *args), flat, allow_unused=True)
 
     return Candidate(
         no_grad(lambda: forward(params, qparams, *args)),
-        step,
+        training(learned, rest),
         no_grad(lambda: q.observe(params, ostate, *args)),
         no_grad(lambda: use(baked, qparams, *args)),
         no_grad(lambda: empty.apply(params, {}, *args)),
+        training(inner, {**rest, **outer}) if outer else None,
     )
+
+
+def _is_of_an_input(plan: sq.Plan, leaf: str) -> bool:
+    """Whether a learned leaf belongs to the quantizer of an argument of the model."""
+    return bool(plan.site(leaf.rpartition(".")[0]).argument)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -33,8 +33,8 @@ from sweeps import report_sweep
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000", "OMP_NUM_THREADS": "1"}
 """What the process is started with."""
 
-ROWS = ("forward", "step", "calibrate", "frozen", "empty")
-COMPILED = ("forward", "step", "frozen")
+ROWS = ("forward", "step", "inner", "calibrate", "frozen", "empty")
+COMPILED = ("forward", "step", "inner", "frozen")
 
 
 def prepared(subject: Subject, names: list[str], compiled: bool) -> tuple[dict[str, Candidate], dict[str, Any]]:
@@ -58,9 +58,10 @@ def measured(candidates: Mapping[str, Candidate], rounds: int, compiled: bool) -
         calls: dict[str, Callable[[], object]] = {}
         for name, candidate in candidates.items():
             call = getattr(candidate, row)
-            base = candidate.forward if row in ("calibrate", "frozen", "empty") and name == "float" else None
-            if call or base:
-                calls[name] = base or call
+            if name == "float":
+                call = candidate.step if row in ("step", "inner") else candidate.forward
+            if call:
+                calls[name] = call
         if len(calls) > 1:
             found[row] = medians(calls, rounds)
     return found

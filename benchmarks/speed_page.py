@@ -26,6 +26,7 @@ code measured twice differs by up to a tenth. `-`: the candidate has no such thi
 
 * *forward*: eval mode, without gradients. *frozen*: the same with weights quantized beforehand by `q.freeze`.
 * *step*: training mode, forward and backward to every parameter and learned scale.
+* *inner*: the same without the scale of the image, which needs a gradient to the image that a float model never computes.
 * *calibrate*: one batch through min/max observers. *empty*: nothing quantized.
 * *memory*: peak of making the candidate and two training steps, in a process of its own.
 
@@ -48,7 +49,7 @@ Freed memory stays with the process during the measurement (`MALLOC_TRIM_THRESHO
 set by the script), as it does with jemalloc or tcmalloc; without that, page faults cost float and quantized models alike.
 """
 
-COLUMNS = ("forward", "step", "calibrate", "frozen", "empty", "memory")
+COLUMNS = ("forward", "step", "inner", "calibrate", "frozen", "empty", "memory")
 
 
 def table(label: str, row: Mapping[str, Any]) -> Iterator[str]:
