@@ -10,7 +10,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -105,14 +105,21 @@ def ours(subject: Subject, wrap: Wrap = same) -> Candidate:
     use = wrap(lambda params, qparams, *args: read(frozen.apply(params, qparams, *args)))
 
     def training(scales: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> Call:
-        leaves = [{n: t.clone().requires_grad_() for n, t in tree.items()} for tree in (trainable(model), scales)]
         loss = wrap(
             lambda weights, scales, *args: (
                 read(trained.apply({**params, **weights}, sq.merge(scales, rest), *args)).square().mean()
             )
         )
-        flat = [leaf for tree in leaves for leaf in tree.values()]
-        return lambda: torch.autograd.grad(loss(*leaves, *args), flat, allow_unused=True)
+
+        @cache
+        def leaves() -> list[dict[str, Tensor]]:
+            return [{n: t.clone().requires_grad_() for n, t in tree.items()} for tree in (trainable(model), scales)]
+
+        def step() -> object:
+            flat = [leaf for tree in leaves() for leaf in tree.values()]
+            return torch.autograd.grad(loss(*leaves(), *args), flat, allow_unused=True)
+
+        return step
 
     return Candidate(
         no_grad(lambda: forward(params, qparams, *args)),
