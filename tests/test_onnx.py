@@ -351,6 +351,30 @@ def test_resnet_of_transformers(tmp_path: Path) -> None:
     assert found["QLinearConv"] == 6 and not found["Conv"] and not found["FusedConv"]
 
 
+class Attention(nn.Module):
+    """One head that looks only where a mask lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        heads = (layer(x)[:, None] for layer in (self.query, self.key, self.value))
+        return nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask[:, None])[:, 0]
+
+
+def test_a_boolean_mask_needs_no_guard_against_nan(tmp_path: Path) -> None:
+    x, mask, path = torch.randn(2, 6, 8), torch.rand(2, 6, 6) < 0.5, tmp_path / "attention.onnx"
+    mask[..., 0], mask[0, 1] = True, False
+    made = ready(Attention().eval(), x, mask, config=CONFIGS["affine"])
+    proto = exported(made, (x, mask), path)
+    assert not {node.op_type for node in proto.graph.node} & {"IsNaN"}
+    found, expected = computed(path, {"x": x, "mask": mask})[0], made(x, mask).detach()
+    seen = mask.any(-1)
+    agree(found[seen], expected[seen])
+    assert torch.isfinite(found).all(), "where everything is masked torch has 0, and the file a mean"
+
+
 @pytest.mark.parametrize("config", ["layers", "weights"])
 def test_bert_of_transformers(config: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -4,6 +4,7 @@
 * Rows of a table are looked up among the codes, so that only those of a batch are dequantized.
 * Codes of up to four bits become INT4 or UINT4.
 * The mean over an image becomes GlobalAveragePool.
+* What guards a softmax against NaN is gone where the mask before it is finite.
 * Tensors have the names that parameters and quantizers have; nothing is left that says where the file was made.
 * Nodes that only tell the name of a tensor are gone, and the tensor has that name.
 """
@@ -199,12 +200,35 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
         graph.remove(node, safe=True)
 
 
+def _unguarded(graph: ir.Graph, node: ir.Node) -> None:
+    """``Where(IsNaN(s), 0, s)`` as ``s``, a Softmax behind a mask of two finite numbers: no NaN comes of finite scores.
+
+    torch.onnx writes it for masks of booleans, but what it puts for minus infinity is the least float.
+    """
+    test, _, guarded = (None if value is None else value.producer() for value in node.inputs)
+    if test is None or test.op_type != "IsNaN" or guarded is None or guarded.op_type != "Softmax":
+        return
+    masked = guarded.inputs[0].producer() if guarded.inputs[0] is not None else None
+    if test.inputs[0] is not guarded.outputs[0] or masked is None or masked.op_type != "Add":
+        return
+    masks = [given.producer() for given in masked.inputs if given is not None]
+    if any(mask is not None and mask.op_type == "Where" and _is_finite(mask.inputs[1:]) for mask in masks):
+        ir.convenience.replace_all_uses_with(node.outputs[0], guarded.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _is_finite(values: Sequence[ir.Value | None]) -> bool:
+    """Whether they are stored finite numbers."""
+    return all(v is not None and v.const_value is not None and np.isfinite(v.const_value.numpy()).all() for v in values)
+
+
 REWRITES = {
     "Add": _linear,
     "Transpose": _transposed,
     "Gather": _looked_up,
     "ReduceMean": _pooled,
     "Relu": _rectified,
+    "Where": _unguarded,
 }
 
 
