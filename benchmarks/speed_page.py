@@ -36,14 +36,17 @@ code measured twice differs by up to a tenth. `-`: the candidate has no such thi
 TAIL = """
 ## Where the time goes
 
-A profile of the eager ResNet-18 (`torch.profiler`), in percent of a float step of 419 ms: the gradient to the input
-of the first convolution, which a float model never computes and a learned scale of the image needs, 12; forward of the
-quantizers 11; their backward 16; the rest, among it modes, hooks and small tensors, 5. A quantizer takes four or five passes
-over a tensor in eager, eight or nine in backward.
+A profile of an eager training step of ResNet-18 (`torch.profiler`), in percent of the float step (437 ms): the gradient
+to the image, which a float model never computes and the learned scale of the image needs, 9 (*inner* is the step without
+it); forward of the quantizers 11; the rest, most of it their backward, 20. A quantizer takes four or five passes over a
+tensor in eager, nine or ten in backward, all but the first and last in the cache; the tensor has to come from memory and
+another one has to go there, and how fast that is beside arithmetic is what makes figures vary from hour to hour on this
+machine: the forward of the ResNet was measured from 1.21 to 1.37.
 
-Under inductor, per-channel numbers are computed once and a weight is stored in its own order before oneDNN's order is made
-(before that the compiled forward was 1.27). The compiled rows are single runs on a machine with other load: a second
-measurement of the ResNet's forward gave 1.14. Why the compiled step is slower than that is not known.
+Under inductor a quantizer is one kernel, fused with what stands before it; per-channel numbers are computed once; a
+weight is stored in its own order before oneDNN's order is made; and the backward computes masks again instead of keeping
+them (a CPU takes 18 copies of a tensor to write a boolean mask): the training step of the ResNet was 1.40 before that.
+What is left there is the gradient to the image: without it the step takes what *inner* says.
 
 Freed memory stays with the process during the measurement (`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` of glibc,
 set by the script), as it does with jemalloc or tcmalloc; without that, page faults cost float and quantized models alike.
