@@ -111,7 +111,7 @@ def draw(rows: Mapping[str, Any], path: Path) -> None:
         axis.axhline(1, color="black", linewidth=0.7)
         axis.set_xticks([k + 0.42 - width / 2 for k in range(len(shown))], shown)
         axis.set_ylabel("times float")
-        axis.set_ylim(0, 3.4)
+        axis.set_ylim(0, 3.9)
         axis.set_title(label, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(fontsize=8, ncols=4, frameon=False, loc="upper right")
