@@ -1,4 +1,4 @@
-"""How fast ``sq.export.torch`` is under inductor, against the compiled float model.
+"""How fast ``sq.export.torch`` is under inductor, against the compiled float model, and beside torchao's own PT2E.
 
     pip install -c constraints.txt . torchao
     python benchmarks/inductor_speed.py
@@ -16,31 +16,50 @@ import torch
 import torch._inductor.config
 from measure import medians, write
 from subjects import resnet18
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torchao.quantization.pt2e.inductor_passes import x86
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
 
 import sophq_func as sq
 
 CONFIGS = {"affine": sq.QuantConfig(activation=sq.override(symmetric=False)), "symmetric": sq.QuantConfig()}
 
 
+def by_pt2e(model: nn.Module, x: Tensor) -> nn.Module:
+    """What torchao makes of the model, with its own quantizer."""
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared(x)
+    return convert_pt2e(prepared)
+
+
 def measured(rounds: int) -> dict[str, dict[str, float]]:
-    """For each config: time as a ratio to float, cosine to ``q.apply``, and how many convolutions were found."""
+    """For each way: time as a ratio to float, cosine to what it simulates, and how many convolutions were found."""
     subject = resnet18()
     model, (x,) = subject.make(), subject.args
-    params, rows = sq.params_of(model), {}
-    compiled = torch.compile(subject.make())
+    params = sq.params_of(model)
+    ways: dict[str, tuple[nn.Module, Tensor]] = {}
     for name, config in CONFIGS.items():
         q = sq.quantize(model, config, example_args=(x,))
         qparams = q.calibrate(params, [x], progress=False)
+        ways[name] = sq.export.torch(q, params, qparams, x).module(), q.apply(params, qparams, x)
+    theirs = by_pt2e(subject.make(), x)
+    ways["torchao PT2E"] = theirs, theirs(x)
+    calls, rows = {"float": torch.compile(subject.make())}, {}
+    for name, (module, expected) in ways.items():
         counters.clear()
-        quantized = torch.compile(sq.export.torch(q, params, qparams, x).module())
-        cosine = torch.cosine_similarity(quantized(x).flatten(), q.apply(params, qparams, x).flatten(), dim=0)
-        found = counters["inductor"]["qconv_weight_prepack_matcher_count"]
-        times = medians({"float": lambda: compiled(x), "int8": lambda f=quantized: f(x)}, rounds)
-        ratio = times["int8"] / times["float"]
-        rows[name] = {"time": ratio, "cosine to apply": float(cosine), "integer convolutions": found, **times}
-        print(f"{name:<12}{ratio:6.2f} of float, cosine {float(cosine):.5f}, {found} integer convolutions", flush=True)
+        calls[name] = torch.compile(module)
+        cosine = float(torch.cosine_similarity(calls[name](x).flatten(), expected.flatten(), dim=0))
+        rows[name] = {"cosine": cosine, "integer convolutions": counters["inductor"]["qconv_weight_prepack_matcher_count"]}
+    seconds = medians({name: lambda f=f: f(x) for name, f in calls.items()}, rounds)
+    for name, row in rows.items():
+        row |= {"seconds": seconds[name], "ratio": seconds[name] / seconds["float"]}
+        print(f"{name:<14}{row['ratio']:6.2f} of float, cosine {row['cosine']:.5f}, {row['integer convolutions']} integer")
     return rows
 
 
