@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(out)
     out.add_argument("target", metavar="TARGET", help="net.onnx; or a folder for tables, which must be there")
     out.add_argument("--name", default="sophq_func", help="what the names of tables begin with (default: %(default)s)")
-    out.add_argument("--float", action="store_true", help="write the float ONNX file beside the tables, too")
+    out.add_argument("--float", action="store_true", help="beside tables: write the float ONNX file, too; needs batches")
     return parser
 
 
@@ -174,6 +174,9 @@ def _report(given: argparse.Namespace) -> int:
 def _export(given: argparse.Namespace) -> int:
     q, params, qparams, batches = _ready(given)
     to_onnx = given.target.endswith(".onnx")
+    if to_onnx and given.float:
+        because = "it goes beside tables, and this target is a quantized ONNX file"
+        raise ConfigError(explain(given.target, "--float", because=because, fix="a folder as the target"))
     if (to_onnx or given.float) and not batches:
         raise ConfigError(explain(given.source, "no batches", because="ONNX is made from an example"))
     if to_onnx:

@@ -174,14 +174,14 @@ def _blocks(size: int, like: Tensor, *tensors: Tensor | None) -> Iterator[tuple[
     length = whole[0].shape[0]
     rows = max(1, size * length // like.numel())
     cut = [i for i in wide if whole[i].shape[0] != 1 or length == 1]
-    return zip(*[t.split(rows) if i in cut else repeat(t) for i, t in enumerate(whole)], strict=False)
+    return zip(*[t.split(rows) if i in cut else repeat(t) for i, t in enumerate(whole)], strict=False)  # the first is cut
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
     """Sums of blocks as one: side by side where the scales were cut, too."""
     if len(parts) == 1:
         return parts[0].reshape(like.shape)
-    split = like.ndim and like.shape[0] > 1
+    split = sum(part.numel() for part in parts) == like.numel()
     return (torch.cat(parts) if split else torch.stack(parts).sum(0)).reshape(like.shape)
 
 

@@ -144,6 +144,7 @@ def test_export_writes_the_float_file_beside_tables(folder: Path, capsys: pytest
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "a float file beside a file": (("export", "maker:make", "a.json", "net.onnx", "--float"), "--float"),
     "no command": ((), "COMMAND"),
     "unknown command": (("inspct", "a.json"), "inspct"),
     "no file": (("inspect", "none.json"), "none.json"),

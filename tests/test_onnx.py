@@ -375,6 +375,23 @@ def test_a_boolean_mask_needs_no_guard_against_nan(tmp_path: Path) -> None:
     assert torch.isfinite(found).all(), "where everything is masked torch has 0, and the file a mean"
 
 
+class Guarded(nn.Module):
+    """Attention written out, with a guard of its own against rows that are masked whole."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        causal = torch.full((6, 6), -torch.inf).triu()  # the first row sees nothing
+        scores = x @ x.transpose(1, 2) + causal + torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        share = scores.softmax(-1)
+        return torch.where(torch.isnan(share), 0.0, share) @ x
+
+
+def test_a_guard_of_the_model_stays(tmp_path: Path) -> None:
+    x, mask, path = torch.randn(2, 6, 8), torch.rand(2, 6, 6) < 0.9, tmp_path / "guarded.onnx"
+    made = ready(Guarded().eval(), x, mask, config=sq.QuantConfig(weight=None, activation=None))
+    exported(made, (x, mask), path)
+    agree(computed(path, {"x": x, "mask": mask})[0], made(x, mask).detach())
+
+
 @pytest.mark.parametrize("config", ["layers", "weights"])
 def test_bert_of_transformers(config: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -176,3 +176,28 @@ def test_nothing_is_written_where_the_file_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(sq.StateError, match=r"export\.tables: a model in training mode"):
         tables(made.q.train(), made.params, made.qparams, tmp_path, example_args=x)
     assert not list(tmp_path.iterdir())
+
+
+class Twice(nn.Module):
+    """Two calls that make one tensor, each with a quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y.relu()) + nn.functional.relu(y)
+
+
+def test_quantizers_of_one_tensor_share_an_entry_where_they_agree(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    made = ready(Twice().eval(), x, config=CHIP)
+    assert {"relu.post_act_fake_quantizer", "relu_1.post_act_fake_quantizer"} <= made.q.plan.keys()
+    found = tables(made.q, made.params, made.qparams, tmp_path, example_args=x)
+    entries = [line.split()[0] for line in found.q_table.read_text().splitlines() if line and line[0] != "#"]
+    assert len(entries) == len(set(entries)) and "relu_Relu" in entries
+    other = made.qparams["relu.post_act_fake_quantizer"]
+    differing = {**made.qparams, "relu.post_act_fake_quantizer": other._replace(scale=2 * other.scale)}
+    with pytest.raises(sq.ConfigError, match="has it, too"):
+        tables(made.q, made.params, differing, tmp_path, example_args=x)

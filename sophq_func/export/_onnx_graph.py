@@ -201,20 +201,25 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _unguarded(graph: ir.Graph, node: ir.Node) -> None:
-    """``Where(IsNaN(s), 0, s)`` as ``s``, a Softmax behind a mask of two finite numbers: no NaN comes of finite scores.
+    """``Where(IsNaN(s), 0, s)`` as ``s`` in torch's own attention, where the mask before the Softmax ``s`` is finite.
 
-    torch.onnx writes it for masks of booleans, but what it puts for minus infinity is the least float.
+    torch.onnx guards masks of booleans against rows of minus infinity, but what it writes for that is the least float.
     """
     test, _, guarded = (None if value is None else value.producer() for value in node.inputs)
-    if test is None or test.op_type != "IsNaN" or guarded is None or guarded.op_type != "Softmax":
+    if not _comes_from(node, "aten.scaled_dot_product_attention") or test is None or guarded is None:
         return
-    masked = guarded.inputs[0].producer() if guarded.inputs[0] is not None else None
-    if test.inputs[0] is not guarded.outputs[0] or masked is None or masked.op_type != "Add":
+    masked = guarded.inputs[0].producer() if guarded.op_type == "Softmax" and guarded.inputs[0] is not None else None
+    if test.op_type != "IsNaN" or test.inputs[0] is not guarded.outputs[0] or masked is None or masked.op_type != "Add":
         return
     masks = [given.producer() for given in masked.inputs if given is not None]
     if any(mask is not None and mask.op_type == "Where" and _is_finite(mask.inputs[1:]) for mask in masks):
         ir.convenience.replace_all_uses_with(node.outputs[0], guarded.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _comes_from(node: ir.Node, function: str) -> bool:
+    """Whether torch.onnx wrote a node for this function of torch."""
+    return function in node.metadata_props.get("pkg.torch.onnx.fx_node", "")
 
 
 def _is_finite(values: Sequence[ir.Value | None]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -139,13 +139,18 @@ def _floats(values: Tensor) -> tuple[float, ...]:
     return tuple(map(float, values.reshape(-1).tolist()))
 
 
-def check_names(found: list[Record]) -> None:
-    """Raise a :class:`ConfigError` where two quantizers would have one entry."""
-    taken: dict[str, str] = {}
+def one_each(found: list[Record]) -> list[Record]:
+    """One record for each entry; several quantizers of one tensor may share it.
+
+    Raises:
+      ConfigError: they say different things.
+    """
+    taken: dict[str, Record] = {}
     problems = []
     for record in found:
-        other = taken.setdefault(record.entry, record.quantizer)
-        if other != record.quantizer:
-            because, fix = f"{other} has it, too", f"names={{{record.quantizer!r}: ...}}"
+        other = taken.setdefault(record.entry, record)
+        if replace(other, quantizer=record.quantizer) != record:
+            because, fix = f"{other.quantizer} has it, too", f"names={{{record.quantizer!r}: ...}}"
             problems.append(explain(record.quantizer, f"the name {record.entry!r}", because=because, fix=fix))
     raise_all(problems, ConfigError)
+    return list(taken.values())

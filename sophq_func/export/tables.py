@@ -17,7 +17,7 @@ from sophq_func.errors import ConfigError, explain, unknown
 from sophq_func.export._chains import propagated
 from sophq_func.export._float import float_file
 from sophq_func.export._names import ops
-from sophq_func.export._records import Record, check_names, records
+from sophq_func.export._records import Record, one_each, records
 from sophq_func.files import write_bytes, write_text
 from sophq_func.quantized import Quantized
 
@@ -100,8 +100,7 @@ def tables(
     for own, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[own].scale, weight, scheme.granularity)
     data, file = (b"", None) if example_args is None else float_file(q, params, qparams, example_args)
-    found = records(q.plan, qparams, ops(q.plan, names, file))
-    check_names(found)
+    found = one_each(records(q.plan, qparams, ops(q.plan, names, file)))
     found += propagated(q.plan, found, file)
     start = Path(folder) / name
     texts = (calibration_table(found, work_mode), q_table(found), clip_ranges(found))

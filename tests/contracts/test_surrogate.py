@@ -93,6 +93,22 @@ def transforms(f: Callable[..., Tensor], args: tuple[Tensor, ...]) -> dict[str, 
 NAMES = tuple(transforms(lambda x: x, (torch.ones(2),)))
 
 
+@pytest.mark.parametrize("name", ["forward", "grad", "jacrev", "grad of grad", "hvp"])
+def test_one_row_with_a_scale_for_each_group_of_it_equals_the_composition(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = sq.QScheme(bits=4, granularity=sq.PerGroup(axis=0, size=5))
+    x = 3 * torch.randn(1, 35, generator=torch.Generator().manual_seed(0))
+    args = x, 0.2 + torch.rand(1, 7, generator=torch.Generator().manual_seed(1))
+    blank = torch.zeros(1, 7, dtype=torch.int32)
+
+    def f(x: Tensor, scale: Tensor) -> Tensor:
+        return fake_quantize(x, sq.QParams(scale, blank, {}), scheme, "expression")
+
+    found, expected = both(monkeypatch, lambda: transforms(f, args)[name]())
+    torch.testing.assert_close(found, expected)
+
+
 @over_static_schemes
 @over_orders
 @pytest.mark.parametrize("dead", [False, True], ids=["alive", "dead"])
