@@ -33,7 +33,7 @@ CONFIGS = {"affine": sq.QuantConfig(activation=sq.override(symmetric=False)), "s
 def by_pt2e(model: nn.Module, x: Tensor) -> nn.Module:
     """What torchao makes of the model, with its own quantizer."""
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared = prepare_pt2e(torch.export.export(model, (x,), strict=True).module(), quantizer)
     prepared(x)
     return convert_pt2e(prepared)
 
