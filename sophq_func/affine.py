@@ -235,8 +235,8 @@ def laid_out(y: Tensor, granularity: Granularity) -> Tensor:
 def recomputed(f: Callable[..., Tensor], *args: Any) -> Tensor:
     """``f(*args)``, of which a compiler shall keep nothing for the backward pass but the arguments.
 
-    Inductor would keep what is smallest, masks; a CPU takes longer to write one than to compute it twice. Inside
-    transforms there is no backward pass that could compute again.
+    Of all intermediate results inductor would keep the smallest, which are masks of booleans, and a CPU takes longer to
+    write one than to compute it twice. Inside transforms of ``torch.func`` there is no pass of its own that could do so.
     """
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if not compiled or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
