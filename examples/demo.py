@@ -7,7 +7,6 @@ the tables as JSON, and two pictures.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ from digits import BATCH, Digits, Params, accuracy, batches, load, trained
 from pictures import accuracy_picture, layer_picture
 from qat import finetune
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from runtime import Deployed, deploy
+from terminal import bars, contents, write
 from torch import Tensor
 
 import sophq_func as sq
@@ -125,13 +124,6 @@ def run(setting: Setting, model: Digits, seed: int, tick: Callable[[], object]) 
     return Outcome(q, params, qparams, accuracy(lambda images: q.apply(params, qparams, images), test_x, test_y))
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}")
-    save(temporary)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Run every setting for every seed, show the table, write the folder."""
     matplotlib.use("Agg")
@@ -140,13 +132,7 @@ def main() -> None:
     results: dict[str, list[float]] = {"float": []}
     sizes: dict[str, float] = {}
     outcomes: dict[str, Outcome] = {}
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         for seed in SEEDS:
             task = progress.add_task(f"seed {seed}: train in float", total=1)
             model = trained(seed)
@@ -175,7 +161,7 @@ def main() -> None:
     write(OUT / "runtime.json", lambda path: path.write_text(json.dumps(deployed._asdict(), indent=1)))
     write(OUT / "accuracy.png", lambda path: accuracy_picture(results, sizes, path))
     write_setting(outcomes["fine-grained QAT"], test_x)
-    console.print(f"[bold]{OUT}/[/bold]: " + ", ".join(sorted(p.name for p in OUT.iterdir() if p.name[0] != ".")))
+    console.print(contents(OUT))
 
 
 def write_setting(outcome: Outcome, x: Tensor) -> None:

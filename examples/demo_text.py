@@ -6,7 +6,6 @@ Writes ``demo_text_out/``: the table as JSON, and a picture.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ import torch
 from embedding_picture import draw
 from minilm import Agreement, Batch, Encoder, agreement, batches, embeddings, load
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sentences import chosen
+from terminal import bars, contents, write
 from torch import Tensor, nn
 
 import sophq_func as sq
@@ -96,26 +95,13 @@ def run(config: sq.QuantConfig, subject: Subject, expected: Tensor, tick: Callab
     return Outcome(agreement(actual, expected), size_mib(subject.params, q.plan, qparams))
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}")
-    save(temporary)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Run every configuration, show the table, write the folder."""
     matplotlib.use("Agg")
     console = Console()
     OUT.mkdir(exist_ok=True)
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-    )
     outcomes: dict[str, Outcome] = {}
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         task = progress.add_task("sentences and model", total=1)
         sentences = chosen()
         model, tokenizer = load()
@@ -136,7 +122,7 @@ def main() -> None:
         del row["cosines"]
     write(OUT / "results.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
     write(OUT / "cosines.png", lambda path: draw({n: (o.agreement.cosines, o.mib) for n, o in outcomes.items()}, path))
-    console.print(f"[bold]{OUT}/[/bold]: " + ", ".join(sorted(p.name for p in OUT.iterdir() if p.name[0] != ".")))
+    console.print(contents(OUT))
 
 
 def table(outcomes: Mapping[str, Outcome], count: int) -> Table:
