@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _pop_mode_temporarily, _push_mode
 
 from sophq_func.decompose import DECOMPOSED
 from sophq_func.deferred import Deferred
@@ -55,6 +55,7 @@ class Frame:
         self.scopes = [""]
         self.leaves = 0
         self.deferred: Deferred | None = None
+        self.watch = _Watch(self)
 
     @property
     def scope(self) -> str:
@@ -79,6 +80,10 @@ class Frame:
         """Make the call of a torch function inside a leaf module."""
         return func(*args, **kwargs)
 
+    def looks_inside(self) -> bool:
+        """Whether :meth:`inner_function` wants the calls of the leaf module that starts now."""
+        return True
+
 
 class _Slot:
     """Where the hooks of one skeleton find the frame of the run in progress."""
@@ -101,16 +106,19 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     if not place.leaf:
         frame.scopes.append(place.path)
         return None
-    if not frame.leaves:
+    frame.leaves += 1
+    frame.watch.pause()
+    if frame.leaves == 1:
         args, kwargs = frame.before_module(place.path, args, kwargs)
     if frame.deferred is not None and place.path in frame.deferred.readers:
-        with unwatched():
-            frame.deferred.enter(place.path, module)
-    frame.leaves += 1
+        frame.deferred.enter(place.path, module)
+    if frame.looks_inside() or not _reads_its_own(module):
+        frame.watch.resume()
     return args, kwargs
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Called when the module raised an error, too, which the model may catch; then there is no output."""
     place: _Place = module._sophq_place  # type: ignore[assignment]
     frame = place.slot.frame
     if frame is None or (frame.leaves and not place.leaf):
@@ -119,9 +127,19 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         frame.scopes.pop()
         return None
     frame.leaves -= 1
+    frame.watch.pause()
     if frame.deferred is not None and place.path in frame.deferred.readers:
         frame.deferred.leave(place.path, module)
-    return None if frame.leaves else frame.after_module(place.path, module, args, kwargs, output)
+    if output is not None and not frame.leaves:
+        output = frame.after_module(place.path, module, args, kwargs, output)
+    frame.watch.resume()
+    return output
+
+
+def _reads_its_own(module: nn.Module) -> bool:
+    """Whether the code of a leaf module is torch's, which reads no parameters but its own."""
+    own = type(module).__module__.startswith("torch.nn.modules.") and "parametrizations" not in module._modules
+    return own and len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
 
 
 def unwatched() -> AbstractContextManager[Any]:
@@ -137,6 +155,23 @@ class _Watch(TorchFunctionMode):
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self.frame = frame
+        self.paused = False
+
+    def __exit__(self, *error: object) -> None:
+        self.resume()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def pause(self) -> None:
+        """See nothing until :meth:`resume`; in eager, and where no mode of the model's own stands before this one."""
+        if not self.paused and not torch.compiler.is_compiling() and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            _pop_mode()  # type: ignore[no-untyped-call]
+            self.paused = True
+
+    def resume(self) -> None:
+        """See again."""
+        if self.paused:
+            _push_mode(self)  # type: ignore[no-untyped-call]
+            self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -199,7 +234,7 @@ class Skeleton:
         for path, module in self.module.named_modules():
             module._sophq_place = _Place(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
             module.register_forward_pre_hook(_enter, with_kwargs=True)
-            module.register_forward_hook(_leave, with_kwargs=True)
+            module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
@@ -297,7 +332,7 @@ class Skeleton:
             if frame is None:
                 output = functional_call(self.module, tensors, args, dict(kwargs), tie_weights=False)
             else:
-                with _Watch(frame):
+                with frame.watch:
                     output = functional_call(self.module, tensors, args, dict(kwargs), tie_weights=False)
         finally:
             self._slot.frame = outer

@@ -74,10 +74,15 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def has_floating(*trees: Any) -> bool:
     """Whether there is a floating tensor in one of the trees."""
-    for tree in trees:
-        if any(t.is_floating_point() for t in ((tree,) if isinstance(tree, Tensor) else tensors(tree))):
-            return True
-    return False
+    return any(_has_floating(tree) for tree in trees)
+
+
+def _has_floating(tree: Any) -> bool:
+    if isinstance(tree, Tensor):
+        return tree.is_floating_point()
+    if type(tree) is tuple or type(tree) is list:
+        return any(_has_floating(item) for item in tree)
+    return any(t.is_floating_point() for t in tensors(tree))
 
 
 def map_named(name: str, tree: Any, f: Callable[[str, Tensor], Tensor]) -> Any:

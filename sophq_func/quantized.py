@@ -51,7 +51,7 @@ class Quantized:
     _arguments: tuple[list[str], str]
     _weights: tuple[WeightQuantizer, ...]
     _acting: tuple[WeightQuantizer, ...]
-    _deferrable: tuple[WeightQuantizer, ...]
+    _deferrable: frozenset[str]
     _running: dict[str, RunQuantizer]
     _pieces: dict[str, WeightQuantizer | RunQuantizer]
     _types: dict[str, dict[str, type]]
@@ -68,7 +68,8 @@ class Quantized:
         set_(self, "frozen", frozen)
         set_(self, "_weights", weights)
         set_(self, "_acting", () if frozen else tuple(weight for weight in weights if not weight.config.observe_only))
-        set_(self, "_deferrable", tuple(weight for weight in self._acting if _is_read_by_its_layer(weight, skeleton)))
+        waiting = (weight.site.parameter for weight in self._acting if _is_read_by_its_layer(weight, skeleton))
+        set_(self, "_deferrable", frozenset(waiting))
         set_(self, "_running", running)
         pieces: dict[str, WeightQuantizer | RunQuantizer] = {**{w.site.quantizer: w for w in weights}, **running}
         set_(self, "_pieces", pieces)
@@ -413,8 +414,9 @@ class Quantized:
     ) -> tuple[Any, dict[str, Tensor]]:
         """A run with weights on their grids: in eager, those that only a layer reads when that layer starts."""
         raw, steps = self._skeleton.detached(params), self._steps(qparams)
-        deferred = () if torch.compiler.is_compiling() or not self._schedule else self._deferrable
-        now = [weight for weight in self._acting if weight not in deferred]
+        waiting = () if torch.compiler.is_compiling() or not self._schedule else self._deferrable
+        now = [weight for weight in self._acting if weight.site.parameter not in waiting]
+        deferred = [weight for weight in self._acting if weight.site.parameter in waiting]
         new = round_biases(deferred, quantize_weights(now, raw, steps), steps)
         later = {w.site.parameter: partial(w.quantize, raw, steps[w.site.quantizer]) for w in deferred}
         return self._run(new, effect, args, kwargs, later)

@@ -110,9 +110,8 @@ class Runner(Frame):
         actions = self._actions((path, ""))
         if actions is None:
             return args, kwargs
-        args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
         self.inner = actions.inner
-        return args, kwargs
+        return self._on_operands(actions.operands, args, kwargs)
 
     def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.inner = ""
@@ -125,7 +124,7 @@ class Runner(Frame):
         floating = has_floating(args, kwargs)
         actions = self._actions(pair) if floating else None
         if actions is not None:
-            args, kwargs = self._on_tensors(actions.operands, (args, kwargs))
+            args, kwargs = self._on_operands(actions.operands, args, kwargs)
         output = self.compute(func, args, kwargs)
         if name == "setitem":
             self._on_output(pair, args[0], floating)
@@ -134,8 +133,11 @@ class Runner(Frame):
 
     def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.inner and called(func) in LAYERS:
-            args, kwargs = self._on_tensors({1: self.inner}, (args, kwargs))
+            args, kwargs = self._on_operands({1: self.inner}, args, kwargs)
         return self.compute(func, args, kwargs)
+
+    def looks_inside(self) -> bool:
+        return bool(self.inner)
 
     def compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Make the call itself, of a function inside or outside leaf modules, with quantized operands."""
@@ -181,6 +183,12 @@ class Runner(Frame):
         actions = self._actions(pair)
         self.counts[pair] += 1
         return output if actions is None else self._on_tensors(actions.outputs, output)
+
+    def _on_operands(self, names: Mapping[int, str], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args and isinstance(args[0], Tensor) and names.keys() == {0}:
+            return (self._on_tensors(names, args[0]), *args[1:]), kwargs
+        args, kwargs = self._on_tensors(names, (args, kwargs))
+        return args, kwargs
 
     def _on_tensors(self, names: Mapping[int, str], tree: Any) -> Any:
         """``tree`` with the effect on some of its tensors; what the effect computes is not watched."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import sophq_func as sq
 from sophq_func import deferred
@@ -60,7 +62,7 @@ def test_values_and_gradients_are_those_of_weights_quantized_at_once(name: str, 
 def test_a_tied_weight_is_not_deferred() -> None:
     model, x = Net(FORWARDS["tied"]), torch.randn(3, 4)
     q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
-    assert [weight.site.parameter for weight in q._deferrable] == ["a.weight"]
+    assert q._deferrable == {"a.weight"}
 
 
 def test_an_error_in_a_layer_leaves_the_skeleton_as_it_was() -> None:
@@ -91,3 +93,73 @@ def test_a_value_is_computed_once_while_somebody_holds_it_and_then_forgotten() -
     del held
     values.filled(raw["w"])
     assert len(calls) == 2
+
+
+class Fragile(nn.Module):
+    """Goes on where a layer, which is torch's own, refuses a shape."""
+
+    def __init__(self, patient: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.patient = nn.Linear(4, 4), nn.Linear(3, 4), patient
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.second(x)
+        except RuntimeError:
+            if not self.patient:
+                raise
+        return self.first(x) @ x.t()
+
+
+class Seen(TorchFunctionMode):
+    """Counts what it sees."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_the_model_catches_a_layer_s_error_what_follows_is_quantized() -> None:
+    torch.manual_seed(0)
+    model, x = Fragile(patient=True), torch.randn(3, 4)
+    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+
+    def on_grid(name: str, value: Tensor) -> Tensor:
+        return q.quantize_value(name, value, qparams[name])
+
+    seen = on_grid("x.post_act_fake_quantizer", x)
+    hidden = F.linear(seen, on_grid("first.weight_fake_quant", model.first.weight), model.first.bias)
+    expected = on_grid("first.post_act_fake_quantizer", hidden) @ seen.t()
+    torch.testing.assert_close(q.apply(params, qparams, x), expected)
+
+
+def test_an_error_in_a_layer_leaves_the_modes_around_the_run_as_they_were() -> None:
+    model, x = Fragile(patient=False), torch.randn(3, 4)
+    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x[:, :3],)), sq.params_of(model)
+    qparams = q.calibrate(params, [x[:, :3]], progress=False)
+    with Seen() as seen:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            q.apply(params, qparams, x)
+        assert torch.overrides._get_current_function_mode() is seen
+        before = seen.count
+        torch.ones(1).add(1)
+        assert seen.count == before + 2
+
+
+def test_a_mode_of_the_user_sees_the_calls_inside_layers() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    names: list[str] = []
+
+    class Named(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Named():
+        q.apply(params, qparams, x)
+    assert {"linear", "relu"} <= set(names)
