@@ -55,7 +55,6 @@ class Frame:
         self.scopes = [""]
         self.leaves = 0
         self.deferred: Deferred | None = None
-        self.watch = _Watch(self)
 
     @property
     def scope(self) -> str:
@@ -86,9 +85,9 @@ class Frame:
 
 
 class _Slot:
-    """Where the hooks of one skeleton find the frame of the run in progress."""
+    """Where the hooks of one skeleton find the frame of the run in progress, and the mode that shows it functions."""
 
-    frame: Frame | None = None
+    watch: _Watch | None = None
 
 
 class _Place:
@@ -100,39 +99,41 @@ class _Place:
 
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     place: _Place = module._sophq_place  # type: ignore[assignment]
-    frame = place.slot.frame
-    if frame is None or (frame.leaves and not place.leaf):
+    watch = place.slot.watch
+    if watch is None or (watch.frame.leaves and not place.leaf):
         return None
+    frame = watch.frame
     if not place.leaf:
         frame.scopes.append(place.path)
         return None
     frame.leaves += 1
-    frame.watch.pause()
+    watch.pause()
     if frame.leaves == 1:
         args, kwargs = frame.before_module(place.path, args, kwargs)
     if frame.deferred is not None and place.path in frame.deferred.readers:
         frame.deferred.enter(place.path, module)
     if frame.looks_inside() or not _reads_its_own(module):
-        frame.watch.resume()
+        watch.resume()
     return args, kwargs
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Called when the module raised an error, too, which the model may catch; then there is no output."""
     place: _Place = module._sophq_place  # type: ignore[assignment]
-    frame = place.slot.frame
-    if frame is None or (frame.leaves and not place.leaf):
+    watch = place.slot.watch
+    if watch is None or (watch.frame.leaves and not place.leaf):
         return None
+    frame = watch.frame
     if not place.leaf:
         frame.scopes.pop()
         return None
     frame.leaves -= 1
-    frame.watch.pause()
+    watch.pause()
     if frame.deferred is not None and place.path in frame.deferred.readers:
         frame.deferred.leave(place.path, module)
     if output is not None and not frame.leaves:
         output = frame.after_module(place.path, module, args, kwargs, output)
-    frame.watch.resume()
+    watch.resume()
     return output
 
 
@@ -327,15 +328,13 @@ class Skeleton:
             self.module.get_submodule(path).__dict__[attribute] = _filled(template, now)
         if frame is not None:
             frame.begin(now)
-        outer, self._slot.frame = self._slot.frame, frame
+        watch = None if frame is None else _Watch(frame)
+        outer, self._slot.watch = self._slot.watch, watch
         try:
-            if frame is None:
+            with watch or nullcontext():
                 output = functional_call(self.module, tensors, args, dict(kwargs), tie_weights=False)
-            else:
-                with frame.watch:
-                    output = functional_call(self.module, tensors, args, dict(kwargs), tie_weights=False)
         finally:
-            self._slot.frame = outer
+            self._slot.watch = outer
         after = {
             name: tensors[f"{path}.{attribute}" if path else attribute]
             for path, own in self.owned.items()
