@@ -203,7 +203,11 @@ def bounds(qparams: QParams, scheme: QScheme) -> tuple[Bound, Bound]:
 
 def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound, Bound]:
     """The same; tensors in a shape that broadcasts against ``x``."""
-    low, high = (expand(b, x, scheme.granularity) if isinstance(b, Tensor) else b for b in bounds(qparams, scheme))
+    low, high = bounds(qparams, scheme)
+    if isinstance(low, Tensor):
+        low = expand(low, x, scheme.granularity)
+    if isinstance(high, Tensor):
+        high = expand(high, x, scheme.granularity)
     return low, high
 
 

@@ -164,17 +164,17 @@ def _blocks(size: int, like: Tensor, *tensors: Tensor | None) -> Iterator[tuple[
 
     They are cut along the first axis.
     """
+    count = round(like.numel() / size)
     whole: list[Any] = [like, *tensors]
-    if like.numel() <= size or not like.is_cpu:
-        return iter([tuple(whole)])
+    if count <= 1 or not like.is_cpu:
+        return iter((whole,))
     wide = [i for i, t in enumerate(whole) if t is not None and t.ndim]
-    if all(whole[i].is_contiguous() and whole[i].shape == like.shape for i in wide):
+    if all(whole[i].shape == like.shape and whole[i].is_contiguous() for i in wide):
         for i in wide:
             whole[i] = whole[i].view(-1)
-    length = whole[0].shape[0]
-    rows = max(1, size * length // like.numel())
-    cut = [i for i in wide if whole[i].shape[0] != 1 or length == 1]
-    return zip(*[t.split(rows) if i in cut else repeat(t) for i, t in enumerate(whole)], strict=False)  # the first is cut
+    length = len(whole[0])
+    cut = [i for i in wide if len(whole[i]) != 1 or length == 1]
+    return zip(*[t.chunk(count) if i in cut else repeat(t) for i, t in enumerate(whole)], strict=False)  # the first is cut
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -234,14 +234,22 @@ def _levels(p: Point, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(v: Tensor, p: Point, grid: Grid) -> Tensor:
-    """The output from the quotient, whose memory it takes where it may."""
-    if _is_wrapped(v, *p):
-        code = v.round() if grid.shifted or p.zero is None else v.round() + p.zero
-        code = code.clamp(grid.low, grid.high)
-        return (code if p.zero is None else code - p.zero) * p.ratio
-    v = v.round_() if grid.shifted or p.zero is None else v.round_().add_(p.zero)
-    v = v.clamp_(grid.low, grid.high)
-    return v.mul_(p.ratio) if p.zero is None else v.sub_(p.zero).mul_(p.ratio)
+    """The output from the quotient."""
+    code = v.round() if grid.shifted or p.zero is None else v.round() + p.zero
+    code = code.clamp(grid.low, grid.high)
+    return (code if p.zero is None else code - p.zero) * p.ratio
+
+
+def _round(v: Tensor, p: Point, grid: Grid) -> None:
+    """The same, written over the quotient."""
+    v.round_()
+    if p.zero is None:
+        v.clamp_(grid.low, grid.high)
+    elif grid.shifted:
+        v.clamp_(grid.low, grid.high).sub_(p.zero)
+    else:
+        v.add_(p.zero).clamp_(grid.low, grid.high).sub_(p.zero)
+    v.mul_(p.ratio)
 
 
 def _left_alone(x: Tensor, y: Tensor, dead: Tensor | None) -> Tensor:
@@ -251,8 +259,8 @@ def _left_alone(x: Tensor, y: Tensor, dead: Tensor | None) -> Tensor:
     axes = [axis for axis, size in enumerate(dead.shape) if size > 1]
     if len(axes) != 1 or not x.is_cpu or _is_wrapped(x, y, dead):
         return torch.where(dead, x, y)
-    rows = dead.reshape(-1).nonzero().squeeze(1)
-    return y.index_copy_(axes[0], rows, x.index_select(axes[0], rows))
+    rows = dead.reshape(-1).nonzero().reshape(-1)
+    return y.index_copy_(axes[0], rows, x.index_select(axes[0], rows)) if len(rows) else y
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -274,9 +282,9 @@ class _FakeQuantize(torch.autograd.Function):
         if _is_wrapped(*p):
             return _left_alone(x, _rounded(_quotient(p, grid), p, grid), dead)
         y = torch.empty_like(x)
-        for part, own, *rest in _blocks(BLOCK, x, y, *p[1:]):
-            cut = Point(part, *rest)
-            _rounded(_quotient(cut, grid, out=own), cut, grid)
+        for own, *rest in _blocks(BLOCK, y, *p):
+            cut = Point(*rest)
+            _round(_quotient(cut, grid, out=own), cut, grid)
         return _left_alone(x, y, dead)
 
     @staticmethod

@@ -115,23 +115,25 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
     return FakeQuantize(init, apply, ("scale", "zero_point"))
 
 
-def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
-    """``1 / sqrt(elements per scale * qmax)``; a constant, as a tensor: forward AD widens numbers times scalars."""
+def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float:
+    """``1 / sqrt(elements per scale * qmax)``, a constant; no number in derivatives, of which forward AD would widen some."""
     elements = max(x.numel(), 1) / max(qparams.scale.numel(), 1)
     if "qmax" in qparams.extras:
         return torch.rsqrt(elements * qparams.extras["qmax"].detach().to(qparams.scale.dtype))
     factor = 1 / torch.sym_sqrt(elements * scheme.qmax)  # while exporting, elements may be a symbol
+    if isinstance(factor, float) and not may_differentiate():
+        return factor
     return torch.full((), factor, dtype=qparams.scale.dtype, device=x.device)
 
 
-def _scale_grad(value: Tensor, factor: Tensor) -> Tensor:
+def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:
     """``value``, with its gradient multiplied by ``factor``."""
     if not may_differentiate():
         return value
     return value.detach() + (value - value.detach()) * factor
 
 
-def _scale_grad_by_parts(value: Tensor, factor: Tensor) -> Tensor:
+def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
     """The same as the sum of two parts, which may round to a neighbour of ``value``.
 
     Recorded numbers of sophgo-mq show this rounding where it decides an exact tie: with ``s = amax / 127.5`` the extreme
@@ -141,7 +143,7 @@ def _scale_grad_by_parts(value: Tensor, factor: Tensor) -> Tensor:
     return (value - part).detach() + part
 
 
-SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor], Tensor]] = {
+SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor | float], Tensor]] = {
     "kernel": _scale_grad,
     "expression": _scale_grad_by_parts,
 }
