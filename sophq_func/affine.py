@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -286,6 +287,13 @@ def fake_quantize(
       >>> fake_quantize(torch.tensor([0.26, -1.3]), qp, QScheme(bits=4), "kernel")
       tensor([ 0.3000, -0.8000])
     """
+    return prepared(x, qparams, scheme, order, whole=whole, factor=factor)()
+
+
+def prepared(
+    x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True, factor: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """:func:`fake_quantize` when called; what takes no pass over ``x`` is done before."""
     granularity = scheme.granularity
     work = working(x)
     low, high = expanded_bounds(qparams, scheme, x)
@@ -293,12 +301,22 @@ def fake_quantize(
     zero = None if scheme.symmetric else expand(settled(_zero_point(qparams, scheme, whole)), x, granularity)
     if whole and surrogate.fits(work, scale, low, high, factor):
         grid = surrogate.Grid(low, high, order == "kernel", order == "expression")
-        return surrogate.fake_quantize(work, scale, zero, grid, factor).to(x.dtype)
+        y = surrogate.prepared(work, scale, zero, grid, factor)
+        return y if work is x else lambda: y().to(x.dtype)
     if factor is None:
-        return laid_out(recomputed(_composed, work, work, scale, scale, zero, low, high, order).to(x.dtype), granularity)
+        y = partial(recomputed, _composed, work, work, scale, scale, zero, low, high, order)
+    else:
+        y = partial(_composed_folded, work, factor, scale, zero, low, high, order)
+    return lambda: laid_out(y().to(x.dtype), granularity)
+
+
+def _composed_folded(
+    x: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
+) -> Tensor:
+    """The composition with a factor folded in, and ``x`` where that is 0."""
     safe = settled(surrogate.divisor(factor))
-    y = recomputed(_composed, work, work * safe, scale, settled(scale / safe), zero, low, high, order)
-    return laid_out(torch.where(factor == 0, work, y).to(x.dtype), granularity)
+    y = recomputed(_composed, x, x * safe, scale, settled(scale / safe), zero, low, high, order)
+    return torch.where(factor == 0, x, y)
 
 
 def _composed(

@@ -5,6 +5,7 @@ The text of each protocol is the contract; ``tests/contracts`` holds its laws ov
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -76,10 +77,13 @@ class Apply(Protocol):
     def __call__(self, x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor: ...
 
 
-class ApplyFolded(Protocol):
-    """``apply(x * factor) / factor``, and ``x`` where the factor, which broadcasts against ``x``, is 0."""
+class Prepare(Protocol):
+    """``apply(x * factor) / factor``, and ``x`` where the factor is 0, when the result is called.
 
-    def __call__(self, x: Tensor, factor: Tensor, qparams: QParams, scheme: QScheme) -> Tensor: ...
+    What takes no pass over ``x`` is done before. The factor broadcasts against ``x``; ``None`` stands for 1.
+    """
+
+    def __call__(self, x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]: ...
 
 
 class Grid(Protocol):
@@ -110,7 +114,7 @@ class FakeQuantize(NamedTuple):
         of the qparams. Where both are missing it raises a ``StateError``; ``q.with_noise`` provides them.
       grid: see :class:`Grid`.
       scales_bias: that scale rounds a bias although codes are no integers.
-      folded: see :class:`ApplyFolded`; given where it costs fewer passes over ``x`` than that sentence.
+      prepare: see :class:`Prepare`; given where it costs fewer passes over ``x`` than that sentence.
       resizable: codes lie between bounds that ``extras["qmin"]`` and ``extras["qmax"]`` may move after ``init``, so that
         :func:`sophq_func.with_bits` can give it another bit width.
       bits: what a stored code takes, its share of the scales of a block included; ``None``: the scheme's.
@@ -124,7 +128,7 @@ class FakeQuantize(NamedTuple):
     noise: bool = False
     grid: Grid = stored
     scales_bias: bool = False
-    folded: ApplyFolded | None = None
+    prepare: Prepare | None = None
     resizable: bool = True
     bits: float | None = None
     scaled: bool = True

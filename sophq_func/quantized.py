@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -418,7 +417,7 @@ class Quantized:
         now = [weight for weight in self._acting if weight.site.parameter not in waiting]
         deferred = [weight for weight in self._acting if weight.site.parameter in waiting]
         new = round_biases(deferred, quantize_weights(now, raw, steps), steps)
-        later = {w.site.parameter: partial(w.quantize, raw, steps[w.site.quantizer]) for w in deferred}
+        later = {w.site.parameter: w.prepared(raw, steps[w.site.quantizer]) for w in deferred}
         return self._run(new, effect, args, kwargs, later)
 
     def _run(

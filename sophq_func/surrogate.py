@@ -14,8 +14,8 @@ themselves enter as constants.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -83,8 +83,10 @@ def _is_constant(bound: Tensor | int) -> bool:
     return isinstance(bound, int) or not (bound.ndim or bound.requires_grad or _is_wrapped(bound))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: Tensor | None = None) -> Tensor:
-    """``s (clamp(q, low, high) - z)``; scale, zero point and factor broadcast against ``x``."""
+def prepared(
+    x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """``s (clamp(q, low, high) - z)`` when called; scale, zero point and factor broadcast against ``x``."""
     constant = scale.detach()
     unit = 1 / constant if grid.reciprocal else constant
     point = Point(x, scale, zero, unit)
@@ -92,10 +94,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, fac
         dead = factor == 0
         safe = factor.masked_fill(dead, 1)
         point = Point(x, scale / safe, zero, unit, safe.detach(), dead)
-    if not _has_derivative(*point):
-        return _FakeQuantize.forward(*point, grid)
-    result: Tensor = _FakeQuantize.apply(*point, grid)  # type: ignore[no-untyped-call]
-    return result
+    return partial(_FakeQuantize.apply if _has_derivative(*point) else _FakeQuantize.forward, *point, grid)
 
 
 def may_differentiate() -> bool:
@@ -167,7 +166,7 @@ def _blocks(size: int, like: Tensor, *tensors: Tensor | None) -> Iterator[tuple[
     count = round(like.numel() / size)
     whole: list[Any] = [like, *tensors]
     if count <= 1 or not like.is_cpu:
-        return iter((whole,))
+        return iter((tuple(whole),))
     wide = [i for i, t in enumerate(whole) if t is not None and t.ndim]
     if all(whole[i].shape == like.shape and whole[i].is_contiguous() for i in wide):
         for i in wide:

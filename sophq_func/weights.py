@@ -6,8 +6,9 @@ With a BatchNorm behind a layer, ``f = gamma / sqrt(var + eps)`` is folded in fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,18 +66,21 @@ class WeightQuantizer:
 
     def quantize(self, params: Params, qparams: QParams) -> Tensor:
         """The weight on its grid, in its own layout, where the quantizer is enabled."""
-        weight = params[self.site.parameter]
-        return switched(weight, self._quantized(weight, params, qparams), qparams)
+        return self.prepared(params, qparams)()
 
-    def _quantized(self, weight: Tensor, params: Params, qparams: QParams) -> Tensor:
-        weight = self._arrange(weight)
-        if self.norm is None:
-            return self._arrange(self.fake_quantize.apply(weight, qparams, self.scheme))
-        factor = self._along(self.norm.factor(params), weight)
-        quick = self.fake_quantize.folded
-        if quick is not None and not self.scheme.dynamic:
-            return self._arrange(quick(weight, factor, qparams, self.scheme))
-        return self._arrange(folded(lambda w: self.fake_quantize.apply(w, qparams, self.scheme), weight, factor))
+    def prepared(self, params: Params, qparams: QParams) -> Callable[[], Tensor]:
+        """:meth:`quantize` when called; what takes no pass over the weight is done before."""
+        weight = params[self.site.parameter]
+        on_grid = self._prepared(self._arrange(weight), params, qparams)
+        return lambda: switched(weight, self._arrange(on_grid()), qparams)
+
+    def _prepared(self, weight: Tensor, params: Params, qparams: QParams) -> Callable[[], Tensor]:
+        factor = None if self.norm is None else self._along(self.norm.factor(params), weight)
+        prepare = self.fake_quantize.prepare
+        if prepare is not None and not self.scheme.dynamic:
+            return prepare(weight, factor, qparams, self.scheme)
+        apply = partial(self.fake_quantize.apply, qparams=qparams, scheme=self.scheme)
+        return partial(apply, weight) if factor is None else partial(folded, apply, weight, factor)
 
     def rounded_bias(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
         """What changes in ``params`` where the layer's bias is rounded to multiples of ``S``.

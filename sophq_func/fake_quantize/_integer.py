@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sophq_func.affine import Order, fake_quantize, positive
+from sophq_func.affine import Order, fake_quantize, positive, prepared
 from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
 from sophq_func.errors import ConfigError, explain
 from sophq_func.pytree import tree_map
@@ -32,10 +32,10 @@ def fixed() -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel")
 
-    def folded(x: Tensor, factor: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
-        return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel", factor=factor)
+    def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
+        return prepared(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel", factor=factor)
 
-    return FakeQuantize(kept, apply, folded=folded)
+    return FakeQuantize(kept, apply, prepare=prepare)
 
 
 @FAKE_QUANTIZERS.register("learnable", "LearnableFakeQuantize", "lsq")
@@ -65,19 +65,19 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
 
-    def run(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Tensor:
+    def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
         order: Order = "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
         scale, zero_point = positive(qparams.scale), qparams.zero_point
         if use_grad_scaling:
             less, scaled = _grad_factor(x, qparams, scheme), SCALE_GRAD[order]
             scale = scaled(scale, less)
             zero_point = scaled(zero_point, less) if zero_point.is_floating_point() else zero_point
-        return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, order, factor=factor)
+        return prepared(x, QParams(scale, zero_point, qparams.extras), scheme, order, factor=factor)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return run(x, None, qparams, scheme)
+        return prepare(x, None, qparams, scheme)()
 
-    return FakeQuantize(init, apply, ("scale", "zero_point"), folded=run)
+    return FakeQuantize(init, apply, ("scale", "zero_point"), prepare=prepare)
 
 
 @FAKE_QUANTIZERS.register("lsq_plus", "LSQPlusFakeQuantize")
@@ -116,7 +116,7 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
 
 
 def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float:
-    """``1 / sqrt(elements per scale * qmax)``, a constant; no number in derivatives, of which forward AD would widen some."""
+    """``1 / sqrt(elements per scale * qmax)``, a constant; for derivatives a tensor: forward AD widens numbers."""
     elements = max(x.numel(), 1) / max(qparams.scale.numel(), 1)
     if "qmax" in qparams.extras:
         return torch.rsqrt(elements * qparams.extras["qmax"].detach().to(qparams.scale.dtype))
