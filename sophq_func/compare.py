@@ -29,7 +29,7 @@ def differences(
     found = [] if plan is None else list(_of_plans(plan, here))
     if plan is None and qparams is not None:
         found += _of_names(qparams, here)
-    weights = params_of(q._skeleton.module) if isinstance(q, Quantized) else {}
+    weights = params_of(q.engine.skeleton.module) if isinstance(q, Quantized) else {}
     wanted = {} if qparams is None and ostate is None else expected(here, weights)
     found += qparams_misfits(qparams or {}, wanted) + state_misfits(ostate or {}, wanted)
     if params is not None and isinstance(q, Quantized):

@@ -11,22 +11,17 @@ from torch import Tensor
 
 from sophq_func.base import QParams, State
 from sophq_func.calibrate import as_call, calibrate
+from sophq_func.engine import Engine, OState, QParamsDict
 from sophq_func.errors import StateError, explain
-from sophq_func.finite import check_finite, check_reached
+from sophq_func.finite import check_finite
 from sophq_func.flat import flat
 from sophq_func.intercept import Skeleton
 from sophq_func.plan import Plan
 from sophq_func.pytree import sorted_dict
-from sophq_func.quantizers import RunQuantizer, make_quantizers, state_types
-from sophq_func.running import Effect, Runner, Schedule
-from sophq_func.scheme import PerToken, QScheme
+from sophq_func.scheme import QScheme
 from sophq_func.settings import unstack
 from sophq_func.sweep import Versions, size_of, sweep
-from sophq_func.trace import arguments, map_inputs
-from sophq_func.weights import Params, WeightQuantizer, quantize_weights, round_biases
-
-OState = dict[str, State]
-QParamsDict = dict[str, QParams]
+from sophq_func.weights import Params
 
 
 class Quantized:
@@ -40,39 +35,20 @@ class Quantized:
       plan: the :class:`~sophq_func.plan.Plan`.
       training: the training flag of the model at hand, see :meth:`train` and :meth:`eval`.
       frozen: weights come as they are, see :meth:`freeze`.
+      engine: what runs it, for code that converts or exports the model.
     """
 
     plan: Plan
     training: bool
     frozen: bool
-    _skeleton: Skeleton
-    _schedule: Schedule
-    _arguments: tuple[list[str], str]
-    _weights: tuple[WeightQuantizer, ...]
-    _acting: tuple[WeightQuantizer, ...]
-    _deferrable: frozenset[str]
-    _running: dict[str, RunQuantizer]
-    _pieces: dict[str, WeightQuantizer | RunQuantizer]
-    _types: dict[str, dict[str, type]]
+    engine: Engine
 
     def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False) -> None:
-        schedule = Schedule(plan)
-        weights, running = make_quantizers(skeleton, plan)
         set_ = object.__setattr__
         set_(self, "plan", plan)
         set_(self, "training", skeleton.module.training)
-        set_(self, "_skeleton", skeleton)
-        set_(self, "_schedule", schedule)
-        set_(self, "_arguments", arguments(skeleton.module))
         set_(self, "frozen", frozen)
-        set_(self, "_weights", weights)
-        set_(self, "_acting", () if frozen else tuple(weight for weight in weights if not weight.config.observe_only))
-        waiting = (weight.site.parameter for weight in self._acting if _is_read_by_its_layer(weight, skeleton))
-        set_(self, "_deferrable", frozenset(waiting))
-        set_(self, "_running", running)
-        pieces: dict[str, WeightQuantizer | RunQuantizer] = {**{w.site.quantizer: w for w in weights}, **running}
-        set_(self, "_pieces", pieces)
-        set_(self, "_types", {"ostate": state_types(pieces), "qparams": dict.fromkeys(pieces, QParams)})
+        set_(self, "engine", Engine(skeleton, plan, frozen))
 
     def __setattr__(self, name: str, value: object) -> None:
         fix = "make a new one with sq.build(model, plan)"
@@ -86,15 +62,15 @@ class Quantized:
         return f"Quantized({self.model_name}, {self.plan!r}, {flags})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Quantized, (self._skeleton, self.plan, self.frozen)
+        return Quantized, (self.engine.skeleton, self.plan, self.frozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
-        return Quantized(copy.deepcopy(self._skeleton, memo), self.plan, self.frozen)
+        return Quantized(copy.deepcopy(self.engine.skeleton, memo), self.plan, self.frozen)
 
     @property
     def model_name(self) -> str:
         """Name of the model's class."""
-        return type(self._skeleton.module).__name__
+        return type(self.engine.skeleton.module).__name__
 
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: weights are observed here, activations start neutral.
@@ -109,11 +85,11 @@ class Quantized:
         Raises:
           StateError: names that are missing or unknown.
         """
-        self._skeleton.check(params, "init")
+        self.engine.skeleton.check(params, "init")
         if ostate is not None:
-            self.plan.check(ostate, "ostate", self._types["ostate"])
-        states = {w.site.quantizer: w.observe(params) for w in self._weights}
-        for name, piece in self._running.items():
+            self.plan.check(ostate, "ostate", self.engine.types["ostate"])
+        states = {w.site.quantizer: w.observe(params) for w in self.engine.weights}
+        for name, piece in self.engine.running.items():
             states[name] = piece.observer.init(piece.seen(params), piece.scheme) if ostate is None else ostate[name]
         return sorted_dict(states)
 
@@ -123,9 +99,9 @@ class Quantized:
         Returns:
           The model's output, and the new states.
         """
-        self._check(params, ostate, "observe", "ostate")
+        self.engine.check(params, ostate, "observe", "ostate")
         states = dict(ostate)
-        output, _ = self._run(self._skeleton.detached(params), self._observing(states), args, kwargs)
+        output, _ = self.engine.run(self.engine.skeleton.detached(params), self.engine.observing(states), args, kwargs)
         return output, sorted_dict(states)
 
     def observe_quantized(
@@ -136,15 +112,15 @@ class Quantized:
         Returns:
           The model's output, and the new states.
         """
-        self._check(params, ostate, "observe_quantized", "ostate")
-        self.plan.check(qparams, "qparams", self._types["qparams"])
+        self.engine.check(params, ostate, "observe_quantized", "ostate")
+        self.plan.check(qparams, "qparams", self.engine.types["qparams"])
         states = dict(ostate)
-        observe, quantize = self._observing(states), self._quantizing(qparams)
+        observe, quantize = self.engine.observing(states), self.engine.quantizing(qparams)
 
         def effect(name: str, x: Tensor) -> Tensor:
             return quantize(name, observe(name, x))
 
-        output, _ = self._run_quantized(params, qparams, effect, args, kwargs)
+        output, _ = self.engine.run_quantized(params, qparams, effect, args, kwargs)
         return output, sorted_dict(states)
 
     def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
@@ -157,10 +133,10 @@ class Quantized:
           StateError: in eager on plain tensors, a quantizer that has seen nothing, or NaN or infinity. Inside a transform
             nothing is checked, and such a quantizer has a NaN scale.
         """
-        self._check(params, ostate, "qparams", "ostate")
-        check_finite(self.plan, self._pieces, ostate)
+        self.engine.check(params, ostate, "qparams", "ostate")
+        check_finite(self.plan, self.engine.pieces, ostate)
         found = {}
-        for name, piece in self._pieces.items():
+        for name, piece in self.engine.pieces.items():
             resolved = piece.observer.qparams(ostate[name], piece.scheme)
             if piece.scheme.dynamic:
                 resolved = resolved._replace(scale=torch.ones_like(resolved.scale))
@@ -197,9 +173,9 @@ class Quantized:
           What the model returns; all params, with the buffers as the run left them.
         """
         output, buffers = self._apply(params, qparams, "apply_and_update", args, kwargs)
-        kept = {weight.site.parameter for weight in self._acting}
+        kept = {weight.site.parameter for weight in self.engine.acting}
         after: dict[str, Tensor] = {**params, **{n: buffer for n, buffer in buffers.items() if n not in kept}}
-        for weight in self._acting:
+        for weight in self.engine.acting:
             if weight.site.source:
                 own, source = qparams[weight.site.quantizer], qparams[weight.site.source]
                 after.update(weight.mean_shift(params, own, source, after))
@@ -216,18 +192,18 @@ class Quantized:
         Returns:
           ``{quantizer name: (before, after)}``, sorted.
         """
-        self._check(params, qparams, "capture", "qparams")
+        self.engine.check(params, qparams, "capture", "qparams")
         seen = {}
-        for weight in () if self.frozen else self._weights:
+        for weight in () if self.frozen else self.engine.weights:
             name, parameter = weight.site.quantizer, weight.site.parameter
             seen[name] = params[parameter], weight.quantize(params, qparams[name])
-        quantize = self._quantizing(qparams)
+        quantize = self.engine.quantizing(qparams)
 
         def effect(name: str, x: Tensor) -> Tensor:
             seen[name] = x.clone(), self.quantize_value(name, x, qparams[name])
             return quantize(name, x)
 
-        self._run_quantized(params, qparams, effect, args, kwargs)
+        self.engine.run_quantized(params, qparams, effect, args, kwargs)
         return sorted_dict(seen)
 
     def with_noise(
@@ -246,19 +222,20 @@ class Quantized:
         Raises:
           StateError: see :meth:`apply`; ``generator`` is none.
         """
-        self._check(params, qparams, "with_noise", "qparams")
+        self.engine.check(params, qparams, "with_noise", "qparams")
         if not isinstance(generator, torch.Generator):
             got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
             raise StateError(explain("with_noise", "this generator", got=got, allowed="a torch.Generator", fix=fix))
-        noisy = {n for n, piece in self._running.items() if piece.fake_quantize.noise and not piece.config.observe_only}
-        seen = {weight.site.quantizer: weight.seen(params) for weight in self._acting if weight.fake_quantize.noise}
+        running = self.engine.running.items()
+        noisy = {n for n, piece in running if piece.fake_quantize.noise and not piece.config.observe_only}
+        seen = {weight.site.quantizer: weight.seen(params) for weight in self.engine.acting if weight.fake_quantize.noise}
 
         def effect(name: str, x: Tensor) -> Tensor:
             seen.update({name: x} if name in noisy else {})
             return x
 
         with torch.random.fork_rng(), torch.no_grad():
-            self._run(self._skeleton.detached(params), effect, args, kwargs)
+            self.engine.run(self.engine.skeleton.detached(params), effect, args, kwargs)
         new = dict(qparams)
         for name in sorted(seen):
             noise = torch.rand(seen[name].shape, generator=generator, device=generator.device).to(seen[name].device)
@@ -271,7 +248,7 @@ class Quantized:
         Learned are the floating fields that a fake quantizer names: not the zero point of a symmetric scheme, nothing of
         a quantizer that only observes or whose scheme is dynamic.
         """
-        self.plan.check(qparams, "qparams", self._types["qparams"])
+        self.plan.check(qparams, "qparams", self.engine.types["qparams"])
         leaves = flat(qparams)
         learned = {leaf for leaf, value in leaves.items() if value.is_floating_point() and self._is_learned(leaf)}
         rest = {leaf: value for leaf, value in leaves.items() if leaf not in learned}
@@ -282,9 +259,9 @@ class Quantized:
         config = self.plan[name]
         if config.observe_only or config.scheme.dynamic or (field == "zero_point" and config.scheme.symmetric):
             return False
-        if self.frozen and name not in self._running:
+        if self.frozen and name not in self.engine.running:
             return False
-        return field in self._pieces[name].fake_quantize.learnable
+        return field in self.engine.pieces[name].fake_quantize.learnable
 
     def train(self) -> Quantized:
         """The same plan with the model's training flag set; a new object.
@@ -294,11 +271,11 @@ class Quantized:
         """
         if self.frozen:
             raise StateError(explain("train", "training frozen weights", fix="go on with the q that was frozen"))
-        return Quantized(self._skeleton.in_mode(True), self.plan)
+        return Quantized(self.engine.skeleton.in_mode(True), self.plan)
 
     def eval(self) -> Quantized:
         """The same plan with the model's training flag cleared; a new object."""
-        return Quantized(self._skeleton.in_mode(False), self.plan, self.frozen)
+        return Quantized(self.engine.skeleton.in_mode(False), self.plan, self.frozen)
 
     def freeze(self, params: Params, qparams: Mapping[str, QParams], /) -> tuple[Quantized, dict[str, Tensor]]:
         """Quantize the weights once, for inference.
@@ -311,11 +288,11 @@ class Quantized:
           StateError: names that are missing or unknown; the model is in training mode, where BatchNorm folds into
             weights what it has just seen.
         """
-        self._check(params, qparams, "freeze", "qparams")
+        self.engine.check(params, qparams, "freeze", "qparams")
         if self.training:
             raise StateError(explain("freeze", "freezing in training mode", fix="q.eval().freeze(params, qparams)"))
-        new = {name: tensor.detach() for name, tensor in self._weights_on_grids(params, qparams).items()}
-        return Quantized(self._skeleton, self.plan, frozen=True), sorted_dict(new)
+        new = {name: tensor.detach() for name, tensor in self.engine.on_grids(params, qparams).items()}
+        return Quantized(self.engine.skeleton, self.plan, frozen=True), sorted_dict(new)
 
     def sweep(
         self,
@@ -347,22 +324,22 @@ class Quantized:
           StateError: no settings; see :meth:`apply`.
         """
         args, kwargs = as_call(batch, "sweep")
-        self._skeleton.check(params, "sweep")
+        self.engine.skeleton.check(params, "sweep")
         frozen, versions = (
-            Quantized(self._skeleton, self.plan, frozen=True),
-            Versions(self._acting, self._skeleton.detached(params)),
+            Quantized(self.engine.skeleton, self.plan, frozen=True),
+            Versions(self.engine.acting, self.engine.skeleton.detached(params)),
         )
         keep = reduce or (lambda output: output)
 
         def one(setting: Mapping[str, QParams]) -> Any:
-            return keep(frozen.apply(versions(self._steps(setting)), setting, *args, **kwargs))
+            return keep(frozen.apply(versions(self.engine.steps(setting)), setting, *args, **kwargs))
 
         def whole(setting: Mapping[str, QParams]) -> Any:
             return keep(self.apply(params, setting, *args, **kwargs))
 
         each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
         for setting in each:
-            self.plan.check(setting, "qparams", self._types["qparams"])
+            self.plan.check(setting, "qparams", self.engine.types["qparams"])
         return sweep(size_of(self.plan, params), each, one, whole, how, progress)
 
     def weights_seen(self, params: Params, /) -> dict[str, tuple[Tensor, QScheme]]:
@@ -373,98 +350,16 @@ class Quantized:
         Returns:
           ``{quantizer name: (weight, scheme)}``, sorted.
         """
-        self._skeleton.check(params, "weights_seen")
-        return sorted_dict({weight.site.quantizer: (weight.seen(params), weight.scheme) for weight in self._weights})
+        self.engine.skeleton.check(params, "weights_seen")
+        return sorted_dict({weight.site.quantizer: (weight.seen(params), weight.scheme) for weight in self.engine.weights})
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` as the quantizer ``name`` represents it, also where it only observes."""
-        piece = self._pieces[self.plan.find(name)]
+        piece = self.engine.pieces[self.plan.find(name)]
         return piece.fake_quantize.apply(x, qparams, piece.scheme)
 
     def _apply(
         self, params: Params, qparams: Mapping[str, QParams], where: str, args: Any, kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        self._check(params, qparams, where, "qparams")
-        return self._run_quantized(params, qparams, self._quantizing(qparams), args, kwargs)
-
-    def _observing(self, states: OState) -> Effect:
-        def effect(name: str, x: Tensor) -> Tensor:
-            piece = self._running[name]
-            if isinstance(piece.scheme.granularity, PerToken):  # another batch has other tokens
-                return x
-            states[name] = piece.observer.update(states[name], x, piece.scheme)
-            return x
-
-        return effect
-
-    def _quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
-        def effect(name: str, x: Tensor) -> Tensor:
-            piece = self._running[name]
-            if piece.config.observe_only:
-                return x
-            if piece.config.optional:
-                check_reached(name, qparams[name])
-            return piece.quantize(x, qparams[name])
-
-        return effect
-
-    def _run_quantized(
-        self, params: Params, qparams: Mapping[str, QParams], effect: Effect, args: Any, kwargs: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """A run with weights on their grids: in eager, those that only a layer reads when that layer starts."""
-        raw, steps = self._skeleton.detached(params), self._steps(qparams)
-        waiting = () if torch.compiler.is_compiling() or not self._schedule else self._deferrable
-        now = [weight for weight in self._acting if weight.site.parameter not in waiting]
-        deferred = [weight for weight in self._acting if weight.site.parameter in waiting]
-        new = round_biases(deferred, quantize_weights(now, raw, steps), steps)
-        later = {w.site.parameter: w.prepared(raw, steps[w.site.quantizer]) for w in deferred}
-        return self._run(new, effect, args, kwargs, later)
-
-    def _run(
-        self,
-        params: Params,
-        effect: Effect,
-        args: Any,
-        kwargs: Any,
-        later: Mapping[str, Callable[[], Tensor]] | None = None,
-        watch: Callable[[Schedule], Runner] | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        if self.plan.written:
-            args, kwargs = map_inputs(self._arguments, args, kwargs, self._copied)
-        if watch is None and not self._schedule:
-            return self._skeleton.run(None, params, args, kwargs)
-        runner = Runner(self._schedule, effect) if watch is None else watch(self._schedule)
-        if self._schedule.inputs:
-            args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
-        if self._schedule.same:
-            args, kwargs = map_inputs(self._arguments, args, kwargs, runner.repeated_input)
-        output, buffers = self._skeleton.run(runner, params, args, kwargs, later)
-        runner.check()
-        return output, buffers
-
-    def _copied(self, name: str, x: Tensor) -> Tensor:
-        """An input, as a copy where the model writes into it."""
-        return x.clone() if name in self.plan.written else x
-
-    def _weights_on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
-        """Weights and biases quantized."""
-        return quantize_weights(self._acting, self._skeleton.detached(params), self._steps(qparams))
-
-    def _steps(self, qparams: Mapping[str, QParams]) -> QParamsDict:
-        """The scales in force; one that its quantizer does not learn is a constant for weights and biases, too."""
-        steps = {}
-        for name, own in qparams.items():
-            piece = self._pieces[name]
-            fixed = own if "scale" in piece.fake_quantize.learnable else own._replace(scale=own.scale.detach())
-            steps[name] = piece.fake_quantize.grid(fixed, piece.scheme)
-        return steps
-
-    def _check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
-        self._skeleton.check(params, where)
-        self.plan.check(state, what, self._types[what])
-
-
-def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:
-    """Whether a weight may wait for the layer that it belongs to, which the example called."""
-    path, function, _ = weight.site.anchor
-    return not function and skeleton.deferrable(path, weight.site.parameter)
+        self.engine.check(params, qparams, where, "qparams")
+        return self.engine.run_quantized(params, qparams, self.engine.quantizing(qparams), args, kwargs)

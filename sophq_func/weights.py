@@ -56,7 +56,7 @@ class WeightQuantizer:
 
     def seen(self, params: Params) -> Tensor:
         """The weight that is observed: with the BatchNorm folded in; of grouped deconvolutions, output channels first."""
-        weight = self._arrange(params[self.site.parameter])
+        weight = arranged(params[self.site.parameter], self.site)
         return weight if self.norm is None else weight * self._along(self.norm.factor(params), weight)
 
     def observe(self, params: Params) -> State:
@@ -71,8 +71,8 @@ class WeightQuantizer:
     def prepared(self, params: Params, qparams: QParams) -> Callable[[], Tensor]:
         """:meth:`quantize` when called; what takes no pass over the weight is done before."""
         weight = params[self.site.parameter]
-        on_grid = self._prepared(self._arrange(weight), params, qparams)
-        return lambda: switched(weight, self._arrange(on_grid()), qparams)
+        on_grid = self._prepared(arranged(weight, self.site), params, qparams)
+        return lambda: switched(weight, arranged(on_grid(), self.site), qparams)
 
     def _prepared(self, weight: Tensor, params: Params, qparams: QParams) -> Callable[[], Tensor]:
         factor = None if self.norm is None else self._along(self.norm.factor(params), weight)
@@ -133,9 +133,6 @@ class WeightQuantizer:
     def _along(self, factor: Tensor, weight: Tensor) -> Tensor:
         axis = 0 if is_regrouped(self.site) else self.site.axis
         return factor.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
-
-    def _arrange(self, weight: Tensor) -> Tensor:
-        return arranged(weight, self.site)
 
 
 def is_regrouped(site: Site) -> bool:

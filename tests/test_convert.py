@@ -27,8 +27,8 @@ def tpu(**changes: Any) -> sq.QuantConfig:
 
 def folded_weight(r: Ready, name: str) -> Tensor:
     """The weight that ``apply`` gives the layer, times the factor of the BatchNorm behind it."""
-    weight = next(w for w in r.q._weights if w.site.parameter == name)
-    quantized = quantize_weights([weight], r.params, r.q._steps(r.qparams))[name]
+    weight = next(w for w in r.q.engine.weights if w.site.parameter == name)
+    quantized = quantize_weights([weight], r.params, r.q.engine.steps(r.qparams))[name]
     if weight.norm is None:
         return quantized
     factor = weight.norm.factor(r.params)
@@ -88,7 +88,7 @@ def test_biases_are_integers_with_the_scale_of_weight_times_input(name: str) -> 
     artifact = sq.convert(r.q, r.params, r.qparams)
     rounded = {key: entry["source"] for key, entry in artifact.metadata["biases"].items() if entry["source"]}
     assert len(rounded) == sum(bool(site.source) for site in map(r.q.plan.site, r.q.plan)) > 0
-    for weight in r.q._weights:
+    for weight in r.q.engine.weights:
         site = weight.site
         if not site.source:
             continue

@@ -46,9 +46,9 @@ def test_values_and_gradients_are_those_of_weights_quantized_at_once(name: str, 
     torch.manual_seed(0)
     model, x = Net(FORWARDS[name]).train(training), torch.randn(3, 4)
     q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
-    assert q._deferrable
+    assert q.engine.deferrable
     at_once = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
-    object.__setattr__(at_once, "_deferrable", ())
+    at_once.engine.deferrable = frozenset()
     qparams = sq.with_bits(q.calibrate(params, [x], progress=False), q.plan, 3)
 
     def gradient(q: sq.Quantized) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_weights_quantized_at_once(name: str, 
 def test_a_tied_weight_is_not_deferred() -> None:
     model, x = Net(FORWARDS["tied"]), torch.randn(3, 4)
     q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
-    assert q._deferrable == {"a.weight"}
+    assert q.engine.deferrable == {"a.weight"}
 
 
 def test_an_error_in_a_layer_leaves_the_skeleton_as_it_was() -> None:
@@ -72,7 +72,7 @@ def test_an_error_in_a_layer_leaves_the_skeleton_as_it_was() -> None:
     expected = q.apply(params, qparams, x)
     with pytest.raises(RuntimeError, match="shapes"):
         q.apply(params, qparams, torch.randn(3, 5))
-    assert all(parameter.is_meta for parameter in q._skeleton.module.parameters())
+    assert all(parameter.is_meta for parameter in q.engine.skeleton.module.parameters())
     assert torch.equal(q.apply(params, qparams, x), expected)
 
 

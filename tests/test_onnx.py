@@ -107,7 +107,7 @@ def test_weights_are_codes_with_the_batch_norm_folded_in_and_biases_int32(tmp_pa
     assert not any(name.startswith(("bn1", "bn2")) for name in found)
     codes = torch.from_numpy(numpy_helper.to_array(found["conv1.weight_quantized"]).copy())
     assert codes.dtype == torch.int8
-    factor = params[f"{norm}.weight"] / (params[f"{norm}.running_var"] + made.q._skeleton.module.bn1.eps).sqrt()
+    factor = params[f"{norm}.weight"] / (params[f"{norm}.running_var"] + made.q.engine.skeleton.module.bn1.eps).sqrt()
     scale = made.qparams["conv1.weight_fake_quant"].scale
     expected = (params["conv1.weight"] * factor[:, None, None, None] / scale[:, None, None, None]).round().clamp(-128, 127)
     assert (codes == expected).float().mean() > 0.999  # exact ties may round either way

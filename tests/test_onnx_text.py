@@ -71,7 +71,7 @@ def layer_by_layer(made: Ready, values: Mapping[str, Tensor], batch: Batch) -> t
         return other
 
     with torch.no_grad():
-        output, _ = q._run_quantized(made.params, qparams, effect, (), dict(batch))
+        output, _ = q.engine.run_quantized(made.params, qparams, effect, (), dict(batch))
     return output.last_hidden_state, flips
 
 
@@ -82,7 +82,7 @@ def is_local(made: Ready, batch: Batch, path: Path, level: Any, flipped: float) 
     found = computed(path, batch, level)
     values = dict(zip((value.name for value in onnx.load(path).graph.output), found, strict=True))
     output, flips = layer_by_layer(made, {stem: values[name] for stem, name in names.items()}, batch)
-    assert len(flips) >= len(made.q._running) - 1, "the last hidden state may be without a user"
+    assert len(flips) >= len(made.q.engine.running) - 1, "the last hidden state may be without a user"
     assert max(flips.values()) <= flipped, {name: share for name, share in flips.items() if share > flipped}
     torch.testing.assert_close(found[0], output, rtol=1e-5, atol=1e-5 * float(output.abs().max()))
 

@@ -65,10 +65,10 @@ def test_a_weight_is_quantized_once_for_settings_that_agree() -> None:
     q, params, qparams, _ = prepared("BM1690")
     names = sorted(qparams)
     settings = [sq.enabled(qparams, mask) for mask in torch.eye(len(names), dtype=torch.bool)]
-    versions, changes = Versions(q._acting, params), []
+    versions, changes = Versions(q.engine.acting, params), []
     for setting in settings:
         new = versions(setting)
-        changes.append({w.site.parameter: new[w.site.parameter] for w in q._acting})
+        changes.append({w.site.parameter: new[w.site.parameter] for w in q.engine.acting})
     for parameter in changes[0]:
         assert len({id(step[parameter]) for step in changes}) <= 2
 

@@ -118,7 +118,7 @@ class Artifact:
         args, kwargs = _taken((args, kwargs))
         with torch.inference_mode(False), torch.no_grad():
             given = self._given()
-            output, _ = self._q._run(self._parameters(given), given.other, args, kwargs, watch=watch)
+            output, _ = self._q.engine.run(self._parameters(given), given.other, args, kwargs, watch=watch)
         return output, runs[0]
 
     def _given(self) -> Given:
@@ -135,7 +135,7 @@ class Artifact:
     def _parameters(self, given: Given) -> dict[str, Tensor]:
         """What the model runs with: real numbers for what the executor has no integers for."""
         found, device = {}, next((t.device for t in self._tensors.values()), None)
-        for name, empty in self._q._skeleton.registered().items():
+        for name, empty in self._q.engine.skeleton.registered().items():
             if name in given.wholes:
                 found[name] = given.wholes[name].real(torch.float32)
             elif name in self._metadata["weights"]:

@@ -59,7 +59,7 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
         fix = "q = sq.quantize(model, config, example_args=(x,))"
         raise StateError(explain("convert", "this model", got=type(q).__name__, allowed="a sq.Quantized", fix=fix))
     q = q.eval()
-    q._check(params, qparams, "convert", "qparams")
+    q.engine.check(params, qparams, "convert", "qparams")
     if not is_plain([*params.values(), *tensors(dict(qparams))]):
         raise StateError(
             explain("convert", "reading codes inside a transform", fix="convert outside of vmap, grad and compile")
@@ -74,7 +74,7 @@ class _Conversion:
     def __init__(self, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> None:
         wide = {name: p.detach().clone() for name, p in params.items()}
         self.params = {n: p.float() if p.is_floating_point() and p.element_size() < 4 else p for n, p in wide.items()}
-        self.q, self.qparams = q, q._steps({name: qparams[name] for name in q.plan})
+        self.q, self.qparams = q, q.engine.steps({name: qparams[name] for name in q.plan})
         self.problems: list[str] = []
         self.on = {name for name in q.plan if self._is_on(name)}
         self.tensors: dict[str, Tensor] = {}
@@ -86,10 +86,10 @@ class _Conversion:
         self.gone: set[str] = set()
 
     def artifact(self) -> Artifact:
-        for name, piece in self.q._running.items():
+        for name, piece in self.q.engine.running.items():
             if name in self.on:
                 self._value(name, piece)
-        coded = {w.site.quantizer: (w, self._coded(w)) for w in self.q._weights if w.site.quantizer in self.on}
+        coded = {w.site.quantizer: (w, self._coded(w)) for w in self.q.engine.weights if w.site.quantizer in self.on}
         raise_all(self.problems, StateError)
         for weight, codes in coded.values():
             if codes is not None:
@@ -188,7 +188,7 @@ class _Conversion:
 
     def _owners(self, parameter: str) -> int:
         """How many layers' bias a parameter is."""
-        return sum(parameter in own.values() for own in self.q._skeleton.owned.values()) if parameter else 0
+        return sum(parameter in own.values() for own in self.q.engine.skeleton.owned.values()) if parameter else 0
 
     def _bias(self, weight: WeightQuantizer, key: str, source: str) -> None:
         """The folded bias: int32 where the plan rounds it, else real."""
@@ -239,11 +239,11 @@ class _Conversion:
     def _folded(self) -> set[str]:
         """The tensors of each BatchNorm that is called behind converted layers only."""
         behind: dict[str, list[str]] = {}
-        for weight in self.q._weights:
+        for weight in self.q.engine.weights:
             if weight.norm:
                 behind.setdefault(weight.site.norm, []).append(weight.site.parameter)
         lone = {re.sub(r"_\d+$", "", call.name) for call in self.q.plan.calls} | {call.name for call in self.q.plan.calls}
-        owned = self.q._skeleton.owned
+        owned = self.q.engine.skeleton.owned
         paths = {norm for norm, layers in behind.items() if self.weights.keys() >= set(layers) and norm not in lone}
         others = {name for path, own in owned.items() if path not in paths for name in own.values()}
         return {name for path in paths for name in owned[path].values()} - others

@@ -25,6 +25,7 @@ from sophq_func.quantized import Quantized
 from sophq_func.running import Runner
 from sophq_func.settings import enabled
 from sophq_func.trace import retrace
+from sophq_func.weights import arranged
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,7 +55,7 @@ def float_file(
     assert isinstance(made, _Named)
     for name, weight in _clipped(q, params, qparams).items():
         made.get_buffer(made.names[name]).copy_(weight)
-    graph = retrace(q._skeleton, params, args, kwargs, q._arguments)
+    graph = retrace(q.engine.skeleton, params, args, kwargs, q.engine.arguments)
     made.calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
     with quiet():
         exported = captured("export.tables", made, args, kwargs, False)
@@ -84,7 +85,7 @@ def layer_names(product: ir.Value) -> tuple[str, str]:
 def _clipped(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
     """Weights of integer grids, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]``, not rounded."""
     found = {}
-    for weight in q._acting:
+    for weight in q.engine.acting:
         own = qparams[weight.site.quantizer]
         if weight.fake_quantize.integer and float(own.extras.get("enabled", torch.tensor(1.0))):
             seen = weight.seen(params)
@@ -92,7 +93,7 @@ def _clipped(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, Q
             zero = torch.zeros_like(grid.scale) if weight.scheme.symmetric else grid.zero_point
             ends = [(bound - zero) * positive(grid.scale) for bound in bounds(grid, weight.scheme)]
             low, high = (expand(end, seen, weight.scheme.granularity) for end in ends)
-            found[weight.site.parameter] = weight._arrange(seen.clamp(low, high)).detach()
+            found[weight.site.parameter] = arranged(seen.clamp(low, high), weight.site).detach()
     return found
 
 

@@ -16,7 +16,7 @@ from sophq_func.affine import EPS, bounds, expand, positive
 from sophq_func.base import FakeQuantize, QParams
 from sophq_func.quantizers import RunQuantizer
 from sophq_func.scheme import PerChannel, PerGroup, PerTensor, QScheme
-from sophq_func.weights import Params, WeightQuantizer
+from sophq_func.weights import Params, WeightQuantizer, arranged
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WIDEST = 16
@@ -125,7 +125,7 @@ def weight_codes(weight: WeightQuantizer, params: Params, qparams: QParams) -> S
         codes = to_codes(value, grid, scheme)
         step = expand(grid.scale, value, scheme.granularity)
         if bool(((from_codes(codes, grid, scheme) - value).abs() <= 1e-3 * step + 1e-6 * value.abs()).all()):
-            return Stored(weight._arrange(codes), grid)
+            return Stored(arranged(codes, weight.site), grid)
     return f"{weight.config.fake_quantize.name} makes other values than multiples of one step"
 
 

@@ -22,9 +22,9 @@ from sophq_func.export._grids import Grid, Stored, activation_grid, is_on, weigh
 from sophq_func.intercept import Skeleton
 from sophq_func.pytree import paths, tensors, tree_map
 from sophq_func.quantized import Quantized
-from sophq_func.running import Effect, Runner, Schedule
+from sophq_func.running import Effect, Runner
 from sophq_func.trace import map_inputs
-from sophq_func.weights import Params, WeightQuantizer, round_biases
+from sophq_func.weights import Params, WeightQuantizer, arranged, round_biases
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -72,7 +72,7 @@ class Program(nn.Module):
     def __init__(self, skeleton: Skeleton, q: Quantized, params: Params, found: Found, target: Target) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
-        self._skeleton, self._schedule, self._arguments = [skeleton], Schedule(q.plan), q._arguments
+        self._skeleton, self._schedule, self._arguments = [skeleton], q.engine.schedule, q.engine.arguments
         self._written, self._found, self._target = q.plan.written, found, target
         self._plain = sorted(params.keys() - found.stored.keys())
         for name in self._plain:
@@ -177,11 +177,11 @@ def program(
       StateError: frozen weights, training mode; see :meth:`Quantized.apply`.
     """
     _check(where, q)
-    q._check(params, qparams, where, "qparams")
+    q.engine.check(params, qparams, where, "qparams")
     with torch.no_grad():
         found, problems = _activations(q, qparams, target)
-        tensors = dict(round_biases(q._acting, params, q._steps(qparams)))
-        for weight in q._acting:
+        tensors = dict(round_biases(q.engine.acting, params, q.engine.steps(qparams)))
+        for weight in q.engine.acting:
             result = _stored(weight, params, qparams[weight.site.quantizer], target)
             if isinstance(result, str):
                 problems[weight.site.quantizer] = result
@@ -189,7 +189,7 @@ def program(
             elif result is not None:
                 found.stored[weight.site.parameter] = result
             else:
-                tensors[weight.site.parameter] = weight._arrange(weight.seen(params))
+                tensors[weight.site.parameter] = arranged(weight.seen(params), weight.site)
         fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
         texts = [explain(name, f"{where}", because=why, fix=fix) for name, why in problems.items()]
         raise_all([] if simulate else texts, ConfigError)
@@ -211,7 +211,7 @@ def _check(where: str, q: Quantized) -> None:
 def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -> tuple[Found, dict[str, str]]:
     """The grids of quantizers that act while the model runs; and those without one, with the reason."""
     found, problems = Found({}, {}, {}), {}
-    for name, piece in q._running.items():
+    for name, piece in q.engine.running.items():
         own = qparams[name]
         on = is_on(own)
         if piece.config.observe_only or on is False:
@@ -242,7 +242,7 @@ def _stored(weight: WeightQuantizer, params: Params, qparams: QParams, target: T
 def _folded_weight(weight: WeightQuantizer, params: Params, qparams: QParams) -> Tensor:
     """A quantized weight with its BatchNorm folded in, in floating point."""
     seen = weight.seen(params)
-    return weight._arrange(switched(seen, weight.fake_quantize.apply(seen, qparams, weight.scheme), qparams))
+    return arranged(switched(seen, weight.fake_quantize.apply(seen, qparams, weight.scheme), qparams), weight.site)
 
 
 def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, stores: bool) -> Skeleton:
@@ -250,8 +250,8 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, 
 
     A bias that is rounded is stored as int32 on its grid, where the target ``stores`` biases.
     """
-    skeleton = copy.deepcopy(q._skeleton)
-    for weight in q._acting:
+    skeleton = copy.deepcopy(q.engine.skeleton)
+    for weight in q.engine.acting:
         site, norm = weight.site, weight.norm
         name = site.bias or f"{site.path}.bias".lstrip(".")
         if norm is not None:
