@@ -194,7 +194,8 @@ def positive(scale: Tensor) -> Tensor:
     if not surrogate.may_differentiate():
         return scale.abs().clamp(min=EPS)
     size = torch.where(scale < 0, -scale, scale)
-    return size + (size.clamp(min=EPS) - size).detach()
+    constant = size.detach()
+    return size + (constant.clamp(min=EPS) - constant)
 
 
 def bounds(qparams: QParams, scheme: QScheme) -> tuple[Bound, Bound]:

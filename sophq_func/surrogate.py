@@ -13,6 +13,7 @@ themselves enter as constants.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -88,7 +89,7 @@ def prepared(
 ) -> Callable[[], Tensor]:
     """``s (clamp(q, low, high) - z)`` when called; scale, zero point and factor broadcast against ``x``."""
     constant = scale.detach()
-    unit = 1 / constant if grid.reciprocal else constant
+    unit = constant.reciprocal() if grid.reciprocal else constant
     point = Point(x, scale, zero, unit)
     if factor is not None:
         dead = factor == 0
@@ -262,12 +263,23 @@ def _left_alone(x: Tensor, y: Tensor, dead: Tensor | None) -> Tensor:
     return y.index_copy_(axes[0], rows, x.index_select(axes[0], rows)) if len(rows) else y
 
 
+def _positional(forward: Any) -> Any:
+    """A ``forward`` that is only called with all its arguments in order.
+
+    To fill in defaults ``Function.apply`` binds the arguments to its signature, and finds that out, too, at every call; in
+    this one there is nothing to bind.
+    """
+    forward.__signature__ = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+    return forward
+
+
 class _FakeQuantize(torch.autograd.Function):
     """The output; see the top of this file for the gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    @_positional
     def forward(
         x: Tensor,
         ratio: Tensor,
@@ -315,6 +327,7 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_positional
     def forward(
         g: Tensor,
         x: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -120,7 +121,8 @@ def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float
     elements = max(x.numel(), 1) / max(qparams.scale.numel(), 1)
     if "qmax" in qparams.extras:
         return torch.rsqrt(elements * qparams.extras["qmax"].detach().to(qparams.scale.dtype))
-    factor = 1 / torch.sym_sqrt(elements * scheme.qmax)  # while exporting, elements may be a symbol
+    product = elements * scheme.qmax  # while exporting, elements may be a symbol
+    factor = 1 / (math.sqrt(product) if isinstance(product, float) else torch.sym_sqrt(product))
     if isinstance(factor, float) and not may_differentiate():
         return factor
     return torch.full((), factor, dtype=qparams.scale.dtype, device=x.device)
@@ -130,7 +132,8 @@ def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:
     """``value``, with its gradient multiplied by ``factor``."""
     if not may_differentiate():
         return value
-    return value.detach() + (value - value.detach()) * factor
+    constant = value.detach()
+    return constant + (value - constant) * factor
 
 
 def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
