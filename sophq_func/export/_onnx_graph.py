@@ -152,15 +152,30 @@ def _linear(graph: ir.Graph, node: ir.Node) -> None:
         shape = None if x is None else x.shape
         if _dequantized(weight) is None or len(weight.shape) != 2 or shape is None:
             continue
-        lead = [dim if isinstance(dim, int) else -1 for dim in shape[:-1]]
-        if lead.count(-1) > 1 or len(bias.shape) != 1:
+        if len(bias.shape) != 1:
             continue
+        width = weight.shape[1]
         flat = ir.node("Reshape", [x, _initializer(graph, f"rows_of_{weight.shape[0]}", np.array([-1, weight.shape[0]]))])
         gemm = ir.node("Gemm", [flat.outputs[0], weight, bias])
-        back = np.array([*lead, weight.shape[1]])
-        name = "shape_" + "_".join(map(str, back))
-        _replace(graph, node, [flat, gemm, ir.node("Reshape", [gemm.outputs[0], _initializer(graph, name, back)])])
+        shaping, back = _shape_of_rows(graph, x, width)
+        _replace(graph, node, [flat, gemm, *shaping, ir.node("Reshape", [gemm.outputs[0], back])])
         return
+
+
+def _shape_of_rows(graph: ir.Graph, x: ir.Value, width: int) -> tuple[list[ir.Node], ir.Value]:
+    """The shape of ``x`` with a last axis of ``width``, and the nodes that make it where more than one size is unknown.
+
+    It is taken from the codes of ``x`` where there are some: a DequantizeLinear with another user is left by itself.
+    """
+    lead = [dim if isinstance(dim, int) else -1 for dim in (x.shape or ())[:-1]]
+    if lead.count(-1) <= 1:
+        back = np.array([*lead, width])
+        return [], _initializer(graph, "shape_" + "_".join(map(str, back)), back)
+    source = x.producer()
+    measured = x if source is None or source.op_type != "DequantizeLinear" else source.inputs[0]
+    sizes = ir.node("Shape", [measured], {"start": 0, "end": -1})
+    joined = ir.node("Concat", [sizes.outputs[0], _initializer(graph, f"width_{width}", np.array([width]))], {"axis": 0})
+    return [sizes, joined], joined.outputs[0]
 
 
 def _pooled(graph: ir.Graph, node: ir.Node) -> None:

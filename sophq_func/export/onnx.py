@@ -17,8 +17,9 @@ from torch import Tensor
 from sophq_func.base import QParams
 from sophq_func.calibrate import as_call
 from sophq_func.errors import ConfigError, explain
+from sophq_func.export._capture import Axes, captured, output_names
 from sophq_func.export._grids import Grid
-from sophq_func.export._program import captured, output_names, program
+from sophq_func.export._program import program
 from sophq_func.files import write_bytes
 from sophq_func.quantized import Quantized
 
@@ -40,6 +41,7 @@ def onnx(
     pack: bool = True,
     simulate: bool = False,
     dynamic_batch: bool = True,
+    dynamic_axes: Axes | None = None,
 ) -> None:
     """Write a quantized model as an ONNX file (opset 21) that computes what :meth:`Quantized.apply` computes.
 
@@ -81,7 +83,7 @@ def onnx(
     args, kwargs = as_call(example_args, "export.onnx")
     made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
     with quiet():
-        exported = captured("export.onnx", made, args, kwargs, dynamic_batch)
+        exported = captured("export.onnx", made, args, kwargs, dynamic_batch, dynamic_axes)
         written = translated("export.onnx", exported, OPSET)
         names = {key: name for name, key in made.names.items()}
         narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow() if pack)

@@ -12,8 +12,9 @@ from torch.fx import Graph, Node
 
 from sophq_func.base import QParams
 from sophq_func.calibrate import as_call
+from sophq_func.export._capture import Axes, captured
 from sophq_func.export._grids import Grid
-from sophq_func.export._program import captured, program
+from sophq_func.export._program import program
 from sophq_func.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def torch(
     *,
     simulate: bool = False,
     dynamic_batch: bool = False,
+    dynamic_axes: Axes | None = None,
 ) -> ExportedProgram:
     """The quantized model as a program of torch, for ``torch.compile`` to run in integers.
 
@@ -63,7 +65,7 @@ def torch(
     importlib.import_module(OPERATORS)
     args, kwargs = as_call(example_args, "export.torch")
     made = program("export.torch", q, params, qparams, _Decomposed(), simulate)
-    exported = captured("export.torch", made, args, kwargs, dynamic_batch)
+    exported = captured("export.torch", made, args, kwargs, dynamic_batch, dynamic_axes)
     exported.graph.eliminate_dead_code()
     _still_codes(exported.graph)
     exported.graph_module.recompile()
