@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sophq_func.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.export._program import Program
-from sophq_func.pytree import paths, tensors, tree_map
+from sophq_func.pytree import flatten, paths, tensors, tree_map
 from sophq_func.trace import map_inputs
 
 if TYPE_CHECKING:
@@ -37,9 +37,30 @@ class _Sized:
     axes: Mapping[int, str]
 
 
+class Captured(NamedTuple):
+    """A program, and what it calls the sizes that are not those of the example.
+
+    Attributes:
+      sizes: their names, by the symbols that torch.export has for them.
+    """
+
+    program: ExportedProgram
+    sizes: dict[str, str]
+
+    def ranges(self) -> dict[str, str]:
+        """What is known of the sizes by name, where they may not have any value."""
+        known = {}
+        for symbol, ends in self.program.range_constraints.items():
+            low, high = (int(end) if end.is_Integer else 0 for end in (ends.lower, ends.upper))
+            told = [f"at least {low}"] * (low > 1) + [f"at most {high}"] * (high > 0)
+            if str(symbol) in self.sizes and told:
+                known[self.sizes[str(symbol)]] = ", ".join(told)
+        return known
+
+
 def captured(
     where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, axes: Axes | None = None
-) -> ExportedProgram:
+) -> Captured:
     """The module as torch.export sees it, for sizes of the example alone but for the axes that may have any.
 
     Args:
@@ -61,7 +82,8 @@ def captured(
     bounds: Bounds = {}
     while True:
         try:
-            return _exported(made, sized, bounds)
+            program = _exported(made, sized, bounds)
+            return Captured(program, _symbols(program, sized))
         except (UserError, ConstraintViolationError) as error:
             found = {} if axes is None or bounds else _bounds(str(error))
             if not found:
@@ -90,6 +112,16 @@ def _exported(made: Program, sized: Call, bounds: Bounds) -> ExportedProgram:
     made.forward = forward
     with torch.no_grad():
         return torch.export.export(made, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
+
+
+def _symbols(program: ExportedProgram, sized: Call) -> dict[str, str]:
+    """Names of sizes by what torch.export calls them."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    found: dict[str, str] = {}
+    for leaf, given in zip(flatten(sized)[0], program.graph_signature.user_inputs, strict=True):
+        for axis, name in leaf.axes.items() if isinstance(leaf, _Sized) else ():
+            found[str(nodes[given].meta["val"].shape[axis])] = name
+    return found
 
 
 def _example(leaf: Any) -> Any:

@@ -58,7 +58,7 @@ def float_file(
     graph = retrace(q._skeleton, params, args, kwargs, q._arguments)
     made.calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
     with quiet():
-        exported = captured("export.tables", made, args, kwargs, False)
+        exported = captured("export.tables", made, args, kwargs, False).program
         written = translated("export.tables", exported, OPSET)
         names = {key: name for name, key in made.names.items()}
         ends = made.inputs(args, kwargs), output_names(exported)

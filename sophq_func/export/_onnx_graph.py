@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -31,7 +33,12 @@ LARGEST = 2**31 - 1
 
 
 def finished(
-    model: ir.Model, names: Mapping[str, str], narrow: frozenset[str], inputs: Sequence[str], outputs: Sequence[str]
+    model: ir.Model,
+    names: Mapping[str, str],
+    narrow: frozenset[str],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    sizes: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
     """The checked file, and the tensors of it that were marked, by the name in the mark.
 
@@ -40,6 +47,7 @@ def finished(
       names: of initializers, by the name that they have.
       narrow: which of them, by that name, are codes of four bits.
       inputs, outputs: names of the model's.
+      sizes: names of those that may differ, by the symbols that they have.
 
     Raises:
       ConfigError: more than one file can hold.
@@ -58,6 +66,7 @@ def finished(
     RemoveUnusedNodesPass()(model)
     _named(graph, names, inputs, outputs)
     NameFixPass()(model)
+    _sized(graph, sizes)
     _anonymous(model)
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     if size > LARGEST:
@@ -325,6 +334,14 @@ def _named(graph: ir.Graph, names: Mapping[str, str], inputs: Sequence[str], out
         if len(values) == len(given):
             for value, name in zip(values, given, strict=True):
                 value.name = name
+
+
+def _sized(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Sizes of the graph's tensors by their names, also in expressions."""
+    for value in _values(graph):
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                value.shape[axis] = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), dim.value)
 
 
 def _anonymous(model: ir.Model) -> None:

@@ -46,6 +46,7 @@ def torch(
     Args:
       q, params, qparams, example_args, simulate: see :func:`sophq_func.export.onnx`.
       dynamic_batch: see there; by default only the batch of the example fits, for which inductor has faster kernels.
+      dynamic_axes: see there; the program has the ranges in ``program.range_constraints``.
 
     Returns:
       The program; ``program.module()`` can be called and compiled.
@@ -65,7 +66,7 @@ def torch(
     importlib.import_module(OPERATORS)
     args, kwargs = as_call(example_args, "export.torch")
     made = program("export.torch", q, params, qparams, _Decomposed(), simulate)
-    exported = captured("export.torch", made, args, kwargs, dynamic_batch, dynamic_axes)
+    exported = captured("export.torch", made, args, kwargs, dynamic_batch, dynamic_axes).program
     exported.graph.eliminate_dead_code()
     _still_codes(exported.graph)
     exported.graph_module.recompile()
