@@ -163,7 +163,7 @@ def _misspelled(where: str, axes: Any) -> Iterator[str]:
     """What is no mapping of arguments to axes and names."""
     fix = "dynamic_axes={'x': {0: 'batch', 1: 'length'}}"
     if not isinstance(axes, Mapping) or not all(isinstance(own, Mapping) for own in axes.values()):
-        yield explain(where, "these dynamic_axes", got=axes, allowed="arguments, each with names by axis", fix=fix)
+        yield explain(where, "this dynamic_axes", got=axes, allowed="arguments, each with names by axis", fix=fix)
         return
     for argument, own in axes.items():
         for axis, name in own.items():
@@ -221,7 +221,7 @@ def _refusal(where: str, message: str, axes: Axes | None) -> str:
     for argument, own in axes.items():
         for axis, name in own.items():
             places.setdefault(name, []).append(f"axis {axis} of {argument!r}")
-    at_fault = {name: where for name, where in places.items() if name in named} or places
+    at_fault = {name: found for name, found in places.items() if name in named} or places
     sizes = ", ".join(f"{name!r} ({', '.join(of)})" for name, of in at_fault.items())
     plain = [reason for reason in reasons if "in the specified range" not in reason] or reasons or [head]
     because = f"torch.export says: {plain[0]}" + (f"; it suggests {', '.join(suggested)}" if suggested else "")

@@ -276,7 +276,7 @@ def _still_codes(graph: ir.Graph, node: ir.Node) -> None:
     dequantize.outputs[0].shape, dequantize.outputs[0].type = made.shape, made.type
     graph.insert_after(node, [quantize, dequantize])
     for user, index in uses:
-        user.replace_input_with(index, dequantize.outputs[0])
+        user.replace_input_with(index, (quantize if user.op_type == "Shape" else dequantize).outputs[0])
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:
