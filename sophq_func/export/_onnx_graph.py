@@ -338,10 +338,14 @@ def _named(graph: ir.Graph, names: Mapping[str, str], inputs: Sequence[str], out
 
 def _sized(graph: ir.Graph, names: Mapping[str, str]) -> None:
     """Sizes of the graph's tensors by their names, also in expressions."""
+
+    def called(dim: int | ir.SymbolicDim) -> int | str | None:
+        text = dim if isinstance(dim, int) else dim.value
+        return re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), text) if isinstance(text, str) else text
+
     for value in _values(graph):
-        for axis, dim in enumerate(value.shape or ()):
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                value.shape[axis] = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), dim.value)
+        if value.shape is not None:
+            value.shape = ir.Shape([called(dim) for dim in value.shape])
 
 
 def _anonymous(model: ir.Model) -> None:
