@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sophq_func as sq
 from tests.helpers import Ready, ready
-from tests.runtime import LEVELS, agree, computed, onnx
+from tests.runtime import LEVELS, agree, computed, kernels, onnx
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,6 +33,7 @@ ATTENTION_INPUTS = sq.QuantConfig(
     strategy="Layers", activation=AFFINE, rules=tuple(sq.Rule(name=name, requests=False) for name in PRODUCTS)
 )
 """Grids on the inputs of queries, keys and values: half of the linear layers."""
+ANY_LENGTH = {0: "batch", 1: "length"}
 
 
 def opened(path: Path) -> dict[str, str]:
@@ -75,9 +76,13 @@ def layer_by_layer(made: Ready, values: Mapping[str, Tensor], batch: Batch) -> t
     return output.last_hidden_state, flips
 
 
-def is_local(made: Ready, batch: Batch, path: Path, level: Any, flipped: float) -> None:
-    """Each layer agrees but for ``flipped`` of its codes, and the last one, which is on no grid, to 1e-5."""
-    sq.export.onnx(made.q, made.params, made.qparams, batch, path)
+def is_local(made: Ready, batch: Batch, path: Path, level: Any, flipped: float, example: Batch | None = None) -> None:
+    """Each layer agrees but for ``flipped`` of its codes, and the last one, which is on no grid, to 1e-5.
+
+    With an ``example`` the file is made from that, for batches and sentences of any length.
+    """
+    axes = None if example is None else dict.fromkeys(batch, ANY_LENGTH)
+    sq.export.onnx(made.q, made.params, made.qparams, batch if example is None else example, path, dynamic_axes=axes)
     names = opened(path)
     found = computed(path, batch, level)
     values = dict(zip((value.name for value in onnx.load(path).graph.output), found, strict=True))
@@ -104,6 +109,47 @@ def test_each_layer_of_a_small_bert(name: str, level: str, small: tuple[Any, Bat
     model, batch = small
     made = ready(model, config=CONFIGS[name], **batch)
     is_local(made, batch, tmp_path / "bert.onnx", getattr(LEVELS, level), flipped=2 / (3 * 12 * 32))
+
+
+def tokens(count: int, length: int) -> Batch:
+    """Sentences of a small BERT, the first of which is padded where that leaves something of it."""
+    mask = torch.ones(count, length, dtype=torch.int64)
+    mask[0, (length + 1) // 2 :] = 0
+    return {"attention_mask": mask, "input_ids": torch.randint(0, 99, (count, length))}
+
+
+@pytest.mark.parametrize("name", ["affine", "layers"])
+def test_sentences_of_any_length(name: str, small: tuple[Any, Batch], tmp_path: Path) -> None:
+    model, example = small
+    made, path = ready(model, config=CONFIGS[name], **example), tmp_path / "any.onnx"
+    sq.export.onnx(made.q, made.params, made.qparams, example, path, dynamic_axes=dict.fromkeys(example, ANY_LENGTH))
+    sq.export.onnx(made.q, made.params, made.qparams, example, tmp_path / "fixed.onnx")
+    integers, fixed = (kernels(file, tmp_path) for file in (path, tmp_path / "fixed.onnx"))
+    fused = ("MatMulIntegerToFloat", "QGemm", "QLinearAdd", "QLinearMatMul", "Gemm", "MatMul", "FusedMatMul")
+    assert {kind: integers[kind] for kind in fused} == {kind: fixed[kind] for kind in fused}
+    assert integers["QGemm"] + integers["MatMulIntegerToFloat"] == 12
+    for batch in (example, *(tokens(*size) for size in ((1, 1), (1, 7), (5, 30), (7, 3), (2, 128)))):
+        agree(computed(path, batch)[0], made(**batch).last_hidden_state.detach())
+
+
+def test_each_layer_of_a_small_bert_at_another_length(small: tuple[Any, Batch], tmp_path: Path) -> None:
+    model, example = small
+    made, batch = ready(model, config=CONFIGS["affine"], **example), tokens(2, 25)
+    path, level = tmp_path / "bert.onnx", LEVELS.ORT_ENABLE_ALL
+    is_local(made, batch, path, level, flipped=2 / (2 * 25 * 32), example=example)
+
+
+def test_the_file_tells_what_its_sizes_are(small: tuple[Any, Batch], tmp_path: Path) -> None:
+    model, batch = small
+    made, path = ready(model, config=CONFIGS["layers"], **batch), tmp_path / "bert.onnx"
+    sq.export.onnx(made.q, made.params, made.qparams, batch, path, dynamic_axes=dict.fromkeys(batch, ANY_LENGTH))
+    proto = onnx.load(path)
+    for value in (*proto.graph.input, *proto.graph.output):
+        assert [dim.dim_param for dim in value.type.tensor_type.shape.dim[:2]] == ["batch", "length"]
+    assert {entry.key: entry.value for entry in proto.metadata_props} == {"length": "at most 512"}
+    assert computed(path, tokens(1, 512))[0].shape == (1, 512, 32)
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        computed(path, tokens(1, 513))
 
 
 SENTENCES = (

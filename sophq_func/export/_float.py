@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from sophq_func.affine import bounds, expand, positive
 from sophq_func.base import QParams
 from sophq_func.calibrate import as_call
+from sophq_func.export._capture import captured, output_names
 from sophq_func.export._grids import Grid
 from sophq_func.export._names import FileNames
-from sophq_func.export._program import Program, captured, output_names, program
+from sophq_func.export._program import Program, program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
 from sophq_func.intercept import unwatched
 from sophq_func.pytree import has_floating, tensors
@@ -58,7 +59,7 @@ def float_file(
     graph = retrace(q.engine.skeleton, params, args, kwargs, q.engine.arguments)
     made.calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
     with quiet():
-        exported = captured("export.tables", made, args, kwargs, False)
+        exported = captured("export.tables", made, args, kwargs, False).program
         written = translated("export.tables", exported, OPSET)
         names = {key: name for name, key in made.names.items()}
         ends = made.inputs(args, kwargs), output_names(exported)

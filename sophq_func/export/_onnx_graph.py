@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -31,7 +33,12 @@ LARGEST = 2**31 - 1
 
 
 def finished(
-    model: ir.Model, names: Mapping[str, str], narrow: frozenset[str], inputs: Sequence[str], outputs: Sequence[str]
+    model: ir.Model,
+    names: Mapping[str, str],
+    narrow: frozenset[str],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    sizes: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
     """The checked file, and the tensors of it that were marked, by the name in the mark.
 
@@ -40,6 +47,7 @@ def finished(
       names: of initializers, by the name that they have.
       narrow: which of them, by that name, are codes of four bits.
       inputs, outputs: names of the model's.
+      sizes: names of those that may differ, by the symbols that they have.
 
     Raises:
       ConfigError: more than one file can hold.
@@ -58,6 +66,7 @@ def finished(
     RemoveUnusedNodesPass()(model)
     _named(graph, names, inputs, outputs)
     NameFixPass()(model)
+    _sized(graph, sizes)
     _anonymous(model)
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     if size > LARGEST:
@@ -152,15 +161,30 @@ def _linear(graph: ir.Graph, node: ir.Node) -> None:
         shape = None if x is None else x.shape
         if _dequantized(weight) is None or len(weight.shape) != 2 or shape is None:
             continue
-        lead = [dim if isinstance(dim, int) else -1 for dim in shape[:-1]]
-        if lead.count(-1) > 1 or len(bias.shape) != 1:
+        if len(bias.shape) != 1:
             continue
+        width = weight.shape[1]
         flat = ir.node("Reshape", [x, _initializer(graph, f"rows_of_{weight.shape[0]}", np.array([-1, weight.shape[0]]))])
         gemm = ir.node("Gemm", [flat.outputs[0], weight, bias])
-        back = np.array([*lead, weight.shape[1]])
-        name = "shape_" + "_".join(map(str, back))
-        _replace(graph, node, [flat, gemm, ir.node("Reshape", [gemm.outputs[0], _initializer(graph, name, back)])])
+        shaping, back = _shape_of_rows(graph, x, width)
+        _replace(graph, node, [flat, gemm, *shaping, ir.node("Reshape", [gemm.outputs[0], back])])
         return
+
+
+def _shape_of_rows(graph: ir.Graph, x: ir.Value, width: int) -> tuple[list[ir.Node], ir.Value]:
+    """The shape of ``x`` with a last axis of ``width``, and the nodes that make it where more than one size is unknown.
+
+    It is taken from the codes of ``x`` where there are some: a DequantizeLinear with another user is left by itself.
+    """
+    lead = [dim if isinstance(dim, int) else -1 for dim in (x.shape or ())[:-1]]
+    if lead.count(-1) <= 1:
+        back = np.array([*lead, width])
+        return [], _initializer(graph, "shape_" + "_".join(map(str, back)), back)
+    source = x.producer()
+    measured = x if source is None or source.op_type != "DequantizeLinear" else source.inputs[0]
+    sizes = ir.node("Shape", [measured], {"start": 0, "end": -1})
+    joined = ir.node("Concat", [sizes.outputs[0], _initializer(graph, f"width_{width}", np.array([width]))], {"axis": 0})
+    return [sizes, joined], joined.outputs[0]
 
 
 def _pooled(graph: ir.Graph, node: ir.Node) -> None:
@@ -252,7 +276,7 @@ def _still_codes(graph: ir.Graph, node: ir.Node) -> None:
     dequantize.outputs[0].shape, dequantize.outputs[0].type = made.shape, made.type
     graph.insert_after(node, [quantize, dequantize])
     for user, index in uses:
-        user.replace_input_with(index, dequantize.outputs[0])
+        user.replace_input_with(index, (quantize if user.op_type == "Shape" else dequantize).outputs[0])
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:
@@ -310,6 +334,18 @@ def _named(graph: ir.Graph, names: Mapping[str, str], inputs: Sequence[str], out
         if len(values) == len(given):
             for value, name in zip(values, given, strict=True):
                 value.name = name
+
+
+def _sized(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Sizes of the graph's tensors by their names, also in expressions."""
+
+    def called(dim: int | ir.SymbolicDim) -> int | str | None:
+        text = dim if isinstance(dim, int) else dim.value
+        return re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), text) if isinstance(text, str) else text
+
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([called(dim) for dim in value.shape])
 
 
 def _anonymous(model: ir.Model) -> None:

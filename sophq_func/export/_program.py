@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,10 @@ from sophq_func.base import QParams
 from sophq_func.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.export._grids import Grid, Stored, activation_grid, is_on, weight_codes
 from sophq_func.intercept import Skeleton
-from sophq_func.pytree import paths, tensors, tree_map
 from sophq_func.quantized import Quantized
 from sophq_func.running import Effect, Runner
 from sophq_func.trace import map_inputs
 from sophq_func.weights import Params, WeightQuantizer, arranged, round_biases
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 BYTES = (torch.int8, torch.uint8)
 MIXES = "its mask mixes"
@@ -277,48 +273,3 @@ def _stored_bias(bias: Tensor, weight: Grid, source: Grid) -> Stored:
 def _same(x: Tensor) -> Tensor:
     """The forward of a BatchNorm that is folded into the layer before it."""
     return x
-
-
-def captured(
-    where: str, made: Program, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
-) -> ExportedProgram:
-    """The module as torch.export sees it, for batches of any size or for that of the example alone."""
-    from torch._dynamo.exc import UserError
-    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
-
-    shapes = None
-    signature = made.signature(len(args), kwargs)
-    if dynamic_batch:
-        sizes = [t.shape[0] for t in tensors((args, kwargs)) if t.ndim]
-        args, kwargs = tree_map(lambda x: _doubled(x, sizes), (args, kwargs))
-        size = max(sizes[0], 2) if sizes else 0
-        batch = torch.export.Dim("batch", min=1)
-        of = lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else None  # noqa: E731
-        shapes = {name: tree_map(of, given) for name, given in signature.bind(*args, **kwargs).arguments.items()}
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return made.run(*args, **kwargs)
-
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    made.forward = forward
-    try:
-        with torch.no_grad():
-            return torch.export.export(made, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except (UserError, ConstraintViolationError) as error:
-        because, fix = (
-            f"torch.export says: {str(error).strip().splitlines()[0]}",
-            "dynamic_batch=False, or a model that takes its size from its input",
-        )
-        raise ConfigError(explain(where, "a batch of any size", because=because, fix=fix)) from error
-
-
-def _doubled(x: Any, sizes: list[int]) -> Any:
-    """A batch of one as a batch of two: torch.export takes a size of one for granted."""
-    if sizes[:1] == [1] and isinstance(x, Tensor) and x.ndim and x.shape[0] == 1:
-        return torch.cat([x, x])
-    return x
-
-
-def output_names(exported: ExportedProgram) -> list[str]:
-    """Names of the tensors that the model returns: keys and positions, or ``output`` where there is but one."""
-    return [path or "output" for path in paths(exported.call_spec.out_spec)]

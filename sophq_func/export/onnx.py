@@ -17,8 +17,9 @@ from torch import Tensor
 from sophq_func.base import QParams
 from sophq_func.calibrate import as_call
 from sophq_func.errors import ConfigError, explain
+from sophq_func.export._capture import Axes, captured, output_names
 from sophq_func.export._grids import Grid
-from sophq_func.export._program import captured, output_names, program
+from sophq_func.export._program import program
 from sophq_func.files import write_bytes
 from sophq_func.quantized import Quantized
 
@@ -40,6 +41,7 @@ def onnx(
     pack: bool = True,
     simulate: bool = False,
     dynamic_batch: bool = True,
+    dynamic_axes: Axes | None = None,
 ) -> None:
     """Write a quantized model as an ONNX file (opset 21) that computes what :meth:`Quantized.apply` computes.
 
@@ -59,10 +61,14 @@ def onnx(
       simulate: a quantizer that the operators cannot express is computed in floating point, as :meth:`Quantized.apply`
         does, instead of refused.
       dynamic_batch: tensors whose first axis is as long as that of the first tensor may have any length there.
+      dynamic_axes: names of sizes by argument and axis, as ``{"input_ids": {0: "batch", 1: "length"}}``: these may have any
+        length and no others, whatever ``dynamic_batch`` is. Equal names are equal sizes. Where the model takes a range
+        only (so many positions), the file says so in its metadata, under the name of the size. A tensor in a container
+        has the name that its input has in the file: ``args.0``, ``state.hidden``.
 
     Raises:
       ConfigError: quantizers that cannot be expressed, each with the reason; the extra is not installed; the model has no
-        dynamic batch.
+        dynamic batch, or takes one size only along a dynamic axis; arguments or axes that are not there.
       StateError: frozen weights, training mode, names that are missing or unknown.
 
     Example:
@@ -81,12 +87,14 @@ def onnx(
     args, kwargs = as_call(example_args, "export.onnx")
     made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
     with quiet():
-        exported = captured("export.onnx", made, args, kwargs, dynamic_batch)
-        written = translated("export.onnx", exported, OPSET)
+        found = captured("export.onnx", made, args, kwargs, dynamic_batch, dynamic_axes)
+        written = translated("export.onnx", found.program, OPSET)
         names = {key: name for name, key in made.names.items()}
         narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow() if pack)
-        ends = made.inputs(args, kwargs), output_names(exported)
-        proto, _ = _onnx_graph.finished(written.model, names, narrow, *ends)
+        ends = made.inputs(args, kwargs), output_names(found.program)
+        proto, _ = _onnx_graph.finished(written.model, names, narrow, *ends, found.sizes)
+    for name, known in found.ranges().items():
+        proto.metadata_props.add(key=name, value=known)
     write_bytes(Path(path), proto.SerializeToString())
 
 

@@ -12,8 +12,9 @@ from torch.fx import Graph, Node
 
 from sophq_func.base import QParams
 from sophq_func.calibrate import as_call
+from sophq_func.export._capture import Axes, captured
 from sophq_func.export._grids import Grid
-from sophq_func.export._program import captured, program
+from sophq_func.export._program import program
 from sophq_func.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def torch(
     *,
     simulate: bool = False,
     dynamic_batch: bool = False,
+    dynamic_axes: Axes | None = None,
 ) -> ExportedProgram:
     """The quantized model as a program of torch, for ``torch.compile`` to run in integers.
 
@@ -44,6 +46,7 @@ def torch(
     Args:
       q, params, qparams, example_args, simulate: see :func:`sophq_func.export.onnx`.
       dynamic_batch: see there; by default only the batch of the example fits, for which inductor has faster kernels.
+      dynamic_axes: see there; the program has the ranges in ``program.range_constraints``.
 
     Returns:
       The program; ``program.module()`` can be called and compiled.
@@ -63,7 +66,7 @@ def torch(
     importlib.import_module(OPERATORS)
     args, kwargs = as_call(example_args, "export.torch")
     made = program("export.torch", q, params, qparams, _Decomposed(), simulate)
-    exported = captured("export.torch", made, args, kwargs, dynamic_batch)
+    exported = captured("export.torch", made, args, kwargs, dynamic_batch, dynamic_axes).program
     exported.graph.eliminate_dead_code()
     _still_codes(exported.graph)
     exported.graph_module.recompile()
