@@ -157,6 +157,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.frame = frame
         self.paused = False
+        self.eager = not torch.compiler.is_compiling()
 
     def __exit__(self, *error: object) -> None:
         self.resume()
@@ -164,7 +165,7 @@ class _Watch(TorchFunctionMode):
 
     def pause(self) -> None:
         """See nothing until :meth:`resume`; in eager, and where no mode of the model's own stands before this one."""
-        if not self.paused and not torch.compiler.is_compiling() and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+        if self.eager and not self.paused and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             _pop_mode()  # type: ignore[no-untyped-call]
             self.paused = True
 
@@ -221,13 +222,14 @@ class Skeleton:
         registered = _registered(model)
         by_id = {id(tensor): name for name, tensor in registered.items()}
         self.names = frozenset(registered)
-        self.buffers = sorted(name for name, _ in model.named_buffers())
+        self.buffers = frozenset(name for name, _ in model.named_buffers())
         self.owned = {
             path: {attribute: by_id[id(t)] for attribute, t in _own(module) if t is not None}
             for path, module in model.named_modules()
         }
         self.paths = _all_paths(model)
         self.module, self.constants, names = _copy_without_weights(model, registered)
+        self._modules = dict(self.module.named_modules())
         self._aliases = _aliases(self.module, names)
         self._rebound: list[tuple[nn.Module, str, Any]] = []
         self._slot = _Slot()
@@ -319,29 +321,47 @@ class Skeleton:
         self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Tensor]]:
         now = {**params, **{name: params[name].clone() for name in self.buffers}}
-        tensors = {
-            f"{path}.{attribute}" if path else attribute: now[name]
-            for path, own in self.owned.items()
-            for attribute, name in own.items()
-        }
         for path, attribute, template in self._aliases:
             self.module.get_submodule(path).__dict__[attribute] = _filled(template, now)
         if frame is not None:
             frame.begin(now)
         watch = None if frame is None else _Watch(frame)
         outer, self._slot.watch = self._slot.watch, watch
+        call = self._call if torch.compiler.is_compiling() else self._call_bound
         try:
             with watch or nullcontext():
-                output = functional_call(self.module, tensors, args, dict(kwargs), tie_weights=False)
+                output, buffers = call(now, args, dict(kwargs))
         finally:
             self._slot.watch = outer
-        after = {
-            name: tensors[f"{path}.{attribute}" if path else attribute]
-            for path, own in self.owned.items()
-            for attribute, name in own.items()
-            if name in self.buffers
+        return output, sorted_dict(buffers)
+
+    def _call(self, now: Mapping[str, Tensor], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The model's output with these tensors, and its buffers afterwards, in a way that Dynamo follows."""
+        names = {
+            f"{path}.{attribute}".lstrip("."): name for path, own in self.owned.items() for attribute, name in own.items()
         }
-        return output, sorted_dict(after)
+        tensors = {place: now[name] for place, name in names.items()}
+        output = functional_call(self.module, tensors, args, kwargs, tie_weights=False)
+        return output, {name: tensors[place] for place, name in names.items() if name in self.buffers}
+
+    def _call_bound(self, now: Mapping[str, Tensor], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The same, for eager: to find where each tensor goes takes ``functional_call`` longer than a small model runs."""
+        places = [(store, attribute, name, store[attribute]) for store, attribute, name in self._places()]
+        for store, attribute, name, _ in places:
+            store[attribute] = now[name]
+        try:
+            output = self.module(*args, **kwargs)
+            return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
+        finally:
+            for store, attribute, _, empty in places:
+                store[attribute] = empty
+
+    def _places(self) -> Iterator[tuple[dict[str, Any], str, str]]:
+        """Where each parameter and buffer is held: the dict, the attribute, and the canonical name."""
+        for path, own in self.owned.items():
+            module = self._modules[path]
+            for attribute, name in own.items():
+                yield (module._parameters if attribute in module._parameters else module._buffers), attribute, name
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
