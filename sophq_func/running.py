@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.errors import StateError
+from sophq_func.frame import Frame, unwatched
 from sophq_func.functions import called, hidden_from_compile
-from sophq_func.intercept import Frame, unwatched
 from sophq_func.plan import Plan
 from sophq_func.pytree import flatten, has_floating, tensors
 from sophq_func.site import Site

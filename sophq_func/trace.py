@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.errors import PlanError, explain
+from sophq_func.frame import Frame
 from sophq_func.graph import Graph, Node, Operand, Value
-from sophq_func.intercept import Frame, Skeleton, params_of
+from sophq_func.intercept import Skeleton, params_of
 from sophq_func.pytree import flatten, has_floating, map_named, tensors
 
 OPTIONS = (

@@ -20,7 +20,7 @@ from sophq_func.export._grids import Grid
 from sophq_func.export._names import FileNames
 from sophq_func.export._program import Program, program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
-from sophq_func.intercept import unwatched
+from sophq_func.frame import unwatched
 from sophq_func.pytree import has_floating, tensors
 from sophq_func.quantized import Quantized
 from sophq_func.running import Runner
