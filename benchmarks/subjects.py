@@ -1,7 +1,8 @@
-"""The two models that are measured: ResNet-18 at 224 x 224, and a BERT shaped like MiniLM at 8 x 128. Random weights."""
+"""The models that are measured: ResNet-18 at 224 x 224, a BERT shaped like MiniLM at 8 x 128, a tiny one. Random weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,6 +80,16 @@ def minilm(batch: int = 8, length: int = 128) -> Subject:
     return Subject(seeded(lambda: BertModel(config, add_pooling_layer=False)), (tokens,), read)
 
 
+def tiny(layers: int = 20, width: int = 8) -> Subject:
+    """Convolutions so small that calling them costs more than their arithmetic."""
+
+    def make() -> nn.Module:
+        blocks = [nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))]
+        return nn.Sequential(*[part for _ in range(layers) for part in copy.deepcopy(blocks)])
+
+    return Subject(seeded(make), (torch.randn(4, width, 8, 8, generator=generator()),), lambda output: output)
+
+
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """The same weights at every call, eval mode."""
 
@@ -94,4 +105,4 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"resnet18": resnet18, "minilm": minilm}
+SUBJECTS: dict[str, Callable[[], Subject]] = {"resnet18": resnet18, "minilm": minilm, "tiny": tiny}

@@ -315,9 +315,10 @@ def _composed_folded(
     x: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
 ) -> Tensor:
     """The composition with a factor folded in, and ``x`` where that is 0."""
-    safe = settled(surrogate.divisor(factor))
+    dead = factor == 0
+    safe = settled(factor.masked_fill(dead, 1))
     y = recomputed(_composed, x, x * safe, scale, settled(scale / safe), zero, low, high, order)
-    return torch.where(factor == 0, x, y)
+    return torch.where(dead, x, y)
 
 
 def _composed(
@@ -329,18 +330,22 @@ def _composed(
     without one ``x`` and ``s``. The value is ``unit L`` with the constant level ``L = clamp(q) - z``; terms that are 0
     carry the derivatives, so that no compiler computes for the value what only a derivative needs.
     """
-    step, center = unit.detach(), None if zero is None else zero.detach()
-    ratio = seen.detach() * (1 / scale.detach()) if order == "kernel" else seen.detach() / scale.detach()
+    differentiable = surrogate.may_differentiate()
+    step, base, raw, center = unit, scale, seen, zero
+    if differentiable:
+        step, base, raw, center = unit.detach(), scale.detach(), seen.detach(), None if zero is None else zero.detach()
+    ratio = raw * base.reciprocal() if order == "kernel" else raw / base
     code = _rounded(ratio, center, order)
-    level = clamp(code, low, high) if center is None else clamp(code, low, high) - center
-    if not surrogate.may_differentiate():
+    clamped = clamp(code, low, high)
+    level = clamped if center is None else clamped - center
+    if not differentiable:
         return step * level
-    inside = (code >= low) & (code <= high)
+    inside = clamped == code
     if zero is not None and center is not None:  # which moves what is outside
         level = level - torch.where(inside, 0, zero - center)
     within = torch.where(inside, x, 0)
     slope = level - torch.where(inside, ratio, 0)
-    return step * level + (within - within.detach()) + (unit - step) * slope
+    return torch.addcmul(torch.addcmul(within - within.detach(), step, level), unit - step, slope)
 
 
 def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:

@@ -24,6 +24,7 @@ from sophq_func.errors import PlanError, StateError, explain, near, raise_all
 from sophq_func.frame import Frame, Place, Slot, Watch, enter, leave
 from sophq_func.memory import OWN, Memory, rebind
 from sophq_func.pytree import sorted_dict
+from sophq_func.surrogate import may_differentiate
 
 PLAIN = (_ConvNd, nn.Linear, nn.Embedding)
 """Layers that read their parameters in their forward only."""
@@ -126,6 +127,8 @@ class Skeleton:
 
     def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``params`` with buffers that are constants: no gradient reaches them."""
+        if not may_differentiate():
+            return dict(params)
         return {**params, **{name: params[name].detach() for name in self.buffers}}
 
     def registered(self) -> dict[str, Tensor]:

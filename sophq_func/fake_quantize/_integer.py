@@ -143,7 +143,8 @@ def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
     of every channel is one.
     """
     part = value * factor
-    return (value - part).detach() + part
+    rest = value - part
+    return (rest.detach() if may_differentiate() else rest) + part
 
 
 SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor | float], Tensor]] = {
