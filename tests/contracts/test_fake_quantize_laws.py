@@ -154,6 +154,33 @@ def test_learnable_names_are_floating_fields_and_extras_are_sorted(name: str, sc
     assert qparams.scale.shape == qparams.zero_point.shape == observed(sample(0), scheme).scale.shape
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if made(name).prepare is not None])
+@over_schemes
+def test_what_is_prepared_is_quantizing_between_a_factor_and_its_inverse(name: str, scheme: sq.QScheme) -> None:
+    (fq, qparams), x, factor = ready(name, scheme), sample(1), 2.0 ** torch.arange(-1, SHAPE[0] - 1).reshape(-1, 1, 1)
+    factor[0] = 0
+    assert fq.prepare is not None
+
+    def folded(x: Tensor, factor: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        divisor = torch.where(factor == 0, 1, factor)
+        y = torch.where(factor == 0, x, fq.apply(x * divisor, put(qparams, leaves), scheme) / divisor)
+        return (y.square() * eighths(sample(2))).sum()
+
+    def prepared(x: Tensor, factor: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        assert fq.prepare is not None
+        return (fq.prepare(x, factor, put(qparams, leaves), scheme)().square() * eighths(sample(2))).sum()
+
+    assert_same(fq.prepare(x, None, qparams, scheme)(), fq.apply(x, qparams, scheme))
+    arguments = (x, factor, floating(qparams))
+    torch.testing.assert_close(prepared(*arguments), folded(*arguments))
+    for found, expected in zip(
+        leaves(torch.func.grad(prepared, argnums=(0, 1, 2))(*arguments)),
+        leaves(torch.func.grad(folded, argnums=(0, 1, 2))(*arguments)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @over_quantizers
 @over_schemes
 def test_shape_and_dtype_come_back(name: str, scheme: sq.QScheme) -> None:
