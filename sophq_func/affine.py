@@ -258,8 +258,8 @@ def folded(quantize: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor) -> T
       >>> folded(torch.round, torch.tensor([0.3, 0.3]), torch.tensor([10.0, 0.0]))
       tensor([0.3000, 0.3000])
     """
-    divisor = surrogate.divisor(factor)
-    return torch.where(factor == 0, x, quantize(x * divisor) / divisor).to(x.dtype)
+    dead, divisor = surrogate.guarded(factor)
+    return torch.where(dead, x, quantize(x * divisor) / divisor).to(x.dtype)
 
 
 def fake_quantize(
@@ -315,8 +315,8 @@ def _composed_folded(
     x: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
 ) -> Tensor:
     """The composition with a factor folded in, and ``x`` where that is 0."""
-    dead = factor == 0
-    safe = settled(factor.masked_fill(dead, 1))
+    dead, safe = surrogate.guarded(factor)
+    safe = settled(safe)
     y = recomputed(_composed, x, x * safe, scale, settled(scale / safe), zero, low, high, order)
     return torch.where(dead, x, y)
 

@@ -70,12 +70,17 @@ class Place:
     def __init__(self, path: str, leaf: bool, slot: Slot) -> None:
         self.path, self.leaf, self.slot = path, leaf, slot
 
+    def watch(self) -> Watch | None:
+        """The mode of the run in progress, unless there is none, or a leaf around this module is running."""
+        watch = self.slot.watch
+        return None if watch is None or (watch.frame.leaves and not self.leaf) else watch
+
 
 def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """The hook before a module's forward: what a leaf is called with, perhaps replaced."""
     place: Place = module._sophq_place  # type: ignore[assignment]
-    watch = place.slot.watch
-    if watch is None or (watch.frame.leaves and not place.leaf):
+    watch = place.watch()
+    if watch is None:
         return None
     frame = watch.frame
     if not place.leaf:
@@ -98,8 +103,8 @@ def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     Torch calls it when the module raised an error, too, which the model may catch; then there is no output.
     """
     place: Place = module._sophq_place  # type: ignore[assignment]
-    watch = place.slot.watch
-    if watch is None or (watch.frame.leaves and not place.leaf):
+    watch = place.watch()
+    if watch is None:
         return None
     frame = watch.frame
     if not place.leaf:
@@ -135,7 +140,6 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.frame = frame
         self.paused = False
-        self.eager = not torch.compiler.is_compiling()
 
     def __exit__(self, *error: object) -> None:
         self.resume()
@@ -143,7 +147,7 @@ class Watch(TorchFunctionMode):
 
     def pause(self) -> None:
         """See nothing until :meth:`resume`; in eager, and where no mode of the model's own stands before this one."""
-        if self.eager and not self.paused and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+        if not self.paused and not torch.compiler.is_compiling() and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             _pop_mode()  # type: ignore[no-untyped-call]
             self.paused = True
 

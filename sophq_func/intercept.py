@@ -90,7 +90,7 @@ class Skeleton:
         self._rebound: list[tuple[nn.Module, str, Any]] = []
         self._slot = Slot()
         self._lock = threading.RLock()
-        for path, module in self.module.named_modules():
+        for path, module in self._modules.items():
             module._sophq_place = Place(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave, with_kwargs=True, always_call=True)

@@ -92,8 +92,7 @@ def prepared(
     unit = constant.reciprocal() if grid.reciprocal else constant
     point = Point(x, scale, zero, unit)
     if factor is not None:
-        dead = factor == 0
-        safe = factor.masked_fill(dead, 1)
+        dead, safe = guarded(factor)
         point = Point(x, scale / safe, zero, unit, safe.detach(), dead)
     return partial(_FakeQuantize.apply if _has_derivative(*point) else _FakeQuantize.forward, *point, grid)
 
@@ -110,9 +109,10 @@ def _has_derivative(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def divisor(factor: Tensor) -> Tensor:
-    """The factor, 1 where it is 0."""
-    return factor.masked_fill(factor == 0, 1)
+def guarded(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a factor is 0, and the factor with 1 there, to divide by."""
+    dead = factor == 0
+    return dead, factor.masked_fill(dead, 1)
 
 
 def _quotient(p: Point, grid: Grid, out: Tensor | None = None) -> Tensor:
