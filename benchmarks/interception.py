@@ -13,8 +13,8 @@ from measure import medians, write
 from subjects import resnet18
 
 import sophq_func as sq
-from sophq_func.frame import Frame
-from sophq_func.intercept import Skeleton
+from sophq_func.capture.frame import Frame
+from sophq_func.capture.skeleton import Skeleton
 
 
 def main() -> None:

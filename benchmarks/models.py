@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, Batch, Specimen
 
 import sophq_func as sq
-from sophq_func import surrogate
-from sophq_func.graph import Node, Operand
-from sophq_func.patterns import fuse
-from sophq_func.strategies import CONTRACTIONS, activation_quantizer, contracted, source_of
+from sophq_func.capture.graph import Node, Operand
+from sophq_func.numerics import eager
+from sophq_func.planning.fusing import fuse
+from sophq_func.planning.strategies import CONTRACTIONS, activation_quantizer, contracted, source_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ROUND = torch.ops.aten.round.default
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    surrogate.LARGE = sys.maxsize  # roundings are counted in the composition, as they are when compiled
+    eager.LARGE = sys.maxsize  # roundings are counted in the composition, as they are when compiled
     warnings.simplefilter("ignore")
     rows = []
     for name in options.names:

@@ -17,7 +17,7 @@ from measure import medians, write
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.affine import range_to_qparams
+from sophq_func.numerics.ranges import range_to_qparams
 
 PER_CHANNEL = sq.PerChannel(0)
 

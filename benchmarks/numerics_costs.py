@@ -10,7 +10,7 @@ from measure import medians
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 
 ACTIVATION, WEIGHT, MATRIX = (64, 256, 14, 14), (512, 512, 3, 3), (256, 256)
 ROUNDS, SLOW_ROUNDS = 15, 3

@@ -17,8 +17,8 @@ from numerics_costs import ACTIVATION, MATRIX, ROUNDS, SLOW, SLOW_ROUNDS, WEIGHT
 from numerics_pictures import CASES, pictures
 from numerics_text import MAKERS, body, format_rows, grid, link, maker, merges, source, wrap
 
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.registry import Factories
+from sophq_func.core.registry import Factories
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURES = ROOT / "docs" / "numerics.md", ROOT / "docs" / "pictures"
@@ -229,8 +229,9 @@ def format_sections() -> list[str]:
     lines = [
         "## Number formats",
         "",
-        "`sophq_func.formats` holds formats as values, with `largest`, `values()` and `round(x, noise=None)`: half to even",
-        "except in codebooks, stochastic where uniform noise is given ([arXiv:1502.02551](https://arxiv.org/abs/1502.02551)),",
+        "`sophq_func.numerics.formats` holds formats as values, with `largest`, `values()` and `round(x, noise=None)`: half",
+        "to even except in codebooks, stochastic where uniform noise is given",
+        "([arXiv:1502.02551](https://arxiv.org/abs/1502.02551)),",
         "and without a gradient: fake quantizers add theirs. The constants are those of OCP OFP8 and MX v1.0; the tables",
         "are the `data_type` of [`fp4`](#fp4-fake-quantizer), `fpxgroup` and `gptq`; four of them also that of `gptqfp4`.",
         "",

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.affine import range_to_qparams
-from sophq_func.base import OBSERVERS
-from sophq_func.fake_quantize._codebooks import CODEBOOKS
-from sophq_func.formats import Format
+from sophq_func.numerics.codebooks import CODEBOOKS
+from sophq_func.numerics.contracts import OBSERVERS
+from sophq_func.numerics.formats import Format
+from sophq_func.numerics.ranges import range_to_qparams
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 GREY = "0.65"

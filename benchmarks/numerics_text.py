@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func import affine, formats
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.fake_quantize._codebooks import CODEBOOKS
+from sophq_func.core.registry import Factories
 from sophq_func.fake_quantize._rounding import rectified_sigmoid
+from sophq_func.numerics import affine, formats, ranges
+from sophq_func.numerics.codebooks import CODEBOOKS
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.observers._mse import search_range
-from sophq_func.registry import Factories
 
 WIDTH = 120
 KINDS: dict[str, Factories] = {"observer": OBSERVERS, "fake quantizer": FAKE_QUANTIZERS}
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Options that change what a fake quantizer learns, needs or is."""
 
-GRID = (affine.range_to_qparams, affine.fake_quantize, affine.positive)
+GRID = (ranges.range_to_qparams, affine.fake_quantize, ranges.positive)
 """The arithmetic of integer grids, which has a section of its own."""
 
 CHANNELS, WEIGHT = 3, (3, 8)

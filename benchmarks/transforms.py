@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils import _pytree
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.pytree import sorted_dict
-from sophq_func.scheme import Granularity
+from sophq_func.core.pytree import sorted_dict
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.numerics.scheme import Granularity
 
 SHAPE = (4, 6)
 GRANULARITIES: Mapping[str, Granularity] = {

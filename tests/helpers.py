@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.pytree import leaves
+from sophq_func.core.pytree import leaves
 
 DEFAULT = sq.QuantConfig()
 FLOAT = sq.QuantConfig(weight=None, activation=None)

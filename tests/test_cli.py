@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import sophq_func as sq
-from sophq_func import cli
+from sophq_func.cli import commands
 from tests.helpers import ready
 
 MAKE = '''"""A model and its batches."""
@@ -51,7 +51,7 @@ def plan(bits: int) -> sq.Plan:
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     try:
-        code = cli.main(words)
+        code = commands.main(words)
     except SystemExit as stop:
         code = int(stop.code or 0)
     shown = capsys.readouterr()
@@ -174,7 +174,7 @@ def test_errors_are_one_line_and_exit_code_2(
 
 def test_a_traceback_is_there_for_those_who_ask(folder: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        cli.main(["--traceback", "inspect", "none.json"])
+        commands.main(["--traceback", "inspect", "none.json"])
 
 
 @pytest.mark.parametrize("words", [(), ("inspect",), ("diff",), ("report",), ("export",)], ids=" ".join)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS
-from sophq_func.weights import quantize_weights
+from sophq_func.model.weight_quantizer import quantize_weights
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from tests.golden.models import INPUT_SHAPES, build
 from tests.helpers import Ready, ready, same, unchanged
 

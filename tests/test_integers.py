@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.convert._integers import Integers, Known, Whole, fitting, rescaled
+from sophq_func.integers._integers import Integers, Known, Whole, fitting, rescaled
 from tests.golden.models import INPUT_SHAPES, build
 from tests.helpers import Ready, ready
 

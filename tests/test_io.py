@@ -21,9 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func import container, io
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.pytree import leaves
+from sophq_func.checkpoint import io, sealed
+from sophq_func.core.pytree import leaves
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 from tests.helpers import Ready, ready, unchanged
 from tests.test_quantizers_in_models import quantized
 
@@ -191,7 +191,7 @@ KINDS: dict[str, Callable[[], Tensor]] = {
     "conjugate": lambda: torch.randn(3, dtype=torch.complex64).conj(),
     "negative view": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
     "NaN with a payload": lambda: torch.tensor([0x7FC01234, -4194301], dtype=torch.int32).view(torch.float32),
-    **{str(dtype): lambda dtype=dtype: (torch.randn(5) * 3).to(dtype) for dtype in container.CODES},
+    **{str(dtype): lambda dtype=dtype: (torch.randn(5) * 3).to(dtype) for dtype in sealed.CODES},
 }
 
 
@@ -230,7 +230,7 @@ def test_tensors_go_to_the_device_that_is_asked_for(tmp_path: Path) -> None:
 PART = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="./\\"), min_size=1, max_size=6)
 NAME = st.lists(PART, min_size=1, max_size=3).map(".".join)
 SHAPE = st.lists(st.integers(0, 3), max_size=4)
-DTYPE = st.sampled_from(sorted(container.CODES, key=str))
+DTYPE = st.sampled_from(sorted(sealed.CODES, key=str))
 
 
 @st.composite
@@ -472,7 +472,7 @@ def old_file(path: Path, r: Ready, version: str = "0") -> None:
     leaves_ = {f"q/{n}/step": own.scale for n, own in r.qparams.items()}
     zeros = {f"q/{n}/zero_point": own.zero_point for n, own in r.qparams.items()}
     text = {"format": "sophq_func", "version": version, "library": "0.0.1", "torch": "2.9", "plan": r.q.plan.to_json()}
-    container.write(path, {**leaves_, **zeros}, {**text, "digest": r.q.plan.digest()})
+    sealed.write(path, {**leaves_, **zeros}, {**text, "digest": r.q.plan.digest()})
 
 
 def from_zero(tensors: dict[str, Tensor], text: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:

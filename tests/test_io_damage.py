@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func import container
+from sophq_func.checkpoint import sealed
 from tests.helpers import Ready
 from tests.test_io import same_bits, says, small
 
@@ -49,7 +49,7 @@ def closed(header: Header | str, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def sealed(header: Header, data: bytes) -> bytes:
+def resealed(header: Header, data: bytes) -> bytes:
     """As :func:`closed`, with checksums that are right again, as somebody who forges a file would make them."""
     text = {key: value for key, value in header["__metadata__"].items() if key not in ("sha256", "tensors")}
     seals = {}
@@ -74,7 +74,7 @@ def refused(data: bytes, path: Path, *words: str) -> str:
 def test_the_format_is_what_its_page_says(saved: Saved) -> None:
     data, r, _ = saved
     header, rest = opened(data)
-    assert json.loads(sealed(header, rest)[8 : 8 + len(json.dumps(header))]) == header
+    assert json.loads(resealed(header, rest)[8 : 8 + len(json.dumps(header))]) == header
     assert set(header["__metadata__"]) == set("format version library torch parts plan digest tensors sha256".split())
     assert header["__metadata__"]["parts"] == "params qparams ostate plan"
     assert "qparams.conv.weight_fake_quant.enabled" in header
@@ -185,7 +185,7 @@ def test_every_bit_of_the_tensors_is_watched(saved: Saved, tmp_path: Path) -> No
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(
     change: str, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, check = tmp_path / "a", container._read_header
+    path, check = tmp_path / "a", sealed._read_header
 
     def interfering(head: bytes, size: int) -> Any:
         found = check(head, size)
@@ -193,7 +193,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(
             file.truncate(size - 1) if change == "shorter" else file.write(b"12345678")
         return found
 
-    monkeypatch.setattr(container, "_read_header", interfering)
+    monkeypatch.setattr(sealed, "_read_header", interfering)
     refused(saved[0], path, "while it was read")
 
 
@@ -204,7 +204,7 @@ def forge(saved: Saved, edit: Callable[[Header, bytes], Any]) -> bytes:
     """A file whose header was edited in place, sealed again; ``edit`` may return other tensor data."""
     header, rest = opened(saved[0])
     changed = edit(header, rest)
-    return sealed(header, changed if isinstance(changed, bytes) else rest)
+    return resealed(header, changed if isinstance(changed, bytes) else rest)
 
 
 def put(name: str, values: Tensor) -> Callable[[Header, bytes], bytes]:
@@ -453,8 +453,8 @@ def test_a_file_that_is_none_is_refused(data: bytes, tmp_path: Path) -> None:
 def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with path.open("wb") as file:
-        file.write((container.LONGEST_HEADER + 1).to_bytes(8, "little"))
-        file.truncate(container.LONGEST_HEADER + 100)  # a hole on the disk: it takes no space
+        file.write((sealed.LONGEST_HEADER + 1).to_bytes(8, "little"))
+        file.truncate(sealed.LONGEST_HEADER + 100)  # a hole on the disk: it takes no space
     says(sq.CheckpointError, lambda: sq.load(path), str(path), "longer than")
 
 

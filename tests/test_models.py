@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.pytree import leaves, tensors
+from sophq_func.core.pytree import leaves, tensors
 from tests.helpers import DEFAULT, FLOAT, WATCHED, Ready, ready, same
 
 BM1690 = sq.QuantConfig(chip="BM1690")

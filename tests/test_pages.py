@@ -13,9 +13,9 @@ from types import ModuleType
 import pytest
 
 import sophq_func as sq
-from sophq_func import formats
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.fake_quantize._codebooks import CODEBOOKS
+from sophq_func.numerics import formats
+from sophq_func.numerics.codebooks import CODEBOOKS
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "numerics.md").read_text()

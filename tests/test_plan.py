@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func import views
+from sophq_func.planning import picture
 from tests.golden.models import ResidualConvNet, TransformerBlock
 
 FOUR = sq.Rule(type=sq.patterns.ConvBnReLU2d, weight=sq.override(bits=4))
@@ -114,7 +114,7 @@ def test_dot_has_every_call_and_quantizer_and_every_way_between_them(plan: sq.Pl
         '"conv4.post_act_fake_quantizer" -> "output"',
     ):
         assert f"{way};" in text, way
-    assert text.count(" -> ") == len(views.ways(plan.edges)) + 4
+    assert text.count(" -> ") == len(picture.ways(plan.edges)) + 4
     assert 'style="rounded,dashed"' in next(
         line for line in text.splitlines() if line.startswith('  "conv4.post_act_fake_quantizer" [')
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.pytree import leaves, tensors, tree_map
+from sophq_func.core.pytree import leaves, tensors, tree_map
 from tests.helpers import DEFAULT, FLOAT, WATCHED, Ready, ready, same, unchanged
 
 

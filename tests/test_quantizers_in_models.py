@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 
 NAMES = FAKE_QUANTIZERS.names()
 FOR_WEIGHTS = ("adaround", "dorefa")

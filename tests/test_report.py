@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS
-from sophq_func.report import _text
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS
+from sophq_func.reports import _text
 from tests.golden.models import DeconvNet, ResidualConvNet
 from tests.helpers import Ready, ready, unchanged
 
@@ -343,7 +343,7 @@ class Page(HTMLParser):
 
 def _checked(found: sq.Report) -> Page:
     """The page of a report, parsed."""
-    from sophq_func.report._html import page
+    from sophq_func.reports._html import page
 
     text, parser = page(found), Page()
     parser.feed(text)
@@ -381,7 +381,7 @@ def test_hostile_names_are_text_and_nothing_more() -> None:
 
 
 def _checked_hostile(found: sq.Report) -> Page:
-    from sophq_func.report._html import page
+    from sophq_func.reports._html import page
 
     parser = Page()
     parser.feed(page(found))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.pytree import leaves, tree_map
+from sophq_func.core.pytree import leaves, tree_map
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 
 RESIZABLE = [name for name in FAKE_QUANTIZERS.names() if FAKE_QUANTIZERS.build(FAKE_QUANTIZERS.spec(name)).resizable]
 WEIGHTS, ALL = "*weight_fake_quant", "*"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import sophq_func as sq
-from sophq_func.pytree import tree_map
-from sophq_func.sweep import SMALL, Versions
+from sophq_func.core.pytree import tree_map
+from sophq_func.model.sweep import SMALL, Versions
 from tests.golden.models import ResidualConvNet
 
 WAYS = ("auto", "loop", "vmap", "compile")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func.core.operations import is_operation
 from sophq_func.export import tables
 from sophq_func.export._names import OP_TYPES
-from sophq_func.functions import is_operation
 from tests.golden.models import DeconvNet, PoolClassifier
 from tests.helpers import Ready, ready, unchanged
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.capture.arguments import map_inputs
+from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.pytree import flatten, paths, tensors, tree_map
 from sophq_func.export._program import Program
-from sophq_func.pytree import flatten, paths, tensors, tree_map
-from sophq_func.trace import map_inputs
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sophq_func.export._names import OP_TYPES, FileNames, call_op, operation
 from sophq_func.export._records import Record
-from sophq_func.plan import Plan
+from sophq_func.planning.plan import Plan
 
 MOVES = frozenset(("Flatten", "Resize", "Reshape", "Transpose"))
 """Op types whose result has the range of what they take."""

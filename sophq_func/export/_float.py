@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sophq_func.affine import bounds, expand, positive
-from sophq_func.base import QParams
-from sophq_func.calibrate import as_call
+from sophq_func.capture.arguments import as_call
+from sophq_func.capture.frame import unwatched
+from sophq_func.capture.trace import retrace
+from sophq_func.codes.grids import Grid
+from sophq_func.core.pytree import has_floating, tensors
 from sophq_func.export._capture import captured, output_names
-from sophq_func.export._grids import Grid
 from sophq_func.export._names import FileNames
 from sophq_func.export._program import Program, program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
-from sophq_func.frame import unwatched
-from sophq_func.pytree import has_floating, tensors
-from sophq_func.quantized import Quantized
-from sophq_func.running import Runner
-from sophq_func.settings import enabled
-from sophq_func.trace import retrace
-from sophq_func.weights import arranged
+from sophq_func.model.quantized import Quantized
+from sophq_func.model.runner import Runner
+from sophq_func.model.settings import enabled
+from sophq_func.model.weight_quantizer import arranged
+from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.layout import expand
+from sophq_func.numerics.ranges import bounds, positive
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from sophq_func.errors import ConfigError, explain, near, raise_all
-from sophq_func.functions import canonical, family
-from sophq_func.patterns import PATTERNS
-from sophq_func.plan import Plan
-from sophq_func.scheme import PerChannel
-from sophq_func.site import Site
+from sophq_func.config.patterns import PATTERNS
+from sophq_func.config.site import Site
+from sophq_func.core.errors import ConfigError, explain, near, raise_all
+from sophq_func.core.operations import canonical, family
+from sophq_func.numerics.scheme import PerChannel
+from sophq_func.planning.plan import Plan
 
 OP_TYPES: Mapping[str, str] = {
     "abs": "Abs",

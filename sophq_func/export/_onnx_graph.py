@@ -22,7 +22,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from sophq_func.errors import ConfigError, explain
+from sophq_func.core.errors import ConfigError, explain
 
 NARROW = {np.dtype(np.int8): ml_dtypes.int4, np.dtype(np.uint8): ml_dtypes.uint4}
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)

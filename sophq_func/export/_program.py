@@ -15,15 +15,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sophq_func.affine import switched
-from sophq_func.base import QParams
-from sophq_func.errors import ConfigError, StateError, explain, raise_all
-from sophq_func.export._grids import Grid, Stored, activation_grid, is_on, weight_codes
-from sophq_func.intercept import Skeleton
-from sophq_func.quantized import Quantized
-from sophq_func.running import Effect, Runner
-from sophq_func.trace import map_inputs
-from sophq_func.weights import Params, WeightQuantizer, arranged, round_biases
+from sophq_func.capture.arguments import map_inputs
+from sophq_func.capture.skeleton import Skeleton
+from sophq_func.codes.grids import Grid, Stored, activation_grid, is_on, weight_codes
+from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
+from sophq_func.model.quantized import Quantized
+from sophq_func.model.runner import Effect, Runner
+from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged, round_biases
+from sophq_func.numerics.affine import switched
+from sophq_func.numerics.contracts import QParams
 
 BYTES = (torch.int8, torch.uint8)
 MIXES = "its mask mixes"

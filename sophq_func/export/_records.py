@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sophq_func import fake_quantize as fake_quantizers
-from sophq_func.affine import bounds, positive
-from sophq_func.base import QParams
-from sophq_func.errors import ConfigError, explain, raise_all
-from sophq_func.plan import Plan
-from sophq_func.scheme import PerChannel, PerTensor, QuantizerConfig
+from sophq_func.core.errors import ConfigError, explain, raise_all
+from sophq_func.numerics import pieces
+from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.ranges import bounds, positive
+from sophq_func.numerics.scheme import PerChannel, PerTensor, QuantizerConfig
+from sophq_func.planning.plan import Plan
 
 FLOATS: Mapping[str, tuple[str, float | None]] = {
     "e4m3": ("FP8", 448.0),
@@ -96,7 +96,7 @@ def _problem(plan: Plan, name: str, config: QuantizerConfig) -> str:
 
 def _record(plan: Plan, name: str, qparams: QParams, op: str) -> Record:
     config, is_weight = plan[name], plan.site(name).role == "weight"
-    made = fake_quantizers.build(config.fake_quantize)
+    made = pieces.build(config.fake_quantize)
     channelwise = isinstance(config.scheme.granularity, PerChannel)
     word, largest = FLOATS.get(config.fake_quantize.name, ("None", None))
     if config.observe_only:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sophq_func.base import QParams
-from sophq_func.calibrate import as_call
-from sophq_func.errors import ConfigError, explain
+from sophq_func.capture.arguments import as_call
+from sophq_func.codes.grids import Grid
+from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.files import write_bytes
 from sophq_func.export._capture import Axes, captured, output_names
-from sophq_func.export._grids import Grid
 from sophq_func.export._program import program
-from sophq_func.files import write_bytes
-from sophq_func.quantized import Quantized
+from sophq_func.model.quantized import Quantized
+from sophq_func.numerics.contracts import QParams
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

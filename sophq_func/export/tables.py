@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sophq_func.affine import expand
-from sophq_func.base import QParams
-from sophq_func.errors import ConfigError, explain, unknown
+from sophq_func.core.errors import ConfigError, explain, unknown
+from sophq_func.core.files import write_bytes, write_text
 from sophq_func.export._chains import propagated
 from sophq_func.export._float import float_file
 from sophq_func.export._names import ops
 from sophq_func.export._records import Record, one_each, records
-from sophq_func.files import write_bytes, write_text
-from sophq_func.quantized import Quantized
+from sophq_func.model.quantized import Quantized
+from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.layout import expand
 
 WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
 

@@ -10,12 +10,12 @@ import torch as pytorch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from sophq_func.base import QParams
-from sophq_func.calibrate import as_call
+from sophq_func.capture.arguments import as_call
+from sophq_func.codes.grids import Grid
 from sophq_func.export._capture import Axes, captured
-from sophq_func.export._grids import Grid
 from sophq_func.export._program import program
-from sophq_func.quantized import Quantized
+from sophq_func.model.quantized import Quantized
+from sophq_func.numerics.contracts import QParams
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

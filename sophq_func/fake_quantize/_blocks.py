@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.errors import ConfigError, explain
-from sophq_func.formats import E2M1, E2M3, E3M2, E4M3, E5M2, MXINT8, Format, code_bits, shared_exponent
-from sophq_func.scheme import QScheme
+from sophq_func.core.errors import ConfigError, explain
+from sophq_func.numerics.affine import ste, working
+from sophq_func.numerics.blocks import block_amax, from_blocks, to_blocks
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.formats import E2M1, E2M3, E3M2, E4M3, E5M2, MXINT8, Format, code_bits, shared_exponent
+from sophq_func.numerics.layout import expand
+from sophq_func.numerics.ranges import EPS, qparams_to_range
+from sophq_func.numerics.scheme import QScheme
 
 
 @FAKE_QUANTIZERS.register("mxfp8")
@@ -118,20 +121,6 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
     return FakeQuantize(init, apply, integer=False, resizable=False, bits=code_bits(E2M1) + 8 / block_size)
 
 
-def to_blocks(x: Tensor, size: int) -> Tensor:
-    """``x`` with its last axis cut into blocks, the last one filled up with zeros: ``(..., blocks, size)``."""
-    x = x.reshape(x.shape or (1,))
-    count = -(-x.shape[-1] // size)
-    return torch.constant_pad_nd(x, (0, count * size - x.shape[-1])).reshape(*x.shape[:-1], count, size)
-
-
-def from_blocks(blocks: Tensor, x: Tensor) -> Tensor:
-    """The inverse of :func:`to_blocks`: blocks in the shape of ``x``."""
-    shape = x.shape or (1,)
-    flat = blocks.reshape(*shape[:-1], blocks.shape[-2] * blocks.shape[-1])
-    return flat[..., : shape[-1]].reshape(x.shape)
-
-
 def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int) -> FakeQuantize:
     if element not in elements:
         raise ConfigError(explain(where, "this element", got=element, allowed=" or ".join(map(repr, elements))))
@@ -146,11 +135,6 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
 
     bits = code_bits(form) + 8 / block_size
     return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False)
-
-
-def block_amax(blocks: Tensor) -> Tensor:
-    """The largest finite magnitude of each block."""
-    return torch.where(blocks.isfinite(), blocks, 0).abs().amax(-1, keepdim=True)
 
 
 def _check_size(where: str, size: object) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sophq_func.affine import EPS, expand, qparams_to_range, rows, ste, working
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
-from sophq_func.errors import ConfigError, explain
-from sophq_func.formats import round_to_dtype, round_to_float8
-from sophq_func.scheme import QScheme
+from sophq_func.core.errors import ConfigError, explain
+from sophq_func.numerics.affine import ste, working
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.numerics.formats import round_to_dtype, round_to_float8
+from sophq_func.numerics.layout import expand, rows
+from sophq_func.numerics.ranges import EPS, qparams_to_range
+from sophq_func.numerics.scheme import QScheme
 
 SCALING = ("max", "mean", "none")
 

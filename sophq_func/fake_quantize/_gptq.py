@@ -8,13 +8,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sophq_func.affine import EPS, fake_quantize, ste, working
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.errors import ConfigError, StateError, explain
-from sophq_func.fake_quantize._codebooks import codebook_named
-from sophq_func.formats import Codebook, code_bits
-from sophq_func.pytree import tree_map
-from sophq_func.scheme import QScheme
+from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.pytree import tree_map
+from sophq_func.numerics.affine import fake_quantize, ste, working
+from sophq_func.numerics.codebooks import codebook_named
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.formats import Codebook, code_bits
+from sophq_func.numerics.ranges import EPS
+from sophq_func.numerics.scheme import QScheme
 
 FP4_TABLES = ("nf4", "fp4", "fp4_e2m1", "fp4_e2m1_bnb")
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sophq_func.affine import Order, fake_quantize, positive, prepared
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.errors import ConfigError, explain
-from sophq_func.pytree import tree_map
-from sophq_func.scheme import PerTensor, QScheme
-from sophq_func.surrogate import may_differentiate
+from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.modes import may_differentiate
+from sophq_func.core.pytree import tree_map
+from sophq_func.numerics.affine import Order, fake_quantize, prepared
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.ranges import positive
+from sophq_func.numerics.scheme import PerTensor, QScheme
 
 
 @FAKE_QUANTIZERS.register("fixed", "FixedFakeQuantize")
@@ -44,7 +45,7 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     """Learned step size, and zero point where the scheme is affine (LSQ, arXiv:1902.08153; semantics.md 4.3).
 
     Forward as :func:`fixed` per tensor; per channel and per group in expression order, ``round(x / s + z)``. Gradients
-    as :func:`sophq_func.affine.fake_quantize` states, those of scale and zero point times
+    as :func:`sophq_func.numerics.affine.fake_quantize` states, those of scale and zero point times
     ``g = 1 / sqrt(numel(x) / scales * p)``; per channel and per group this may turn the scale in the forward into a
     neighbouring float, as in sophgo-mq. The scale in force is ``max(|s|, 2 ** -23)``, straight through the floor.
 
@@ -87,8 +88,8 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
 
     ``y = s (clamp(round(x / s + z), n, p) - z)``, the paper's with ``z = -beta / s`` for its offset ``beta``: a real
     number, neither rounded nor clamped, so that 0 need not be on the grid; :func:`learnable` rounds it. A symmetric scheme
-    has no offset. Gradients as :func:`sophq_func.affine.fake_quantize` states, ``z`` itself in the place of the rounded
-    one, those of scale and zero point times the factor of :func:`learnable`.
+    has no offset. Gradients as :func:`sophq_func.numerics.affine.fake_quantize` states, ``z`` itself in
+    the place of the rounded one, those of scale and zero point times the factor of :func:`learnable`.
 
     Args:
       use_grad_scaling: multiply the gradients of scale and zero point by that factor.

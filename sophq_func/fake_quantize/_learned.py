@@ -7,23 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from sophq_func.affine import (
-    EPS,
-    Bound,
-    bounds,
-    clamp,
-    expand,
-    fake_quantize,
-    positive,
-    qparams_to_range,
-    range_to_qparams,
-    ste,
-    working,
-)
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams
-from sophq_func.errors import ConfigError, explain
-from sophq_func.pytree import sorted_dict, tree_map
-from sophq_func.scheme import QScheme
+from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.pytree import sorted_dict, tree_map
+from sophq_func.numerics.affine import fake_quantize, ste, working
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.numerics.layout import expand
+from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, positive, qparams_to_range, range_to_qparams
+from sophq_func.numerics.scheme import QScheme
 
 
 @FAKE_QUANTIZERS.register("pact", "PACTFakeQuantize")
@@ -94,9 +84,9 @@ def tqt() -> FakeQuantize:
     2 ** (b - 1)``, ``2 ** b`` in the divisor where the scheme is affine; then :func:`fixed`, whose half to even is the
     paper's. Affine grids keep the zero point of the first step.
 
-    Gradient, eq. (7) and (8) of the paper, ceil straight-through: that of :func:`sophq_func.affine.fake_quantize` to
-    ``x``, and ``s ln(2)`` times that to the scale to ``log2_t``: ``s ln(2) (round(x / s) - x / s)`` inside, ``s ln(2) n``
-    and ``s ln(2) p`` beyond.
+    Gradient, eq. (7) and (8) of the paper, ceil straight-through: that of
+    :func:`sophq_func.numerics.affine.fake_quantize` to ``x``, and ``s ln(2)`` times that to the scale to
+    ``log2_t``: ``s ln(2) (round(x / s) - x / s)`` inside, ``s ln(2) n`` and ``s ln(2) p`` beyond.
 
     Differs from sophgo-mq: the threshold is learned; no kind of tensor has to be set first; one rounding for all kinds;
     small scales do not jump to 1; affine, per channel and per group work.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sophq_func.affine import clamp, expand, expanded_bounds, fake_quantize, positive, working
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.errors import ConfigError, StateError, explain
-from sophq_func.pytree import sorted_dict
-from sophq_func.scheme import QScheme
+from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.pytree import sorted_dict
+from sophq_func.numerics.affine import fake_quantize, working
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.layout import expand
+from sophq_func.numerics.ranges import clamp, expanded_bounds, positive
+from sophq_func.numerics.scheme import QScheme
 
 GAMMA, ZETA = -0.1, 1.1
 ROUNDINGS = ("soft", "hard")
@@ -96,8 +98,8 @@ def qdrop(prob: float = 1.0) -> FakeQuantize:
     """Quantize each element with a probability, else let it pass (QDrop, arXiv:2203.05740; semantics.md 4.9).
 
     ``q = (clamp(round(x / s) + z, n, p) - z) s``; ``y = q`` where ``noise < prob``, else ``x``. Gradients as
-    :func:`sophq_func.affine.fake_quantize` states where quantized, without LSQ's factor; 1 to ``x`` where not. The zero
-    point is a constant.
+    :func:`sophq_func.numerics.affine.fake_quantize` states where quantized, without LSQ's factor; 1 to ``x``
+    where not. The zero point is a constant.
 
     Args:
       prob: probability to quantize; at 1 no noise is needed.

@@ -7,22 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from sophq_func.affine import (
-    EPS,
-    clamp,
-    expand,
-    expanded_bounds,
-    fake_quantize,
-    min_max,
-    positive,
-    range_to_qparams,
-    ste,
-    working,
-)
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.errors import ConfigError, explain
-from sophq_func.pytree import tree_map
-from sophq_func.scheme import QScheme
+from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.pytree import tree_map
+from sophq_func.numerics.affine import fake_quantize, ste, working
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.layout import expand
+from sophq_func.numerics.ranges import EPS, clamp, expanded_bounds, min_max, positive, range_to_qparams
+from sophq_func.numerics.scheme import QScheme
 
 MAPPINGS = ("paper", "tanh")
 

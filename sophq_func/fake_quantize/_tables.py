@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sophq_func.affine import EPS, expand, qparams_to_range, ste, working
-from sophq_func.base import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.errors import ConfigError, explain
-from sophq_func.fake_quantize._blocks import from_blocks, to_blocks
-from sophq_func.fake_quantize._codebooks import codebook_named
-from sophq_func.formats import E4M3, code_bits
-from sophq_func.scheme import QScheme
+from sophq_func.core.errors import ConfigError, explain
+from sophq_func.numerics.affine import ste, working
+from sophq_func.numerics.blocks import from_blocks, to_blocks
+from sophq_func.numerics.codebooks import codebook_named
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.formats import E4M3, code_bits
+from sophq_func.numerics.layout import expand
+from sophq_func.numerics.ranges import EPS, qparams_to_range
+from sophq_func.numerics.scheme import QScheme
 
 LEAST = EPS**2
 """Smallest scale of a table."""

@@ -1,9 +1,12 @@
-"""Observers: statistics of tensors that give ranges. Each name here returns a :class:`~sophq_func.registry.Spec`."""
+"""Statistics of tensors that give ranges, one file a family. Each name returns a :class:`~sophq_func.core.registry.Spec`."""
 
 from typing import Any
 
-from sophq_func.base import OBSERVERS, Observer, QParams, State
-from sophq_func.errors import StateError, explain
+from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import is_plain
+from sophq_func.core.pytree import tensors
+from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams, State
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._counts import kld, percentile
 from sophq_func.observers._floor import minmax_floor, pot_mode
 from sophq_func.observers._histogram import histogram
@@ -12,8 +15,6 @@ from sophq_func.observers._moments import clip_std, lsq, lsq_plus
 from sophq_func.observers._mse import ema_mse, mse
 from sophq_func.observers._quantile import ema_quantile
 from sophq_func.observers._range import absmax, fixed_range, rms
-from sophq_func.pytree import is_plain, tensors
-from sophq_func.scheme import QScheme
 
 __all__ = [
     "absmax",

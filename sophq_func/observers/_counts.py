@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import min_max, no_range, range_to_qparams, rows
-from sophq_func.base import OBSERVERS, Observer, QParams, Resolve
+from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams, Resolve
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.ranges import min_max, no_range, range_to_qparams
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._moments import exponent, power
 from sophq_func.observers._options import check, is_number
-from sophq_func.scheme import QScheme
 
 AT_ONCE = 2**21
 """How many groups of bins are looked at together."""

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import min_max, no_range, rows
-from sophq_func.base import OBSERVERS, Observer, QParams
+from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.ranges import min_max, no_range
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._moments import LAST, exponent, latest, power
 from sophq_func.observers._options import check, unmergeable
-from sophq_func.scheme import QScheme
 
 QUANT_TYPES = (None, "input", "param", "tensor")
 FINEST = 12

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import min_max, no_range, range_to_qparams, rows
-from sophq_func.base import OBSERVERS, Observer, QParams
+from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.ranges import min_max, no_range, range_to_qparams
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._options import check, unmergeable
-from sophq_func.scheme import QScheme
 
 FINER = 16
 """Into how many parts a bin is split before it moves to another histogram."""

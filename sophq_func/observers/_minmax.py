@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import min_max, no_range, range_to_qparams
-from sophq_func.base import OBSERVERS, Observer, QParams
+from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
+from sophq_func.numerics.ranges import min_max, no_range, range_to_qparams
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._options import check_decay, unmergeable
-from sophq_func.scheme import QScheme
 
 
 class MinMaxState(NamedTuple):

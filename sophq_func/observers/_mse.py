@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import EPS, min_max, range_to_qparams, rows
-from sophq_func.base import OBSERVERS, Observer
+from sophq_func.numerics.contracts import OBSERVERS, Observer
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.ranges import EPS, min_max, range_to_qparams
+from sophq_func.numerics.scheme import PerTensor, QScheme
 from sophq_func.observers._minmax import (
     MOVES,
     EMAMinMaxState,
@@ -21,7 +23,6 @@ from sophq_func.observers._minmax import (
     widen,
 )
 from sophq_func.observers._options import check_decay, check_positive, unmergeable
-from sophq_func.scheme import PerTensor, QScheme
 
 CANDIDATES_PER_TENSOR = 95
 CANDIDATES_PER_CHANNEL = 80

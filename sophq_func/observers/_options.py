@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sophq_func.base import Merge, State
-from sophq_func.errors import ConfigError, StateError, explain
+from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.numerics.contracts import Merge, State
 
 
 def check(where: str, what: str, got: Any, allowed: str, *, ok: bool) -> None:

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from sophq_func.affine import min_max, rows
-from sophq_func.base import OBSERVERS, Observer
+from sophq_func.numerics.contracts import OBSERVERS, Observer
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.ranges import min_max
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._minmax import MOVES, EMAMinMaxState, average, init_average, range_qparams
 from sophq_func.observers._options import check, check_decay, is_number, unmergeable
-from sophq_func.scheme import QScheme
 
 NARROWEST = 4
 """Blocks of fewer elements save nothing."""

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.affine import min_max, no_range, range_to_qparams
-from sophq_func.base import OBSERVERS, Observer, QParams
+from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
+from sophq_func.numerics.ranges import min_max, no_range, range_to_qparams
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._minmax import MinMaxState, init_min_max, merge_min_max, range_qparams, widen
 from sophq_func.observers._moments import LARGEST, in_units
 from sophq_func.observers._options import check, check_positive, is_number
-from sophq_func.scheme import QScheme
 
 
 class RootState(NamedTuple):

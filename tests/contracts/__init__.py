@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.pytree import leaves
-from sophq_func.scheme import Granularity
+from sophq_func.core.pytree import leaves
+from sophq_func.numerics.scheme import Granularity
 
 SHAPE = (3, 4, 2)
 STATIC = (sq.PerTensor(), sq.PerChannel(0), sq.PerChannel(1), sq.PerGroup(0, 4), sq.PerBlock(3, 2))

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sophq_func as sq
-from sophq_func import affine
-from sophq_func.scheme import config_from_data, to_data
+from sophq_func.numerics import affine, layout, ranges
+from sophq_func.numerics.scheme import config_from_data, to_data
 from tests.contracts import KINDS, MIXED, SHAPE, assert_same, over_granularities, sample
 
 ALL_KINDS = KINDS | MIXED
@@ -40,7 +40,7 @@ def grid(lo: float, hi: float, scheme: sq.QScheme) -> tuple[Any, int]:
 @given(a=ends, b=ends, bits=widths, kind=kinds)
 def test_scale_and_zero_point_follow_the_formula(a: float, b: float, bits: int, kind: dict[str, bool]) -> None:
     scheme, (lo, hi) = sq.QScheme(bits=bits, **kind), sorted((a, b))
-    scale, zero_point, extras = affine.range_to_qparams(torch.tensor(lo), torch.tensor(hi), scheme)
+    scale, zero_point, extras = ranges.range_to_qparams(torch.tensor(lo), torch.tensor(hi), scheme)
     expected, zero = grid(lo, hi, scheme)
     assert (scale.item(), zero_point.item(), extras) == (expected.item(), zero, {})
     assert (scale.dtype, zero_point.dtype) == (torch.float32, torch.int32)
@@ -52,7 +52,7 @@ def test_the_grid_covers_the_range_to_half_a_step_and_holds_zero(
     a: float, b: float, bits: int, kind: dict[str, bool]
 ) -> None:
     scheme, (lo, hi) = sq.QScheme(bits=bits, **kind), sorted((a, b))
-    scale, zero, _ = affine.range_to_qparams(torch.tensor(lo), torch.tensor(hi), scheme)
+    scale, zero, _ = ranges.range_to_qparams(torch.tensor(lo), torch.tensor(hi), scheme)
     first, last = ((bound - zero.item()) * scale.double().item() for bound in (scheme.qmin, scheme.qmax))
     assert first <= 0.0 <= last
     if not scheme.pot_scale:  # a power of two may lie below the scale by sqrt(2), and clips then
@@ -65,8 +65,8 @@ def test_the_grid_covers_the_range_to_half_a_step_and_holds_zero(
 @given(a=ends, b=ends, bits=widths, symmetric=st.booleans())
 def test_a_power_of_two_scale_is_the_nearest_in_its_exponent(a: float, b: float, bits: int, symmetric: bool) -> None:
     lo, hi = (torch.tensor(v) for v in sorted((a, b)))
-    plain = affine.range_to_qparams(lo, hi, sq.QScheme(bits=bits, symmetric=symmetric)).scale
-    power = affine.range_to_qparams(lo, hi, sq.QScheme(bits=bits, symmetric=symmetric, pot_scale=True)).scale
+    plain = ranges.range_to_qparams(lo, hi, sq.QScheme(bits=bits, symmetric=symmetric)).scale
+    power = ranges.range_to_qparams(lo, hi, sq.QScheme(bits=bits, symmetric=symmetric, pot_scale=True)).scale
     mantissa, _ = torch.frexp(power)
     assert mantissa == 0.5
     assert 2**-0.5 - 1e-6 <= (power / plain).item() <= 2**0.5 + 1e-6
@@ -79,7 +79,7 @@ def test_a_power_of_two_scale_is_the_nearest_in_its_exponent(a: float, b: float,
 )
 def test_a_range_that_is_not_finite_has_no_scale(kind: str, lo: float, hi: float) -> None:
     lows, highs = torch.tensor([lo, -1.0]), torch.tensor([hi, 1.0])
-    scale = affine.range_to_qparams(lows, highs, sq.QScheme(**ALL_KINDS[kind])).scale
+    scale = ranges.range_to_qparams(lows, highs, sq.QScheme(**ALL_KINDS[kind])).scale
     assert scale.isnan().tolist() == [True, False]
 
 
@@ -88,43 +88,43 @@ def test_a_range_that_is_not_finite_has_no_scale(kind: str, lo: float, hi: float
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 3e38, 3.4e38])
 def test_every_finite_range_has_a_finite_positive_scale(kind: str, bits: int, size: float) -> None:
     lo, hi = torch.tensor([-size, 0.0, -size, size]), torch.tensor([size, size, 0.0, size])
-    scale = affine.range_to_qparams(lo, hi, sq.QScheme(bits=bits, **ALL_KINDS[kind])).scale
-    assert bool((scale.isfinite() & (scale >= affine.EPS)).all())
+    scale = ranges.range_to_qparams(lo, hi, sq.QScheme(bits=bits, **ALL_KINDS[kind])).scale
+    assert bool((scale.isfinite() & (scale >= ranges.EPS)).all())
 
 
 @reversible
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_range_and_its_qparams_say_the_same(kind: str, bits: int) -> None:
     scheme = sq.QScheme(bits=bits, **ALL_KINDS[kind])
-    qparams = affine.range_to_qparams(torch.tensor([-0.7, -3.0, 0.2]), torch.tensor([2.0, -1.0, 0.9]), scheme)
-    again = affine.range_to_qparams(*affine.qparams_to_range(qparams, scheme), scheme)
+    qparams = ranges.range_to_qparams(torch.tensor([-0.7, -3.0, 0.2]), torch.tensor([2.0, -1.0, 0.9]), scheme)
+    again = ranges.range_to_qparams(*ranges.qparams_to_range(qparams, scheme), scheme)
     assert_same(again, qparams, rtol=1e-6, atol=0.0)
 
 
 @over_granularities
 def test_rows_undo_what_expand_does(scheme: sq.QScheme) -> None:
     x = sample(0)
-    cut = affine.rows(x, scheme.granularity)
+    cut = layout.rows(x, scheme.granularity)
     values = torch.arange(float(cut.shape[:-1].numel())).reshape(cut.shape[:-1])
-    full = affine.expand(values, x, scheme.granularity).expand(SHAPE)
-    assert_same(affine.rows(full, scheme.granularity), values.unsqueeze(-1).expand(cut.shape))
+    full = layout.expand(values, x, scheme.granularity).expand(SHAPE)
+    assert_same(layout.rows(full, scheme.granularity), values.unsqueeze(-1).expand(cut.shape))
     assert sorted(cut.reshape(-1).tolist()) == sorted(x.reshape(-1).tolist())
 
 
 @pytest.mark.parametrize(("axis", "size"), [(0, 2), (1, 3), (2, 6), (-1, 4)])
 def test_groups_are_consecutive_elements_of_a_channel(axis: int, size: int) -> None:
     x, granularity = torch.arange(24.0).reshape(SHAPE), sq.PerGroup(axis, size)
-    cut = affine.rows(x, granularity)
+    cut = layout.rows(x, granularity)
     for channel in range(SHAPE[axis]):
         assert_same(cut[channel].reshape(-1), x.select(axis, channel).reshape(-1))
     values = torch.arange(float(cut.shape[:-1].numel())).reshape(cut.shape[:-1])
-    assert_same(affine.rows(affine.expand(values, x, granularity), granularity), values.unsqueeze(-1).expand(cut.shape))
+    assert_same(layout.rows(layout.expand(values, x, granularity), granularity), values.unsqueeze(-1).expand(cut.shape))
 
 
 @pytest.mark.parametrize(("high", "wide"), [(1, 1), (3, 8), (1, 4), (3, 2)])
 def test_blocks_are_cut_from_the_matrix_of_the_first_axis_and_the_others(high: int, wide: int) -> None:
     x, granularity = torch.arange(24.0).reshape(SHAPE), sq.PerBlock(high, wide)
-    cut, matrix = affine.rows(x, granularity), x.reshape(3, 8)
+    cut, matrix = layout.rows(x, granularity), x.reshape(3, 8)
     assert cut.shape == (3 // high, 8 // wide, high * wide)
     for i, row in enumerate(matrix.split(high)):
         for j, block in enumerate(row.split(wide, dim=1)):
@@ -133,7 +133,7 @@ def test_blocks_are_cut_from_the_matrix_of_the_first_axis_and_the_others(high: i
 
 def test_a_token_is_a_row_along_the_last_axis() -> None:
     x, scheme = sample(0), sq.QScheme(granularity=sq.PerToken(), dynamic=True)
-    assert_same(affine.rows(x, sq.PerToken()), x)
+    assert_same(layout.rows(x, sq.PerToken()), x)
     unused = sq.QParams(torch.ones(()), torch.zeros((), dtype=torch.int32), {})
     for shape in (SHAPE, (7, 2), (2,)):  # whatever was observed, other tokens have scales of their own
         y = torch.randn(shape)
@@ -175,34 +175,34 @@ def test_an_axis_may_be_counted_from_the_back() -> None:
     x = sample(0)
     for size in (None, 4):
         front, back = (sq.PerChannel(a) if size is None else sq.PerGroup(a, size) for a in (2, -1))
-        assert_same(affine.rows(x, front), affine.rows(x, back))
-        values = affine.min_max(x, front)[1]
-        assert_same(affine.expand(values, x, front), affine.expand(values, x, back))
+        assert_same(layout.rows(x, front), layout.rows(x, back))
+        values = ranges.min_max(x, front)[1]
+        assert_same(layout.expand(values, x, front), layout.expand(values, x, back))
 
 
 @over_granularities
 def test_minimum_and_maximum_are_those_of_each_row(scheme: sq.QScheme) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = sample(0, dtype=dtype)
-        lo, hi = affine.min_max(x, scheme.granularity)
-        cut = affine.rows(x, scheme.granularity)
+        lo, hi = ranges.min_max(x, scheme.granularity)
+        cut = layout.rows(x, scheme.granularity)
         assert_same((lo, hi), (cut.amin(-1).float(), cut.amax(-1).float()))
 
 
 def test_what_does_not_fit_a_tensor_is_refused_with_its_shape() -> None:
     x = sample(0)
     with pytest.raises(sq.StateError, match=r"got 5, allowed a divisor of 8"):
-        affine.rows(x, sq.PerGroup(0, 5))
+        layout.rows(x, sq.PerGroup(0, 5))
     with pytest.raises(sq.StateError, match=r"got 3\. Fix: PerTensor\(\)"):
-        affine.rows(x, sq.PerChannel(3))
+        layout.rows(x, sq.PerChannel(3))
     with pytest.raises(sq.StateError, match=r"got \(2, 2\), allowed divisors of 3 and 8"):
-        affine.rows(x, sq.PerBlock(2, 2))
+        layout.rows(x, sq.PerBlock(2, 2))
     with pytest.raises(sq.StateError, match=r"got \(3,\), allowed \(3, 4\)"):
-        affine.expand(torch.ones(3), x, sq.PerToken())
+        layout.expand(torch.ones(3), x, sq.PerToken())
     with pytest.raises(sq.StateError, match=r"got \(4,\), allowed \(3,\)"):
-        affine.expand(torch.ones(4), x, sq.PerChannel(0))
+        layout.expand(torch.ones(4), x, sq.PerChannel(0))
     with pytest.raises(sq.StateError, match=r"got \(3, 4\), allowed \(3, 2\)"):
-        affine.expand(torch.ones(3, 4), x, sq.PerGroup(0, 4))
+        layout.expand(torch.ones(3, 4), x, sq.PerGroup(0, 4))
 
 
 def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other() -> None:
@@ -217,7 +217,7 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other() -
     [(2.0, 2.0, 1.0), (-2.0, 2.0, -1.0), (0.0, 2.0**-23, 1.0), (1e-12, 2.0**-23, 1.0), (-1e-12, 2.0**-23, -1.0)],
 )
 def test_the_scale_in_force_is_a_size_with_a_floor_that_gradients_pass(scale: float, size: float, slope: float) -> None:
-    value, pull = torch.func.vjp(affine.positive, torch.tensor(scale))
+    value, pull = torch.func.vjp(ranges.positive, torch.tensor(scale))
     assert value == size
     assert pull(torch.tensor(1.0))[0] == slope
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sophq_func as sq
-from sophq_func.rules import STRATEGIES
+from sophq_func.config.rules import STRATEGIES
 from tests.golden import models
 
 CHIPS = sq.CHIPS.names()

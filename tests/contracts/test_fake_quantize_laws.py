@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS
-from sophq_func.pytree import leaves, sorted_dict
+from sophq_func.core.pytree import leaves, sorted_dict
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from tests.contracts import (
     GRANULARITIES,
     SHAPE,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.affine import expand
-from sophq_func.base import FAKE_QUANTIZERS
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS
+from sophq_func.numerics.layout import expand
 from tests.contracts import SHAPE, over_static_schemes, sample
 from tests.contracts.test_fake_quantize_laws import floating, made, put, ready
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sophq_func.errors import ConfigError
-from sophq_func.fake_quantize._codebooks import CODEBOOKS
-from sophq_func.formats import (
+from sophq_func.core.errors import ConfigError
+from sophq_func.numerics.codebooks import CODEBOOKS
+from sophq_func.numerics.formats import (
     MXINT8,
     Codebook,
     Format,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sophq_func as sq
 from sophq_func.fake_quantize import hessian_update
-from sophq_func.fake_quantize._codebooks import CODEBOOKS
+from sophq_func.numerics.codebooks import CODEBOOKS
 from tests.contracts import assert_same, compiled, observed, sample, unchanged
 
 SCHEME = sq.QScheme(bits=4)

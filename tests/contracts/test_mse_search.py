@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.affine import min_max, range_to_qparams, round_to_grid, rows
+from sophq_func.numerics.affine import round_to_grid
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.ranges import min_max, range_to_qparams
 from sophq_func.observers import _mse
 from tests.contracts import assert_same, compiled
 

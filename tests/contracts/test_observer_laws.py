@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 import sophq_func as sq
-from sophq_func.base import OBSERVERS
+from sophq_func.numerics.contracts import OBSERVERS
 from tests.contracts import (
     SHAPE,
     assert_same,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func import surrogate
-from sophq_func.affine import fake_quantize
-from sophq_func.registry import Spec
+from sophq_func.core.registry import Spec
+from sophq_func.numerics import eager
+from sophq_func.numerics.affine import fake_quantize
 from tests.contracts import over_static_schemes, sample
 
 ORDERS = ("kernel", "expression", "quotient")
@@ -43,11 +43,11 @@ def applied(scheme: sq.QScheme, order: Any) -> Callable[..., Tensor]:
 
 def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Any]) -> tuple[list[Tensor], list[Tensor]]:
     """What the function gives, in blocks that leave a rest, and what the composition does."""
-    monkeypatch.setattr(surrogate, "BLOCK", 10)
-    monkeypatch.setattr(surrogate, "BACKWARD_BLOCK", 10)
+    monkeypatch.setattr(eager, "BLOCK", 10)
+    monkeypatch.setattr(eager, "BACKWARD_BLOCK", 10)
     found = []
     for size in (0, 2**60):
-        monkeypatch.setattr(surrogate, "LARGE", size)
+        monkeypatch.setattr(eager, "LARGE", size)
         found.append(torch.utils._pytree.tree_leaves(compute()))
     return found[0], found[1]
 
@@ -159,14 +159,14 @@ def test_bounds_may_be_data(order: Any, bits: float, scheme: sq.QScheme, monkeyp
 
 
 def test_bounds_that_are_learned_or_mapped_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surrogate, "LARGE", 0)
+    monkeypatch.setattr(eager, "LARGE", 0)
     x, scale, bound = sample(0), torch.tensor(0.3), torch.tensor(7.0)
-    assert surrogate.fits(x, scale, -bound, bound)
-    assert not surrogate.fits(x, scale, -8, bound)
-    assert not surrogate.fits(x, scale, -bound, bound.clone().requires_grad_())
-    assert not surrogate.fits(x, scale, -bound.expand(3), bound.expand(3))
+    assert eager.fits(x, scale, -bound, bound)
+    assert not eager.fits(x, scale, -8, bound)
+    assert not eager.fits(x, scale, -bound, bound.clone().requires_grad_())
+    assert not eager.fits(x, scale, -bound.expand(3), bound.expand(3))
     seen = []
-    torch.func.vmap(lambda b: seen.append(surrogate.fits(x, scale, -b, b)) or b)(torch.ones(2))
+    torch.func.vmap(lambda b: seen.append(eager.fits(x, scale, -b, b)) or b)(torch.ones(2))
     assert seen == [False]
 
 
@@ -246,7 +246,7 @@ def test_what_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("of", ["forward", "grad"])
 def test_compiled_it_gives_way_to_the_composition(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surrogate, "LARGE", 0)
+    monkeypatch.setattr(eager, "LARGE", 0)
     f, scale, zero = applied(sq.QScheme(bits=4), "kernel"), torch.tensor(0.3), torch.tensor(0.0)
     call = {"forward": lambda x: f(x, scale, zero), "grad": torch.func.grad(lambda x: f(x, scale, zero).square().sum())}[of]
     x = sample(0)
@@ -257,10 +257,10 @@ def test_compiled_it_gives_way_to_the_composition(of: str, monkeypatch: pytest.M
 
 def test_nothing_that_goes_in_is_changed_and_small_tensors_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
     x, scale = sample(0), torch.tensor(0.3)
-    assert not surrogate.fits(x, scale, -8, 7)
-    monkeypatch.setattr(surrogate, "LARGE", 0)
-    assert surrogate.fits(x, scale, -8, 7)
-    assert not surrogate.fits(x, scale.double(), -8, 7)
+    assert not eager.fits(x, scale, -8, 7)
+    monkeypatch.setattr(eager, "LARGE", 0)
+    assert eager.fits(x, scale, -8, 7)
+    assert not eager.fits(x, scale.double(), -8, 7)
     before = (x.clone(), x._version, scale._version)
     applied(sq.QScheme(bits=4), "kernel")(x, scale, torch.tensor(0.0))
     assert torch.equal(x, before[0])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sophq_func.scheme import PerChannel, PerTensor, QScheme
+from sophq_func.numerics.scheme import PerChannel, PerTensor, QScheme
 
 HERE = Path(__file__).parent
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.base import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 from tests.golden import models
 from tests.golden.cases import Case, cases, params
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.formats import E2M1, E4M3
+from sophq_func.numerics.formats import E2M1, E4M3
 from tests.golden.cases import Case, assert_on_grid
 from tests.golden.test_fake_quantizers import ALL, dynamic
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.affine import expand
 from sophq_func.fake_quantize import hessian_update, rectified_sigmoid
-from sophq_func.formats import E4M3, E5M2
+from sophq_func.numerics.formats import E4M3, E5M2
+from sophq_func.numerics.layout import expand
 from tests.golden.cases import Case, assert_on_grid, cases, params, reason
 
 SECTION = "fake_quantizers"

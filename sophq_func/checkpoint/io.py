@@ -1,0 +1,300 @@
+"""Checkpoints: plan, qparams, observer states and params in one safetensors file that is checked on both ways."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophq_func.checkpoint import sealed
+from sophq_func.checkpoint.compare import differences
+from sophq_func.checkpoint.sealed import parse, refuse, short
+from sophq_func.core.errors import CheckpointError, ConfigError, StateError, explain, raise_all
+from sophq_func.core.pytree import sorted_dict, tree_map
+from sophq_func.core.version import __version__
+from sophq_func.model.flat import flat, merge
+from sophq_func.model.quantized import Quantized
+from sophq_func.model.shapes import FIELDS, check_ostate, check_qparams, expected
+from sophq_func.numerics.contracts import QParams, State
+from sophq_func.planning.plan import Plan
+
+FORMAT, VERSION = "sophq_func", 1
+PARTS = ("params", "qparams", "ostate", "plan")
+KEYS = ("format", "version", "library", "torch", "parts")
+
+Tensors = dict[str, Tensor]
+Text = dict[str, str]
+Migration = Callable[[Tensors, Text], tuple[Tensors, Text]]
+"""Turns the tensors and the text of a file of one version into those of the next; must not change what it is given."""
+
+MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
+"""For each old version of the file, the step to the next. ``version`` in the text is set by the reader."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Checkpoint:
+    """What a file holds; made by :func:`load`. A part that was not saved is ``None``.
+
+    Attributes:
+      path: of the file.
+      plan: the plan, equal to the one that was saved.
+      qparams: ``{quantizer name: QParams}``.
+      ostate: ``{quantizer name: observer state}``.
+      params: ``{name: Tensor}``.
+      metadata: ``"version"`` of the file as it was written, ``"library"`` and ``"torch"`` that wrote it, ``"digest"`` of
+        the plan.
+    """
+
+    path: str
+    plan: Plan | None = None
+    qparams: dict[str, QParams] | None = None
+    ostate: dict[str, State] | None = None
+    params: dict[str, Tensor] | None = None
+    metadata: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        parts = {name: getattr(self, name) for name in PARTS}
+        said = [repr(own) if name == "plan" else f"{len(own)} {name}" for name, own in parts.items() if own is not None]
+        return f"Checkpoint({self.path!r}: {', '.join(said)})"
+
+    def check(self, q: Quantized | Plan) -> Checkpoint:
+        """Return this checkpoint if it fits a quantized model or a plan, so that ``load(path).check(q)`` is safe to use.
+
+        It fits when the quantizers are the same ones with the same configs at the same places, and states, qparams and,
+        for a model, params have their shapes and dtypes. Shapes of activations in the example, which come with the
+        batch, may differ where no tensor depends on them.
+
+        Raises:
+          CheckpointError: lists every quantizer and parameter that is missing, unknown or different.
+
+        Example:
+          >>> import tempfile, sophq_func as sq
+          >>> model, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     sq.save(f"{folder}/q.safetensors", plan=q.plan)
+          ...     sq.load(f"{folder}/q.safetensors").check(q).plan == q.plan
+          True
+        """
+        if not isinstance(q, Quantized | Plan):
+            raise CheckpointError(explain("check", "this", got=type(q).__name__, allowed="a sq.Quantized or a sq.Plan"))
+        found = differences(q, self.plan, self.qparams, self.ostate, self.params)
+        if found:
+            because = f"{len(found)} {'thing differs' if len(found) == 1 else 'things differ'}"
+            fix = "build the model from the plan of the file, or calibrate anew"
+            said = explain(self.path, "using it here", because=because, fix=fix)
+            raise CheckpointError("\n  ".join([said, *found]))
+        return self
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    qparams: Mapping[str, QParams] | None = None,
+    ostate: Mapping[str, State] | None = None,
+    params: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write what is given into one safetensors file, with checksums over all of it.
+
+    The file appears whole or not at all: a temporary file in the same folder is written, flushed to the disk and renamed.
+    Whatever fails, an older file at ``path`` stays as it was. Nothing is pickled. Tensors that share memory are written
+    each on its own; gradients are not written.
+
+    Args:
+      path: of the file; an older one is replaced.
+      plan: ``q.plan``; without it nothing can say later whether the rest fits a model.
+      qparams: from ``q.calibrate`` or training, or a :func:`stack` of several.
+      ostate: from ``q.init`` or ``q.observe``; needs the plan, whose observers say what the states are.
+      params: from :func:`params_of` or training.
+
+    Raises:
+      CheckpointError: nothing is given, states do not fit the plan, scales are no numbers, tensors are sparse, batched or
+        without data, or have names that a file cannot hold.
+      OSError: from the system: no such folder, no space, no permission.
+
+    Example:
+      >>> import tempfile, sophq_func as sq
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     sq.save(f"{folder}/m.safetensors", params=sq.params_of(torch.nn.Linear(3, 2)))
+      ...     sq.load(f"{folder}/m.safetensors")
+      Checkpoint('...m.safetensors': 2 params)
+    """
+    file = _path(path, "save")
+    given = {name: part for name, part in zip(PARTS, (params, qparams, ostate, plan), strict=True) if part is not None}
+    try:
+        _check_parts(given)
+        tensors = _flat(given)
+    except StateError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    text = {"format": FORMAT, "version": str(VERSION), "library": __version__, "torch": str(torch.__version__)}
+    text["parts"] = " ".join(given)
+    if plan is not None:
+        text |= {"plan": plan.to_json(), "digest": plan.digest()}
+    sealed.write(file, tensors, text)
+
+
+def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a file that :func:`save` wrote, after checking all of it.
+
+    Tensors are bit for bit those that were saved, on ``device``, without ``requires_grad``. Nothing in a file is ever run.
+    Observers that you registered must be registered again before their states can be read.
+
+    Args:
+      path: of the file.
+      device: where its tensors go.
+
+    Raises:
+      CheckpointError: the file is truncated, damaged or none of ours; it is of a version that cannot be read; its parts do
+        not fit together, or hold what :func:`save` refuses.
+      OSError: from the system: no such file, no permission.
+
+    Example:
+      >>> import tempfile, sophq_func as sq
+      >>> model, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
+      >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> qparams = q.calibrate(params, [x], progress=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     sq.save(f"{folder}/q.safetensors", plan=q.plan, qparams=qparams, params=params)
+      ...     found = sq.load(f"{folder}/q.safetensors").check(q)
+      >>> torch.equal(q.apply(found.params, found.qparams, x), q.apply(params, qparams, x))
+      True
+    """
+    file, place = _path(path, "load"), _device(device)
+    tensors, text = sealed.read(file)
+    try:
+        version = text.get("version", "")
+        tensors, text = _migrated(tensors, text)
+        parts = _parts(tensors, text)
+        _check_parts(parts)
+    except (ArithmeticError, RecursionError, ValueError) as error:
+        refuse(file, "reading a checkpoint", str(error), "save it again, from the model")
+    metadata = {key: text[key] for key in ("library", "torch", "digest") if key in text} | {"version": version}
+    moved = {name: own if name == "plan" else tree_map(lambda t: t.to(place), own) for name, own in parts.items()}
+    return Checkpoint(path=str(file), metadata=MappingProxyType(sorted_dict(metadata)), **moved)
+
+
+def _path(path: object, where: str) -> Path:
+    if not isinstance(path, str | os.PathLike) or "\0" in os.fsdecode(path):
+        raise CheckpointError(explain(where, "this path", got=path, allowed="a string or a pathlib.Path"))
+    return Path(os.fsdecode(path))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(explain("load", "this device", got=device, allowed="'cpu', 'cuda', ...")) from None
+
+
+def _check_parts(parts: Mapping[str, Any]) -> None:
+    """Raise a :class:`StateError` unless the parts fit together."""
+    plan = parts.get("plan")
+    if not parts:
+        raise StateError(explain("checkpoint", "saving nothing", allowed="plan=, qparams=, ostate= or params="))
+    if plan is not None and not isinstance(plan, Plan):
+        raise StateError(explain("plan", "this type", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan"))
+    if "ostate" in parts:
+        if plan is None:
+            because = "the plan's observers say what the states are"
+            raise StateError(explain("ostate", "a state without its plan", because=because, fix="plan=q.plan"))
+        check_ostate(plan, parts["ostate"])
+    if "qparams" in parts:
+        check_qparams(plan, parts["qparams"])
+    if "params" in parts and not isinstance(parts["params"], Mapping):
+        got = type(parts["params"]).__name__
+        raise StateError(explain("params", "this type", got=got, allowed="a dict {name: Tensor}", fix="sq.params_of(model)"))
+
+
+def _flat(parts: Mapping[str, Any]) -> Tensors:
+    """All tensors by their names in the file: ``<part>.<name>``."""
+    states = parts.get("ostate", {}).items()
+    leaves = {
+        "params": parts.get("params", {}),
+        "qparams": flat(parts.get("qparams", {})),
+        "ostate": {f"{name}.{field}": leaf for name, state in states for field, leaf in state._asdict().items()},
+    }
+    named = {(part, name): leaf for part, own in leaves.items() for name, leaf in own.items()}
+    problems = [
+        explain(part, f"the entry {short(name)}", got=type(leaf).__name__, allowed="a Tensor with a dotted name")
+        for (part, name), leaf in named.items()
+        if not isinstance(name, str) or not isinstance(leaf, Tensor)
+    ]
+    raise_all(problems, StateError)
+    return {f"{part}.{name}": leaf for (part, name), leaf in named.items()}
+
+
+# Reading
+
+
+def _migrated(tensors: Tensors, text: Text) -> tuple[Tensors, Text]:
+    """Tensors and text as the version of today has them."""
+    if text.get("format") != FORMAT:
+        raise ValueError(f"its format is {short(text.get('format'))}, not {FORMAT!r}: sq.save did not write it")
+    spelled = text.get("version", "")
+    version = int(spelled) if spelled.isascii() and spelled.isdigit() and len(spelled) < 10 else -1
+    if not 0 <= version <= VERSION:
+        raise ValueError(f"its version is {short(spelled)}, and this library reads up to {VERSION}; a newer one may read it")
+    for step in range(version, VERSION):
+        if step not in MIGRATIONS:
+            raise ValueError(f"its version is {version}, and nothing is known that migrates from {step} to {step + 1}")
+        tensors, text = MIGRATIONS[step](dict(tensors), dict(text))
+    return tensors, {**text, "version": str(VERSION)}
+
+
+def _parts(tensors: Tensors, text: Text) -> dict[str, Any]:
+    """The parts that the text announces, from the tensors; not yet checked against each other."""
+    names = text.get("parts", "").split(" ")
+    if len(set(names)) < len(names) or not set(names) <= set(PARTS):
+        raise ValueError(f"its parts are {short(text.get('parts'))}, and there are {' '.join(PARTS)}")
+    keys = {*KEYS, *(("plan", "digest") if "plan" in names else ())}
+    if text.keys() != keys:
+        raise ValueError(f"its text lacks, or has beyond what there is, {short(sorted(text.keys() ^ keys))}")
+    groups: dict[str, Tensors] = {name: {} for name in names if name != "plan"}
+    for name, tensor in sorted(tensors.items()):
+        part, _, rest = name.partition(".")
+        if part not in groups or not rest:
+            raise ValueError(f"it holds a tensor {short(name)} that belongs to none of its parts")
+        groups[part][rest] = tensor
+    found: dict[str, Any] = dict(groups)
+    if "plan" in names:
+        found["plan"] = _plan(text["plan"], text["digest"])
+    if "qparams" in found:
+        found["qparams"] = _qparams(groups["qparams"])
+    if "ostate" in found and "plan" in found:
+        found["ostate"] = _states(found["plan"], groups["ostate"])
+    return found
+
+
+def _plan(text: str, digest: str) -> Plan:
+    parse(text, "the plan")
+    plan = Plan.from_json(text)
+    if plan.digest() != digest:
+        raise ValueError("its plan is not the one that its digest names")
+    return plan
+
+
+def _qparams(leaves: Tensors) -> dict[str, QParams]:
+    owners = {name.rpartition(".")[0] for name in leaves}
+    lacking = sorted({f"{owner}.{field}" for owner in owners for field in FIELDS} - leaves.keys())
+    if lacking:
+        raise ValueError(f"its qparams lack {short(lacking[0])}")
+    return merge(leaves, {})
+
+
+def _states(plan: Plan, leaves: Tensors) -> dict[str, State]:
+    """Observer states, of the classes that the plan's observers have."""
+    found = expected(plan)
+    wanted = {f"{name}.{field}" for name, own in found.items() for field in own.state}
+    different = sorted(wanted ^ leaves.keys())
+    if different:
+        missing = different[0] in wanted
+        raise ValueError(f"its ostate {'lacks' if missing else 'holds, beyond what the plan has,'} {short(different[0])}")
+    return sorted_dict({name: own.cls(*(leaves[f"{name}.{f}"] for f in own.state)) for name, own in found.items()})

@@ -1,0 +1,268 @@
+"""Tensors and text in one safetensors file, sealed: put in place whole or not at all, read bit for bit or refused.
+
+The file is a plain safetensors file: eight bytes with the length of a JSON header, the header, the data. Two entries of the
+header's text seal it: ``tensors`` holds a SHA-256 of each tensor with its dtype and shape, ``sha256`` one of all the text.
+The seal finds damage, not forgery: whoever can write the file can seal it anew. So everything that the header says is
+checked first, and reading never runs anything that a file holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from sophq_func.core.errors import CheckpointError, explain
+from sophq_func.core.files import replacing
+from sophq_func.core.modes import is_plain
+
+LONGEST_HEADER = 100_000_000
+"""In bytes; the limit of safetensors itself."""
+
+LONGEST_REASON = 4000
+"""In characters: a file may say anything, and errors quote it."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SEAL, SEALS = "sha256", "tensors"
+
+
+class Entry(NamedTuple):
+    """What a header says of one tensor; the bytes count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """A header that has been checked: where the data starts, the tensors in order, the text without the seals."""
+
+    length: int
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    seals: dict[str, str]
+
+
+def refuse(path: Path, doing: str, because: str, fix: str) -> NoReturn:
+    """Raise the one error of a file that cannot be written or read; a reason that is endless is cut."""
+    because = because if len(because) <= LONGEST_REASON else f"{because[:LONGEST_REASON]}..."
+    raise CheckpointError(explain(str(path), doing, because=because, fix=fix)) from None
+
+
+def short(value: object) -> str:
+    """A value from a file that nobody vouches for, escaped and cut, to be shown in an error."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Put a sealed file at ``path``: at every moment, and after a failure, there is the old file or the new one, whole."""
+    try:
+        stored = {name: _stored(name, tensor) for name, tensor in _apart(tensors).items()}
+        seals = {name: _seal(CODES[t.dtype], tuple(t.shape), _bytes(t)) for name, t in stored.items()}
+        sealed = {**metadata, SEALS: json.dumps(seals, sort_keys=True)}
+        data = safetensors.save(stored, {**sealed, SEAL: _seal_of_text(sealed)})
+        _read_header(data[: _length(data[:8], len(data))], len(data))
+    except (SafetensorError, ValueError) as error:
+        refuse(path, "writing a checkpoint", str(error), "save plain, dense tensors by their names in the model")
+    with replacing(path) as file:
+        file.write(data)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, on the CPU, and the text of a file that :func:`write` made.
+
+    Raises:
+      CheckpointError: the file is not whole, not sealed, or holds what no such file holds.
+      OSError: it is not there or may not be read.
+    """
+    if path.exists() and not path.is_file():
+        refuse(path, "reading a checkpoint", "it is a folder or a device", "give the path of a file that sq.save wrote")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            head += file.read(_length(head, size) - 8)
+            header = _read_header(head, size)
+            file.seek(0)
+            data = file.read(size)
+        if len(data) != size or not data.startswith(head):
+            raise ValueError("it was written to while it was read")
+        _check_data(header, memoryview(data)[header.length :])
+        return safetensors.load(data), header.metadata
+    except (SafetensorError, RecursionError, ValueError) as error:
+        fix = "take another copy of the file, or save it again"
+        refuse(path, "reading a checkpoint", str(error), fix)
+
+
+# Writing
+
+
+def _stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor as it goes into the file."""
+    problem = name_problem(name)
+    if problem:
+        raise ValueError(f"the name {short(name)} {problem}")
+    if not is_plain([tensor]) or tensor.layout != torch.strided or tensor.dtype not in CODES:
+        found = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
+        raise ValueError(f"{short(name)} is no plain dense tensor of a dtype that the format has: {found}")
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def name_problem(name: str) -> str:
+    """What is wrong with a tensor's name, which is dotted and not a path; nothing where it may stay.
+
+    No name is ever used as a path here; but other tools unpack such files into folders.
+    """
+    if any(not part for part in name.split(".")):
+        return "has an empty part between its dots"
+    if not name.isprintable():
+        return "holds characters that cannot be printed"
+    return "starts like a path" if name.startswith(("/", "\\")) or name.partition(".")[2].startswith(("/", "\\")) else ""
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where they share memory with one before; safetensors refuses to write such twice."""
+    seen: set[tuple[torch.device, int]] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        plain = is_plain([tensor]) and tensor.layout == torch.strided
+        place = (tensor.device, tensor.untyped_storage().data_ptr()) if plain else None
+        apart[name] = tensor.detach().clone() if place in seen else tensor
+        seen.update([place] if place else [])
+    return apart
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+# Reading
+
+
+def _length(head: bytes, size: int) -> int:
+    """Where the data starts, from the first eight bytes."""
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > size - 8:
+        raise ValueError(f"it ends before its header does: {size} bytes, truncated or no safetensors file")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes is longer than the {LONGEST_HEADER} that the format allows")
+    return 8 + length
+
+
+def _read_header(head: bytes, size: int) -> Header:
+    """Check all that can be checked without the data, the seal of the text included."""
+    found = parse(head[8:].decode("utf-8"), "the header")
+    metadata = found.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("it has no text in its header, so that sq.save did not write it")
+    if SEAL not in metadata or SEALS not in metadata:
+        raise ValueError("it has no checksums, so that sq.save did not write it")
+    if metadata.pop(SEAL) != _seal_of_text(metadata):
+        raise ValueError("the text in its header is not what its checksum says: it was damaged")
+    entries = {name: _entry(name, value) for name, value in found.items()}
+    _check_places(entries, size - len(head))
+    seals = parse(metadata.pop(SEALS), "the list of checksums")
+    different = sorted(seals.keys() ^ entries.keys())
+    if different:
+        raise ValueError(f"its checksums are of other tensors than it holds: {short(different[0])}")
+    return Header(len(head), entries, metadata, seals)
+
+
+def parse(text: str, what: str) -> dict[str, Any]:
+    """A JSON object in which no name stands twice and every number is one."""
+    found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is no JSON object")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {short(name)} stands twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _entry(name: str, value: Any) -> Entry:
+    """One tensor's entry in the header, whose size agrees with its place."""
+    problem = name_problem(name)
+    if problem:
+        raise ValueError(f"the tensor name {short(name)} {problem}")
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {short(name)} is {short(value)}")
+    dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{short(name)} has the unknown dtype {short(dtype)}")
+    if not _are_sizes(shape) or len(shape) > 64 or math.prod(n for n in shape if n) >= 1 << 59:
+        raise ValueError(f"{short(name)} has the shape {short(shape)}")
+    if not _are_sizes(place) or len(place) != 2 or place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{short(name)}, {dtype} {short(tuple(shape))}, does not fit the bytes {short(place)}")
+    return Entry(dtype, tuple(shape), *place)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
+
+
+def _check_places(entries: Mapping[str, Entry], size: int) -> None:
+    """Raise unless the tensors fill the data, one after the other."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise ValueError(f"the data of {short(name)} starts at byte {entry.begin}, and the one before ends at {end}")
+        end = entry.end
+    if end != size:
+        raise ValueError(f"its tensors take {end} bytes, and it holds {size}: it was cut or added to")
+
+
+def _check_data(header: Header, data: memoryview) -> None:
+    for name, (dtype, shape, begin, end) in header.entries.items():
+        if header.seals[name] != _seal(dtype, shape, data[begin:end]):
+            raise ValueError(f"the tensor {short(name)} is not what its checksum says: it was damaged")
+        if dtype == "BOOL" and data[begin:end].tobytes().translate(None, b"\0\1"):
+            raise ValueError(f"the boolean tensor {short(name)} holds bytes other than 0 and 1")
+
+
+def _seal(dtype: str, shape: tuple[int, ...], data: memoryview) -> str:
+    digest = hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _seal_of_text(metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,83 @@
+"""Codes of few bits, two or more to a byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sophq_func.core.errors import ConfigError, StateError, explain
+
+
+def per_byte(bits: int) -> int:
+    """How many codes of ``bits`` bits share a byte: 8, 4, 2, 2 for 1 to 4 bits, and 1 for 5 to 8."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ConfigError(explain("pack", "this bit width", got=bits, allowed="1..8"))
+    return 8 // bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes as bytes, the first of each byte in its lowest bits.
+
+    With ``n = 8 // bits`` codes to a byte, byte ``k`` is ``sum over i < n of (codes[k n + i] mod 2 ** bits) << (bits i)``,
+    the codes taken in the order of the flattened tensor. Signed codes are two's complement. What is left of a last byte,
+    and with 3 bits the two uppermost bits of every byte, is 0.
+
+    Args:
+      codes: integers of any shape, all from 0 to ``2 ** bits - 1``, or from ``-2 ** (bits - 1)`` to ``2 ** (bits - 1) - 1``.
+      bits: 1 to 8.
+
+    Returns:
+      uint8, shape ``(ceil(codes.numel() / n),)``.
+
+    Raises:
+      ConfigError: the width. StateError: codes that do not fit, or are no integers.
+
+    Example:
+      >>> pack(torch.tensor([1, -1, 7]), 4)
+      tensor([241,   7], dtype=torch.uint8)
+    """
+    count = per_byte(bits)
+    if codes.is_floating_point() or codes.is_complex():
+        raise StateError(explain("pack", "these codes", got=codes.dtype, allowed="an integer dtype"))
+    flat = codes.detach().reshape(-1).to(torch.int64)
+    if flat.numel():
+        low, high = int(flat.min()), int(flat.max())
+        if high >= 1 << bits or low < -(1 << bits - 1) or (low < 0 and high >= 1 << bits - 1):
+            raise StateError(explain("pack", f"{bits} bits", got=f"codes from {low} to {high}", fix="pack with more bits"))
+    flat = torch.constant_pad_nd(flat, (0, -flat.numel() % count)).reshape(-1, count) & (1 << bits) - 1
+    shifts = bits * torch.arange(count, device=flat.device)
+    return (flat << shifts).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Tensor:
+    """The inverse of :func:`pack`.
+
+    Args:
+      packed: uint8, from :func:`pack`.
+      bits: 1 to 8.
+      shape: of the codes.
+      signed: whether the uppermost bit of a code counts ``-2 ** (bits - 1)``.
+
+    Returns:
+      The codes, int8 where signed, else uint8.
+
+    Raises:
+      ConfigError: the width. StateError: bytes that are not as many as the shape needs.
+
+    Example:
+      >>> unpack(torch.tensor([241, 7], dtype=torch.uint8), 4, (3,), signed=True)
+      tensor([ 1, -1,  7], dtype=torch.int8)
+    """
+    count, size = per_byte(bits), math.prod(shape)
+    expected = (-(-size // count),)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
+        got, allowed = f"{packed.dtype} of shape {tuple(packed.shape)}", f"torch.uint8 of shape {expected}"
+        raise StateError(explain("unpack", f"{bits}-bit codes of shape {tuple(shape)}", got=got, allowed=allowed))
+    shifts = bits * torch.arange(count, device=packed.device)
+    codes = (packed.to(torch.int64)[:, None] >> shifts & (1 << bits) - 1).reshape(-1)[:size]
+    if signed:
+        codes = torch.where(codes >= 1 << bits - 1, codes - (1 << bits), codes)
+    return codes.to(torch.int8 if signed else torch.uint8).reshape(tuple(shape))

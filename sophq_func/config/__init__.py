@@ -1,0 +1,8 @@
+"""What a user asks for (rules, chips, patterns, the three dictionaries), and the sites that it can speak of."""
+
+from sophq_func.config import chips as chips
+from sophq_func.config import dicts as dicts
+from sophq_func.config import matching as matching
+from sophq_func.config import patterns as patterns
+from sophq_func.config import rules as rules
+from sophq_func.config import site as site

@@ -1,0 +1,189 @@
+"""Every key of the dictionaries, and what its value may be (semantics.md 1.1 to 1.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from sophq_func.config.chips import CHIPS
+from sophq_func.config.matching import check_type_key
+from sophq_func.config.rules import QUANTMODES
+from sophq_func.core.errors import ConfigError, explain, unknown
+from sophq_func.core.registry import Registry
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.numerics.scheme import as_bits
+
+Check = Callable[[str, Any], str]
+"""Told where a value stands and the value, it returns what is wrong with it; nothing where it is fine."""
+
+
+def _of(what: str, good: Callable[[Any], bool]) -> Check:
+    """A check by a predicate; ``what`` names the allowed values."""
+
+    def check(where: str, value: Any) -> str:
+        return "" if good(value) else explain(where, "this value", got=value, allowed=what)
+
+    return check
+
+
+def _one_of(kind: str, allowed: tuple[str, ...]) -> Check:
+    def check(where: str, value: Any) -> str:
+        return "" if isinstance(value, str) and value in allowed else unknown(where, kind, value, allowed)
+
+    return check
+
+
+def _registered(registry: Registry[Any]) -> Check:
+    def check(where: str, value: Any) -> str:
+        known = isinstance(value, str) and value in registry
+        return "" if known else unknown(where, registry.kind, value, registry.spellings())
+
+    return check
+
+
+def _raised(read: Callable[[Any, str], Any]) -> Check:
+    """A check by a function that raises a :class:`ConfigError`."""
+
+    def check(where: str, value: Any) -> str:
+        try:
+            read(value, where)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    return check
+
+
+def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(good, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_type(value: Any) -> bool:
+    return value is not None and not _raised(check_type_key)("", value)
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _is_name_or_class(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, type) and _is_type(value))
+
+
+def _is_dict(value: Any, key: Callable[[Any], bool], item: Callable[[Any], bool] = lambda item: True) -> bool:
+    return isinstance(value, Mapping) and all(map(key, value)) and all(map(item, value.values()))
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 1 and all(_is_type(part) or _is_pattern(part) for part in value)
+
+
+def _is_patterns(value: Any) -> bool:
+    return _is_dict(value, _is_pattern, callable)
+
+
+def _is_any_class(value: Any) -> bool:
+    return isinstance(value, type)
+
+
+def mapping(where: str, value: Any) -> str:
+    """A check for dictionaries that are looked into later."""
+    return "" if isinstance(value, Mapping) else explain(where, "this type", got=type(value).__name__, allowed="a dict")
+
+
+flag = _of("True or False", lambda value: isinstance(value, bool))
+text = _of("a string", lambda value: isinstance(value, str))
+
+options = _of("a dict {option: value}", lambda value: _is_dict(value, _is_text))
+names = _of("a list of names", lambda value: _is_list(value, _is_text))
+types = _of("a list of module classes, functions or their names", lambda value: _is_list(value, _is_type))
+classes = _of("a list of nn.Module classes", lambda value: _is_list(value, _is_class))
+modules = _of("a list of names or module classes", lambda value: _is_list(value, _is_name_or_class))
+whole = _of("an int", lambda value: isinstance(value, int) and not isinstance(value, bool))
+replacements = _of("a dict {float class: quantized class}", lambda value: _is_dict(value, _is_any_class, _is_any_class))
+bits = _raised(as_bits)
+observer = _registered(OBSERVERS)
+fake_quantizer = _registered(FAKE_QUANTIZERS)
+
+KEYS: Mapping[str, Mapping[str, Check]] = {
+    "prepare_custom_config_dict": {
+        "quant_dict": mapping,
+        "extra_qconfig_dict": mapping,
+        "extra_quantizer_dict": mapping,
+        "extra_fuse_dict": mapping,
+        "preserve_attr": _of(
+            "a dict {module path: [attribute names]}",
+            lambda value: _is_dict(value, lambda key: isinstance(key, str), lambda item: _is_list(item, _is_text)),
+        ),
+        "concrete_args": mapping,
+        "leaf_module": classes,
+    },
+    "quant_dict": {
+        "chip": _registered(CHIPS),
+        "quantmode": _one_of("quantmode", QUANTMODES),
+        "strategy": _one_of("strategy", ("CNN", "Transformer")),
+        "bf16_mix_prec": flag,
+        "use_tpu_mlir_fwd": flag,
+        "not_dynamic_update_param": flag,
+        "model_name": text,
+    },
+    "extra_qconfig_dict": {
+        "w_observer": observer,
+        "a_observer": observer,
+        "w_fakequantize": fake_quantizer,
+        "a_fakequantize": fake_quantizer,
+        "w_fakeq_params": options,
+        "a_fakeq_params": options,
+        "w_qscheme": mapping,
+        "a_qscheme": mapping,
+        "w_observer_extra_args": options,
+        "a_observer_extra_args": options,
+        "object_type": _of("a dict {type: entry}", lambda value: _is_dict(value, _is_type)),
+        "module_name": _of("a dict {name: entry}", lambda value: _is_dict(value, _is_text)),
+        "int4_op": names,
+        "int8_op": names,
+        "f16_op": names,
+    },
+    "extra_quantizer_dict": {
+        "exclude_module_name": modules,
+        "exclude_function_type": types,
+        "exclude_node_name": names,
+        "additional_node_name": names,
+        "additional_function_type": types,
+        "additional_module_type": types,
+        "module_only_enable_observer": names,
+    },
+    "extra_fuse_dict": {
+        "additional_fuser_method_mapping": _of("a dict {(type, ...): function}", _is_patterns),
+        "additional_fusion_pattern": _of("a dict {(last, ..., first): handler}", _is_patterns),
+        "additional_qat_module_mapping": replacements,
+        "additional_qat_module_mappings": replacements,
+    },
+    "qscheme": {
+        "bit": bits,
+        "symmetry": flag,
+        "per_channel": flag,
+        "pot_scale": flag,
+        "symmetric_range": flag,
+        "ch_axis": whole,
+        "reduce_range": _of("False; bits and symmetry say the range", lambda value: value is False),
+    },
+    "entry with mode 'weight'": {
+        "mode": text,
+        "bit": bits,
+        "wfakequantize": fake_quantizer,
+        "wobserver": observer,
+        "wperchannel": flag,
+    },
+    "entry with mode 'activation'": {"mode": text, "bit": bits, "afakequantize": fake_quantizer, "aobserver": observer},
+}
+"""The keys of each dictionary, with the check of their values."""
+
+REQUIRED = frozenset(("chip", "quantmode", "strategy", "quant_dict", "extra_qconfig_dict", "extra_quantizer_dict"))
+"""Keys whose value may not be ``None``; under all others that counts as left out."""

@@ -1,0 +1,149 @@
+"""Names for things: registries of values, and of factories that a :class:`Spec` describes as data."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from sophq_func.core.errors import ConfigError, explain, unknown
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Registry(Generic[T]):
+    """Values by canonical name, each with any number of aliases.
+
+    Example:
+      >>> fruits = Registry("fruit")
+      >>> fruits.add("apple", 1, "Apfel")
+      >>> fruits.get("Apfel"), fruits.names()
+      (1, ['apple'])
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._values: dict[str, T] = {}
+        self._canonical: dict[str, str] = {}
+
+    def add(self, name: str, value: T, *aliases: str) -> None:
+        """Register ``value``; a name that is taken is refused."""
+        for key in (name, *aliases):
+            if key in self._canonical:
+                raise ConfigError(explain(f"{self.kind} {key!r}", "a second registration", fix="choose another name"))
+            self._canonical[key] = name
+        self._values[name] = value
+
+    def canonical(self, name: str) -> str:
+        """The canonical spelling of ``name``; :class:`ConfigError` with near matches when there is none."""
+        try:
+            return self._canonical[name]
+        except (KeyError, TypeError):
+            raise ConfigError(unknown(f"{self.kind}s", self.kind, name, self.spellings())) from None
+
+    def get(self, name: str) -> T:
+        """The value registered under ``name`` or one of its aliases."""
+        return self._values[self.canonical(name)]
+
+    def names(self) -> list[str]:
+        """Canonical names in order of registration."""
+        return list(self._values)
+
+    def spellings(self) -> list[str]:
+        """Every name and alias."""
+        return list(self._canonical)
+
+    def aliases(self, name: str) -> list[str]:
+        """Every spelling that leads to ``name``, the canonical one included."""
+        return [key for key, value in self._canonical.items() if value == self.canonical(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._canonical
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A registered factory and its options, as data: comparable, hashable, JSON-able.
+
+    Attributes:
+      name: canonical name in the registry that made it.
+      options: every option of the factory with its value, sorted by name.
+
+    Example:
+      >>> Spec("ema_minmax", (("decay", 0.9),))
+      ema_minmax(decay=0.9)
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options)})"
+
+
+@dataclass(frozen=True)
+class _Factory(Generic[T]):
+    build: Callable[..., T]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+class Factories(Registry[_Factory[T]]):
+    """Registry of functions with keyword options; ``spec`` describes a call, ``build`` makes it."""
+
+    def register(self, name: str, *aliases: str, **renamed: str) -> Callable[[Callable[P, T]], Callable[P, Spec]]:
+        """Decorator: register a factory and leave in its place a function that returns its :class:`Spec`.
+
+        Args:
+          name: canonical name.
+          *aliases: other names that mean the same.
+          **renamed: other names of options, ``foreign="own"``.
+        """
+
+        def decorate(build: Callable[P, T]) -> Callable[P, Spec]:
+            self.add(name, _Factory(build, renamed), *aliases)
+
+            @functools.wraps(build)
+            def make(*args: P.args, **kwargs: P.kwargs) -> Spec:
+                positional = dict(zip(inspect.signature(build).parameters, args, strict=False))
+                return self.spec(name, **positional, **kwargs)
+
+            return make
+
+        return decorate
+
+    def spec(self, name: str, **options: Any) -> Spec:
+        """Check ``name`` and ``options``, fill in defaults, and return them as data.
+
+        Raises:
+          ConfigError: unknown name or option.
+        """
+        factory = self.get(name)
+        signature = inspect.signature(factory.build)
+        own = {factory.renamed.get(key, key): value for key, value in options.items()}
+        for key in own:
+            if key not in signature.parameters:
+                known = self.options(name) or ["(it has no options)"]
+                raise ConfigError(unknown(f"{self.kind} {name}", "option", key, known))
+        bound = signature.bind(**own)
+        bound.apply_defaults()
+        return Spec(self.canonical(name), tuple(sorted(bound.arguments.items())))
+
+    def options(self, name: str) -> list[str]:
+        """Every spelling of the options of a factory."""
+        factory = self.get(name)
+        return [*inspect.signature(factory.build).parameters, *factory.renamed]
+
+    def build(self, spec: Spec) -> T:
+        """Make the thing that ``spec`` describes.
+
+        Raises:
+          ConfigError: unknown name or option.
+        """
+        checked = self.spec(spec.name, **dict(spec.options))
+        return self.get(checked.name).build(**dict(checked.options))

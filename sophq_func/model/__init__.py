@@ -1,0 +1,16 @@
+"""Model and plan to pure functions of ``(params, state, batch)``: quantizers bound to weights and values, and runs."""
+
+from sophq_func.model import bind as bind
+from sophq_func.model import build as build
+from sophq_func.model import calibrate as calibrate
+from sophq_func.model import engine as engine
+from sophq_func.model import finite as finite
+from sophq_func.model import flat as flat
+from sophq_func.model import quantized as quantized
+from sophq_func.model import runner as runner
+from sophq_func.model import schedule as schedule
+from sophq_func.model import settings as settings
+from sophq_func.model import shapes as shapes
+from sophq_func.model import sweep as sweep
+from sophq_func.model import value_quantizer as value_quantizer
+from sophq_func.model import weight_quantizer as weight_quantizer

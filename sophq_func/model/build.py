@@ -1,0 +1,106 @@
+"""From a model and a config, or the three dictionaries, to a :class:`~sophq_func.model.quantized.Quantized`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from sophq_func.capture.skeleton import Skeleton
+from sophq_func.capture.trace import trace
+from sophq_func.config.dicts import from_dicts
+from sophq_func.config.rules import QuantConfig
+from sophq_func.core.errors import ConfigError, PlanError, explain
+from sophq_func.model.quantized import Quantized
+from sophq_func.planning.make import plan as make_plan
+from sophq_func.planning.plan import Plan
+
+
+def build(model: nn.Module, plan: Plan) -> Quantized:
+    """Bind a plan to a model. The model is copied without its weights and never changed.
+
+    Args:
+      model: the traced model, or one of the same structure.
+      plan: from :func:`sophq_func.plan` or :meth:`Plan.from_json`.
+
+    Raises:
+      PlanError: the plan names parameters that the model has not.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> model, x = nn.Linear(2, 3), torch.ones(1, 2)
+      >>> build(model, sq.plan(sq.trace(model, (x,)), sq.QuantConfig()))
+      Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
+    """
+    if not isinstance(model, nn.Module):
+        raise PlanError(explain("build", "this model", got=type(model).__name__, allowed="a torch.nn.Module"))
+    if not isinstance(plan, Plan):
+        raise PlanError(explain("build", "this plan", got=type(plan).__name__, allowed="a sq.Plan"))
+    return Quantized(Skeleton(model, plan.opaque), plan)
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantConfig,
+    *,
+    example_args: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
+) -> Quantized:
+    """Trace, plan and build in one call.
+
+    Args:
+      model: any ``nn.Module``; it is not changed.
+      config: what is asked for.
+      example_args: positional arguments of one call of the model, a tuple or a single tensor.
+      example_kwargs: keyword arguments of that call.
+      examples: instead, several calls ``[(args, kwargs), ...]``; the plan is the union of their traces.
+
+    Raises:
+      ConfigError, PlanError: see :func:`sophq_func.plan` and :func:`sophq_func.trace`.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> model, x = nn.Linear(2, 3), torch.ones(1, 2)
+      >>> q = quantize(model, sq.QuantConfig(), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> q.apply(params, q.calibrate(params, [x]), x).shape
+      torch.Size([1, 3])
+    """
+    if not isinstance(config, QuantConfig):
+        fix = "sq.from_dicts(...) makes one from the three dictionaries"
+        raise ConfigError(explain("quantize", "this config", got=type(config).__name__, allowed="sq.QuantConfig", fix=fix))
+    calls = [(example_args, example_kwargs)] if examples is None else list(examples)
+    if not all(isinstance(call, tuple | list) and len(call) == 2 for call in calls):
+        fix = "examples=[((x,), {}), ((y,), {})]"
+        raise PlanError(explain("quantize", "these examples", allowed="pairs of a tuple and a dict", fix=fix))
+    graphs = [trace(model, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
+    return build(model, make_plan(graphs, config))
+
+
+def prepare_by_platform(
+    model: nn.Module,
+    prepare_custom_config_dict: Mapping[str, Any],
+    *,
+    example_args: Any = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
+) -> Quantized:
+    """:func:`quantize` with the three dictionaries of sophgo-mq's fine-grained control.
+
+    Args:
+      model: any ``nn.Module``; it is not changed.
+      prepare_custom_config_dict: ``quant_dict``, ``extra_qconfig_dict``, ``extra_quantizer_dict``, see
+        :func:`sophq_func.from_dicts`.
+      example_args, example_kwargs, examples: see :func:`quantize`.
+
+    Example:
+      >>> import torch
+      >>> quant_dict = {"chip": "BM1690", "quantmode": "weight_activation", "strategy": "CNN"}
+      >>> q = prepare_by_platform(nn.Linear(2, 3), {"quant_dict": quant_dict}, example_args=(torch.ones(1, 2),))
+      >>> list(q.plan)
+      ['input.post_act_fake_quantizer', 'weight_fake_quant', 'linear.post_act_fake_quantizer']
+    """
+    config = from_dicts(prepare_custom_config_dict)
+    return quantize(model, config, example_args=example_args, example_kwargs=example_kwargs, examples=examples)

@@ -1,0 +1,150 @@
+"""A plan bound to a skeleton: every quantizer made ready, and runs of the model with them.
+
+:class:`~sophq_func.model.quantized.Quantized` is its face for users; what converts or exports a model uses it directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophq_func.capture.arguments import arguments, map_inputs
+from sophq_func.capture.skeleton import Skeleton
+from sophq_func.model.bind import make_quantizers, state_types
+from sophq_func.model.finite import check_reached
+from sophq_func.model.runner import Effect, Runner
+from sophq_func.model.schedule import Schedule
+from sophq_func.model.value_quantizer import RunQuantizer
+from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_weights, round_biases
+from sophq_func.numerics.contracts import QParams, State
+from sophq_func.numerics.scheme import PerToken
+from sophq_func.planning.plan import Plan
+
+OState = dict[str, State]
+QParamsDict = dict[str, QParams]
+
+
+class Engine:
+    """What a plan means for one model. Nothing in it changes once it is made.
+
+    Attributes:
+      skeleton: the model without its weights.
+      plan: the plan.
+      frozen: weights come as they are.
+      schedule: at which calls of a run quantizers act.
+      arguments: names of the model's arguments, and of the one that takes the rest.
+      weights: the weight quantizers.
+      acting: those of them that change their weight.
+      deferrable: parameters whose quantizer may wait until their layer starts.
+      running: by name, the quantizers that act while the model runs.
+      pieces: all quantizers by name.
+      types: classes of the entries of an ``"ostate"`` and of ``"qparams"``, by quantizer.
+    """
+
+    def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False) -> None:
+        self.skeleton, self.plan, self.frozen = skeleton, plan, frozen
+        self.schedule, self.arguments = Schedule(plan), arguments(skeleton.module)
+        self.weights, self.running = make_quantizers(skeleton, plan)
+        self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
+        self.deferrable = frozenset(w.site.parameter for w in self.acting if _is_read_by_its_layer(w, skeleton))
+        self.pieces: dict[str, WeightQuantizer | RunQuantizer] = {w.site.quantizer: w for w in self.weights}
+        self.pieces.update(self.running)
+        self.types: dict[str, dict[str, type]] = {
+            "ostate": state_types(self.pieces),
+            "qparams": dict.fromkeys(self.pieces, QParams),
+        }
+
+    def check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
+        """Raise a :class:`StateError` that names each parameter, and each entry of ``what``, that does not fit."""
+        self.skeleton.check(params, where)
+        self.plan.check(state, what, self.types[what])
+
+    def observing(self, states: OState) -> Effect:
+        """Observers see the values, and their states in ``states`` are replaced."""
+
+        def effect(name: str, x: Tensor) -> Tensor:
+            piece = self.running[name]
+            if isinstance(piece.scheme.granularity, PerToken):  # another batch has other tokens
+                return x
+            states[name] = piece.observer.update(states[name], x, piece.scheme)
+            return x
+
+        return effect
+
+    def quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
+        """Values are put on their grids."""
+
+        def effect(name: str, x: Tensor) -> Tensor:
+            piece = self.running[name]
+            if piece.config.observe_only:
+                return x
+            if piece.config.optional:
+                check_reached(name, qparams[name])
+            return piece.quantize(x, qparams[name])
+
+        return effect
+
+    def run_quantized(
+        self, params: Params, qparams: Mapping[str, QParams], effect: Effect, args: Any, kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """A run with weights on their grids: in eager, those that only a layer reads when that layer starts."""
+        raw, steps = self.skeleton.detached(params), self.steps(qparams)
+        waiting = () if torch.compiler.is_compiling() or not self.schedule else self.deferrable
+        now = [weight for weight in self.acting if weight.site.parameter not in waiting]
+        deferred = [weight for weight in self.acting if weight.site.parameter in waiting]
+        new = round_biases(deferred, quantize_weights(now, raw, steps), steps)
+        later = {w.site.parameter: w.prepared(raw, steps[w.site.quantizer]) for w in deferred}
+        return self.run(new, effect, args, kwargs, later)
+
+    def run(
+        self,
+        params: Params,
+        effect: Effect,
+        args: Any,
+        kwargs: Any,
+        later: Mapping[str, Callable[[], Tensor]] | None = None,
+        watch: Callable[[Schedule], Runner] | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """A run with an effect on planned values, or watched by a runner of the caller's.
+
+        Returns:
+          The model's output, and its buffers afterwards.
+        """
+        if self.plan.written:
+            args, kwargs = map_inputs(self.arguments, args, kwargs, self._copied)
+        if watch is None and not self.schedule:
+            return self.skeleton.run(None, params, args, kwargs)
+        runner = Runner(self.schedule, effect) if watch is None else watch(self.schedule)
+        if self.schedule.inputs:
+            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.input)
+        if self.schedule.same:
+            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input)
+        output, buffers = self.skeleton.run(runner, params, args, kwargs, later)
+        runner.check()
+        return output, buffers
+
+    def _copied(self, name: str, x: Tensor) -> Tensor:
+        """An input, as a copy where the model writes into it."""
+        return x.clone() if name in self.plan.written else x
+
+    def on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+        """Weights and biases quantized."""
+        return quantize_weights(self.acting, self.skeleton.detached(params), self.steps(qparams))
+
+    def steps(self, qparams: Mapping[str, QParams]) -> QParamsDict:
+        """The scales in force; one that its quantizer does not learn is a constant for weights and biases, too."""
+        steps = {}
+        for name, own in qparams.items():
+            piece = self.pieces[name]
+            fixed = own if "scale" in piece.fake_quantize.learnable else own._replace(scale=own.scale.detach())
+            steps[name] = piece.fake_quantize.grid(fixed, piece.scheme)
+        return steps
+
+
+def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:
+    """Whether a weight may wait for the layer that it belongs to, which the example called."""
+    path, function, _ = weight.site.anchor
+    return not function and skeleton.deferrable(path, weight.site.parameter)

@@ -1,0 +1,13 @@
+"""What the quantization of one tensor is (schemes, contracts, formats), and its arithmetic in every way of running."""
+
+from sophq_func.numerics import affine as affine
+from sophq_func.numerics import blocks as blocks
+from sophq_func.numerics import codebooks as codebooks
+from sophq_func.numerics import compiled as compiled
+from sophq_func.numerics import contracts as contracts
+from sophq_func.numerics import eager as eager
+from sophq_func.numerics import formats as formats
+from sophq_func.numerics import layout as layout
+from sophq_func.numerics import pieces as pieces
+from sophq_func.numerics import ranges as ranges
+from sophq_func.numerics import scheme as scheme

@@ -1,0 +1,126 @@
+"""Ranges of tensors, and the scales and zero points that cover them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sophq_func.core import modes
+from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.layout import expand, rows
+from sophq_func.numerics.scheme import Granularity, PerTensor, QScheme
+
+EPS = torch.finfo(torch.float32).eps
+"""Smallest scale of an integer grid, 2 ** -23."""
+
+
+Bound = Tensor | int
+
+
+def no_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """The range of nothing, ``(inf, -inf)``, float32, for each scale that ``x`` has."""
+    empty = torch.full(rows(x, granularity).shape[:-1], torch.inf, dtype=torch.float32, device=x.device)
+    return empty, -empty
+
+
+def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value for each scale, float32, no gradient; ``(inf, -inf)`` of an empty tensor."""
+    if x.numel() == 0:
+        return no_range(x, granularity)
+    if isinstance(granularity, PerTensor):
+        lo, hi = torch.aminmax(x.detach())
+        return lo.float(), hi.float()
+    flat = rows(x.detach(), granularity)
+    return flat.amin(-1).float(), flat.amax(-1).float()
+
+
+def range_to_qparams(
+    lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool | None = None, limits: tuple[Bound, Bound] | None = None
+) -> QParams:
+    """Scale and zero point whose grid covers ``[lo, hi]`` and 0 (semantics.md 3.1).
+
+    With ``m- = min(lo, 0)``, ``m+ = max(hi, 0)``: symmetric ``s = max(-m-, m+) / ((qmax - qmin) / 2)``; affine
+    ``s = (m+ - m-) / (qmax - qmin)``, ``z = clamp(qmin - round(m- / s), qmin, qmax)``; ``s`` is at least 2 ** -23.
+
+    Args:
+      lo: lower bounds, float32, scale-shaped.
+      hi: upper bounds, same shape.
+      scheme: the grid.
+      pot_scale: instead of the scheme's.
+      limits: smallest and largest code, instead of the scheme's.
+
+    Returns:
+      :class:`QParams` shaped like ``lo``; the scale is NaN where a bound is not finite.
+
+    Differs from sophgo-mq: with ``pot_scale`` the affine zero point belongs to the rounded scale.
+
+    Example:
+      >>> range_to_qparams(torch.tensor(-1.0), torch.tensor(2.55), QScheme(symmetric=False)).zero_point
+      tensor(72, dtype=torch.int32)
+    """
+    finite = torch.isfinite(lo) & torch.isfinite(hi)
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    low, high = limits or (scheme.qmin, scheme.qmax)
+    steps = high - low
+    if scheme.symmetric:
+        scale = torch.maximum(-lo, hi) / (steps / 2)
+    else:
+        width = hi - lo
+        scale = torch.where(torch.isinf(width), hi / steps - lo / steps, width / steps)
+    scale = scale.clamp(min=EPS)
+    if scheme.pot_scale if pot_scale is None else pot_scale:
+        scale = torch.exp2(torch.log2(scale).round().clamp(max=127))
+    if scheme.symmetric:
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        zero = clamp(low - torch.round(lo / scale), low, high)
+        zero_point = torch.where(finite, zero, 0).to(torch.int32)
+    return QParams(torch.where(finite, scale, torch.nan), zero_point, {})
+
+
+def qparams_to_range(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """The range that was handed to :func:`range_to_qparams`, as far as scale and zero point remember it."""
+    low, high = bounds(qparams, scheme)
+    if scheme.symmetric:
+        half = qparams.scale * ((high - low) / 2)
+        return -half, half
+    zero = qparams.zero_point.to(qparams.scale.dtype)
+    return (low - zero) * qparams.scale, (high - zero) * qparams.scale
+
+
+def positive(scale: Tensor) -> Tensor:
+    """The scale in force, ``max(|s|, 2 ** -23)``; its gradient is the sign of ``s``, straight through the floor."""
+    if not modes.may_differentiate():
+        return scale.abs().clamp(min=EPS)
+    size = torch.where(scale < 0, -scale, scale)
+    constant = size.detach()
+    return size + (constant.clamp(min=EPS) - constant)
+
+
+def bounds(qparams: QParams, scheme: QScheme) -> tuple[Bound, Bound]:
+    """Smallest and largest code: tensors of ``extras`` where they are data, else the scheme's numbers."""
+    return qparams.extras.get("qmin", scheme.qmin), qparams.extras.get("qmax", scheme.qmax)
+
+
+def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound, Bound]:
+    """The same; tensors in a shape that broadcasts against ``x``."""
+    low, high = bounds(qparams, scheme)
+    if isinstance(low, Tensor):
+        low = expand(low, x, scheme.granularity)
+    if isinstance(high, Tensor):
+        high = expand(high, x, scheme.granularity)
+    return low, high
+
+
+def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
+    """A constant between bounds that may be tensors; a code on a bound does not move with it."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = (torch.as_tensor(b, dtype=code.dtype, device=code.device) for b in (low, high))
+        return torch.where(code > high, high, torch.where(code < low, low, code))
+    return code.clamp(low, high)
+
+
+def guarded(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a factor is 0, and the factor with 1 there, to divide by."""
+    dead = factor == 0
+    return dead, factor.masked_fill(dead, 1)

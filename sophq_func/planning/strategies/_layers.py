@@ -1,0 +1,33 @@
+"""``Layers``: weights and inputs of convolutions and linear layers, and nothing else.
+
+The setting of the literature on quantization-aware training (LSQ, arXiv:1902.08153, among others): each such layer
+multiplies integers; additions, norms, attention products and biases stay float. The input is quantized where the layer
+reads it, behind views and pooling, once where several layers read one tensor.
+"""
+
+from __future__ import annotations
+
+from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.core.operations import LAYERS
+from sophq_func.planning.strategies._base import PLACEMENTS, Placement, Requests, Strategy
+from sophq_func.planning.strategies._dataflow import MULTIPLIERS, choose, contracted, source_of
+
+FUNCTIONS = LAYERS - {"embedding", "bilinear"}
+INPUT = ("0", "input")
+
+
+def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
+    """The operands of a node that the strategy quantizes: an input where it is read, a weight at its source."""
+    if node.is_module(*MULTIPLIERS, *requests.layers):
+        return list(node.operands[:1])
+    if node.function in FUNCTIONS:
+        return [o if o.role in INPUT else source_of(graph, o) for o in node.operands if contracted(node, o)]
+    return list(node.operands) if requests.listed(node) else []
+
+
+def place_layers(graph: Graph, requests: Requests) -> Placement:
+    """Every operand that a layer multiplies with its weight."""
+    return Placement(choose(graph, requests, read))
+
+
+PLACEMENTS.add("Layers", Strategy(place_layers, MULTIPLIERS, functions=True, rounds_bias=False))
