@@ -129,8 +129,3 @@ def class_names(cls: type) -> tuple[str, ...]:
     """
     names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__ if base is not object)
     return tuple(name for name in names if name != "torch.nn.modules.module.Module")
-
-
-def activation_quantizer(value: str) -> str:
-    """Name of the quantizer behind a value."""
-    return f"{value}.post_act_fake_quantizer"

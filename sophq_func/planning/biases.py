@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import nn
 
 from sophq_func.capture.graph import Graph, Node
-from sophq_func.config.site import Site, activation_quantizer
+from sophq_func.config.names import value_quantizer
+from sophq_func.config.site import Site
 from sophq_func.core.operations import DROPOUTS
 from sophq_func.numerics.scheme import PerChannel, PerTensor, QuantizerConfig
 from sophq_func.planning.checks import is_scaled_grid
@@ -79,7 +80,7 @@ def _input_quantizer(placed: Placed, node: Node) -> str:
         operand = source_of(graph, operand)
     while _passes(placed, operand.value):
         operand = graph.producer(operand.value).operands[0]
-    name = placed.inputs.get((node.name, 0), activation_quantizer(operand.value))
+    name = placed.inputs.get((node.name, 0), value_quantizer(operand.value))
     config = placed.configs.get(name)
     scalar = config is not None and config.scheme.granularity == PerTensor()
     return name if config is not None and scalar and is_scaled_grid(config) else ""
@@ -88,4 +89,4 @@ def _input_quantizer(placed: Placed, node: Node) -> str:
 def _passes(placed: Placed, value: str) -> bool:
     """Whether a value is what a dropout, which has no quantizer of its own, made of another."""
     dropped = value and placed.graph.producer(value).operation in DROPOUTS
-    return bool(dropped) and activation_quantizer(value) not in placed.configs
+    return bool(dropped) and value_quantizer(value) not in placed.configs

@@ -6,9 +6,10 @@ from torch import nn
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.matching import underscored
+from sophq_func.config.names import value_quantizer
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.rules import QuantConfig
-from sophq_func.config.site import Site, activation_quantizer
+from sophq_func.config.site import Site
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
@@ -61,7 +62,7 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
 def names_of(graph: Graph) -> set[str]:
     """Every dotted name that a rule may use for a module or value of a traced model, whether it is quantized or not."""
     names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
-    return names | {activation_quantizer(value) for value in graph.values}
+    return names | {value_quantizer(value) for value in graph.values}
 
 
 def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:

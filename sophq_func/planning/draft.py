@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from sophq_func.capture.graph import Graph, Node
 from sophq_func.config.matching import matches_type
+from sophq_func.config.names import before_ending, input_quantizer, value_quantizer, weight_quantizer
 from sophq_func.config.rules import Decision, Preset, QuantConfig, requested, resolve
-from sophq_func.config.site import Site, activation_quantizer
+from sophq_func.config.site import Site
 from sophq_func.core.errors import explain
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.scheme import PerChannel, PerGroup, QuantizerConfig
@@ -121,7 +122,7 @@ class Draft:
 
     def _add_int4_input(self, node: Node) -> None:
         """Layers that rules give 4-bit weights and activations get a quantizer of their own on the input."""
-        weight = self.decisions.get(f"{node.parameters.get('weight', '')}_fake_quant")
+        weight = self.decisions.get(weight_quantizer(node.parameters.get("weight", "")))
         site = activation_site(self.graph, node, node.outputs[0])
         output = self.decisions.get(site.quantizer)
         if weight is None or output is None or not node.operands or not self.strategy.int4_inputs:
@@ -130,7 +131,7 @@ class Draft:
         four = all(d.config is not None and d.config.scheme.bits == 4 for d in (weight, output))
         if asked and four:
             own = SharedInput(node.name, ((node.name, 0),), f"4-bit layer {node.name}")
-            self._add_input(f"{node.name}.input_act_fake_quantizer", own, {})
+            self._add_input(input_quantizer(node.name), own, {})
 
     def _add_input(self, name: str, shared: SharedInput, presets: Mapping[str, Preset]) -> None:
         """A quantizer before some calls only, configured as the first of them."""
@@ -140,7 +141,7 @@ class Draft:
         site = replace(
             activation_site(self.graph, first, first.outputs[0]),
             quantizer=name,
-            aliases=aliases(first, name.removesuffix(".input_act_fake_quantizer"), "input_act_fake_quantizer"),
+            aliases=aliases(first, before_ending(name), input_quantizer),
             anchor=calls[0][:3],
             output=-1,
             operand=slot,
@@ -149,7 +150,7 @@ class Draft:
             note=f"operand of {', '.join(dict.fromkeys(user for user, _ in shared.uses))}",
         )
         self._decide(site, shared.why, presets)
-        post = activation_quantizer(shared.value)
+        post = value_quantizer(shared.value)
         behind = self.decisions.get(post) or self.removed.get(post)
         if name in self.sites and behind and _kind(behind) == _kind(self.decisions[name]):
             del self.sites[name], self.decisions[name]
@@ -176,7 +177,7 @@ class Draft:
         return [*found, *(self._edge(value, "output") for value in outputs)]
 
     def _edge(self, value: str, target: str, before: str = "") -> Edge:
-        behind = activation_quantizer(value)
+        behind = value_quantizer(value)
         through = (behind if behind in self.sites else "", before)
         return Edge(self.graph.producer(value).name, target, tuple(filter(None, through)))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
+from sophq_func.config.names import is_weight_quantizer
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.text import short
 
@@ -49,7 +50,7 @@ def dot(calls: Iterable[Call], edges: Iterable[Edge], configs: Mapping[str, Quan
         lines.append(f"  {_quoted(call.name)} [label={_quoted(label)}, shape={'box' if call.does else 'ellipse'}];")
     for name, config in configs.items():
         style = "rounded,dashed" if config.observe_only else "rounded,filled"
-        color = WEIGHT_COLOR if name.endswith("fake_quant") else ACTIVATION_COLOR
+        color = WEIGHT_COLOR if is_weight_quantizer(name) else ACTIVATION_COLOR
         text = f'label={_quoted(short(config))}, tooltip={_quoted(name)}, style="{style}", fillcolor="{color}"'
         lines.append(f"  {_quoted(name)} [shape=box, {text}, height=0.2];")
     steps = ways(edges) + [(weight, call.name) for call in calls for weight in call.weights]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from sophq_func.capture.graph import Graph, Node
-from sophq_func.config.site import Site, activation_quantizer
+from sophq_func.config.names import value_quantizer
+from sophq_func.config.site import Site
 from sophq_func.planning.weights import node_types, pattern_name
 
 
 def node_site(graph: Graph, node: Node) -> Site:
     """The site that rules see when they say whether a call asks for quantizers."""
     return Site(
-        quantizer=f"{node.name}.post_act_fake_quantizer",
+        quantizer=value_quantizer(node.name),
         role="activation",
         value=node.name,
         path=node.path,
@@ -32,19 +34,19 @@ def activation_site(graph: Graph, node: Node, value: str) -> Site:
     last, made = node.last, graph.values[value]
     return replace(
         node_site(graph, node),
-        quantizer=activation_quantizer(value),
+        quantizer=value_quantizer(value),
         value=value,
         anchor=(last.path, last.function, last.call),
         output=made.index,
         shape=made.shape,
         argument=node.argument,
-        aliases=aliases(node, value, "post_act_fake_quantizer"),
+        aliases=aliases(node, value, value_quantizer),
     )
 
 
-def aliases(node: Node, value: str, ending: str) -> tuple[str, ...]:
+def aliases(node: Node, value: str, quantizer_of: Callable[[str], str]) -> tuple[str, ...]:
     """Further names of a module's value, and of the quantizer on it, by the other paths of the module."""
     if node.kind != "module" or not node.path or not value.startswith(node.path):
         return ()
     others = [f"{path}{value.removeprefix(node.path)}" for path in node.paths if path != node.path]
-    return (*others, *(f"{other}.{ending}" for other in others))
+    return (*others, *(quantizer_of(other) for other in others))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.config.names import weight_quantizer
 from sophq_func.config.site import Site, class_names
 from sophq_func.core.operations import CONTRACTIONS
 from sophq_func.planning.strategies import Strategy, contracted, source_of
@@ -94,7 +95,7 @@ def weight_sites(
     by_name: dict[str, list[WeightUse]] = {}
     for use in weight_uses(graph, strategy, layers):
         owner = use.parameter or ".".join(filter(None, (use.node.path, use.attribute)))
-        by_name.setdefault(f"{owner}_fake_quant", []).append(use)
+        by_name.setdefault(weight_quantizer(owner), []).append(use)
     sites, notes = [], []
     for name, uses in by_name.items():
         site, note = _site(graph, name, uses)
@@ -106,7 +107,7 @@ def weight_sites(
 def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:
     first = next((use for use in uses if not use.node.is_module(nn.Embedding)), uses[0])
     early = uses[0].node.members[0] if uses[0].node.members else uses[0].node
-    names = {f"{path}.{attribute}_fake_quant" for use in uses for path, attribute in _owners(use) if path}
+    names = {weight_quantizer(f"{path}.{attribute}") for use in uses for path, attribute in _owners(use) if path}
     norms = {use.node.norm.path if use.node.norm else "" for use in uses}
     paths = dict.fromkeys(path for use in uses for path in use.node.paths)
     types = dict.fromkeys(t for use in uses for t in node_types(graph, use.node))

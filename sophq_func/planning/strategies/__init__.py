@@ -1,6 +1,5 @@
 """Strategies: where quantizers go. Each is one file, and one entry in ``PLACEMENTS``."""
 
-from sophq_func.config.site import activation_quantizer
 from sophq_func.core.operations import CONTRACTIONS, DROPOUTS, LAYERS, MOVES
 from sophq_func.planning.strategies import _academic as _academic
 from sophq_func.planning.strategies import _layers as _layers
@@ -19,7 +18,6 @@ __all__ = [
     "Requests",
     "SharedInput",
     "Strategy",
-    "activation_quantizer",
     "contracted",
     "source_of",
 ]

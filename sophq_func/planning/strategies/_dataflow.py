@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.config.names import value_quantizer
 from sophq_func.config.rules import Preset
-from sophq_func.config.site import activation_quantizer
 from sophq_func.core.operations import ALL, CONTRACTIONS, DROPOUTS, MOVES
 from sophq_func.numerics.scheme import override
 from sophq_func.observers import fixed_range
@@ -131,7 +131,7 @@ def place_dataflow(graph: Graph, requests: Requests) -> Placement:
     chosen = choose(graph, requests, lambda *call: (source_of(graph, operand) for operand in wanted(*call)))
     bounded = (value for value in chosen if graph.producer(value).last.operation in BOUNDED)
     known = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
-    return Placement(chosen, presets={activation_quantizer(value): known for value in bounded})
+    return Placement(chosen, presets={value_quantizer(value): known for value in bounded})
 
 
 PLACEMENTS.add("Dataflow", Strategy(place_dataflow, WEIGHTS, functions=True))
