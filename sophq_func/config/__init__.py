@@ -7,3 +7,4 @@ from sophq_func.config import names as names
 from sophq_func.config import patterns as patterns
 from sophq_func.config import rules as rules
 from sophq_func.config import site as site
+from sophq_func.config import strategies as strategies

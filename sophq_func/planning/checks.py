@@ -8,7 +8,7 @@ from sophq_func.capture.graph import Graph
 from sophq_func.config.matching import underscored
 from sophq_func.config.names import value_quantizer
 from sophq_func.config.patterns import PATTERNS
-from sophq_func.config.rules import QuantConfig
+from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Site
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
@@ -65,12 +65,17 @@ def names_of(graph: Graph) -> set[str]:
     return names | {value_quantizer(value) for value in graph.values}
 
 
+def is_exact(rule: Rule) -> bool:
+    """Whether a rule has a name that is no glob, and so must be there."""
+    return rule.name is not None and not any(c in rule.name for c in "*?[")
+
+
 def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
     """Problems with exact names and type names in a config that the traced model does not have."""
     problems = [_unknown_type(OPERATIONS, key, classes, config) for key in config.operations]
     for rule in config.rules:
         said = f"{rule.origin}: {rule!r}" if rule.origin else repr(rule)
-        if rule.name is not None and not any(c in rule.name for c in "*?["):
+        if rule.name is not None and is_exact(rule):
             problems.append(_unknown_name(said, rule.name, names))
         problems.append(_unknown_type(said, rule.type, classes, config))
     return [problem for problem in problems if problem]

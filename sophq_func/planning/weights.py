@@ -1,4 +1,4 @@
-"""Which weights are quantized: one site for each parameter, or for each weight that is computed in the forward."""
+"""Second step: which weights are quantized. One site a parameter, and one a weight that is computed in the forward."""
 
 from __future__ import annotations
 
@@ -88,20 +88,40 @@ def _output_axis(graph: Graph, node: Node, operand: Operand) -> int:
     return -3 - axis if turns % 2 and axis < 0 else axis
 
 
-def weight_sites(
-    graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()
-) -> tuple[list[tuple[Site, list[Node]]], list[str]]:
-    """One site for each weight with the nodes that use it, and notes on weights used in several ways."""
+class WeightPlace(NamedTuple):
+    """One weight: its site, and the calls that multiply with it."""
+
+    site: Site
+    calls: tuple[Node, ...]
+
+
+class Weights(NamedTuple):
+    """What :func:`find_weights` found.
+
+    Attributes:
+      places: in execution order of their first calls.
+      notes: on weights that are used in several ways.
+    """
+
+    places: tuple[WeightPlace, ...]
+    notes: tuple[str, ...]
+
+
+def find_weights(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()) -> Weights:
+    """One site for each weight of a strategy's layers, or of further ``layers``.
+
+    Args:
+      graph: fused.
+      strategy: says of which layers and functions the weights are quantized.
+      layers: module classes beside those of the strategy.
+    """
     by_name: dict[str, list[WeightUse]] = {}
     for use in weight_uses(graph, strategy, layers):
         owner = use.parameter or ".".join(filter(None, (use.node.path, use.attribute)))
         by_name.setdefault(weight_quantizer(owner), []).append(use)
-    sites, notes = [], []
-    for name, uses in by_name.items():
-        site, note = _site(graph, name, uses)
-        sites.append((site, [use.node for use in uses]))
-        notes += [note] if note else []
-    return sites, notes
+    found = {name: _site(graph, name, uses) for name, uses in by_name.items()}
+    places = [WeightPlace(found[name][0], tuple(use.node for use in uses)) for name, uses in by_name.items()]
+    return Weights(tuple(places), tuple(note for _, note in found.values() if note))
 
 
 def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[Site, str]:

@@ -12,9 +12,9 @@ from torch import nn
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.names import value_quantizer, weight_quantizer
-from sophq_func.config.rules import Preset
+from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
 from sophq_func.numerics.scheme import override
-from sophq_func.planning.strategies._base import PLACEMENTS, Placement, Requests, Strategy, floating_operands
+from sophq_func.planning.strategies._base import floating_operands
 from sophq_func.planning.strategies._tpu import WEIGHTS
 
 

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.names import input_quantizer, value_quantizer
-from sophq_func.config.rules import Preset
+from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, SharedInput, Strategy
 from sophq_func.core.operations import DROPOUTS
 from sophq_func.fake_quantize import bf16
 from sophq_func.numerics.scheme import override
-from sophq_func.planning.strategies._base import PLACEMENTS, Placement, Requests, SharedInput, Strategy
 from sophq_func.planning.strategies._tpu import WEIGHTS
 
 BF16 = Preset(override(fake_quantize=bf16()), "strategy BF16Mixed: no weight layer")

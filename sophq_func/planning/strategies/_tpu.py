@@ -6,16 +6,9 @@ from torch import nn
 
 from sophq_func.capture.graph import Graph, Node
 from sophq_func.config.names import value_quantizer
-from sophq_func.config.rules import Preset
+from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
 from sophq_func.numerics.scheme import override
-from sophq_func.planning.strategies._base import (
-    PLACEMENTS,
-    Placement,
-    Requests,
-    Strategy,
-    floating_operands,
-    is_tensor_input,
-)
+from sophq_func.planning.strategies._base import floating_operands, is_tensor_input
 
 MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
 OPERATIONS = frozenset(
