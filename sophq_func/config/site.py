@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal
 
 Role = Literal["weight", "activation"]
@@ -119,6 +120,7 @@ def _items(name: str, value: Any, expected: tuple[type, ...]) -> tuple[Any, ...]
     return tuple(value)
 
 
+@lru_cache(maxsize=1024)
 def class_names(cls: type) -> tuple[str, ...]:
     """Qualified names of a class and of its bases, without ``nn.Module`` and ``object``.
 

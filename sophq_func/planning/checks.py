@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import nn
 
 from sophq_func.capture.graph import Graph
@@ -12,20 +14,27 @@ from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Site
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.core.registry import Spec
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize
 from sophq_func.numerics.scheme import QuantizerConfig
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"
 
 
+@lru_cache(maxsize=256)
+def _made(fake_quantize: Spec) -> FakeQuantize:
+    """The functions that a spec describes. A plan asks for few specs, and for each of them once a quantizer."""
+    return FAKE_QUANTIZERS.build(fake_quantize)
+
+
 def is_integer(config: QuantizerConfig) -> bool:
     """Whether codes are integers times a scale."""
-    return FAKE_QUANTIZERS.build(config.fake_quantize).integer
+    return _made(config.fake_quantize).integer
 
 
 def is_scaled_grid(config: QuantizerConfig) -> bool:
     """Whether the quantizer has one scale, known before the forward, that can round a bias."""
-    made = FAKE_QUANTIZERS.build(config.fake_quantize)
+    made = _made(config.fake_quantize)
     return (made.integer or made.scales_bias) and not config.observe_only and not config.scheme.dynamic
 
 
