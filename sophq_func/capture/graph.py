@@ -131,6 +131,7 @@ class Graph:
       modules: class of each module, by path, every path of shared modules included.
       opaque: paths of modules that the trace was told not to look into.
       written: names of inputs that the model writes into.
+      shapes: of the parameters and buffers, by canonical name.
     """
 
     def __init__(
@@ -140,9 +141,10 @@ class Graph:
         modules: Mapping[str, type],
         opaque: tuple[str, ...] = (),
         written: tuple[str, ...] = (),
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
-        self.opaque, self.written = opaque, written
+        self.opaque, self.written, self.shapes = opaque, written, dict(shapes or {})
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:

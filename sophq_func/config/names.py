@@ -71,7 +71,7 @@ def is_value_quantizer(name: str) -> bool:
       >>> is_value_quantizer("layer1_0_conv1_post_act_fake_quantizer")
       True
     """
-    return name.endswith((VALUE, VALUE.replace(".", "_")))
+    return underscored(name).endswith(underscored(VALUE))
 
 
 def before_ending(name: str) -> str:
@@ -82,3 +82,13 @@ def before_ending(name: str) -> str:
       ('x', 'fc')
     """
     return name.removesuffix(VALUE).removesuffix(INPUT)
+
+
+def underscored(name: str) -> str:
+    """A dotted name as sophgo-mq writes names of graph nodes.
+
+    Example:
+      >>> underscored("layer1.0.conv1")
+      'layer1_0_conv1'
+    """
+    return name.replace(".", "_")

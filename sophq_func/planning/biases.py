@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from sophq_func.capture.graph import Graph, Node
+from sophq_func.capture.graph import Node
 from sophq_func.config.names import value_quantizer
-from sophq_func.config.site import Site
-from sophq_func.config.strategies import Strategy
+from sophq_func.config.site import ComputedSite, WeightSite
 from sophq_func.core.operations import DROPOUTS
-from sophq_func.numerics.scheme import PerChannel, PerTensor, QuantizerConfig
+from sophq_func.numerics.scheme import PerChannel, PerTensor
 from sophq_func.planning.checks import is_scaled_grid
+from sophq_func.planning.inputs import Quantized
 from sophq_func.planning.strategies import source_of
 from sophq_func.planning.weights import WeightPlace
 
@@ -36,22 +36,6 @@ class Biases(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Quantized(NamedTuple):
-    """What the steps before decided, as far as it matters here.
-
-    Attributes:
-      graph: fused.
-      strategy: that quantized.
-      configs: by quantizer.
-      inputs: quantizers before single calls, by call and operand.
-    """
-
-    graph: Graph
-    strategy: Strategy
-    configs: Mapping[str, QuantizerConfig]
-    inputs: Mapping[tuple[str, int], str]
-
-
 def round_biases(quantized: Quantized, weights: Sequence[WeightPlace]) -> Biases:
     """Which layers' biases are rounded: where one input scale belongs to one bias.
 
@@ -60,10 +44,11 @@ def round_biases(quantized: Quantized, weights: Sequence[WeightPlace]) -> Biases
       weights: each weight with the calls that use it.
     """
     # A bias that two weights share would have to be rounded to two steps.
-    carriers = Counter(carrier for _, calls in weights for carrier in {_carrier(call) for call in calls})
+    carriers = Counter(carrier for weight in weights for carrier in {_carrier(call) for call in weight.calls})
     sources: dict[str, str] = {}
     notes = []
-    for site, calls in weights:
+    for weight in weights:
+        site, calls = weight.site, weight.calls
         if not _rounds(quantized, site, calls[0]):
             continue
         inputs = {_input_quantizer(quantized, call) for call in calls}
@@ -80,18 +65,15 @@ def _carrier(node: Node) -> str:
     return node.parameters.get("bias") or (node.norm.parameters["bias"] if node.norm else "")
 
 
-def _rounds(quantized: Quantized, site: Site, node: Node) -> bool:
+def _rounds(quantized: Quantized, site: WeightSite | ComputedSite, node: Node) -> bool:
+    """Whether the bias of a layer is rounded, if its input has one scale."""
     config = quantized.configs.get(site.quantizer)
+    if config is None or not quantized.strategy.rounds_bias or not isinstance(site, WeightSite):
+        return False
+    has_bias = bool(site.bias or site.norm)
     layers = (*ROUNDED, nn.ConvTranspose2d) if site.norm else ROUNDED
-    return bool(
-        config is not None
-        and quantized.strategy.rounds_bias
-        and node.is_module(*layers)
-        and site.parameter
-        and (site.bias or site.norm)
-        and is_scaled_grid(config)
-        and config.scheme.granularity in (PerTensor(), PerChannel(site.axis))
-    )
+    one_step_a_channel = config.scheme.granularity in (PerTensor(), PerChannel(site.axis))
+    return has_bias and node.is_module(*layers) and is_scaled_grid(config) and one_step_a_channel
 
 
 def _input_quantizer(quantized: Quantized, node: Node) -> str:

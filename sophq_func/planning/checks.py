@@ -7,8 +7,7 @@ from functools import lru_cache
 from torch import nn
 
 from sophq_func.capture.graph import Graph
-from sophq_func.config.matching import underscored
-from sophq_func.config.names import value_quantizer
+from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Site

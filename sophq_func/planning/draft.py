@@ -6,6 +6,7 @@ find_weights                which weights there are
 decide                      how each weight is configured
 quantize_values             which of the chosen values get a quantizer, and how each is configured
 round_biases                by which input's scale the bias of each layer is rounded
+layer_inputs                what the layer of each weight reads, and on which grid
 in_execution_order          the sites that are left, in order
 ==========================  ============================================================================
 """
@@ -18,13 +19,14 @@ from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.rules import Decision, QuantConfig
-from sophq_func.config.site import Site
+from sophq_func.config.site import ComputedSite, LayerInput, Site, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
-from sophq_func.planning.biases import Quantized, round_biases
+from sophq_func.planning.biases import Biases, round_biases
 from sophq_func.planning.checks import is_exact, names_of, unknown_names, unseen_leaves
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
+from sophq_func.planning.inputs import Quantized, layer_inputs
 from sophq_func.planning.picture import Wiring, wiring
 from sophq_func.planning.placing import place
 from sophq_func.planning.values import NO_VALUES, quantize_values
@@ -76,18 +78,18 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     strategy = PLACEMENTS.get(config.placement)
     placement, asked = place(fused, strategy, config)
     weights = find_weights(fused, strategy, config.weight_layers)
-    decided = {
-        site.quantizer: decide(config, site, "weight of a quantized layer", placement.presets) for site, _ in weights.places
-    }
+    why = "weight of a quantized layer"
+    decided = {place.site.quantizer: decide(config, place.site, why, placement.presets) for place in weights.places}
     values = NO_VALUES
     if config.quantmode == "weight_activation":
         values = quantize_values(fused, strategy, config, placement, decided)
     outcomes = (*decided.values(), *values.outcomes.values())
     kept = {outcome.site.quantizer: outcome for outcome in outcomes if outcome.decision is not None}
     configs = {name: own for name, outcome in kept.items() if (own := outcome.config) is not None}
-    biases = round_biases(Quantized(fused, strategy, configs, values.inputs), weights.places)
-    sites = {name: outcome.site for name, outcome in kept.items()}
-    sites |= {name: replace(sites[name], source=source) for name, source in biases.sources.items() if source}
+    quantized = Quantized(fused, strategy, configs, values.inputs)
+    biases = round_biases(quantized, weights.places)
+    inputs = layer_inputs(quantized, weights.places)
+    sites = {name: _with_inputs(outcome.site, biases, inputs) for name, outcome in kept.items()}
     return Draft(
         graph=graph,
         sites=in_execution_order(graph, sites.values()),
@@ -98,6 +100,16 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
         misfits=values.misfits,
         notes=(*weights.notes, *biases.notes),
     )
+
+
+def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]]) -> Site:
+    """The site of a weight with what its layers read."""
+    if isinstance(site, WeightSite):
+        source = biases.sources.get(site.quantizer, "")
+        return replace(site, source=source, inputs=inputs[site.quantizer])
+    if isinstance(site, ComputedSite):
+        return replace(site, inputs=inputs[site.quantizer])
+    return site
 
 
 def in_execution_order(graph: Graph, sites: Iterable[Site]) -> dict[str, Site]:

@@ -60,9 +60,9 @@ def wiring(
       inputs: quantizers before single calls, by call and operand.
     """
     used: dict[str, list[str]] = {}
-    for site, users in weights:
-        for user in users if site.quantizer in quantizers else ():
-            used.setdefault(user.name, []).append(site.quantizer)
+    for weight in weights:
+        for call in weight.calls if weight.site.quantizer in quantizers else ():
+            used.setdefault(call.name, []).append(weight.site.quantizer)
     kinds = {node.name: node.type.__name__ if node.type is not None else node.function for node in graph}
     calls = [Call(name, kind, tuple(used.get(name, ()))) for name, kind in kinds.items()]
 

@@ -9,19 +9,18 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sophq_func.capture.graph import Graph
-from sophq_func.config.matching import underscored
+from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Site
 from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, near
-from sophq_func.numerics.scheme import QuantizerConfig, config_from_data, to_data
+from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.draft import check, draft
 from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
+from sophq_func.planning.stored import VERSION, read
 from sophq_func.planning.text import Tree
 from sophq_func.planning.unite import Counts, unite
-
-VERSION = 2
 
 
 class Origin(NamedTuple):
@@ -224,7 +223,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         """All that decides about numbers, as data; what only explains is left out."""
         return {
             "quantizers": [
-                {"name": name, "config": to_data(config), "site": self._sites[name].to_data()}
+                {"name": name, "config": to_data(config), "site": self._sites[name].identity()}
                 for name, config in self._configs.items()
             ],
             "counts": [sorted([path, function, n] for (path, function), n in c.items()) for c in self.counts],
@@ -234,24 +233,20 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     def to_json(self) -> str:
         """The plan as JSON text: stable, and all that :func:`sophq_func.build` needs. Unused rules are left out."""
-        told = {"reasons": self._reasons, "notes": self.notes, "calls": self.calls, "edges": self.edges}
-        data = {"version": VERSION, **self._identity(), **told}
-        return json.dumps(data, indent=1, sort_keys=True)
+        data = self._identity()
+        for entry in data["quantizers"]:
+            entry["site"] = self._sites[entry["name"]].to_data()
+        told = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict()}
+        return json.dumps({"version": VERSION, **data, **told}, indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The inverse of :meth:`to_json`.
+        """The inverse of :meth:`to_json`. Texts of older versions are read, too.
 
         Raises:
           ConfigError: the text is no plan, or of another version.
         """
-        try:
-            return _read(json.loads(text))
-        except ConfigError:
-            raise
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            because = f"{type(error).__name__}: {error}"
-            raise ConfigError(explain("Plan.from_json", "reading a plan", because=because)) from error
+        return Plan(*read(text))
 
     def digest(self) -> str:
         """SHA-256 over everything that decides about numbers; equal exactly for equal plans."""
@@ -273,32 +268,3 @@ class Plan(Mapping[str, QuantizerConfig]):
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
         extra = next(name for name in names if name not in self._configs)
         raise StateError(f"{what} holds {extra!r}, which the plan has not; {near(extra, self._configs)}.")
-
-
-def _read(data: Any) -> Plan:
-    """A plan from the data that :meth:`Plan.to_json` writes; raises whatever a wrong type raises."""
-    if data["version"] != VERSION:
-        raise ConfigError(explain("Plan.from_json", "this version", got=data["version"], allowed=VERSION))
-    entries = {_text(entry["name"]): entry for entry in data["quantizers"]}
-    sites = {name: Site.from_data(entry["site"]) for name, entry in entries.items()}
-    if any(site.quantizer != name for name, site in sites.items()):
-        raise ValueError("a site belongs to another quantizer")
-    return Plan(
-        {name: config_from_data(entry["config"]) for name, entry in entries.items()},
-        sites,
-        tuple({(_text(path), _text(function)): int(n) for path, function, n in counts} for counts in data["counts"]),
-        {name: {_text(k): _text(v) for k, v in data["reasons"][name].items()} for name in entries},
-        tuple(_text(note) for note in data["notes"]),
-        opaque=tuple(_text(path) for path in data["opaque"]),
-        written=tuple(_text(name) for name in data["written"]),
-        wiring=Wiring(
-            tuple(Call(_text(name), _text(does), tuple(map(_text, weights))) for name, does, weights in data["calls"]),
-            tuple(Edge(_text(source), _text(end), tuple(map(_text, way))) for source, end, way in data["edges"]),
-        ),
-    )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value

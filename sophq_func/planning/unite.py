@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.rules import Decision
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.planning.draft import Draft
 from sophq_func.planning.picture import Wiring, united
@@ -94,6 +94,9 @@ def agreed(before: Site, now: Site) -> tuple[Site, str]:
     if now.role == "activation" and before.places() != now.places():
         fix = "give the model examples that take the same way to this value, or rename the module"
         raise PlanError(explain(now.quantizer, "one name for different calls in different examples", fix=fix))
+    if not isinstance(before, WeightSite) or not isinstance(now, WeightSite):
+        return now, ""
+    now = replace(now, inputs=tuple(dict.fromkeys((*before.inputs, *now.inputs))))
     if before.norm != now.norm:
         # A weight has one tensor of codes, which is folded in every run or in none; so is the bias behind it.
         note = f"{now.parameter} has a normalization behind it in some examples only: unfolded"

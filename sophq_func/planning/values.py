@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sophq_func.capture.graph import Graph, Node
 from sophq_func.config.names import before_ending, input_quantizer, value_quantizer, weight_quantizer
 from sophq_func.config.rules import QuantConfig
-from sophq_func.config.site import Site
+from sophq_func.config.site import CallSite, OperandSite, ValueSite
 from sophq_func.config.strategies import Placement, SharedInput, Strategy
 from sophq_func.core.errors import explain
 from sophq_func.planning.deciding import Outcome, decide
@@ -122,19 +122,19 @@ def late_uses(graph: Graph) -> dict[str, str]:
     return found
 
 
-def node_site(graph: Graph, node: Node) -> Site:
+def node_site(graph: Graph, node: Node) -> ValueSite:
     """The site that rules see when they say whether a call asks for quantizers."""
-    return Site(**_common(graph, node), quantizer=value_quantizer(node.name), value=node.name)
+    return ValueSite(**_common(graph, node), quantizer=value_quantizer(node.name), value=node.name)
 
 
-def value_site(graph: Graph, node: Node, value: str) -> Site:
+def value_site(graph: Graph, node: Node, value: str) -> ValueSite:
     """The site behind one of the values that a call makes."""
     last, made = node.last, graph.values[value]
-    return Site(
+    return ValueSite(
         **_common(graph, node),
         quantizer=value_quantizer(value),
         value=value,
-        anchor=(last.path, last.function, last.call),
+        anchor=CallSite(last.path, last.function, last.call),
         output=made.index,
         shape=made.shape,
         argument=node.argument,
@@ -142,20 +142,20 @@ def value_site(graph: Graph, node: Node, value: str) -> Site:
     )
 
 
-def input_site(graph: Graph, name: str, shared: SharedInput) -> Site:
+def input_site(graph: Graph, name: str, shared: SharedInput) -> ValueSite:
     """The site of a quantizer before some calls only, described as the first of them."""
     first, slot = graph.nodes[shared.consumer], shared.uses[0][1]
     operand = first.operands[slot]
     calls = [(graph.nodes[user].first, at) for user, at in shared.uses]
     (lead, _), *others = calls
-    return Site(
+    return ValueSite(
         **_common(graph, first),
         quantizer=name,
         value=first.outputs[0],
-        anchor=(lead.path, lead.function, lead.call),
+        anchor=CallSite(lead.path, lead.function, lead.call),
         output=-1,
         operand=slot,
-        more=tuple((call.path, call.function, call.call, at) for call, at in others),
+        more=tuple(OperandSite(call.path, call.function, call.call, at) for call, at in others),
         shape=graph.values[operand.value].shape if operand.value else (),
         argument=first.argument,
         aliases=aliases(first, before_ending(name), input_quantizer),
@@ -167,7 +167,6 @@ def _common(graph: Graph, node: Node) -> dict[str, Any]:
     """What the sites of a call have in common."""
     further = [path for member in node.members[1:] if member.kind == "module" for path in member.paths]
     return {
-        "role": "activation",
         "path": node.path,
         "paths": (*node.paths, *further),
         "types": node_types(graph, node),

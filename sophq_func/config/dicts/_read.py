@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.dicts._fuse import Fusion, read_fusion
 from sophq_func.config.dicts._keys import KEYS, REQUIRED
-from sophq_func.config.matching import type_text, underscored
-from sophq_func.config.names import is_value_quantizer, is_weight_quantizer
+from sophq_func.config.matching import type_text
+from sophq_func.config.names import is_value_quantizer, is_weight_quantizer, underscored
 from sophq_func.config.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import Role
 from sophq_func.core.errors import ConfigError, deprecated, explain, near, raise_all, unknown

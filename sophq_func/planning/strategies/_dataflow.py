@@ -72,17 +72,23 @@ def moves(node: Node) -> bool:
     return node.operation in MOVES or node.operation in DROPOUTS or node.is_module(*MOVING_MODULES)
 
 
+def moved(graph: Graph, operand: Operand) -> Operand | None:
+    """The tensor whose data an operand has, if the call that made the operand only moved them; else ``None``."""
+    if not operand.value:
+        return None
+    producer = graph.producer(operand.value)
+    if not moves(producer) or not producer.operands:
+        return None
+    before = producer.operands[0]
+    if before.value:
+        # Converted from integers or booleans: the source has no grid that this could be on.
+        return before if graph.values[before.value].floating else None
+    return before if before.parameter else None
+
+
 def source_of(graph: Graph, operand: Operand) -> Operand:
     """Where the data of an operand comes from, before everything that only moved it."""
-    while operand.value:
-        producer = graph.producer(operand.value)
-        if not moves(producer) or not producer.operands:
-            return operand
-        before = producer.operands[0]
-        if before.value and not graph.values[before.value].floating:
-            return operand
-        if not before.value and not before.parameter:
-            return operand
+    while (before := moved(graph, operand)) is not None:
         operand = before
     return operand
 
