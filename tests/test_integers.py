@@ -264,7 +264,7 @@ def test_what_is_said_to_be_integers_is(
 
     with torch.no_grad():
         facts = artifact._given()
-        artifact._q.engine.run(artifact._parameters(facts), facts.other, (x,), {}, watch=lambda s: Watched(s, facts))
+        artifact._q.engine.loop.run(artifact._parameters(facts), facts.other, (x,), {}, watch=lambda s: Watched(s, facts))
     assert noted
     for tensor, _, whole in noted:
         assert whole.level.dtype == torch.int32

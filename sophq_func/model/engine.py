@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import arguments, map_inputs
+from sophq_func.capture.arguments import arguments
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.model.bind import make_quantizers, state_types
 from sophq_func.model.finite import check_reached
-from sophq_func.model.runner import Effect, Runner
+from sophq_func.model.loop import Loop
+from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_weights, round_biases
@@ -34,8 +35,7 @@ class Engine:
       skeleton: the model without its weights.
       plan: the plan.
       frozen: weights come as they are.
-      schedule: at which calls of a run quantizers act.
-      arguments: names of the model's arguments, and of the one that takes the rest.
+      loop: runs the model with an effect on its planned values.
       weights: the weight quantizers.
       acting: those of them that change their weight.
       deferrable: parameters whose quantizer may wait until their layer starts.
@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False) -> None:
         self.skeleton, self.plan, self.frozen = skeleton, plan, frozen
-        self.schedule, self.arguments = Schedule(plan), arguments(skeleton.module)
+        self.loop = Loop(skeleton, Schedule(plan), arguments(skeleton.entry), frozenset(plan.written))
         self.weights, self.running = make_quantizers(skeleton, plan)
         self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
         self.deferrable = frozenset(w.site.parameter for w in self.acting if _is_read_by_its_layer(w, skeleton))
@@ -92,43 +92,12 @@ class Engine:
     ) -> tuple[Any, dict[str, Tensor]]:
         """A run with weights on their grids: in eager, those that only a layer reads when that layer starts."""
         raw, steps = self.skeleton.detached(params), self.steps(qparams)
-        waiting = () if torch.compiler.is_compiling() or not self.schedule else self.deferrable
+        waiting = () if torch.compiler.is_compiling() or not self.loop.schedule else self.deferrable
         now = [weight for weight in self.acting if weight.site.parameter not in waiting]
         deferred = [weight for weight in self.acting if weight.site.parameter in waiting]
         new = round_biases(deferred, quantize_weights(now, raw, steps), steps)
         later = {w.site.parameter: w.prepared(raw, steps[w.site.quantizer]) for w in deferred}
-        return self.run(new, effect, args, kwargs, later)
-
-    def run(
-        self,
-        params: Params,
-        effect: Effect,
-        args: Any,
-        kwargs: Any,
-        later: Mapping[str, Callable[[], Tensor]] | None = None,
-        watch: Callable[[Schedule], Runner] | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """A run with an effect on planned values, or watched by a runner of the caller's.
-
-        Returns:
-          The model's output, and its buffers afterwards.
-        """
-        if self.plan.written:
-            args, kwargs = map_inputs(self.arguments, args, kwargs, self._copied)
-        if watch is None and not self.schedule:
-            return self.skeleton.run(None, params, args, kwargs)
-        runner = Runner(self.schedule, effect) if watch is None else watch(self.schedule)
-        if self.schedule.inputs:
-            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.input)
-        if self.schedule.same:
-            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input)
-        output, buffers = self.skeleton.run(runner, params, args, kwargs, later)
-        runner.check()
-        return output, buffers
-
-    def _copied(self, name: str, x: Tensor) -> Tensor:
-        """An input, as a copy where the model writes into it."""
-        return x.clone() if name in self.plan.written else x
+        return self.loop.run(new, effect, args, kwargs, later)
 
     def on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
         """Weights and biases quantized."""

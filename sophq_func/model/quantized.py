@@ -102,7 +102,7 @@ class Quantized:
         """
         self.engine.check(params, ostate, "observe", "ostate")
         states = dict(ostate)
-        output, _ = self.engine.run(self.engine.skeleton.detached(params), self.engine.observing(states), args, kwargs)
+        output, _ = self.engine.loop.run(self.engine.skeleton.detached(params), self.engine.observing(states), args, kwargs)
         return output, sorted_dict(states)
 
     def observe_quantized(
@@ -236,7 +236,7 @@ class Quantized:
             return x
 
         with torch.random.fork_rng(), torch.no_grad():
-            self.engine.run(self.engine.skeleton.detached(params), effect, args, kwargs)
+            self.engine.loop.run(self.engine.skeleton.detached(params), effect, args, kwargs)
         new = dict(qparams)
         for name in sorted(seen):
             noise = torch.rand(seen[name].shape, generator=generator, device=generator.device).to(seen[name].device)
