@@ -87,6 +87,7 @@ class Skeleton:
             path: {attribute: by_id[id(t)] for attribute, t in _own(module) if t is not None}
             for path, module in model.named_modules()
         }
+        self._owned_in_all = self.owned
         self.paths = _all_paths(model)
         self.module, self.constants, names = _copy_without_weights(model, registered)
         self._modules = dict(self.module.named_modules())
@@ -120,10 +121,18 @@ class Skeleton:
         module: nn.Module = self._modules[self.root]
         return module
 
-    def part(self, path: str) -> Skeleton:
+    def tensors_of(self, path: str) -> Mapping[str, str]:
+        """Canonical names of the tensors of a module of the whole model, by attribute; empty where there is none."""
+        return self._owned_in_all.get(path, {})
+
+    def part(self, path: str, also: Collection[str] = ()) -> Skeleton:
         """The same skeleton, of which a run calls only the module at ``path``.
 
         Names and paths stay those of the whole model. Modules and lock are shared, so that one of the two runs at a time.
+
+        Args:
+          path: of the module, the first where it has several.
+          also: names of further parameters and buffers that belong to ``names``.
         """
         other = copy.copy(self)
         other._lock = self._lock
@@ -134,11 +143,20 @@ class Skeleton:
         other._aliases = [alias for alias in self._aliases if alias[0] in other.owned]
         held = {name for names in other.owned.values() for name in names.values()}
         also_read = {name for _, _, template in other._aliases for name in names_in(template)}
-        other.names = frozenset(held | also_read)
+        other.names = frozenset(held | also_read | set(also))
         other.buffers = self.buffers & other.names
         other._tensors = other._named_tensors()
         other._holders = other._holders_by_name()
         return other
+
+    def first_path(self, path: str) -> str | None:
+        """The path by which the library calls the module at ``path``: its first; ``None`` where there is no module."""
+        return next((first for first, paths in self.paths.items() if path in paths), None)
+
+    def stands_in_list(self, path: str) -> bool:
+        """Whether the module at a path is an item of a ``ModuleList`` or ``Sequential``."""
+        around, _, _ = path.rpartition(".")
+        return bool(path) and isinstance(self.module.get_submodule(around), nn.ModuleList | nn.Sequential)
 
     def altered(self, skipped: Collection[str], biases: Mapping[str, tuple[str, Tensor]]) -> Skeleton:
         """A copy in which some modules return their input, and some layers have a bias.

@@ -130,7 +130,7 @@ class _Recorder(Frame):
             self._nodes[first] = replace(self._nodes[first], also=(*self._nodes[first].also, name))
             return copy
         copy = tensor.detach().clone()
-        value = self._names.input(name)
+        value = self._names.take(self._names.input(name))
         self._inputs[id(tensor)] = (tensor, copy, value)
         self._add(Node(name=value, kind="input", path="", paths=("",), argument=name), [copy])
         return copy
@@ -143,7 +143,7 @@ class _Recorder(Frame):
         with self.aside():
             options = _options(module)
         node = Node(
-            name=self._names.module(path, path or type(module).__name__.lower()),
+            name=self._names.take(self._names.module(path or type(module).__name__.lower())),
             kind="module",
             path=path,
             paths=self._skeleton.paths[path],
@@ -163,7 +163,7 @@ class _Recorder(Frame):
             return output
         path = self.scope
         node = Node(
-            name=self._names.function(path, name),
+            name=self._names.take(self._names.function(path, name)),
             kind="function",
             path=path,
             paths=self._skeleton.paths[path],
