@@ -198,6 +198,15 @@ def digest(x: Tensor) -> str:
     return hashlib.sha256(start + bytes(x.reshape(-1).view(torch.uint8).tolist())).hexdigest()
 
 
+def doubled(made: Made) -> Made:
+    """The same in float64, steps and states included."""
+
+    def double(tree: Any) -> Any:
+        return optree.tree_map(lambda x: x.double() if x.is_floating_point() else x, tree)
+
+    return made._replace(**{name: double(getattr(made, name)) for name in ("params", "qparams", "ostate", "batch")})
+
+
 def names_of(plan: sq.Plan) -> dict[str, Mapping[str, str]]:
     """The reasons of each quantizer, in order."""
     return {name: dict(plan.reasons(name)) for name in plan}
@@ -542,12 +551,12 @@ OBSERVERS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("ema_mse", {}),
     ("ema_quantile", {}),
     ("histogram", {"bins": 256}),
-    ("kld", {"bins": 512}),
+    ("kld", {"bins": 256}),
     ("lsq", {}),
     ("lsq_plus", {}),
     ("minmax_floor", {}),
     ("mse", {}),
-    ("percentile", {"percentile": 99.0}),
+    ("percentile", {"percentile": 99.0, "bins": 256}),
     ("pot_mode", {}),
     ("rms", {}),
 )
