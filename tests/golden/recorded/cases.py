@@ -135,6 +135,8 @@ def results(subject: Subject, made: Made) -> Results:
         return q.apply(params, sq.merge(learned, rest), *made.batch)
 
     found |= _output_and_gradients(run, made.params, learned)
+    captured = q.capture(made.params, made.qparams, *made.batch).items()
+    found |= {f"captured/{name}": after for name, (_, after) in captured if q.plan.site(name).role == "activation"}
     found |= {f"more/{name}": leaf for name, leaf in subject.more(made).items()}
     return {name: leaf for name, leaf in found.items() if not name.startswith(subject.rounded)}
 
