@@ -426,6 +426,7 @@ def academic() -> Subject:
     model = fill_exact(Perceptron(), 13)
     for layer in (model.fc1, model.fc2, model.fc3):
         layer.weight.data[:, 0] = -448 / 2**9
+        layer.bias.data = (layer.bias.data * 2**7).round() / 2**7  # biases are not rounded behind E4M3
     config = sq.QuantConfig(chip="Academic", activation=fixed_range())
     return Subject(model, by(config), [images(14, 1, 16)], more=frozen)
 
@@ -474,6 +475,27 @@ def dictionaries_with_powers_of_two() -> Subject:
     )
 
 
+# From 2 ** 14 elements on, a tensor is quantized block by block by one function with derivatives of its own
+
+
+@case(exact=True)
+def large_linear() -> Subject:
+    model = fill_exact(nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 128)), 18)
+    weight = weights(symmetric_range=True)
+    config = sq.QuantConfig(strategy="Layers", weight=weight, activation=fixed_range(symmetric=False))
+    for layer in (model[0], model[2]):
+        layer.weight.data[:, 0] = -127 / 2**7
+    return Subject(model, by(config), [images(18, 128, 16)], more=frozen)
+
+
+@case(exact=True)
+def large_folded_convolution() -> Subject:
+    layers = nn.Conv2d(32, 64, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()
+    config = sq.QuantConfig(chip="BM1690", weight=weights(), activation=fixed_range())
+    x = integers(19, -12, 12, 1, 32, 4, 4) / 2**4
+    return Subject(fill_exact(nn.Sequential(*layers), 19), by(config), [(x,)], more=frozen)
+
+
 # Subjects whose sums are rounded
 
 
@@ -518,6 +540,13 @@ def depthwise_by_dictionaries() -> Subject:
 def attention_on_bm1690() -> Subject:
     config = sq.QuantConfig(chip="BM1690", strategy="Transformer")
     return Subject(fill(Attention(), 22), by(config), [images(seed, 3, 6, 16) for seed in (24, 25)], more=frozen)
+
+
+@case(exact=False)
+def large_linear_with_scaled_gradients() -> Subject:
+    model = fill(nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 128)), 27)
+    config = sq.QuantConfig(activation=sq.override(symmetric=False))
+    return Subject(model, by(config), [images(32, 128, 16)])
 
 
 @case(exact=False)

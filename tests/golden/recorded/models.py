@@ -49,7 +49,8 @@ def fill_exact(model: nn.Module, seed: int, bits: int = 8, peak: float = 2.0**7)
 
 
 def _biases(seed: int, own: Tensor) -> Tensor:
-    return integers(seed, -64, 64, *own.shape) / 2**7
+    """Finer than the steps of the sums that they are added to, so that they are rounded."""
+    return integers(seed, -1024, 1024, *own.shape) / 2**12
 
 
 def _with_extremes(module: nn.Module, codes: Tensor, extreme: float) -> Tensor:
