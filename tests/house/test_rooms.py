@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -145,5 +146,15 @@ def test_public_names_of_torch_and_what_a_class_calls_its_own_are_no_private_nam
     assert told(tmp_path, {"low/near.py": text}, "--torch") == []
 
 
+PACKAGE = rooms.read(Path(sq.__file__).parent)
+
+
 def test_the_package_keeps_its_limits() -> None:
-    assert [*rooms.offences(rooms.read(Path(sq.__file__).parent))] == []
+    assert [*rooms.offences(PACKAGE)] == []
+
+
+def test_the_page_names_every_room_and_what_it_imports_from() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page, flags=re.MULTILINE))
+    named = {room: set(text.replace("nothing", "").split(", ")) - {""} for room, text in rows.items()}
+    assert named == {room: below for room, below in PACKAGE.arrows().items() if not room.startswith("__")}
