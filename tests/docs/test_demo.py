@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import sophq_func as sq
-from tests.test_readme import ROOT
+from tests.docs.test_readme import ROOT
 
 for needed in ("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn"):
     pytest.importorskip(needed)

@@ -26,7 +26,7 @@ TOLERANCE = 1e-3
 def digits() -> Iterator[tuple[nn.Module, Tensor, Tensor, Tensor]]:
     """The trained network of the examples, images to calibrate on, test images, and their labels."""
     pytest.importorskip("sklearn")
-    folder = str(Path(__file__).parent.parent / "examples")
+    folder = str(Path(__file__).parents[2] / "examples")
     sys.path.insert(0, folder)
     try:
         module = importlib.import_module("digits")

@@ -17,7 +17,7 @@ from sophq_func.numerics import formats
 from sophq_func.numerics.codebooks import CODEBOOKS
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "numerics.md").read_text()
 FIX = "run: python benchmarks/numerics_page.py (--keep-costs leaves the measured figures as they are)"
 REGISTRIES = {"observer": OBSERVERS, "fake quantizer": FAKE_QUANTIZERS}

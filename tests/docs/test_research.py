@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import sophq_func as sq
-from tests.test_readme import ROOT, run
+from tests.docs.test_readme import ROOT, run
 
 PAGES = ROOT / "docs" / "research"
 Tree = dict[str, Tensor]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tests.documented import DocumentedNet
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-ELSEWHERE = {"text": "tests/test_text.py, with a stand-in for the package that it needs"}
+ELSEWHERE = {"text": "tests/docs/test_text.py, with a stand-in for the package that it needs"}
 """Pages that other tests run."""
 CODED = [page for page in PAGES if "```python" in page.read_text() and page.stem not in ELSEWHERE]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import sophq_func as sq
 from sophq_func.checkpoint import sealed
+from tests.checkpoint.test_io import same_bits, says, small
 from tests.helpers import Ready
-from tests.test_io import same_bits, says, small
 
 Header = dict[str, Any]
 Saved = tuple[bytes, Ready, dict[str, Any]]

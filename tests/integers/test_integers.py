@@ -105,7 +105,7 @@ def test_single_layers(layer: str, strategy: str, bits: int, symmetric: bool) ->
 @pytest.fixture(scope="module")
 def digits() -> Iterator[tuple[Any, nn.Module, Tensor, Tensor, Tensor, Tensor]]:
     pytest.importorskip("sklearn")
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     try:
         import digits as module
 

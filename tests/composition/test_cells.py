@@ -72,7 +72,7 @@ def test_linearize_of_torch_adds_up_what_is_written_in_place() -> None:
 
 
 def test_the_page_has_the_rows_of_the_registry() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "composition.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "composition.md").read_text()
     assert made() in text, "run: python benchmarks/composition_page.py"
     assert len(re.findall(r"^\| .* \|$", made(), flags=re.MULTILINE)) == len(ROWS) + 1
     assert set(re.findall(r"^\[\^([\w-]+)\]: ", made(), flags=re.MULTILINE)) == set(re.findall(r" \[\^([\w-]+)\] ", made()))

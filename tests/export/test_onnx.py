@@ -313,7 +313,7 @@ def test_wrong_models_and_missing_packages_are_named(tmp_path: Path, monkeypatch
 def digits() -> Iterator[Any]:
     """The example's module."""
     pytest.importorskip("sklearn")
-    folder = str(Path(__file__).parent.parent / "examples")
+    folder = str(Path(__file__).parents[2] / "examples")
     sys.path.insert(0, folder)
     try:
         yield importlib.import_module("digits")

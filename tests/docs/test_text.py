@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sophq_func as sq
-from tests.test_readme import ROOT, run
+from tests.docs.test_readme import ROOT, run
 
 transformers = pytest.importorskip("transformers")
 

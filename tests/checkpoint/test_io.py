@@ -25,7 +25,7 @@ from sophq_func.checkpoint import io, sealed
 from sophq_func.core.pytree import leaves
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 from tests.helpers import Ready, ready, unchanged
-from tests.test_quantizers_in_models import quantized
+from tests.model.test_quantizers_in_models import quantized
 
 FIXED = sq.QuantConfig(chip="BM1690", weight=sq.override(fake_quantize=sq.fake_quantize.fixed()))
 """Scales of weights are not learned, those of activations are."""

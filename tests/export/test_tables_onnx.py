@@ -29,7 +29,7 @@ def chip(**weight: Any) -> sq.QuantConfig:
 def digits() -> tuple[nn.Module, Any]:
     """The network of the examples, with BatchNorms that do something."""
     pytest.importorskip("sklearn")
-    folder = str(Path(__file__).parent.parent / "examples")
+    folder = str(Path(__file__).parents[2] / "examples")
     sys.path.insert(0, folder)
     try:
         model = importlib.import_module("digits").Digits()
