@@ -34,8 +34,18 @@ class Frame:
     def scope(self) -> str:
         return self.scopes[-1]
 
+    def aside(self) -> Aside:
+        """A context for calls that the frame makes itself: they are not the model's."""
+        return Aside(self)
+
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """The run starts; the model's parameters and buffers are these."""
+
+    def enter_scope(self, path: str, args: Any, kwargs: Any) -> None:
+        """A module that is no leaf starts."""
+
+    def leave_scope(self, path: str, args: Any, kwargs: Any, output: Any) -> None:
+        """A module that is no leaf is done; the output is ``None`` where it raised an error, too."""
 
     def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Operands of a leaf module's call, perhaps replaced."""
@@ -56,6 +66,19 @@ class Frame:
     def looks_inside(self) -> bool:
         """Whether :meth:`inner_function` wants the calls of the leaf module that starts now."""
         return True
+
+
+class Aside:
+    """A part of a run in which calls are the frame's own, as they are inside a leaf; left by an error, too."""
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+
+    def __enter__(self) -> None:
+        self._frame.leaves += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._frame.leaves -= 1
 
 
 class Slot:
@@ -85,6 +108,7 @@ def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     frame = watch.frame
     if not place.leaf:
         frame.scopes.append(place.path)
+        frame.enter_scope(place.path, args, kwargs)
         return None
     frame.leaves += 1
     watch.pause()
@@ -109,6 +133,7 @@ def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     frame = watch.frame
     if not place.leaf:
         frame.scopes.pop()
+        frame.leave_scope(place.path, args, kwargs, output)
         return None
     frame.leaves -= 1
     watch.pause()

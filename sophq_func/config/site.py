@@ -42,6 +42,11 @@ class OperandSite(NamedTuple):
     call: int
     operand: int
 
+    @property
+    def made(self) -> CallSite:
+        """The call alone."""
+        return CallSite(self.path, self.function, self.call)
+
 
 class LayerInput(NamedTuple):
     """What the layer of a weight reads.

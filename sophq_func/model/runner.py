@@ -29,8 +29,13 @@ class Runner(Frame):
         self.done: dict[str, tuple[Tensor, Tensor]] = {}
         self.inner = ""
 
+    @property
+    def takes_inputs(self) -> bool:
+        """Whether :meth:`input` wants to see the model's arguments."""
+        return bool(self.schedule.inputs)
+
     def input(self, name: str, tensor: Tensor) -> Tensor:
-        """An argument of the model."""
+        """An argument of the model, which goes on as what is returned."""
         quantizer = self.schedule.inputs.get(name)
         if quantizer is None:
             return tensor
@@ -136,11 +141,8 @@ class Runner(Frame):
         """``tree`` with the effect on some of its tensors; what the effect computes is not watched."""
         if not names:
             return tree
-        self.leaves += 1
-        with unwatched():
-            result = self._acted(names, tree)
-        self.leaves -= 1
-        return result
+        with self.aside(), unwatched():
+            return self._acted(names, tree)
 
     def _acted(self, names: Mapping[int, str], tree: Any) -> Any:
         if isinstance(tree, Tensor):

@@ -48,7 +48,7 @@ def fuse(graph: Graph, further: Iterable[type[Fused]] = ()) -> Graph:
         for value in node.members[-1].outputs if node.members else node.outputs:
             name = renamed.get(value, value)
             values[name] = replace(graph.values[value], name=name, node=node.name)
-    return Graph(nodes, values, graph.modules, graph.opaque, graph.written, graph.shapes)
+    return Graph(nodes, values, graph.modules, graph.opaque, graph.written, shapes=graph.shapes)
 
 
 def _longest(graph: Graph, lead: Node, patterns: Iterable[type[Fused]]) -> Node | None:

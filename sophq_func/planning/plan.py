@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from sophq_func.planning import diff, picture, text
 from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.draft import check, draft
 from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
+from sophq_func.planning.runs import Run
 from sophq_func.planning.stored import VERSION, read
 from sophq_func.planning.text import Tree
 from sophq_func.planning.unite import Counts, unite
@@ -41,6 +42,7 @@ class Plan(Mapping[str, QuantizerConfig]):
       wiring: the traced calls, and the ways of values through the quantizers.
       origin: the graphs and the config that it was made from; ``None`` after JSON or a pickle, since classes of modules and
         functions in rules are no data.
+      runs: what each example called, in order.
     """
 
     _configs: dict[str, QuantizerConfig]
@@ -53,6 +55,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     written: tuple[str, ...]
     wiring: Wiring
     origin: Origin | None
+    runs: tuple[Run, ...]
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         opaque: tuple[str, ...] = (),
         written: tuple[str, ...] = (),
         wiring: Wiring = NO_WIRING,
+        runs: tuple[Run, ...] = (),
         origin: Origin | None = None,
     ) -> None:
         self.__dict__.update(
@@ -77,6 +81,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             opaque=tuple(opaque),
             written=tuple(written),
             wiring=wiring,
+            runs=runs,
             origin=origin,
         )
 
@@ -98,6 +103,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             made.opaque,
             made.written,
             made.wiring,
+            made.runs,
             origin,
         )
 
@@ -236,7 +242,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         data = self._identity()
         for entry in data["quantizers"]:
             entry["site"] = self._sites[entry["name"]].to_data()
-        told = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict()}
+        told = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs}
         return json.dumps({"version": VERSION, **data, **told}, indent=1, sort_keys=True)
 
     @staticmethod
@@ -252,19 +258,25 @@ class Plan(Mapping[str, QuantizerConfig]):
         """SHA-256 over everything that decides about numbers; equal exactly for equal plans."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
-    def check(self, names: Mapping[str, Any], what: str, types: Mapping[str, type]) -> None:
-        """Raise a :class:`StateError` unless ``names`` has exactly the plan's quantizers, with values of these types."""
+    def check(self, names: Mapping[str, Any], what: str, types: Mapping[str, type], known: Collection[str] = ()) -> None:
+        """Raise a :class:`StateError` unless a state has what is expected of it.
+
+        Args:
+          names: the state, by quantizer.
+          what: what it is, for errors: ``"ostate"`` or ``"qparams"``.
+          types: the class of each entry that there must be.
+          known: names of entries that there may be beside these.
+        """
         if not isinstance(names, Mapping):
             raise StateError(explain(what, "this type", got=type(names).__name__, allowed="a dict {quantizer: state}"))
-        if names.keys() == self._configs.keys():
-            for name, value in names.items():
-                if not isinstance(value, types[name]):
-                    got, allowed = type(value).__name__, types[name].__name__
-                    raise StateError(explain(f"{what}[{name!r}]", "this value", got=got, allowed=allowed))
-            return
-        missing = [name for name in self if name not in names]
+        for name in names.keys() & types.keys():
+            if not isinstance(names[name], types[name]):
+                got, allowed = type(names[name]).__name__, types[name].__name__
+                raise StateError(explain(f"{what}[{name!r}]", "this value", got=got, allowed=allowed))
+        missing = [name for name in types if name not in names]
         if missing:
             fix = "q.init(params)" if what == "ostate" else "q.calibrate(params, batches)"
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
-        extra = next(name for name in names if name not in self._configs)
-        raise StateError(f"{what} holds {extra!r}, which the plan has not; {near(extra, self._configs)}.")
+        extra = [name for name in names if name not in types and name not in known]
+        if extra:
+            raise StateError(f"{what} holds {extra[0]!r}, which is not in the plan; {near(extra[0], self._configs)}.")

@@ -12,6 +12,7 @@ from sophq_func.config.site import ComputedSite, Site, ValueSite, WeightSite
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.scheme import QuantizerConfig, config_from_data
 from sophq_func.planning.picture import Call, Edge, Wiring
+from sophq_func.planning.runs import Run
 from sophq_func.planning.unite import Counts
 
 VERSION = 3
@@ -31,6 +32,7 @@ class Stored(NamedTuple):
     opaque: tuple[str, ...]
     written: tuple[str, ...]
     wiring: Wiring
+    runs: tuple[Run, ...]
 
 
 def read(text: str) -> Stored:
@@ -80,6 +82,7 @@ def _parts(data: Data) -> Stored:
             tuple(Call(_text(name), _text(does), _texts(weights)) for name, does, weights in data["calls"]),
             tuple(Edge(_text(source), _text(target), _texts(through)) for source, target, through in data["edges"]),
         ),
+        runs=tuple(map(Run.from_data, data["runs"])),
     )
 
 
@@ -119,10 +122,10 @@ SITES_OF_VERSION_2 = frozenset(
 def _from_2(data: Data) -> Data:
     """In version 2 all sites had the same fields, empty where a kind of site has no such thing.
 
-    Shapes of weights, and what their layers read, were not known.
+    Shapes of weights, and what their layers read, were not known; what the examples called, not at first.
     """
     quantizers = [{**entry, "site": _site_from_2(entry["site"])} for entry in data["quantizers"]]
-    return {**data, "version": 3, "quantizers": quantizers}
+    return {"runs": [], **data, "version": 3, "quantizers": quantizers}
 
 
 def _site_from_2(old: Data) -> Data:

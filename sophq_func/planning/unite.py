@@ -13,6 +13,7 @@ from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.planning.draft import Draft
 from sophq_func.planning.picture import Wiring, united
+from sophq_func.planning.runs import Run
 
 Counts = Mapping[tuple[str, str], int]
 """Number of calls of each (module path, function) that some quantizer is anchored to; function is empty for modules."""
@@ -27,6 +28,7 @@ class United(NamedTuple):
       counts: for each example, how often the planned modules and functions were called.
       notes: remarks for people.
       wiring: calls, and the ways of values through the quantizers.
+      runs: what each example called, in order.
       opaque: paths of modules whose inside is not looked at.
       written: inputs that the model writes into.
     """
@@ -36,6 +38,7 @@ class United(NamedTuple):
     counts: tuple[Counts, ...]
     notes: tuple[str, ...]
     wiring: Wiring
+    runs: tuple[Run, ...]
     opaque: tuple[str, ...]
     written: tuple[str, ...]
 
@@ -67,6 +70,7 @@ def unite(drafts: Sequence[Draft]) -> United:
         counts=_counts(drafts, sites.values()),
         notes=tuple(dict.fromkeys([*(note for draft in drafts for note in draft.notes), *notes])),
         wiring=united([draft.wiring for draft in drafts]),
+        runs=tuple(Run.of(draft.graph) for draft in drafts),
         opaque=tuple(sorted({path for draft in drafts for path in draft.graph.opaque})),
         written=tuple(sorted({name for draft in drafts for name in draft.graph.written})),
     )
