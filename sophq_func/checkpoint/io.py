@@ -177,7 +177,9 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         _check_parts(parts)
     except (ArithmeticError, RecursionError, ValueError) as error:
         refuse(file, "reading a checkpoint", str(error), "save it again, from the model")
-    metadata = {key: text[key] for key in ("library", "torch", "digest") if key in text} | {"version": version}
+    metadata = {key: text[key] for key in ("library", "torch") if key in text} | {"version": version}
+    if "plan" in parts:
+        metadata["digest"] = parts["plan"].digest()  # not as it is written: a plan of an older version had another one
     moved = {name: own if name == "plan" else tree_map(lambda t: t.to(place), own) for name, own in parts.items()}
     return Checkpoint(path=str(file), metadata=MappingProxyType(sorted_dict(metadata)), **moved)
 

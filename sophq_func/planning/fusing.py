@@ -43,11 +43,14 @@ def fuse(graph: Graph, further: Iterable[type[Fused]] = ()) -> Graph:
         if node.name in taken and node.name not in groups:
             continue
         node = groups.get(node.name, node)
-        operands = tuple(replace(o, value=renamed.get(o.value, o.value)) for o in node.operands)
-        nodes[node.name] = replace(node, operands=operands)
+        if any(operand.value in renamed for operand in node.operands):
+            operands = tuple(replace(o, value=renamed.get(o.value, o.value)) for o in node.operands)
+            node = replace(node, operands=operands)
+        nodes[node.name] = node
         for value in node.members[-1].outputs if node.members else node.outputs:
-            name = renamed.get(value, value)
-            values[name] = replace(graph.values[value], name=name, node=node.name)
+            made, name = graph.values[value], renamed.get(value, value)
+            is_same = (made.name, made.node) == (name, node.name)
+            values[name] = made if is_same else replace(made, name=name, node=node.name)
     return Graph(nodes, values, graph.modules, graph.opaque, graph.written, shapes=graph.shapes)
 
 

@@ -53,8 +53,8 @@ def read(text: str) -> Stored:
 def digest_of_version_2(text: str) -> str:
     """The digest that the library gave a plan when it wrote its text in version 2; empty for other versions.
 
-    Checkpoints hold the digest of their plan. A plan's digest is over what decides about numbers in the form of its
-    version, so that a plan has another one today.
+    Checkpoints hold the digest of their plan. It was over the sites as version 2 had them, so that a plan of an old
+    checkpoint has another one now.
     """
     data = json.loads(text)
     if data["version"] != 2:
