@@ -96,6 +96,7 @@ def digits() -> Iterator[tuple[Any, nn.Module, Tensor, Tensor, Tensor, Tensor]]:
         sys.path.pop(0)
 
 
+@pytest.mark.isa
 @over_settings
 def test_digits_over_the_whole_test_set(digits: Any, strategy: str, bits: int, symmetric: bool) -> None:
     module, model, x, _, test, labels = digits
@@ -110,6 +111,7 @@ def test_digits_over_the_whole_test_set(digits: Any, strategy: str, bits: int, s
     assert (done["conv2d"], done["linear"], done.get("add", 0)) == (7, 1, 0 if strategy == "Layers" else 2)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("strategy", ["CNN", "Dataflow"])
 def test_digits_simulated_without_the_rounding_of_float32(digits: Any, strategy: str, bits: int) -> None:
@@ -124,6 +126,7 @@ def test_digits_simulated_without_the_rounding_of_float32(digits: Any, strategy:
     assert float(steps[decided].max()) <= OUTPUT
 
 
+@pytest.mark.isa
 @over_settings
 def test_a_small_bert(strategy: str, bits: int, symmetric: bool) -> None:
     transformers = pytest.importorskip("transformers")

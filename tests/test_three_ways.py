@@ -20,6 +20,7 @@ from tests.helpers import Ready, ready
 from tests.runtime import computed, onnx
 from tests.ties import OUTPUT, Reference, are_decided, last_step, reference, shown
 
+pytestmark = pytest.mark.isa
 CHIPS = {"CNN": "BM1690", "Dataflow": None}
 
 

@@ -170,6 +170,7 @@ def test_placement(case: Case) -> None:
             assert (config.scheme.qmin, config.scheme.qmax) == (entry["quant_min"], entry["quant_max"])
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("case", params("end_to_end", *GROUPS, defects=NUMBERS, where=lambda case: not steps(case)))
 def test_scales_and_outputs(case: Case) -> None:
     q, weights = prepared(case)
@@ -189,6 +190,7 @@ def test_scales_and_outputs(case: Case) -> None:
         ties.simulated(made, ties.reference(made, x), x)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("case", params("end_to_end", "training_step", *GROUPS, defects=NUMBERS, where=steps))
 def test_training_step(case: Case) -> None:
     q, weights = prepared(case)
