@@ -27,6 +27,7 @@ over_settings = pytest.mark.parametrize(
     ("strategy", "bits", "symmetric"), [(s, b, y) for s in STRATEGIES for b in (8, 4) for y in (True, False)]
 )
 
+
 def config(strategy: str, bits: int, symmetric: bool, grain: str = "channel", **activation: Any) -> sq.QuantConfig:
     weight = sq.override(bits=bits, granularity=GRAINS[grain])
     chosen = sq.override(symmetric=symmetric, **activation)

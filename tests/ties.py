@@ -21,9 +21,8 @@ from tests.helpers import Ready
 ROUNDINGS = 32
 """How many units in the last place, of a tensor's largest value, a sum of some hundred float32 products is off at most.
 
-Such a sum is off by a random walk of as many steps as it has terms, each of a third of
-a unit in the last place of a partial sum: the root of 288, the most terms of a sum in these tests, is 17, and partial sums may be some
-times larger than the sum.
+Such a sum is off by a random walk of as many steps as it has terms, each of a third of a unit in the last place of a partial
+sum: the root of 288, the most terms of a sum in these tests, is 17, and partial sums may be some times larger than the sum.
 """
 EACH = 4
 """The same of a value that comes from exact sums: a multiplier, the product with it, a bias added, a mean of few values."""
