@@ -1,7 +1,8 @@
 """torch.compile as one graph: values, and how often it compiles.
 
 In float64: compiled code adds up in another order than eager does, by CPU, and in float32 a sum that lies near a tie would
-then have another code, and with it another gradient.
+then have another code, and with it another gradient: the largest weight of each channel does. Learned scales stay float32,
+and with them their gradients, sums of terms that cancel: these are compared to 1e-5.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def gradient(s: Subject) -> Callable[..., Any]:
     return grad(lambda at, batch: s.loss(*at, batch))
 
 
-@row("compile, aot_eager", "1e-9")
+@row("compile, aot_eager", "1e-9; 1e-5")
 def check_aot_eager(s: Subject) -> None:
     """eager; so is the gradient of `backward` through it."""
     s = s.wide
@@ -53,17 +54,17 @@ def check_aot_eager(s: Subject) -> None:
     options = {"allow_unused": True, "materialize_grads": True}
     pulled = [torch.autograd.grad(curved(out), flat, **options) for out in (found, expected)]
     some(pulled[1])
-    same(*pulled, 1e-9)
+    same(*pulled, 1e-5)
 
 
-@row("compile of grad, aot_eager", "1e-9")
+@row("compile of grad, aot_eager", "1e-5")
 def check_aot_eager_grad(s: Subject) -> None:
     """eager, for every parameter and learned scale."""
     s = s.wide
     at = (s.scales, s.weights)
     expected = gradient(s)(at, s.batch)
     some(expected)
-    same(compiled(gradient(s), "aot_eager")(at, s.batch), expected, 1e-9)
+    same(compiled(gradient(s), "aot_eager")(at, s.batch), expected, 1e-5)
 
 
 @row("compile of observe, aot_eager", "1e-6")
@@ -78,7 +79,7 @@ def check_aot_eager_observe(s: Subject) -> None:
     same(compiled(observe, "aot_eager")(s.params, ostate, s.batch), observe(s.params, ostate, s.batch), 1e-6)
 
 
-@row("compile of forward and grad, inductor", "1e-9")
+@row("compile of forward and grad, inductor", "1e-9; 1e-5")
 def check_inductor(s: Subject) -> None:
     """eager: the output; the gradient, for every parameter and learned scale."""
     s = s.wide
@@ -94,7 +95,7 @@ def check_inductor(s: Subject) -> None:
     found, expected = compiled(both, "inductor")(at, s.batch), both(at, s.batch)
     same(found[1], expected[1], 1e-9)
     some(expected[0])
-    same(found[0], expected[0], 1e-9)
+    same(found[0], expected[0], 1e-5)
 
 
 @row("compile, other batch sizes", "1e-9")
