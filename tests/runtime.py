@@ -21,8 +21,6 @@ def session(path: Path, level: Any = LEVELS.ORT_ENABLE_ALL, optimized: Path | No
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level, options.intra_op_num_threads, options.log_severity_level = level, 1, 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # weights only means weights only
-    # the products of codes are added up in 16 bits, and saturate, on a CPU that knows AVX2 but not VNNI, unless told not to
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
