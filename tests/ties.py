@@ -167,7 +167,7 @@ def executed(r: Ready, expected: Reference, *args: Any, **kwargs: Any) -> Any:
     with torch.no_grad():
         given = artifact._given()
         watch: Callable[..., Integers] = lambda schedule: Led(schedule, given)  # noqa: E731
-        return artifact._q.engine.run(artifact._parameters(given), given.other, args, kwargs, watch=watch)[0]
+        return artifact._q.engine.loop.run(artifact._parameters(given), given.other, args, kwargs, watch=watch)[0]
 
 
 def last_step(r: Ready) -> Tensor:
