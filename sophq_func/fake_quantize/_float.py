@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.affine import ste, working
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded
 from sophq_func.numerics.formats import round_to_dtype, round_to_float8
 from sophq_func.numerics.layout import expand, rows
 from sophq_func.numerics.ranges import EPS, qparams_to_range
@@ -103,12 +103,31 @@ def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
             scale = torch.exp2(torch.log2(scale).ceil())
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
+    def step(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return expand(qparams.scale.detach().abs().clamp(min=EPS**2), like, scheme.granularity)
+
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        work = working(x)
-        scale = expand(qparams.scale.detach().abs().clamp(min=EPS**2), x, scheme.granularity)
+        work, scale = working(x), step(x, qparams, scheme)
         return ste(x, (round_to_float8(work / scale, dtype) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False, bits=torch.finfo(dtype).bits)
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        unit = working(x.detach()) / step(x, qparams, scheme)
+        return Codes(round_to_float8(unit, dtype).to(dtype), {})
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, out: torch.dtype = torch.float32) -> Tensor:
+        unit = codes.values.to(torch.float64 if out == torch.float64 else torch.float32)
+        return (unit * step(unit, qparams, scheme)).to(out)
+
+    return FakeQuantize(
+        init,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=torch.finfo(dtype).bits,
+        encode=encode,
+        decode=decode,
+        uncoded=always_coded,
+    )
 
 
 def _cast(dtype: torch.dtype) -> FakeQuantize:
@@ -118,4 +137,20 @@ def _cast(dtype: torch.dtype) -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return round_to_dtype(x, dtype)
 
-    return FakeQuantize(init, apply, integer=False, resizable=False, bits=torch.finfo(dtype).bits, scaled=False)
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return Codes(x.detach().to(dtype), {})
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, out: torch.dtype = torch.float32) -> Tensor:
+        return codes.values.to(out)
+
+    return FakeQuantize(
+        init,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=torch.finfo(dtype).bits,
+        scaled=False,
+        encode=encode,
+        decode=decode,
+        uncoded=always_coded,
+    )
