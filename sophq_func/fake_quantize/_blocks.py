@@ -159,7 +159,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         encode=encode,
         decode=decode,
         uncoded=always_coded,
-        table=E2M1,
+        element=E2M1,
         block_size=block_size,
     )
 
@@ -198,7 +198,7 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         encode=encode,
         decode=decode,
         uncoded=always_coded,
-        table=form,
+        element=form,
         block_size=block_size,
     )
 

@@ -127,6 +127,7 @@ def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
         encode=encode,
         decode=decode,
         uncoded=always_coded,
+        element=dtype,
     )
 
 
@@ -153,4 +154,5 @@ def _cast(dtype: torch.dtype) -> FakeQuantize:
         encode=encode,
         decode=decode,
         uncoded=always_coded,
+        element=dtype,
     )

@@ -89,8 +89,7 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
 
     def own_uncoded(qparams: QParams, scheme: QScheme) -> str:
         low, high = bounds(qparams, scheme)
-        steps = torch.as_tensor(high - low)
-        if mapping == "paper" and not bool((steps % 2 == 0).all()):
+        if mapping == "paper" and not bool((torch.as_tensor(low + high) == 0).all()):
             return "0 lies between two of its codes"
         return uncoded(qparams, scheme)
 

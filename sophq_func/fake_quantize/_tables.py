@@ -76,7 +76,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
         encode=encode,
         decode=decode,
         uncoded=always_coded,
-        table=table,
+        element=table,
     )
 
 

@@ -171,7 +171,8 @@ class FakeQuantize(NamedTuple):
       encode: see :class:`Encode`; ``None``: no values of it have codes, or none that it can name itself.
       decode: see :class:`Decode`; ``None``: as ``encode``.
       uncoded: see :class:`Uncoded`; where it gives a reason, ``encode`` must not be called.
-      table: codes are indices into the values of this format; ``None``: they are numbers.
+      element: what a code stands for before scales: its index in the values of a format, a number of this floating type,
+        or, where it is ``None``, an integer.
       block_size: so many elements along the last axis share a part of the codes; 0: no parts by blocks.
       local: what becomes of an element depends on elements that share its scale or its block, and on no others.
     """
@@ -190,7 +191,7 @@ class FakeQuantize(NamedTuple):
     encode: Encode | None = None
     decode: Decode | None = None
     uncoded: Uncoded = never_coded
-    table: Format | None = None
+    element: Format | torch.dtype | None = None
     block_size: int = 0
     local: bool = True
 
