@@ -52,7 +52,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
             raise StateError(explain("pack", f"{bits} bits", got=f"codes from {low} to {high}", fix="pack with more bits"))
     packed = torch.empty(-(-flat.numel() // count), dtype=torch.uint8, device=flat.device)
     shifts = bits * torch.arange(count, device=flat.device)
-    for part, into in zip(flat.split(AT_ONCE * count), packed.split(AT_ONCE), strict=True):
+    for part, into in zip(torch.split(flat, AT_ONCE * count), torch.split(packed, AT_ONCE), strict=True):
         whole = torch.constant_pad_nd(part.to(torch.int64), (0, -part.numel() % count)).reshape(-1, count)
         into.copy_(((whole & (1 << bits) - 1) << shifts).sum(1))
     return packed
@@ -84,7 +84,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
         raise StateError(explain("unpack", f"{bits}-bit codes of shape {tuple(shape)}", got=got, allowed=allowed))
     shifts = bits * torch.arange(count, device=packed.device)
     codes = torch.empty(size, dtype=torch.int8 if signed else torch.uint8, device=packed.device)
-    for part, into in zip(packed.split(AT_ONCE), codes.split(AT_ONCE * count), strict=True):
+    for part, into in zip(torch.split(packed, AT_ONCE), torch.split(codes, AT_ONCE * count), strict=True):
         found = (part.to(torch.int64)[:, None] >> shifts & (1 << bits) - 1).reshape(-1)[: into.numel()]
         into.copy_(torch.where(found >= 1 << bits - 1, found - (1 << bits), found) if signed else found)
     return codes.reshape(tuple(shape))

@@ -86,14 +86,14 @@ def bf16() -> FakeQuantize:
     return _cast(torch.bfloat16)
 
 
-def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
+def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
     if scaling not in SCALING:
         raise ConfigError(explain("FP8", "this scaling", got=scaling, allowed=" or ".join(map(repr, SCALING))))
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    smallest = torch.finfo(element).smallest_normal * torch.finfo(element).eps
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
-        scale = torch.maximum(-lo, hi) / torch.finfo(dtype).max
+        scale = torch.maximum(-lo, hi) / torch.finfo(element).max
         if scaling == "none":
             scale = torch.where(scale.isnan(), scale, 1.0)
         elif scaling == "mean" and x.numel():
@@ -108,51 +108,51 @@ def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         work, scale = working(x), step(x, qparams, scheme)
-        return ste(x, (round_to_float8(work / scale, dtype) * scale).to(x.dtype))
+        return ste(x, (round_to_float8(work / scale, element) * scale).to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         unit = working(x.detach()) / step(x, qparams, scheme)
-        return Codes(round_to_float8(unit, dtype).to(dtype), {})
+        return Codes(round_to_float8(unit, element).to(element), {})
 
-    def decode(codes: Codes, qparams: QParams, scheme: QScheme, out: torch.dtype = torch.float32) -> Tensor:
-        unit = codes.values.to(torch.float64 if out == torch.float64 else torch.float32)
-        return (unit * step(unit, qparams, scheme)).to(out)
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        unit = codes.values.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return (unit * step(unit, qparams, scheme)).to(dtype)
 
     return FakeQuantize(
         init,
         apply,
         integer=False,
         resizable=False,
-        bits=torch.finfo(dtype).bits,
+        bits=torch.finfo(element).bits,
         encode=encode,
         decode=decode,
         uncoded=always_coded,
-        element=dtype,
+        element=element,
     )
 
 
-def _cast(dtype: torch.dtype) -> FakeQuantize:
+def _cast(element: torch.dtype) -> FakeQuantize:
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return round_to_dtype(x, dtype)
+        return round_to_dtype(x, element)
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return Codes(x.detach().to(dtype), {})
+        return Codes(x.detach().to(element), {})
 
-    def decode(codes: Codes, qparams: QParams, scheme: QScheme, out: torch.dtype = torch.float32) -> Tensor:
-        return codes.values.to(out)
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return codes.values.to(dtype)
 
     return FakeQuantize(
         init,
         apply,
         integer=False,
         resizable=False,
-        bits=torch.finfo(dtype).bits,
+        bits=torch.finfo(element).bits,
         scaled=False,
         encode=encode,
         decode=decode,
         uncoded=always_coded,
-        element=dtype,
+        element=element,
     )
