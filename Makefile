@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-text examples test lint types contract doctest check bench clean
+.PHONY: demo demo-text examples test lint types contract rooms doctest check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -32,7 +32,10 @@ types: $(VENV)/.dev
 contract: $(VENV)/.dev
 	$(BIN)/lint-imports
 
-check: lint types contract doctest test
+rooms: | $(VENV)/bin/python
+	$(BIN)/python tools/rooms.py
+
+check: lint types contract rooms doctest test
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/interception.py

@@ -1,7 +1,7 @@
 """Runs every cell of ``docs/composition.md``, whole models through every transform, and writes its table if all agree.
 
 ``python benchmarks/composition_page.py``; about four minutes. The checks are those of ``tests/composition``, which
-``pytest tests/test_composition.py`` runs, too.
+``pytest tests/composition/test_cells.py`` runs, too.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,8 +24,20 @@ def as_call(batch: Any, where: str = "calibrate") -> tuple[tuple[Any, ...], dict
     raise StateError(explain(where, "this batch", got=type(batch).__name__, allowed=allowed))
 
 
-def arguments(model: nn.Module) -> tuple[list[str], str]:
-    """Names of ``forward``'s positional arguments, and the name under which further ones are collected."""
+class Arguments(NamedTuple):
+    """Names of a model's arguments.
+
+    Attributes:
+      positional: those of ``forward`` that may be given by position.
+      rest: under which name further ones are collected.
+    """
+
+    positional: tuple[str, ...]
+    rest: str
+
+
+def arguments(model: nn.Module) -> Arguments:
+    """Names of the arguments of ``forward``."""
     kinds = inspect.Parameter
     positional, rest = [], "args"
     for name, parameter in inspect.signature(model.forward).parameters.items():
@@ -33,11 +45,11 @@ def arguments(model: nn.Module) -> tuple[list[str], str]:
             positional.append(name)
         elif parameter.kind is kinds.VAR_POSITIONAL:
             rest = name
-    return positional, rest
+    return Arguments(tuple(positional), rest)
 
 
 def map_inputs(
-    names: tuple[list[str], str], args: tuple[Any, ...], kwargs: Mapping[str, Any], f: Callable[[str, Tensor], Tensor]
+    names: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any], f: Callable[[str, Tensor], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Apply ``f`` to each tensor among a call's arguments, which is told its name."""
     positional, rest = names

@@ -122,6 +122,20 @@ class Node:
         return lead.kind == "module" and lead.type is not None and issubclass(lead.type, types)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """One call of a module that is no leaf.
+
+    Attributes:
+      path: of the module, the first where it has several.
+      start, stop: the calls made in it are those from ``start`` up to ``stop`` in the order of execution, inputs counted.
+    """
+
+    path: str
+    start: int
+    stop: int
+
+
 class Graph:
     """Calls in execution order.
 
@@ -131,6 +145,7 @@ class Graph:
       modules: class of each module, by path, every path of shared modules included.
       opaque: paths of modules that the trace was told not to look into.
       written: names of inputs that the model writes into.
+      scopes: calls of modules that are no leaves, in the order in which they end.
     """
 
     def __init__(
@@ -140,9 +155,10 @@ class Graph:
         modules: Mapping[str, type],
         opaque: tuple[str, ...] = (),
         written: tuple[str, ...] = (),
+        scopes: tuple[Scope, ...] = (),
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
-        self.opaque, self.written = opaque, written
+        self.opaque, self.written, self.scopes = opaque, written, scopes
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:

@@ -17,17 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.conv import _ConvNd
 
+from sophq_func.capture._torch import READS_ITS_OWN, has_only_one_hook_before, is_parameter, own_tensors, store_of
+from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, Place, Slot, Watch, enter, leave
 from sophq_func.capture.lazy import Deferred
-from sophq_func.capture.snapshot import OWN, Memory, rebind
+from sophq_func.capture.snapshot import Memory, rebind
+from sophq_func.core import modes
 from sophq_func.core.errors import PlanError, StateError, explain, near, raise_all
-from sophq_func.core.modes import may_differentiate
 from sophq_func.core.pytree import sorted_dict
-
-PLAIN = (_ConvNd, nn.Linear, nn.Embedding)
-"""Layers that read their parameters in their forward only."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -67,8 +65,10 @@ class Skeleton:
 
     Attributes:
       module: the copy; parameters and buffers are on the ``meta`` device.
-      names: canonical names of all parameters and buffers.
-      buffers: canonical names of the buffers.
+      root: path of the module that a run calls; empty for the whole model, see :meth:`part`.
+      names: canonical names of the parameters and buffers that a run uses.
+      known: canonical names of all parameters and buffers of the whole model.
+      buffers: those of ``names`` that are buffers.
       owned: for each module path the canonical names of its own tensors, by attribute.
       paths: every path of each module, by its first.
       constants: tensors that are plain attributes of modules, copied; they belong to the skeleton.
@@ -77,20 +77,23 @@ class Skeleton:
     def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
         registered = _registered(model)
         by_id = {id(tensor): name for name, tensor in registered.items()}
-        self.names = frozenset(registered)
+        self.root = ""
+        self.names = self.known = frozenset(registered)
         self.buffers = frozenset(name for name, _ in model.named_buffers())
         self.owned = {
-            path: {attribute: by_id[id(t)] for attribute, t in _own(module) if t is not None}
-            for path, module in model.named_modules()
+            path: {attribute: by_id[id(t)] for attribute, t in own_tensors(module)} for path, module in model.named_modules()
         }
+        self._owned_in_all = self.owned
         self.paths = _all_paths(model)
         self.module, self.constants, names = _copy_without_weights(model, registered)
-        self._modules = dict(self.module.named_modules())
-        self._aliases = _aliases(self.module, names)
+        self._module_at = dict(self.module.named_modules())
+        self._aliases = aliases(self.module, names)
+        self._tensors = self._named_tensors()
+        self._holders = self._holders_by_name()
         self._rebound: list[tuple[nn.Module, str, Any]] = []
         self._slot = Slot()
         self._lock = threading.RLock()
-        for path, module in self._modules.items():
+        for path, module in self._module_at.items():
             module._sophq_place = Place(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave, with_kwargs=True, always_call=True)
@@ -108,16 +111,97 @@ class Skeleton:
         other.module.train(training)
         return other
 
+    @property
+    def entry(self) -> nn.Module:
+        """The module that a run calls."""
+        module: nn.Module = self._module_at[self.root]
+        return module
+
+    def tensors_of(self, path: str) -> Mapping[str, str]:
+        """Canonical names of the tensors of a module of the whole model, by attribute; empty where there is none."""
+        return self._owned_in_all.get(path, {})
+
+    def part(self, path: str, also: Collection[str] = ()) -> Skeleton:
+        """The same skeleton, of which a run calls only the module at ``path``.
+
+        Names and paths stay those of the whole model. Modules and lock are shared, so that one of the two runs at a time.
+
+        Args:
+          path: of the module, the first where it has several.
+          also: names of further parameters and buffers that belong to ``names``.
+        """
+        other = copy.copy(self)
+        other._lock = self._lock
+        other.root = path
+        inside = {id(module) for module in other.entry.modules()}
+        other.owned = {own: names for own, names in self.owned.items() if id(self._module_at[own]) in inside}
+        other.paths = {own: self.paths[own] for own in other.owned}
+        other._aliases = [alias for alias in self._aliases if alias[0] in other.owned]
+        held = {name for names in other.owned.values() for name in names.values()}
+        also_read = {name for _, _, template in other._aliases for name in names_in(template)}
+        other.names = frozenset(held | also_read | set(also))
+        other.buffers = self.buffers & other.names
+        other._tensors = other._named_tensors()
+        other._holders = other._holders_by_name()
+        return other
+
+    def first_path(self, path: str) -> str | None:
+        """The path by which the library calls the module at ``path``: its first; ``None`` where there is no module."""
+        return next((first for first, paths in self.paths.items() if path in paths), None)
+
+    def stands_in_list(self, path: str) -> bool:
+        """Whether the module at a path is an item of a ``ModuleList`` or ``Sequential``."""
+        around, _, _ = path.rpartition(".")
+        return bool(path) and isinstance(self.module.get_submodule(around), nn.ModuleList | nn.Sequential)
+
+    def altered(self, skipped: Collection[str], biases: Mapping[str, tuple[str, Tensor]]) -> Skeleton:
+        """A copy in which some modules return their input, and some layers have a bias.
+
+        Args:
+          skipped: paths of modules that return their first argument.
+          biases: by path of a layer, the canonical name of its bias and a tensor of its shape.
+        """
+        other = copy.deepcopy(self)
+        for path in skipped:
+            other._module_at[path].forward = _first_argument  # type: ignore[method-assign]
+        for path, (name, like) in biases.items():
+            other._module_at[path].bias = nn.Parameter(torch.empty_like(like, device="meta"))
+            other.owned[path]["bias"] = name
+        other._tensors = other._named_tensors()
+        other._holders = other._holders_by_name()
+        return other
+
+    def _named_tensors(self) -> dict[str, str]:
+        """Canonical name of each tensor, by the name that ``functional_call`` has for it in the module that a run calls."""
+        first = {id(module): path for path, module in self._module_at.items()}
+        return {
+            f"{path}.{attribute}".lstrip("."): name
+            for path, module in self.entry.named_modules()
+            for attribute, name in self.owned[first[id(module)]].items()
+        }
+
+    def _holders_by_name(self) -> dict[str, list[tuple[str, str]]]:
+        """Path and attribute of each module that holds a parameter or buffer, by its canonical name."""
+        found: dict[str, list[tuple[str, str]]] = {name: [] for name in self.names}
+        for path, own in self.owned.items():
+            for attribute, name in own.items():
+                found.setdefault(name, []).append((path, attribute))
+        return found
+
+    def holders(self, name: str) -> list[tuple[str, str]]:
+        """Path and attribute of each module that holds a parameter or buffer."""
+        return list(self._holders.get(name, ()))
+
     def check(self, params: Mapping[str, Tensor], where: str) -> None:
         """Raise a :class:`StateError` that names every parameter that is missing, unknown or no tensor."""
         fix = "params = sq.params_of(model)"
         if not isinstance(params, Mapping):
             raise StateError(explain(where, "params", got=type(params).__name__, allowed="a dict {name: Tensor}", fix=fix))
         problems = []
-        if params.keys() != self.names:
+        if not self.names <= params.keys() <= self.known:
             missing = sorted(self.names - params.keys())
             problems += [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
-            for name in sorted(map(str, params.keys() - self.names)):
+            for name in sorted(map(str, params.keys() - self.known)):
                 hint = near(name, missing or self.names)
                 problems.append(f"{where}: params hold {name!r}, which the model has not. Fix: {hint or 'leave it out'}.")
         for name, value in params.items():
@@ -127,7 +211,7 @@ class Skeleton:
 
     def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``params`` with buffers that are constants: no gradient reaches them."""
-        if not may_differentiate():
+        if not modes.may_differentiate():
             return dict(params)
         return {**params, **{name: params[name].detach() for name in self.buffers}}
 
@@ -137,13 +221,13 @@ class Skeleton:
 
     def deferrable(self, path: str, parameter: str) -> bool:
         """Whether only the layer at ``path`` holds a parameter, and reads it nowhere but in its own forward."""
-        owners = [(p, attribute) for p, own in self.owned.items() for attribute, name in own.items() if name == parameter]
-        if [owner for owner, _ in owners] != [path]:
+        holders = self._holders[parameter]
+        if [holder for holder, _ in holders] != [path]:
             return False
-        module = self.module.get_submodule(path)
-        plain = isinstance(module, PLAIN) and is_leaf(module) and len(module._forward_pre_hooks) == 1
-        aliased = any(parameter in _names_in(template) for _, _, template in self._aliases)
-        return plain and not aliased and owners[0][1] in module._parameters
+        module = self._module_at[path]
+        plain = isinstance(module, READS_ITS_OWN) and is_leaf(module) and has_only_one_hook_before(module)
+        aliased = any(parameter in names_in(template) for _, _, template in self._aliases)
+        return plain and not aliased and is_parameter(module, holders[0][1])
 
     def run(
         self,
@@ -163,29 +247,34 @@ class Skeleton:
         """
         if frame is not None and later:
             frame.deferred = Deferred(later, self.owned, params)
-        if torch.compiler.is_compiling():
-            result = self._run(frame, params, args, kwargs)
+        mode = modes.now() if frame is None else frame.mode
+        if mode.compiling:
+            result = self._run(self._call, frame, params, args, kwargs)
             rebind(self._rebound)
             return result
         with self._lock:
-            memory = Memory(self.module.modules())
+            memory = Memory(self.entry.modules())
             try:
-                return self._run(frame, params, args, kwargs)
+                return self._run(self._call_bound, frame, params, args, kwargs)
             finally:
                 changed = [change for change in memory.restore() if not isinstance(change[2], Tensor)]
                 self._rebound = changed or self._rebound
 
     def _run(
-        self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        call: Callable[..., tuple[Any, dict[str, Tensor]]],
+        frame: Frame | None,
+        params: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
         now = {**params, **{name: params[name].clone() for name in self.buffers}}
         for path, attribute, template in self._aliases:
-            self.module.get_submodule(path).__dict__[attribute] = _filled(template, now)
+            self._module_at[path].__dict__[attribute] = filled(template, now)
         if frame is not None:
             frame.begin(now)
         watch = None if frame is None else Watch(frame)
         outer, self._slot.watch = self._slot.watch, watch
-        call = self._call if torch.compiler.is_compiling() else self._call_bound
         try:
             with watch or nullcontext():
                 output, buffers = call(now, args, dict(kwargs))
@@ -195,12 +284,9 @@ class Skeleton:
 
     def _call(self, now: Mapping[str, Tensor], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """The model's output with these tensors, and its buffers afterwards, in a way that Dynamo follows."""
-        names = {
-            f"{path}.{attribute}".lstrip("."): name for path, own in self.owned.items() for attribute, name in own.items()
-        }
-        tensors = {place: now[name] for place, name in names.items()}
-        output = functional_call(self.module, tensors, args, kwargs, tie_weights=False)
-        return output, {name: tensors[place] for place, name in names.items() if name in self.buffers}
+        tensors = {place: now[name] for place, name in self._tensors.items()}
+        output = functional_call(self.entry, tensors, args, kwargs, tie_weights=False)
+        return output, {name: tensors[place] for place, name in self._tensors.items() if name in self.buffers}
 
     def _call_bound(self, now: Mapping[str, Tensor], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """The same, for eager: to find where each tensor goes takes ``functional_call`` longer than a small model runs."""
@@ -208,7 +294,7 @@ class Skeleton:
         for store, attribute, name, _ in places:
             store[attribute] = now[name]
         try:
-            output = self.module(*args, **kwargs)
+            output = self.entry(*args, **kwargs)
             return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
         finally:
             for store, attribute, _, empty in places:
@@ -217,14 +303,9 @@ class Skeleton:
     def _places(self) -> Iterator[tuple[dict[str, Any], str, str]]:
         """Where each parameter and buffer is held: the dict, the attribute, and the canonical name."""
         for path, own in self.owned.items():
-            module = self._modules[path]
+            module = self._module_at[path]
             for attribute, name in own.items():
-                yield (module._parameters if attribute in module._parameters else module._buffers), attribute, name
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    yield from module._parameters.items()
-    yield from module._buffers.items()
+                yield store_of(module, attribute), attribute, name
 
 
 def _all_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -234,53 +315,6 @@ def _all_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for path, module in model.named_modules(remove_duplicate=False):
         found[first[id(module)]].append(path)
     return {path: tuple(paths) for path, paths in found.items()}
-
-
-class _Name(str):
-    """Stands in a template for the parameter or buffer of this name."""
-
-
-def _aliases(module: nn.Module, names: Mapping[int, str]) -> list[tuple[str, str, Any]]:
-    """Plain attributes that hold registered tensors: ``(module path, attribute, template)``."""
-    found = []
-    for path, part in module.named_modules():
-        for attribute, value in part.__dict__.items():
-            if attribute not in OWN:
-                template, holds = _template(value, names)
-                found += [(path, attribute, template)] if holds else []
-    return found
-
-
-def _template(value: Any, names: Mapping[int, str]) -> tuple[Any, bool]:
-    """``value`` with a :class:`_Name` for each registered tensor in lists, tuples and dicts; and whether there is one."""
-    if id(value) in names:
-        return _Name(names[id(value)]), True
-    if type(value) is dict:
-        items = {key: _template(item, names) for key, item in value.items()}
-        return {key: item for key, (item, _) in items.items()}, any(holds for _, holds in items.values())
-    if type(value) in (list, tuple):
-        parts = [_template(item, names) for item in value]
-        return type(value)(item for item, _ in parts), any(holds for _, holds in parts)
-    return value, False
-
-
-def _names_in(template: Any) -> list[str]:
-    """The parameters and buffers that a template names."""
-    if isinstance(template, _Name):
-        return [str(template)]
-    parts = template.values() if type(template) is dict else template if type(template) in (list, tuple) else ()
-    return [name for part in parts for name in _names_in(part)]
-
-
-def _filled(template: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that a template stands for."""
-    if isinstance(template, _Name):
-        return tensors[str(template)]
-    if type(template) is dict:
-        return {key: _filled(item, tensors) for key, item in template.items()}
-    if type(template) in (list, tuple):
-        return type(template)([_filled(item, tensors) for item in template])
-    return template
 
 
 def _copy_without_weights(
@@ -304,3 +338,8 @@ def _copy_without_weights(
         what = f"a private copy of {type(model).__name__}"
         fix = "give the class whose instance cannot be copied a __deepcopy__"
         raise PlanError(explain("trace", what, because=f"copy.deepcopy says: {error}", fix=fix)) from error
+
+
+def _first_argument(x: Any, *_: Any, **__: Any) -> Any:
+    """The forward of a module that is skipped."""
+    return x

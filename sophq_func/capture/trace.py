@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from sophq_func.capture.arguments import arguments, map_inputs
 from sophq_func.capture.frame import Frame
-from sophq_func.capture.graph import Graph, Node, Operand, Value
+from sophq_func.capture.graph import Graph, Node, Operand, Scope, Value
+from sophq_func.capture.naming import CallNames
 from sophq_func.capture.skeleton import Skeleton, params_of
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.core.modes import writes_into
 from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
 
 OPTIONS = (
@@ -60,11 +62,11 @@ def trace(
     opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
     skeleton = Skeleton(model, opaque)
     frame = _Recorder(skeleton)
-    versions = [constant._version for constant in skeleton.constants]
+    versions = [writes_into(constant) for constant in skeleton.constants]
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
-    if versions != [constant._version for constant in skeleton.constants]:
+    if versions != [writes_into(constant) for constant in skeleton.constants]:
         what = "writing in place into a tensor that is a plain attribute"
         raise PlanError(explain(type(model).__name__, what, fix="register_buffer it"))
     return frame.graph(output, model, opaque)
@@ -104,14 +106,23 @@ class _Recorder(Frame):
         self._nodes: dict[str, Node] = {}
         self._values: dict[str, Value] = {}
         self._calls: dict[tuple[str, str], int] = {}
-        self._modules = {path for path in skeleton.paths if path}
+        self._names = CallNames(skeleton.paths)
         self._known: dict[int, tuple[Tensor, Operand]] = {}
+        self._in_storage: dict[int, list[int]] = {}
+        self._starts: list[int] = []
+        self._scopes: list[Scope] = []
         self._inputs: dict[int, tuple[Tensor, Tensor, str]] = {}
         self._before: dict[int, int] = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self._known[id(tensor)] = (tensor, Operand(role="", slot=0, parameter=name))
+            self._note(tensor, Operand(role="", slot=0, parameter=name))
+
+    def enter_scope(self, path: str, args: Any, kwargs: Any) -> None:
+        self._starts.append(len(self._nodes))
+
+    def leave_scope(self, path: str, args: Any, kwargs: Any, output: Any) -> None:
+        self._scopes.append(Scope(path=path, start=self._starts.pop(), stop=len(self._nodes)))
 
     def input(self, name: str, tensor: Tensor) -> Tensor:
         """An argument of the model, as a copy that the model may write into. A tensor given twice is one value."""
@@ -120,7 +131,7 @@ class _Recorder(Frame):
             self._nodes[first] = replace(self._nodes[first], also=(*self._nodes[first].also, name))
             return copy
         copy = tensor.detach().clone()
-        value = self._free_name(name)
+        value = self._names.take(self._names.input(name))
         self._inputs[id(tensor)] = (tensor, copy, value)
         self._add(Node(name=value, kind="input", path="", paths=("",), argument=name), [copy])
         return copy
@@ -130,13 +141,10 @@ class _Recorder(Frame):
         return args, kwargs
 
     def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        self.leaves += 1
-        options = _options(module)
-        self.leaves -= 1
-        base = path or type(module).__name__.lower()
-        name = self._free_name(base, own=(path, "") not in self._calls)
+        with self.aside():
+            options = _options(module)
         node = Node(
-            name=name,
+            name=self._names.take(self._names.module(path or type(module).__name__.lower())),
             kind="module",
             path=path,
             paths=self._skeleton.paths[path],
@@ -155,9 +163,8 @@ class _Recorder(Frame):
         if not tensors(output):
             return output
         path = self.scope
-        full = f"{path}.{name}" if path else name
         node = Node(
-            name=self._free_name(full),
+            name=self._names.take(self._names.function(path, name)),
             kind="function",
             path=path,
             paths=self._skeleton.paths[path],
@@ -175,22 +182,14 @@ class _Recorder(Frame):
                 late = self._values[name].overwritten or bool(known.stale)
                 self._values[name] = replace(self._values[name], output=True, overwritten=late)
         modules = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
-        written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if copy._version]
-        return Graph(self._nodes, self._values, modules, opaque, tuple(written))
+        written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if writes_into(copy)]
+        return Graph(self._nodes, self._values, modules, opaque, tuple(written), tuple(self._scopes))
 
     def _counted(self, path: str, function: str, counted: bool) -> dict[str, Any]:
         """How many counted calls of this kind came before, and whether this one counts."""
         count = self._calls.get((path, function), 0)
         self._calls[path, function] = count + counted
         return {"call": count, "counted": counted}
-
-    def _free_name(self, base: str, own: bool = False) -> str:
-        """``base``, or the first of ``base_1``, ``base_2``, ... that nobody has; module paths belong to their modules."""
-        name, number = base, 0
-        while name in self._nodes or (name in self._modules and not (own and name == base)):
-            number += 1
-            name = f"{base}_{number}"
-        return name
 
     def _record(self, node: Node, before: dict[int, int], args: Any, kwargs: Any, output: Any) -> Any:
         node = replace(node, operands=self._operands(args, kwargs))
@@ -203,25 +202,30 @@ class _Recorder(Frame):
                 made.append((item, found[i]))
         self._add(node, [new for _, new in made], tensors((args, kwargs)))
         for (old, _), name in zip(made, self._nodes[node.name].outputs, strict=True):
-            if id(old) in before and before[id(old)] != _version(old):
+            if id(old) in before and before[id(old)] != writes_into(old):
                 self._overwrite(old, name)
         return rebuild(found)
 
     def _alias(self, tensor: Tensor) -> Tensor:
         """Another object for the same data; the view is none of the model's calls."""
-        self.leaves += 1
-        alias = tensor.view_as(tensor)
-        self.leaves -= 1
-        return alias
+        with self.aside():
+            return tensor.view_as(tensor)
 
     def _overwrite(self, tensor: Tensor, value: str) -> None:
         """``tensor`` was written into, which made ``value``: later uses of it, and of what shares its memory, are stale."""
-        known = {id(made) for made, operand in self._known.values() if operand.value == value}
-        for key, (other, operand) in list(self._known.items()):
-            if key in known or not _share_memory(tensor, other):
-                continue
-            now = value if other is tensor else operand.value
-            self._known[key] = (other, replace(operand, value=now, stale=value))
+        storage = _storage(tensor)
+        for key in () if storage is None else self._in_storage[storage]:
+            other, operand = self._known[key]
+            if operand.value != value:
+                now = value if other is tensor else operand.value
+                self._known[key] = (other, replace(operand, value=now, stale=value))
+
+    def _note(self, tensor: Tensor, operand: Operand) -> None:
+        """Remember what a tensor is; it is kept alive, so that no other gets its identity or its storage."""
+        storage = _storage(tensor)
+        if storage is not None and id(tensor) not in self._known:
+            self._in_storage.setdefault(storage, []).append(id(tensor))
+        self._known[id(tensor)] = (tensor, operand)
 
     def _add(self, node: Node, made: list[Tensor], taken: Sequence[Tensor] = ()) -> None:
         names = [node.name] if len(made) == 1 else [f"{node.name}.{i}" for i in range(len(made))]
@@ -234,7 +238,7 @@ class _Recorder(Frame):
                 shape=tuple(tensor.shape),
                 view=any(_share_memory(tensor, other) for other in taken),
             )
-            self._known[id(tensor)] = (tensor, Operand(role="", slot=0, value=name))
+            self._note(tensor, Operand(role="", slot=0, value=name))
         self._nodes[node.name] = replace(node, outputs=tuple(names))
 
     def _operands(self, args: Any, kwargs: Any) -> tuple[Operand, ...]:
@@ -258,14 +262,15 @@ def _options(module: nn.Module) -> dict[str, Any]:
     return found | ({"weight_shape": tuple(weight.shape)} if isinstance(weight, Tensor) else {})
 
 
+def _storage(tensor: Tensor) -> int | None:
+    """Which storage a tensor lies in; ``None`` where it has no elements."""
+    return tensor.untyped_storage().data_ptr() if tensor.numel() else None
+
+
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors lie in one storage."""
-    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return _storage(a) is not None and _storage(a) == _storage(b)
 
 
 def _versions(tree: Any) -> dict[int, int]:
-    return {id(tensor): _version(tensor) for tensor in tensors(tree)}
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return {id(tensor): writes_into(tensor) for tensor in tensors(tree)}

@@ -61,8 +61,8 @@ def explain(
 
 def deprecated(text: str) -> None:
     """Warn that something has no effect, at the line that called the library."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    library, level, frame = __name__.partition(".")[0], 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == library:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, DeprecationWarning, level)
 

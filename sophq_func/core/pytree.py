@@ -6,13 +6,14 @@ keys. Dicts made here are filled in sorted order, so the two agree.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import optree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 V = TypeVar("V")
@@ -101,3 +102,46 @@ def map_named(name: str, tree: Any, f: Callable[[str, Tensor], Tensor]) -> Any:
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*[map_named(f"{name}.{key}", getattr(tree, key), f) for key in tree._fields])
     return tree
+
+
+def copied(tree: Any) -> Any:
+    """A tree whose tensors are copies, so that a later write into one of them does not show here.
+
+    Tensors in lists, tuples, dicts and the attributes of other objects (a cache of keys and values, say) are cloned, with
+    their graph for autograd; modules stay as they are.
+
+    Example:
+      >>> import torch
+      >>> given = {"x": torch.zeros(2)}
+      >>> kept = copied(given)
+      >>> given["x"] += 1
+      >>> kept
+      {'x': tensor([0., 0.])}
+    """
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if type(tree) in (tuple, list):
+        return type(tree)([copied(item) for item in tree])
+    if type(tree) is dict:
+        return {key: copied(item) for key, item in tree.items()}
+    memo: dict[int, Any] = {}
+    _clone_into(memo, tree)
+    return copy.deepcopy(tree, memo) if memo else tree
+
+
+def _clone_into(memo: dict[int, Any], item: Any) -> None:
+    """Note in ``memo``, as ``deepcopy`` reads it, a clone of each tensor below ``item``, and each module as itself."""
+    if id(item) in memo or isinstance(item, type | str | bytes | int | float | None):
+        return
+    if isinstance(item, Tensor):
+        memo[id(item)] = item.clone()
+    elif isinstance(item, nn.Module):
+        memo[id(item)] = item
+    elif isinstance(item, Mapping):
+        for value in item.values():
+            _clone_into(memo, value)
+    elif isinstance(item, tuple | list | set):
+        for value in item:
+            _clone_into(memo, value)
+    elif hasattr(item, "__dict__"):
+        _clone_into(memo, vars(item))

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import map_inputs
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.pytree import flatten, paths, tensors, tree_map
-from sophq_func.export._program import Program
+from sophq_func.export._program import Call, Program
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 Axes = Mapping[str, Mapping[int, str]]
 """By argument, what the sizes of its axes are called; equal names are equal sizes."""
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 Bounds = dict[str, dict[str, int]]
 
 OF_BATCH = "dynamic_batch=False, or a model that takes its size from its input"
@@ -105,11 +103,7 @@ def _exported(made: Program, sized: Call, bounds: Bounds) -> ExportedProgram:
     given = signature.bind(*sized[0], **sized[1]).arguments
     shapes = {name: tree_map(shape, value) for name, value in given.items()}
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return made.run(*args, **kwargs)
-
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    made.forward = forward
+    made.called_as(signature)
     with torch.no_grad():
         return torch.export.export(made, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
 
@@ -154,7 +148,7 @@ def _by_name(where: str, made: Program, call: Call, axes: Axes) -> Call:
         return _Sized(x, axes.get(name, {}))
 
     raise_all(list(_misspelled(where, axes)))
-    found = map_inputs(made._arguments, *call, sized)
+    found = made.map_inputs(*call, sized)
     raise_all(list(_missing(where, axes, given)))
     return found
 

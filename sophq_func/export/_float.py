@@ -7,6 +7,7 @@ tensors have these names.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,11 @@ from sophq_func.core.pytree import has_floating, tensors
 from sophq_func.export._capture import captured, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._names import FileNames
-from sophq_func.export._program import Program, program
+from sophq_func.export._program import program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.runner import Runner
+from sophq_func.model.schedule import Schedule
 from sophq_func.model.settings import enabled
 from sophq_func.model.weight_quantizer import arranged
 from sophq_func.numerics.contracts import QParams
@@ -53,12 +55,12 @@ def float_file(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.tables")
-    made = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False, _Named)
-    assert isinstance(made, _Named)
+    made = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False)
     for name, weight in _clipped(q, params, qparams).items():
         made.get_buffer(made.names[name]).copy_(weight)
-    graph = retrace(q.engine.skeleton, params, args, kwargs, q.engine.arguments)
-    made.calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
+    graph = retrace(q.engine.skeleton, params, args, kwargs, q.engine.loop.arguments)
+    calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
+    made.watch = partial(_Marking, calls)
     with quiet():
         exported = captured("export.tables", made, args, kwargs, False).program
         written = translated("export.tables", exported, OPSET)
@@ -115,21 +117,12 @@ class _Nothing:
         return codes
 
 
-class _Named(Program):
-    """A program that marks the result of each call."""
-
-    calls: Mapping[Key, str]
-
-    def _runner(self) -> Runner:
-        return _Marking(self)
-
-
 class _Marking(Runner):
     """Puts a node behind each call, which says what the call is named."""
 
-    def __init__(self, program: _Named) -> None:
-        super().__init__(program._schedule, lambda name, x: x)
-        self._names, self._calls = program.calls, dict[tuple[str, str], int]()
+    def __init__(self, names: Mapping[Key, str], schedule: Schedule) -> None:
+        super().__init__(schedule, lambda name, x: x)
+        self._names, self._calls = names, dict[tuple[str, str], int]()
 
     def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return self._marked((path, ""), args, kwargs, super().after_module(path, module, args, kwargs, output))
@@ -145,8 +138,5 @@ class _Marking(Runner):
         name = self._names.get((*pair, call))
         if name is None or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        self.leaves += 1
-        with unwatched():
-            marked = symbolic(MARK, (output,), {"name": name}, output.dtype, output, version=1)
-        self.leaves -= 1
-        return marked
+        with self.aside(), unwatched():
+            return symbolic(MARK, (output,), {"name": name}, output.dtype, output, version=1)

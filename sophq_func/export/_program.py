@@ -6,7 +6,6 @@ gone; their layers have the folded bias.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,8 +20,8 @@ from sophq_func.codes import Refusal, Stored, stored_form
 from sophq_func.codes.stored import share_on
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
+from sophq_func.model.loop import Watch
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.runner import Effect, Runner
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged, round_biases
 from sophq_func.numerics.affine import switched
@@ -30,6 +29,8 @@ from sophq_func.numerics.contracts import QParams
 
 BYTES = (torch.int8, torch.uint8)
 MIXES = "its mask mixes"
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Target(Protocol):
@@ -70,13 +71,20 @@ class Found(NamedTuple):
 
 
 class Program(nn.Module):
-    """A quantized model whose tensors are its buffers; ``names`` says which parameter each of them is."""
+    """A quantized model whose tensors are its buffers.
+
+    Attributes:
+      names: the buffer of each parameter, code, scale and zero point, by name.
+      watch: makes the runner of a run, where it shall do more than to act on values.
+    """
+
+    watch: Watch | None = None
 
     def __init__(self, skeleton: Skeleton, q: Quantized, params: Params, found: Found, target: Target) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
-        self._skeleton, self._schedule, self._arguments = [skeleton], q.engine.schedule, q.engine.arguments
-        self._written, self._found, self._target = q.plan.written, found, target
+        self._loop = q.engine.loop.on(skeleton)
+        self._found, self._target = found, target
         self._plain = sorted(params.keys() - found.stored.keys())
         for name in self._plain:
             self._hold(name, params[name])
@@ -112,22 +120,7 @@ class Program(nn.Module):
         for name, own in self._found.computed.items():
             parts = {part: self._tensor(f"{name}_{part}") for part in own.grid.parts}
             params[name] = own.read(self._tensor(f"{name}_quantized"), parts)
-        if self._written:
-            args, kwargs = map_inputs(self._arguments, args, kwargs, self._copied)
-        runner = self._runner()
-        if runner is None:
-            return self._skeleton[0].run(None, params, args, kwargs)[0]
-        args, kwargs = map_inputs(self._arguments, args, kwargs, runner.input)
-        args, kwargs = map_inputs(self._arguments, args, kwargs, runner.repeated_input)
-        output, _ = self._skeleton[0].run(runner, params, args, kwargs)
-        runner.check()
-        return output
-
-    def _runner(self) -> Runner | None:
-        return Runner(self._schedule, self._effect()) if self._schedule else None
-
-    def _copied(self, name: str, x: Tensor) -> Tensor:
-        return x.clone() if name in self._written else x
+        return self._loop.run(params, self._effect, args, kwargs, watch=self.watch)[0]
 
     def narrow(self) -> list[str]:
         """Parameters whose codes need no more than four bits."""
@@ -135,7 +128,7 @@ class Program(nn.Module):
 
     def signature(self, count: int, kwargs: Mapping[str, Any]) -> inspect.Signature:
         """That of a call with ``count`` positional arguments, each by its name."""
-        kinds, (names, rest) = inspect.Parameter, self._arguments
+        kinds, (names, rest) = inspect.Parameter, self._loop.arguments
         given = [*names[:count], *(f"{rest}_{i}" for i in range(count - len(names)))]
         positional = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in given]
         return inspect.Signature([*positional, *(kinds(name, kinds.KEYWORD_ONLY) for name in kwargs)])
@@ -148,20 +141,30 @@ class Program(nn.Module):
             found.append(name)
             return x
 
-        map_inputs(self._arguments, args, kwargs, note)
+        self.map_inputs(args, kwargs, note)
         return found
 
-    def _effect(self) -> Effect:
-        def effect(name: str, x: Tensor) -> Tensor:
-            if name in self._found.simulated:
-                return self._found.simulated[name](x)
-            grid = self._found.grids.get(name)
-            if grid is None:
-                return x
-            value = self._values[name]
-            return self._target.quantize(x, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
+    def map_inputs(self, args: Any, kwargs: Any, f: Callable[[str, Tensor], Any]) -> Call:
+        """``f`` applied to each tensor among a call's arguments, which is told its name."""
+        return map_inputs(self._loop.arguments, args, kwargs, f)
 
-        return effect
+    def called_as(self, signature: inspect.Signature) -> None:
+        """Take calls of this signature, by whose names torch.export speaks of the arguments."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.run(*args, **kwargs)
+
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        self.forward = forward
+
+    def _effect(self, name: str, x: Tensor) -> Tensor:
+        if name in self._found.simulated:
+            return self._found.simulated[name](x)
+        grid = self._found.grids.get(name)
+        if grid is None:
+            return x
+        value = self._values[name]
+        return self._target.quantize(x, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
 
 
 def program(
@@ -171,7 +174,6 @@ def program(
     qparams: Mapping[str, QParams],
     target: Target,
     simulate: bool,
-    kind: type[Program] = Program,
 ) -> Program:
     """A quantized model in eval mode, ready for torch.export.
 
@@ -180,7 +182,6 @@ def program(
       q, params, qparams: see :meth:`Quantized.apply`.
       target: how grids are spelled, and which.
       simulate: quantizers that it cannot spell keep their arithmetic, in floating point.
-      kind: the class to make.
 
     Raises:
       ConfigError: quantizers that the target cannot spell, each with the reason.
@@ -207,7 +208,7 @@ def program(
         texts = [explain(name, f"{where}", because=why, fix=fix) for name, why in problems.items()]
         raise_all([] if simulate else texts, ConfigError)
         skeleton = _with_folded_biases(q, tensors, found, target.stores_biases)
-    return kind(skeleton, q, tensors, found, target)
+    return Program(skeleton, q, tensors, found, target)
 
 
 def _check(where: str, q: Quantized) -> None:
@@ -281,20 +282,19 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, 
 
     A bias that is rounded is stored as int32 on its grid, where the target ``stores`` biases.
     """
-    skeleton = copy.deepcopy(q.engine.skeleton)
+    skipped: list[str] = []
+    biases: dict[str, tuple[str, Tensor]] = {}
     for weight in _acting(q):
         site, norm = weight.site, weight.norm
         name = site.bias or f"{site.path}.bias".lstrip(".")
         if norm is not None:
             bias = tensors[site.bias] if site.bias else torch.zeros_like(tensors[norm.mean])
             tensors[name] = (bias - tensors[norm.mean]) * norm.factor(tensors) + tensors[norm.bias]
-            skeleton.module.get_submodule(site.norm).forward = _same  # type: ignore[method-assign]
-            layer = skeleton.module.get_submodule(site.path)
-            layer.bias = nn.Parameter(torch.empty_like(tensors[name], device="meta"))
-            skeleton.owned[site.path]["bias"] = name
+            skipped.append(site.norm)
+            biases[site.path] = name, tensors[name]
         if stores and site.source in found.grids and site.parameter in found.stored and name in tensors:
             found.stored[name] = _stored_bias(tensors[name], found.stored[site.parameter].grid, found.grids[site.source])
-    return skeleton
+    return q.engine.skeleton.altered(skipped, biases)
 
 
 def _stored_bias(bias: Tensor, weight: LinearGrid, source: LinearGrid) -> LinearCodes:
@@ -303,8 +303,3 @@ def _stored_bias(bias: Tensor, weight: LinearGrid, source: LinearGrid) -> Linear
     codes = (bias.float() / step).round().clamp(-(2.0**31), 2.0**31 - 128).to(torch.int32)
     grid = LinearGrid(step, torch.zeros_like(step, dtype=torch.int32), -(2**31), 2**31 - 1, 0 if step.ndim else None)
     return LinearCodes(codes, grid)
-
-
-def _same(x: Tensor) -> Tensor:
-    """The forward of a BatchNorm that is folded into the layer before it."""
-    return x

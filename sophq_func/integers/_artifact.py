@@ -128,7 +128,7 @@ class Artifact:
         args, kwargs = _taken((args, kwargs))
         with torch.inference_mode(False), torch.no_grad():
             given = self._given()
-            output, _ = self._q.engine.run(self._parameters(given), given.other, args, kwargs, watch=watch)
+            output, _ = self._q.engine.loop.run(self._parameters(given), given.other, args, kwargs, watch=watch)
         return output, runs[0]
 
     def _given(self) -> Given:

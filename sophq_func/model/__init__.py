@@ -6,11 +6,13 @@ from sophq_func.model import calibrate as calibrate
 from sophq_func.model import engine as engine
 from sophq_func.model import finite as finite
 from sophq_func.model import flat as flat
+from sophq_func.model import loop as loop
 from sophq_func.model import quantized as quantized
 from sophq_func.model import runner as runner
 from sophq_func.model import schedule as schedule
 from sophq_func.model import settings as settings
 from sophq_func.model import shapes as shapes
 from sophq_func.model import sweep as sweep
+from sophq_func.model import tap as tap
 from sophq_func.model import value_quantizer as value_quantizer
 from sophq_func.model import weight_quantizer as weight_quantizer

@@ -26,20 +26,26 @@ def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantiz
     weights, running = [], {}
     for name, config in plan.items():
         site = plan.site(name)
+        if not site.parameter:
+            running[name] = value_quantizer(plan, name)
+            continue
         observer, fake = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)
-        if site.parameter:
-            if site.parameter not in skeleton.names:
-                hint = near(site.parameter, skeleton.names)
-                raise PlanError(f"{name}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew.")
-            norm = _norm(skeleton, site.norm) if site.norm else None
-            weights.append(WeightQuantizer(site, config, observer, fake, norm))
-        else:
-            running[name] = RunQuantizer(site, config, observer, fake)
+        if site.parameter not in skeleton.known:
+            hint = near(site.parameter, skeleton.known)
+            raise PlanError(f"{name}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew.")
+        norm = _norm(skeleton, site.norm) if site.norm else None
+        weights.append(WeightQuantizer(site, config, observer, fake, norm))
     return tuple(weights), running
 
 
+def value_quantizer(plan: Plan, name: str) -> RunQuantizer:
+    """A quantizer of a plan that acts while the model runs."""
+    config = plan[name]
+    return RunQuantizer(plan.site(name), config, OBSERVERS.build(config.observer), pieces.build(config.fake_quantize))
+
+
 def _norm(skeleton: Skeleton, path: str) -> Norm:
-    own = skeleton.owned.get(path, {})
+    own = skeleton.tensors_of(path)
     if not {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"} <= own.keys():
         raise PlanError(f"{path}: the model has no BatchNorm there to be folded. Fix: plan this model anew.")
     module = skeleton.module.get_submodule(path)

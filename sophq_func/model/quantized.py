@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,21 @@ from torch import Tensor
 
 from sophq_func.capture.arguments import as_call
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.core.errors import StateError, explain
+from sophq_func.core.errors import PlanError, StateError, explain, unknown
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.model.calibrate import calibrate
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.finite import check_finite
 from sophq_func.model.flat import flat
+from sophq_func.model.runner import Effect
+from sophq_func.model.schedule import Schedule
 from sophq_func.model.settings import unstack
 from sophq_func.model.sweep import Versions, size_of, sweep
+from sophq_func.model.tap import Call, Enough, Tap, calls_of, unchanged, wanted
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.scheme import QScheme
+from sophq_func.planning import parts
 from sophq_func.planning.plan import Plan
 
 
@@ -43,13 +47,15 @@ class Quantized:
     training: bool
     frozen: bool
     engine: Engine
+    _whole: Plan | None
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False) -> None:
+    def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False, whole: Plan | None = None) -> None:
         set_ = object.__setattr__
         set_(self, "plan", plan)
-        set_(self, "training", skeleton.module.training)
+        set_(self, "training", skeleton.entry.training)
         set_(self, "frozen", frozen)
-        set_(self, "engine", Engine(skeleton, plan, frozen))
+        set_(self, "engine", Engine(skeleton, plan, frozen, whole))
+        set_(self, "_whole", whole)
 
     def __setattr__(self, name: str, value: object) -> None:
         fix = "make a new one with sq.build(model, plan)"
@@ -63,15 +69,15 @@ class Quantized:
         return f"Quantized({self.model_name}, {self.plan!r}, {flags})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Quantized, (self.engine.skeleton, self.plan, self.frozen)
+        return Quantized, (self.engine.skeleton, self.plan, self.frozen, self._whole)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
-        return Quantized(copy.deepcopy(self.engine.skeleton, memo), self.plan, self.frozen)
+        return Quantized(copy.deepcopy(self.engine.skeleton, memo), self.plan, self.frozen, self._whole)
 
     @property
     def model_name(self) -> str:
         """Name of the model's class."""
-        return type(self.engine.skeleton.module).__name__
+        return type(self.engine.skeleton.entry).__name__
 
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: weights are observed here, activations start neutral.
@@ -88,7 +94,7 @@ class Quantized:
         """
         self.engine.skeleton.check(params, "init")
         if ostate is not None:
-            self.plan.check(ostate, "ostate", self.engine.types["ostate"])
+            self.engine.check_state(ostate, "ostate")
         states = {w.site.quantizer: w.observe(params) for w in self.engine.weights}
         for name, piece in self.engine.running.items():
             states[name] = piece.observer.init(piece.seen(params), piece.scheme) if ostate is None else ostate[name]
@@ -102,7 +108,7 @@ class Quantized:
         """
         self.engine.check(params, ostate, "observe", "ostate")
         states = dict(ostate)
-        output, _ = self.engine.run(self.engine.skeleton.detached(params), self.engine.observing(states), args, kwargs)
+        output, _ = self.engine.loop.run(self.engine.skeleton.detached(params), self.engine.observing(states), args, kwargs)
         return output, sorted_dict(states)
 
     def observe_quantized(
@@ -114,7 +120,7 @@ class Quantized:
           The model's output, and the new states.
         """
         self.engine.check(params, ostate, "observe_quantized", "ostate")
-        self.plan.check(qparams, "qparams", self.engine.types["qparams"])
+        self.engine.check_state(qparams, "qparams")
         states = dict(ostate)
         observe, quantize = self.engine.observing(states), self.engine.quantizing(qparams)
 
@@ -207,6 +213,119 @@ class Quantized:
         self.engine.run_quantized(params, qparams, effect, args, kwargs)
         return sorted_dict(seen)
 
+    def tap(self, at: str | Collection[str], stop: bool = False) -> Callable[..., tuple[Any, dict[str, list[Call]]]]:
+        """A function that runs the model and also returns what it called on the way, where no quantizer sits, too.
+
+        Args:
+          at: paths of modules, names of values (``"layer1.0.add"``, an input's name) and globs; one or several.
+          stop: end the run behind the last of them; the output is ``None`` then. A compiled run goes on to its end.
+
+        Returns:
+          ``tapped(params, qparams, *args, **kwargs) -> (output, seen)``. ``seen`` holds for each name the calls in the
+          order of execution, each a ``Call(args, kwargs, output)`` of copies: inputs as the call was given them, the
+          output on its grid where it has one. A module that was not called has an empty list. With ``qparams=None`` the
+          float model runs.
+
+        Raises:
+          ConfigError: a name that fits nothing.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()), torch.ones(1, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> params = sq.params_of(model)
+          >>> _, seen = q.tap("0", stop=True)(params, None, x)
+          >>> bool((seen["0"][0].output == model[0](x)).all())
+          True
+        """
+        skeleton, runs = self.engine.skeleton, self.plan.runs
+        values = {made.name for run in runs for made in run.calls}
+        what = wanted(at, skeleton.paths, values)
+        if stop and runs:
+            what = what._replace(ends=max(calls_of(what, run) for run in runs))
+        name = type(skeleton.entry).__name__.lower()
+
+        def tapped(params: Params, qparams: Mapping[str, QParams] | None, /, *args: Any, **kwargs: Any) -> Any:
+            made: list[Tap] = []
+
+            def watch(schedule: Schedule) -> Tap:
+                made.append(Tap(schedule, effect, what, name))
+                return made[0]
+
+            effect: Effect = unchanged
+            if qparams is None:
+                skeleton.check(params, "tap")
+            else:
+                self.engine.check(params, qparams, "tap", "qparams")
+                effect = self.engine.quantizing(qparams)
+            try:
+                if qparams is None:
+                    output, _ = self.engine.loop.run(skeleton.detached(params), effect, args, kwargs, watch=watch)
+                else:
+                    output, _ = self.engine.run_quantized(params, qparams, effect, args, kwargs, watch)
+            except Enough:
+                made[0].check_so_far()
+                output = None
+            return None if stop else output, made[0].seen
+
+        return tapped
+
+    def part(self, path: str, call: int = 0) -> Quantized:
+        """One module of the model as a quantized model of its own, with the decisions and the names of the whole.
+
+        It takes the whole params and qparams, or at least those that it needs, and uses its own. A value that another
+        module makes is quantized there and not here: what the part is given is what :meth:`tap` sees it called with.
+
+        Args:
+          path: of the module.
+          call: which of its calls, from 0, where the model calls it several times.
+
+        Raises:
+          PlanError: the model has no such module, or the examples do not call it so often.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()), torch.ones(1, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> list(q.part("0").plan)
+          ['0.weight_fake_quant']
+        """
+        if self._whole is not None:
+            raise PlanError(explain("part", "a part of a part", fix="take it from the whole model"))
+        if path == "" and call == 0:
+            return self
+        skeleton = self.engine.skeleton
+        first = skeleton.first_path(path)
+        if first is None:
+            every = [own for paths in skeleton.paths.values() for own in paths if own]
+            raise PlanError(unknown("part", "module", path, every))
+        plan = parts.part(self.plan, first, call, skeleton.part(first).names)
+        norms = {plan.site(name).norm for name in plan} - {""}
+        folded = [name for norm in norms for name in skeleton.tensors_of(norm).values()]
+        return Quantized(skeleton.part(first, folded), plan, self.frozen, self.plan)
+
+    def blocks(self, pattern: str | None = None) -> list[Quantized]:
+        """The parts of the model at the modules that a glob fits, none inside another, in execution order.
+
+        Without a pattern: the residual blocks (the smallest module around ``x + f(x)`` or ``g(x) + f(x)``, and of those
+        the outermost), and beside them the modules that stand in a ``ModuleList`` or ``Sequential`` and are no leaves.
+
+        Raises:
+          ConfigError: the pattern fits no module that the example calls.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()), torch.ones(1, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> [list(part.plan) for part in q.blocks("*")]
+          [['0.weight_fake_quant'], []]
+        """
+        if pattern is None:
+            found = parts.blocks(self.plan, self.engine.skeleton.stands_in_list)
+        else:
+            found = parts.matching(self.plan, pattern)
+        return [self.part(path, call) for path, call in found]
+
     def with_noise(
         self, params: Params, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
     ) -> QParamsDict:
@@ -236,7 +355,7 @@ class Quantized:
             return x
 
         with torch.random.fork_rng(), torch.no_grad():
-            self.engine.run(self.engine.skeleton.detached(params), effect, args, kwargs)
+            self.engine.loop.run(self.engine.skeleton.detached(params), effect, args, kwargs)
         new = dict(qparams)
         for name in sorted(seen):
             noise = torch.rand(seen[name].shape, generator=generator, device=generator.device).to(seen[name].device)
@@ -249,7 +368,7 @@ class Quantized:
         Learned are the floating fields that a fake quantizer names: not the zero point of a symmetric scheme, nothing of
         a quantizer that only observes or whose scheme is dynamic.
         """
-        self.plan.check(qparams, "qparams", self.engine.types["qparams"])
+        self.engine.check_state(qparams, "qparams")
         leaves = flat(qparams)
         learned = {leaf for leaf, value in leaves.items() if value.is_floating_point() and self._is_learned(leaf)}
         rest = {leaf: value for leaf, value in leaves.items() if leaf not in learned}
@@ -257,6 +376,8 @@ class Quantized:
 
     def _is_learned(self, leaf: str) -> bool:
         name, _, field = leaf.rpartition(".")
+        if name not in self.engine.pieces:
+            return False
         config = self.plan[name]
         if config.observe_only or config.scheme.dynamic or (field == "zero_point" and config.scheme.symmetric):
             return False
@@ -272,11 +393,11 @@ class Quantized:
         """
         if self.frozen:
             raise StateError(explain("train", "training frozen weights", fix="go on with the q that was frozen"))
-        return Quantized(self.engine.skeleton.in_mode(True), self.plan)
+        return Quantized(self.engine.skeleton.in_mode(True), self.plan, whole=self._whole)
 
     def eval(self) -> Quantized:
         """The same plan with the model's training flag cleared; a new object."""
-        return Quantized(self.engine.skeleton.in_mode(False), self.plan, self.frozen)
+        return Quantized(self.engine.skeleton.in_mode(False), self.plan, self.frozen, self._whole)
 
     def freeze(self, params: Params, qparams: Mapping[str, QParams], /) -> tuple[Quantized, dict[str, Tensor]]:
         """Quantize the weights once, for inference.
@@ -293,7 +414,7 @@ class Quantized:
         if self.training:
             raise StateError(explain("freeze", "freezing in training mode", fix="q.eval().freeze(params, qparams)"))
         new = {name: tensor.detach() for name, tensor in self.engine.on_grids(params, qparams).items()}
-        return Quantized(self.engine.skeleton, self.plan, frozen=True), sorted_dict(new)
+        return Quantized(self.engine.skeleton, self.plan, True, self._whole), sorted_dict(new)
 
     def sweep(
         self,
@@ -327,7 +448,7 @@ class Quantized:
         args, kwargs = as_call(batch, "sweep")
         self.engine.skeleton.check(params, "sweep")
         frozen, versions = (
-            Quantized(self.engine.skeleton, self.plan, frozen=True),
+            Quantized(self.engine.skeleton, self.plan, True, self._whole),
             Versions(self.engine.acting, self.engine.skeleton.detached(params)),
         )
         keep = reduce or (lambda output: output)
@@ -340,7 +461,7 @@ class Quantized:
 
         each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
         for setting in each:
-            self.plan.check(setting, "qparams", self.engine.types["qparams"])
+            self.engine.check_state(setting, "qparams")
         return sweep(size_of(self.plan, params), each, one, whole, how, progress)
 
     def weights_seen(self, params: Params, /) -> dict[str, tuple[Tensor, QScheme]]:

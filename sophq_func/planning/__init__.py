@@ -6,9 +6,11 @@ from sophq_func.planning import diff as diff
 from sophq_func.planning import draft as draft
 from sophq_func.planning import fusing as fusing
 from sophq_func.planning import make as make
+from sophq_func.planning import parts as parts
 from sophq_func.planning import picture as picture
 from sophq_func.planning import plan as plan
 from sophq_func.planning import plot as plot
+from sophq_func.planning import runs as runs
 from sophq_func.planning import strategies as strategies
 from sophq_func.planning import text as text
 from sophq_func.planning import values as values

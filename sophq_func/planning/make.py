@@ -14,6 +14,7 @@ from sophq_func.core.errors import ConfigError, PlanError, explain, raise_all
 from sophq_func.planning.checks import names_of, unknown_names, unseen_leaves
 from sophq_func.planning.draft import Draft
 from sophq_func.planning.plan import Plan
+from sophq_func.planning.runs import Run
 
 
 def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
@@ -88,6 +89,7 @@ def _union(drafts: Sequence[Draft], config: QuantConfig) -> Plan:
         written=tuple(sorted({name for draft in drafts for name in draft.raw.written})),
         calls=tuple({call.name: call for draft in drafts for call in draft.calls()}.values()),
         edges=tuple(dict.fromkeys(edge for draft in drafts for edge in draft.edges())),
+        runs=tuple(Run.of(draft.raw) for draft in drafts),
         again=partial(_override, [draft.raw for draft in drafts], config),
     )
 

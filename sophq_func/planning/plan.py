@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from sophq_func.config.matching import underscored
@@ -15,6 +15,7 @@ from sophq_func.numerics.scheme import QuantizerConfig, config_from_data, to_dat
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.picture import Call, Edge
+from sophq_func.planning.runs import Run
 from sophq_func.planning.text import Tree
 
 VERSION = 2
@@ -32,6 +33,7 @@ class Plan(Mapping[str, QuantizerConfig]):
       opaque: paths of modules whose inside is not looked at.
       written: inputs that the model writes into; they enter as copies.
       calls, edges: the traced model, for pictures.
+      runs: what each example called, in order.
     """
 
     _configs: dict[str, QuantizerConfig]
@@ -44,6 +46,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     written: tuple[str, ...]
     calls: tuple[Call, ...]
     edges: tuple[Edge, ...]
+    runs: tuple[Run, ...]
     _again: Callable[[Rule], Plan] | None
 
     def __init__(
@@ -59,6 +62,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         calls: tuple[Call, ...] = (),
         edges: tuple[Edge, ...] = (),
         again: Callable[[Rule], Plan] | None = None,
+        runs: tuple[Run, ...] = (),
     ) -> None:
         self.__dict__.update(
             _configs=dict(configs),
@@ -72,6 +76,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             calls=tuple(calls),
             edges=tuple(edges),
             _again=again,
+            runs=tuple(runs),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,7 +202,7 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     def to_json(self) -> str:
         """The plan as JSON text: stable, and all that :func:`sophq_func.build` needs. Unused rules are left out."""
-        told = {"reasons": self._reasons, "notes": self.notes, "calls": self.calls, "edges": self.edges}
+        told = {"reasons": self._reasons, "notes": self.notes, "calls": self.calls, "edges": self.edges, "runs": self.runs}
         data = {"version": VERSION, **self._identity(), **told}
         return json.dumps(data, indent=1, sort_keys=True)
 
@@ -220,22 +225,28 @@ class Plan(Mapping[str, QuantizerConfig]):
         """SHA-256 over everything that decides about numbers; equal exactly for equal plans."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
-    def check(self, names: Mapping[str, Any], what: str, types: Mapping[str, type]) -> None:
-        """Raise a :class:`StateError` unless ``names`` has exactly the plan's quantizers, with values of these types."""
+    def check(self, names: Mapping[str, Any], what: str, types: Mapping[str, type], known: Collection[str] = ()) -> None:
+        """Raise a :class:`StateError` unless a state has what is expected of it.
+
+        Args:
+          names: the state, by quantizer.
+          what: what it is, for errors: ``"ostate"`` or ``"qparams"``.
+          types: the class of each entry that there must be.
+          known: names of entries that there may be beside these.
+        """
         if not isinstance(names, Mapping):
             raise StateError(explain(what, "this type", got=type(names).__name__, allowed="a dict {quantizer: state}"))
-        if names.keys() == self._configs.keys():
-            for name, value in names.items():
-                if not isinstance(value, types[name]):
-                    got, allowed = type(value).__name__, types[name].__name__
-                    raise StateError(explain(f"{what}[{name!r}]", "this value", got=got, allowed=allowed))
-            return
-        missing = [name for name in self if name not in names]
+        for name in names.keys() & types.keys():
+            if not isinstance(names[name], types[name]):
+                got, allowed = type(names[name]).__name__, types[name].__name__
+                raise StateError(explain(f"{what}[{name!r}]", "this value", got=got, allowed=allowed))
+        missing = [name for name in types if name not in names]
         if missing:
             fix = "q.init(params)" if what == "ostate" else "q.calibrate(params, batches)"
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
-        extra = next(name for name in names if name not in self._configs)
-        raise StateError(f"{what} holds {extra!r}, which the plan has not; {near(extra, self._configs)}.")
+        extra = [name for name in names if name not in types and name not in known]
+        if extra:
+            raise StateError(f"{what} holds {extra[0]!r}, which is not in the plan; {near(extra[0], self._configs)}.")
 
 
 def _read(data: Any) -> Plan:
@@ -256,6 +267,7 @@ def _read(data: Any) -> Plan:
         written=tuple(_text(name) for name in data["written"]),
         calls=tuple(Call(_text(name), _text(does), tuple(map(_text, weights))) for name, does, weights in data["calls"]),
         edges=tuple(Edge(_text(source), _text(end), tuple(map(_text, through))) for source, end, through in data["edges"]),
+        runs=tuple(map(Run.from_data, data.get("runs", ()))),
     )
 
 

@@ -1,0 +1,84 @@
+"""The one loop in which a planned model runs, whatever happens to its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from sophq_func.capture.arguments import Arguments, map_inputs
+from sophq_func.capture.skeleton import Skeleton
+from sophq_func.model.runner import Effect, Runner
+from sophq_func.model.schedule import Schedule
+
+Later = Mapping[str, Callable[[], Tensor]]
+"""Parameters that are computed when the layer that reads them starts, by name."""
+
+Watch = Callable[[Schedule], Runner]
+"""Makes the runner that watches a run."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A skeleton and a schedule, ready to run.
+
+    ``apply``, ``observe``, ``capture``, ``tap``, the integer executor and every export are this loop with another effect
+    on the planned values, or with a runner that does more than to act on them.
+
+    Attributes:
+      skeleton: the model without its weights.
+      schedule: at which calls quantizers act.
+      arguments: names of the model's arguments.
+      copied: names of the arguments that enter as copies, because the model writes into them; ``None``: all.
+    """
+
+    skeleton: Skeleton
+    schedule: Schedule
+    arguments: Arguments
+    copied: frozenset[str] | None
+
+    def on(self, skeleton: Skeleton) -> Loop:
+        """The same loop over another skeleton of the same model."""
+        return replace(self, skeleton=skeleton)
+
+    def run(
+        self,
+        params: Mapping[str, Tensor],
+        effect: Effect,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        later: Later | None = None,
+        watch: Watch | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run the model once.
+
+        Args:
+          params: every parameter and buffer, as the layers shall read them.
+          effect: what happens to a planned value.
+          args, kwargs: of the model.
+          later: parameters that wait until their layer starts.
+          watch: makes the runner; by default one that has the effect and does nothing else.
+
+        Returns:
+          The model's output, and its buffers afterwards.
+
+        Raises:
+          StateError: the run made other calls than the examples.
+        """
+        if self.copied is None or self.copied:
+            args, kwargs = map_inputs(self.arguments, args, kwargs, self._copy)
+        if watch is None and not self.schedule:
+            return self.skeleton.run(None, params, args, kwargs)
+        runner = Runner(self.schedule, effect) if watch is None else watch(self.schedule)
+        if runner.takes_inputs:
+            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.input)
+        if self.schedule.same:
+            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input)
+        output, buffers = self.skeleton.run(runner, params, args, kwargs, later)
+        runner.check()
+        return output, buffers
+
+    def _copy(self, name: str, x: Tensor) -> Tensor:
+        return x.clone() if self.copied is None or name in self.copied else x

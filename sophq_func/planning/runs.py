@@ -1,0 +1,89 @@
+"""What an example's run called, in order: data that stays with a plan, so that a part of the model can be cut out later."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from sophq_func.capture.graph import Graph
+
+Pair = tuple[str, str]
+"""Module path and function; the function is empty for the call of the module itself."""
+
+
+class Made(NamedTuple):
+    """One call of a run, or one input of the model.
+
+    Attributes:
+      name: of the call.
+      path: of the module that is called, or in which a function is called; empty for an input.
+      function: canonical name; empty for modules and inputs.
+      counted: whether it counts, see :class:`sophq_func.capture.graph.Node`.
+    """
+
+    name: str
+    path: str
+    function: str
+    counted: bool
+
+    @property
+    def pair(self) -> Pair:
+        """By what it is counted."""
+        return self.path, self.function
+
+
+class Span(NamedTuple):
+    """One call of a module: the calls made in it are those from ``start`` up to ``stop``; a leaf's is its own."""
+
+    path: str
+    start: int
+    stop: int
+
+    def holds(self, other: Span) -> bool:
+        """Whether another span lies in this one."""
+        return self.start <= other.start and other.stop <= self.stop
+
+
+class Run(NamedTuple):
+    """The calls of one example, and the calls of modules around them.
+
+    Attributes:
+      calls: in the order of execution, inputs first.
+      scopes: calls of modules that are no leaves, in the order in which they end.
+    """
+
+    calls: tuple[Made, ...]
+    scopes: tuple[Span, ...]
+
+    @staticmethod
+    def of(graph: Graph) -> Run:
+        """The run that a graph records."""
+        calls = (Made(node.name, node.path, node.function, node.kind != "input" and node.counted) for node in graph)
+        return Run(tuple(calls), tuple(Span(scope.path, scope.start, scope.stop) for scope in graph.scopes))
+
+    @staticmethod
+    def from_data(data: Any) -> Run:
+        """The inverse of what JSON makes of a run; raises whatever a wrong type raises."""
+        calls, scopes = data
+        made = tuple(Made(_text(name), _text(path), _text(function), bool(on)) for name, path, function, on in calls)
+        return Run(made, tuple(Span(_text(path), int(start), int(stop)) for path, start, stop in scopes))
+
+    def spans(self, path: str) -> list[Span]:
+        """Each call of the module at a path, first to last."""
+        leaf = (Span(path, i, i + 1) for i, made in enumerate(self.calls) if made.counted and made.pair == (path, ""))
+        return sorted((*leaf, *(scope for scope in self.scopes if scope.path == path)), key=lambda span: span.start)
+
+    def around(self, index: int) -> Iterator[Span]:
+        """The calls of modules around a call, innermost first."""
+        return (scope for scope in self.scopes if scope.start <= index < scope.stop)
+
+    def counts(self, start: int, stop: int) -> Mapping[Pair, int]:
+        """How many counted calls of each kind there are from ``start`` up to ``stop``."""
+        return Counter(made.pair for made in self.calls[start:stop] if made.counted)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value

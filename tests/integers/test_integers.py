@@ -1,0 +1,273 @@
+"""A run on integers against ``apply``: equal to within a step of the last quantizer, over strategies, widths and layers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sophq_func as sq
+from sophq_func.integers._integers import Integers, Known, Whole, fitting, rescaled
+from tests.golden.models import INPUT_SHAPES, build
+from tests.helpers import Ready, ready
+
+STRATEGIES = {"CNN": "BM1690", "Dataflow": None, "Layers": None}
+GRAINS = {"channel": sq.PerChannel(), "tensor": sq.PerTensor()}
+over_settings = pytest.mark.parametrize(
+    ("strategy", "bits", "symmetric"), [(s, b, y) for s in STRATEGIES for b in (8, 4) for y in (True, False)]
+)
+TOLERANCE = 1e-3
+"""Of a step: what float32 sums of the simulation differ by where no value lies on the other side of a tie."""
+
+
+def config(strategy: str, bits: int, symmetric: bool, grain: str = "channel", **activation: Any) -> sq.QuantConfig:
+    weight = sq.override(bits=bits, granularity=GRAINS[grain])
+    chosen = sq.override(symmetric=symmetric, **activation)
+    return sq.QuantConfig(chip=STRATEGIES[strategy], strategy=strategy, weight=weight, activation=chosen)
+
+
+def last_step(r: Ready) -> Tensor:
+    """The step of the last quantizer of the plan."""
+    names = [name for name in r.q.plan if r.q.plan.site(name).role == "activation" and not r.q.plan[name].observe_only]
+    return r.qparams[names[-1]].scale
+
+
+def compare(r: Ready, *args: Any, pick: Callable[[Any], Tensor] = lambda out: out, **kwargs: Any) -> tuple[float, int, int]:
+    """The largest difference in steps, how many outputs differ by more than half a step, and how many there are."""
+    artifact = sq.convert(r.q, r.params, r.qparams)
+    expected, found = pick(r.q.eval().apply(r.params, r.qparams, *args, **kwargs)), pick(artifact.run(*args, **kwargs))
+    steps = (found - expected).abs() / last_step(r)
+    return float(steps.max()), int((steps > 0.5).sum()), steps.numel()
+
+
+@over_settings
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("name", INPUT_SHAPES)
+def test_small_networks(name: str, grain: str, strategy: str, bits: int, symmetric: bool) -> None:
+    x = torch.randn(4, *INPUT_SHAPES[name][1:])
+    r = ready(build(name, 0).eval(), x, config=config(strategy, bits, symmetric, grain))
+    most, beyond, count = compare(r, x)
+    assert most <= 1 + TOLERANCE
+    assert beyond <= 0.01 * count
+
+
+def conv(cls: type[nn.Module], *args: Any, norm: type[nn.Module] | None = None, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(1)
+    layers = [cls(*args, **kwargs), *([norm(args[1])] if norm else []), nn.ReLU()]
+    if norm:
+        layers[1].weight.data.uniform_(-1.5, 1.5)  # type: ignore[union-attr, operator]
+        layers[1].running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
+        layers[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+        layers[1].bias.data.normal_()  # type: ignore[union-attr, operator]
+        layers[1].weight.data[0] = 0  # type: ignore[union-attr, index]
+    return nn.Sequential(*layers).eval()
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: conv(nn.Conv1d, 4, 6, 3, norm=nn.BatchNorm1d, padding="same"), (3, 4, 9)),
+    "conv2d": (lambda: conv(nn.Conv2d, 4, 6, 3, norm=nn.BatchNorm2d, stride=2, dilation=2), (3, 4, 9, 9)),
+    "conv2d without bias": (lambda: conv(nn.Conv2d, 4, 6, 3, norm=nn.BatchNorm2d, bias=False), (3, 4, 7, 7)),
+    "conv3d": (lambda: conv(nn.Conv3d, 2, 3, 2, norm=nn.BatchNorm3d), (2, 2, 4, 4, 4)),
+    "circular": (lambda: conv(nn.Conv2d, 4, 6, 3, padding=1, padding_mode="circular"), (3, 4, 7, 7)),
+    "grouped": (lambda: conv(nn.Conv2d, 4, 6, 3, norm=nn.BatchNorm2d, groups=2), (3, 4, 7, 7)),
+    "depthwise": (lambda: conv(nn.Conv2d, 6, 6, 3, norm=nn.BatchNorm2d, groups=6), (3, 6, 7, 7)),
+    "transposed": (lambda: conv(nn.ConvTranspose2d, 4, 6, 3, norm=nn.BatchNorm2d, stride=2, output_padding=1), (3, 4, 5, 5)),
+    "transposed, grouped": (lambda: conv(nn.ConvTranspose2d, 4, 6, 3, norm=nn.BatchNorm2d, groups=2), (3, 4, 5, 5)),
+    "transposed, no norm": (lambda: conv(nn.ConvTranspose2d, 4, 6, 3, groups=2), (3, 4, 5, 5)),
+    "transposed 1d": (lambda: conv(nn.ConvTranspose1d, 4, 6, 3, dilation=2), (3, 4, 5)),
+    "unbatched": (lambda: conv(nn.Conv2d, 4, 6, 3), (4, 7, 7)),
+    "linear, 1 axis": (lambda: conv(nn.Linear, 4, 6), (4,)),
+    "linear, 3 axes": (lambda: conv(nn.Linear, 4, 6), (3, 5, 4)),
+}
+
+
+@over_settings
+@pytest.mark.parametrize("layer", LAYERS)
+def test_single_layers(layer: str, strategy: str, bits: int, symmetric: bool) -> None:
+    make, shape = LAYERS[layer]
+    x = torch.randn(shape) + 0.3
+    r = ready(make(), x, config=config(strategy, bits, symmetric))
+    assert compare(r, x)[0] <= 1 + TOLERANCE
+    done = sq.convert(r.q, r.params, r.qparams).computed(x)
+    if "0.weight_fake_quant" in r.q.plan and any(site.argument for site in map(r.q.plan.site, r.q.plan)):
+        assert sum(done.get(name, 0) for name in done if name.startswith(("conv", "linear"))) == 1
+
+
+@pytest.fixture(scope="module")
+def digits() -> Iterator[tuple[Any, nn.Module, Tensor, Tensor, Tensor, Tensor]]:
+    pytest.importorskip("sklearn")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    try:
+        import digits as module
+
+        torch.set_num_threads(1)
+        yield (module, module.trained(0, epochs=4), *module.load(0))
+    finally:
+        sys.path.pop(0)
+
+
+@over_settings
+def test_digits_over_the_whole_test_set(digits: Any, strategy: str, bits: int, symmetric: bool) -> None:
+    module, model, x, _, test, labels = digits
+    r = ready(model, x[:128], config=config(strategy, bits, symmetric))
+    artifact = sq.convert(r.q, r.params, r.qparams)
+    expected, found = r(test), artifact.run(test)
+    steps = (found - expected).abs() / last_step(r)
+    on_a_grid = strategy == "CNN"  # else the output has no quantizer, and codes that differ before it add up
+    assert float(steps.max()) <= (1 if on_a_grid else 2) + TOLERANCE
+    assert int((steps > 1 + TOLERANCE).sum()) <= 0.001 * steps.numel()
+    assert int((steps > 0.5).sum()) <= 0.01 * steps.numel()
+    right = [round(module.accuracy(lambda _, out=out: out, test, labels) * len(test) / 100) for out in (expected, found)]
+    assert abs(right[0] - right[1]) <= 1
+    kinds = {entry["format"] for entry in artifact.metadata["weights"].values()}
+    assert kinds == {f"int{bits}"}
+    done = artifact.computed(test[:1])
+    assert (done["conv2d"], done["linear"], done.get("add", 0)) == (7, 1, 0 if strategy == "Layers" else 2)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("strategy", ["CNN", "Dataflow"])
+def test_digits_simulated_without_the_rounding_of_float32(digits: Any, strategy: str, bits: int) -> None:
+    """Sums in float64, of the same weights: what is left is the fixed point of the executor."""
+    _, model, x, _, test, _ = digits
+    r = ready(model, x[:128], config=config(strategy, bits, False))
+    frozen, weights = r.q.freeze(r.params, r.qparams)
+    wide = {name: w.double() if w.is_floating_point() else w for name, w in weights.items()}
+    steps = (sq.convert(r.q, r.params, r.qparams).run(test) - frozen.apply(wide, r.qparams, test.double())).abs()
+    assert int((steps / last_step(r) > TOLERANCE).sum()) <= 0.002 * steps.numel()
+
+
+@over_settings
+def test_a_small_bert(strategy: str, bits: int, symmetric: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    bert = transformers.BertModel(transformers.BertConfig(**shape, attn_implementation="eager")).eval()
+    for parameter in bert.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = torch.randint(0, 50, (4, 9))
+    r = ready(bert, config=config(strategy, bits, symmetric), input_ids=ids)
+    for part in ("last_hidden_state", "pooler_output"):
+        assert compare(r, input_ids=ids, pick=lambda out, part=part: out[part])[0] <= 1 + TOLERANCE
+    done = sq.convert(r.q, r.params, r.qparams).computed(input_ids=ids)
+    assert done["linear"] == 13
+    assert done.get("matmul", 0) == (0 if strategy == "Layers" else 4)
+    assert done.get("add", 0) >= (0 if strategy == "Layers" else 5)
+
+
+def test_tokens_with_scales_of_their_own() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval(), torch.randn(2, 5, 8)
+    r = ready(model, x, config=config("Layers", 8, True, granularity=sq.PerToken(), dynamic=True))
+    artifact = sq.convert(r.q, r.params, r.qparams)
+    assert artifact.computed(x) == {"linear": 2, "quantize": 2}
+    torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-5, atol=1e-6)
+
+
+def test_scales_that_vary_inside_a_sum_are_left_to_float() -> None:
+    model, x = nn.Linear(8, 4).eval(), torch.randn(5, 8)
+    grouped = sq.QuantConfig(strategy="Layers", weight=sq.override(granularity=sq.PerGroup(size=4)))
+    r = ready(model, x, config=grouped)
+    artifact = sq.convert(r.q, r.params, r.qparams)
+    assert artifact.computed(x) == {"quantize": 1}
+    torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_alone() -> None:
+    model, x = build("ResidualConvNet", 0).eval(), torch.randn(2, 3, 8, 8)
+    r = ready(model, x, config=sq.QuantConfig(activation=None, weight=sq.override(bits=4)))
+    artifact = sq.convert(r.q, r.params, r.qparams)
+    assert artifact.computed(x) == {}
+    torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-4, atol=1e-5)
+
+
+class Writes(nn.Module):
+    """Sums and ReLUs in place, on tensors that views look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y += self.b(x)
+        y = F.relu(y, inplace=True)
+        z = y.view(-1, 2)
+        y[:, 0] = 0.25
+        return self.c(z.view(-1, 6))
+
+
+@over_settings
+def test_what_is_written_in_place(strategy: str, bits: int, symmetric: bool) -> None:
+    x = torch.randn(4, 6)
+    r = ready(Writes().eval(), x, config=config(strategy, bits, symmetric))
+    assert compare(r, x)[0] <= 1 + TOLERANCE
+
+
+@settings(max_examples=200, deadline=None)
+@given(level=st.integers(-(2**31), 2**31 - 1), ratio=st.floats(1e-12, 2.0**29))
+def test_a_fixed_point_product_is_rounded_once(level: int, ratio: float) -> None:
+    found = int(rescaled(torch.tensor([level], dtype=torch.int32), torch.tensor(ratio, dtype=torch.float64)))
+    mantissa, exponent = torch.frexp(torch.tensor(ratio, dtype=torch.float64))
+    multiplier = Fraction(round(float(mantissa) * 2**31), 2**31) * Fraction(2) ** int(exponent)
+    assert found == round(level * multiplier), "Fraction rounds half to even, too"
+
+
+def test_sums_beyond_32_bits_are_refused() -> None:
+    with pytest.raises(sq.StateError, match="linear: adding up in int32 is not possible: got 'sums from 0 to 2147483648'"):
+        fitting(torch.tensor([0.0, 2.0**31], dtype=torch.float64), "linear")
+    model, x = nn.Linear(64, 2, bias=False).eval(), torch.ones(3, 64)
+    model.weight.data.fill_(1.0)
+    wide = sq.QuantConfig(weight=sq.override(bits=16), activation=sq.override(bits=16))
+    r = ready(model, x, config=wide)
+    with pytest.raises(sq.StateError, match="adding up in int32"):
+        sq.convert(r.q, r.params, r.qparams).run(x)
+
+
+def test_nan_has_no_code() -> None:
+    model, x = nn.Linear(4, 2).eval(), torch.randn(3, 4)
+    r = ready(model, x)
+    with pytest.raises(sq.StateError, match=r"input\.post_act_fake_quantizer: a code for NaN"):
+        sq.convert(r.q, r.params, r.qparams).run(x * torch.nan)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(INPUT_SHAPES)),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    pot=st.booleans(),
+    grain=st.sampled_from(sorted(GRAINS)),
+    seed=st.integers(0, 100),
+)
+def test_what_is_said_to_be_integers_is(
+    name: str, strategy: str, bits: int, symmetric: bool, pot: bool, grain: str, seed: int
+) -> None:
+    """Every operand of an integer sum is int32, inside its quantizer's grid, and what the float tensor beside it holds."""
+    x = torch.randn(2, *INPUT_SHAPES[name][1:], generator=torch.Generator().manual_seed(seed))
+    r = ready(build(name, seed).eval(), x, config=config(strategy, bits, symmetric, grain, pot_scale=pot))
+    artifact = sq.convert(r.q, r.params, r.qparams)
+    noted: list[Known] = []
+
+    class Watched(Integers):
+        def _note(self, tensor: Tensor, whole: Whole) -> None:
+            noted.append(Known(tensor.clone(), 0, whole))
+            super()._note(tensor, whole)
+
+    with torch.no_grad():
+        facts = artifact._given()
+        artifact._q.engine.loop.run(artifact._parameters(facts), facts.other, (x,), {}, watch=lambda s: Watched(s, facts))
+    assert noted
+    for tensor, _, whole in noted:
+        assert whole.level.dtype == torch.int32
+        assert torch.equal(tensor, (whole.level * whole.scale).to(tensor.dtype))
+        if whole.largest:
+            assert int(whole.level.abs().max()) <= whole.largest < 2 ** (9 if whole.origin.endswith("quantizer") else bits)
