@@ -18,8 +18,8 @@ from sophq_func.capture.trace import trace as trace
 from sophq_func.checkpoint.io import Checkpoint as Checkpoint
 from sophq_func.checkpoint.io import load as load
 from sophq_func.checkpoint.io import save as save
-from sophq_func.codes.pack import pack as pack
-from sophq_func.codes.pack import unpack as unpack
+from sophq_func.codes import pack as pack
+from sophq_func.codes import unpack as unpack
 from sophq_func.config import patterns as patterns
 from sophq_func.config import rules as rules
 from sophq_func.config.chips import CHIPS as CHIPS

@@ -10,12 +10,20 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _pop_mode_temporarily, _push_mode
+from torch.overrides import TorchFunctionMode
 
+from sophq_func.capture._torch import (
+    has_only_our_hooks,
+    innermost_mode,
+    is_parametrized,
+    pop_mode,
+    push_mode,
+    without_innermost_mode,
+)
 from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
+from sophq_func.core.modes import is_compiling, now
 from sophq_func.core.operations import called
 
 
@@ -23,9 +31,13 @@ class Frame:
     """All state of one run: which module is running, whether it is a leaf, and which parameters are yet to come.
 
     Subclasses say what happens at each call. ``scope`` is the path of the innermost module that is no leaf.
+
+    Attributes:
+      mode: who looked on when the run was prepared.
     """
 
     def __init__(self) -> None:
+        self.mode = now()
         self.scopes = [""]
         self.leaves = 0
         self.deferred: Deferred | None = None
@@ -147,15 +159,16 @@ def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 def _reads_its_own(module: nn.Module) -> bool:
     """Whether the code of a leaf module is torch's, which reads no parameters but its own."""
-    own = type(module).__module__.startswith("torch.nn.modules.") and "parametrizations" not in module._modules
-    return own and len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
+    own = type(module).__module__.startswith("torch.nn.modules.") and not is_parametrized(module)
+    return own and has_only_our_hooks(module)
 
 
 def unwatched() -> AbstractContextManager[Any]:
     """While a frame computes something of its own, in eager, the mode need not see each function that it calls."""
-    if torch.compiler.is_compiling() or not isinstance(_get_current_function_mode(), Watch):  # type: ignore[no-untyped-call]
+    # asked here and not once a run: a model may compile a part of itself
+    if is_compiling() or not isinstance(innermost_mode(), Watch):
         return nullcontext()
-    return _pop_mode_temporarily()
+    return without_innermost_mode()
 
 
 class Watch(TorchFunctionMode):
@@ -172,14 +185,14 @@ class Watch(TorchFunctionMode):
 
     def pause(self) -> None:
         """See nothing until :meth:`resume`; in eager, and where no mode of the model's own stands before this one."""
-        if not self.paused and not torch.compiler.is_compiling() and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
-            _pop_mode()  # type: ignore[no-untyped-call]
+        if not self.paused and not is_compiling() and innermost_mode() is self:
+            pop_mode()
             self.paused = True
 
     def resume(self) -> None:
         """See again."""
         if self.paused:
-            _push_mode(self)  # type: ignore[no-untyped-call]
+            push_mode(self)
             self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sophq_func.capture._torch import store_of
+
 
 class Deferred:
     """Values of some parameters in one run, computed at need and remembered only as long as somebody else holds them.
@@ -40,12 +42,12 @@ class Deferred:
     def enter(self, path: str, module: nn.Module) -> None:
         """The layer starts."""
         for attribute, name in self.readers[path].items():
-            module._parameters[attribute] = self._value(name)  # type: ignore[assignment]
+            store_of(module, attribute)[attribute] = self._value(name)
 
     def leave(self, path: str, module: nn.Module) -> None:
         """The layer is done."""
         for attribute, name in self.readers[path].items():
-            module._parameters[attribute] = self._raw[name]  # type: ignore[assignment]
+            store_of(module, attribute)[attribute] = self._raw[name]
 
     def filled(self, tree: Any) -> Any:
         """Arguments of a function outside layers, with values for parameters in tuples, lists and dicts."""

@@ -17,18 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.conv import _ConvNd
 
+from sophq_func.capture._torch import READS_ITS_OWN, has_only_one_hook_before, is_parameter, own_tensors, store_of
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, Place, Slot, Watch, enter, leave
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Memory, rebind
+from sophq_func.core import modes
 from sophq_func.core.errors import PlanError, StateError, explain, near, raise_all
-from sophq_func.core.modes import may_differentiate
 from sophq_func.core.pytree import sorted_dict
-
-PLAIN = (_ConvNd, nn.Linear, nn.Embedding)
-"""Layers that read their parameters in their forward only."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -84,20 +81,19 @@ class Skeleton:
         self.names = self.known = frozenset(registered)
         self.buffers = frozenset(name for name, _ in model.named_buffers())
         self.owned = {
-            path: {attribute: by_id[id(t)] for attribute, t in _own(module) if t is not None}
-            for path, module in model.named_modules()
+            path: {attribute: by_id[id(t)] for attribute, t in own_tensors(module)} for path, module in model.named_modules()
         }
         self._owned_in_all = self.owned
         self.paths = _all_paths(model)
         self.module, self.constants, names = _copy_without_weights(model, registered)
-        self._modules = dict(self.module.named_modules())
+        self._module_at = dict(self.module.named_modules())
         self._aliases = aliases(self.module, names)
         self._tensors = self._named_tensors()
         self._holders = self._holders_by_name()
         self._rebound: list[tuple[nn.Module, str, Any]] = []
         self._slot = Slot()
         self._lock = threading.RLock()
-        for path, module in self._modules.items():
+        for path, module in self._module_at.items():
             module._sophq_place = Place(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave, with_kwargs=True, always_call=True)
@@ -118,7 +114,7 @@ class Skeleton:
     @property
     def entry(self) -> nn.Module:
         """The module that a run calls."""
-        module: nn.Module = self._modules[self.root]
+        module: nn.Module = self._module_at[self.root]
         return module
 
     def tensors_of(self, path: str) -> Mapping[str, str]:
@@ -138,7 +134,7 @@ class Skeleton:
         other._lock = self._lock
         other.root = path
         inside = {id(module) for module in other.entry.modules()}
-        other.owned = {own: names for own, names in self.owned.items() if id(self._modules[own]) in inside}
+        other.owned = {own: names for own, names in self.owned.items() if id(self._module_at[own]) in inside}
         other.paths = {own: self.paths[own] for own in other.owned}
         other._aliases = [alias for alias in self._aliases if alias[0] in other.owned]
         held = {name for names in other.owned.values() for name in names.values()}
@@ -167,9 +163,9 @@ class Skeleton:
         """
         other = copy.deepcopy(self)
         for path in skipped:
-            other._modules[path].forward = _first_argument  # type: ignore[method-assign]
+            other._module_at[path].forward = _first_argument  # type: ignore[method-assign]
         for path, (name, like) in biases.items():
-            other._modules[path].bias = nn.Parameter(torch.empty_like(like, device="meta"))
+            other._module_at[path].bias = nn.Parameter(torch.empty_like(like, device="meta"))
             other.owned[path]["bias"] = name
         other._tensors = other._named_tensors()
         other._holders = other._holders_by_name()
@@ -177,7 +173,7 @@ class Skeleton:
 
     def _named_tensors(self) -> dict[str, str]:
         """Canonical name of each tensor, by the name that ``functional_call`` has for it in the module that a run calls."""
-        first = {id(module): path for path, module in self._modules.items()}
+        first = {id(module): path for path, module in self._module_at.items()}
         return {
             f"{path}.{attribute}".lstrip("."): name
             for path, module in self.entry.named_modules()
@@ -215,7 +211,7 @@ class Skeleton:
 
     def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``params`` with buffers that are constants: no gradient reaches them."""
-        if not may_differentiate():
+        if not modes.may_differentiate():
             return dict(params)
         return {**params, **{name: params[name].detach() for name in self.buffers}}
 
@@ -228,10 +224,10 @@ class Skeleton:
         holders = self._holders[parameter]
         if [holder for holder, _ in holders] != [path]:
             return False
-        module = self._modules[path]
-        plain = isinstance(module, PLAIN) and is_leaf(module) and len(module._forward_pre_hooks) == 1
+        module = self._module_at[path]
+        plain = isinstance(module, READS_ITS_OWN) and is_leaf(module) and has_only_one_hook_before(module)
         aliased = any(parameter in names_in(template) for _, _, template in self._aliases)
-        return plain and not aliased and holders[0][1] in module._parameters
+        return plain and not aliased and is_parameter(module, holders[0][1])
 
     def run(
         self,
@@ -251,29 +247,34 @@ class Skeleton:
         """
         if frame is not None and later:
             frame.deferred = Deferred(later, self.owned, params)
-        if torch.compiler.is_compiling():
-            result = self._run(frame, params, args, kwargs)
+        mode = modes.now() if frame is None else frame.mode
+        if mode.compiling:
+            result = self._run(self._call, frame, params, args, kwargs)
             rebind(self._rebound)
             return result
         with self._lock:
             memory = Memory(self.entry.modules())
             try:
-                return self._run(frame, params, args, kwargs)
+                return self._run(self._call_bound, frame, params, args, kwargs)
             finally:
                 changed = [change for change in memory.restore() if not isinstance(change[2], Tensor)]
                 self._rebound = changed or self._rebound
 
     def _run(
-        self, frame: Frame | None, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        call: Callable[..., tuple[Any, dict[str, Tensor]]],
+        frame: Frame | None,
+        params: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
         now = {**params, **{name: params[name].clone() for name in self.buffers}}
         for path, attribute, template in self._aliases:
-            self._modules[path].__dict__[attribute] = filled(template, now)
+            self._module_at[path].__dict__[attribute] = filled(template, now)
         if frame is not None:
             frame.begin(now)
         watch = None if frame is None else Watch(frame)
         outer, self._slot.watch = self._slot.watch, watch
-        call = self._call if torch.compiler.is_compiling() else self._call_bound
         try:
             with watch or nullcontext():
                 output, buffers = call(now, args, dict(kwargs))
@@ -302,14 +303,9 @@ class Skeleton:
     def _places(self) -> Iterator[tuple[dict[str, Any], str, str]]:
         """Where each parameter and buffer is held: the dict, the attribute, and the canonical name."""
         for path, own in self.owned.items():
-            module = self._modules[path]
+            module = self._module_at[path]
             for attribute, name in own.items():
-                yield (module._parameters if attribute in module._parameters else module._buffers), attribute, name
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    yield from module._parameters.items()
-    yield from module._buffers.items()
+                yield store_of(module, attribute), attribute, name
 
 
 def _all_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:

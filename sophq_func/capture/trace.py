@@ -16,6 +16,7 @@ from sophq_func.capture.graph import Graph, Node, Operand, Scope, Value
 from sophq_func.capture.naming import CallNames
 from sophq_func.capture.skeleton import Skeleton, params_of
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.core.modes import writes_into
 from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
 
 OPTIONS = (
@@ -61,11 +62,11 @@ def trace(
     opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
     skeleton = Skeleton(model, opaque)
     frame = _Recorder(skeleton)
-    versions = [constant._version for constant in skeleton.constants]
+    versions = [writes_into(constant) for constant in skeleton.constants]
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
-    if versions != [constant._version for constant in skeleton.constants]:
+    if versions != [writes_into(constant) for constant in skeleton.constants]:
         what = "writing in place into a tensor that is a plain attribute"
         raise PlanError(explain(type(model).__name__, what, fix="register_buffer it"))
     return frame.graph(output, model, opaque)
@@ -183,7 +184,7 @@ class _Recorder(Frame):
                 late = self._values[name].overwritten or bool(known.stale)
                 self._values[name] = replace(self._values[name], output=True, overwritten=late)
         modules = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
-        written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if copy._version]
+        written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if writes_into(copy)]
         return Graph(self._nodes, self._values, modules, opaque, tuple(written), tuple(self._scopes), self._shapes)
 
     def _counted(self, path: str, function: str, counted: bool) -> dict[str, Any]:
@@ -203,7 +204,7 @@ class _Recorder(Frame):
                 made.append((item, found[i]))
         self._add(node, [new for _, new in made], tensors((args, kwargs)))
         for (old, _), name in zip(made, self._nodes[node.name].outputs, strict=True):
-            if id(old) in before and before[id(old)] != _version(old):
+            if id(old) in before and before[id(old)] != writes_into(old):
                 self._overwrite(old, name)
         return rebuild(found)
 
@@ -274,8 +275,4 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _versions(tree: Any) -> dict[int, int]:
-    return {id(tensor): _version(tensor) for tensor in tensors(tree)}
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return {id(tensor): writes_into(tensor) for tensor in tensors(tree)}

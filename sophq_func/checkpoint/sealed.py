@@ -4,6 +4,8 @@ The file is a plain safetensors file: eight bytes with the length of a JSON head
 header's text seal it: ``tensors`` holds a SHA-256 of each tensor with its dtype and shape, ``sha256`` one of all the text.
 The seal finds damage, not forgery: whoever can write the file can seal it anew. So everything that the header says is
 checked first, and reading never runs anything that a file holds.
+
+Tensors are written and read one by one, each hashed on its way: beside them, neither way holds more than one of them.
 """
 
 from __future__ import annotations
@@ -15,11 +17,9 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
 from sophq_func.core.errors import CheckpointError, explain
@@ -52,6 +52,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SEAL, SEALS = "sha256", "tensors"
+
+ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+"""Dtypes as they follow each other in a file, as safetensors has it: wide ones first, so that each tensor is aligned."""
+
+CHANGED = "it was written to while it was read"
+
+UNSEALED = "0" * 64
+"""As long as a SHA-256 in hexadecimal: what stands in the header until the data have been hashed."""
 
 
 class Entry(NamedTuple):
@@ -87,15 +95,21 @@ def short(value: object) -> str:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Put a sealed file at ``path``: at every moment, and after a failure, there is the old file or the new one, whole."""
     try:
-        stored = {name: _stored(name, tensor) for name, tensor in _apart(tensors).items()}
-        seals = {name: _seal(CODES[t.dtype], tuple(t.shape), _bytes(t)) for name, t in stored.items()}
-        sealed = {**metadata, SEALS: json.dumps(seals, sort_keys=True)}
-        data = safetensors.save(stored, {**sealed, SEAL: _seal_of_text(sealed)})
-        _read_header(data[: _length(data[:8], len(data))], len(data))
-    except (SafetensorError, ValueError) as error:
+        names = _in_order(tensors)
+        entries = _entries({name: tensors[name] for name in names})
+        head = _head(entries, metadata, dict.fromkeys(names, UNSEALED))
+        _read_header(head[: _length(head[:8], len(head))], len(head) + max((e.end for e in entries.values()), default=0))
+    except ValueError as error:
         refuse(path, "writing a checkpoint", str(error), "save plain, dense tensors by their names in the model")
+    seals = {}
     with replacing(path) as file:
-        file.write(data)
+        file.write(head)
+        for name in names:
+            data = _bytes(tensors[name])
+            seals[name] = _seal(entries[name].dtype, entries[name].shape, data)
+            file.write(data)
+        file.seek(0)
+        file.write(_head(entries, metadata, seals))  # as long as the first one
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -113,13 +127,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             head = file.read(8)
             head += file.read(_length(head, size) - 8)
             header = _read_header(head, size)
-            file.seek(0)
-            data = file.read(size)
-        if len(data) != size or not data.startswith(head):
-            raise ValueError("it was written to while it was read")
-        _check_data(header, memoryview(data)[header.length :])
-        return safetensors.load(data), header.metadata
-    except (SafetensorError, RecursionError, ValueError) as error:
+            places = sorted(header.entries.items(), key=lambda item: (item[1].begin, item[1].end))
+            tensors = {name: _read_tensor(file, name, entry, header.seals[name]) for name, entry in places}
+            now = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), len(head), 0)
+        if now != (size, head):
+            raise ValueError(CHANGED)
+        return tensors, header.metadata
+    except (RecursionError, ValueError) as error:
         fix = "take another copy of the file, or save it again"
         refuse(path, "reading a checkpoint", str(error), fix)
 
@@ -127,15 +141,36 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # Writing
 
 
-def _stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor as it goes into the file."""
-    problem = name_problem(name)
-    if problem:
-        raise ValueError(f"the name {short(name)} {problem}")
-    if not is_plain([tensor]) or tensor.layout != torch.strided or tensor.dtype not in CODES:
-        found = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
-        raise ValueError(f"{short(name)} is no plain dense tensor of a dtype that the format has: {found}")
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors as they follow each other in the file, after it is checked that it can hold them."""
+    for name, tensor in tensors.items():
+        problem = name_problem(name)
+        if problem:
+            raise ValueError(f"the name {short(name)} {problem}")
+        if not is_plain([tensor]) or tensor.layout != torch.strided or tensor.dtype not in CODES:
+            found = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise ValueError(f"{short(name)} is no plain dense tensor of a dtype that the format has: {found}")
+    return sorted(tensors, key=lambda name: (ORDER.index(CODES[tensors[name].dtype]), name))
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """What the header says of each tensor, one behind the other."""
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = Entry(CODES[tensor.dtype], tuple(tensor.shape), begin, end)
+    return entries
+
+
+def _head(entries: Mapping[str, Entry], metadata: Mapping[str, str], seals: Mapping[str, str]) -> bytes:
+    """The first bytes of a file: the length of the header, and the header, filled with spaces up to a multiple of eight."""
+    sealed = {**metadata, SEALS: json.dumps(seals, sort_keys=True)}
+    found: dict[str, Any] = {"__metadata__": {**sealed, SEAL: _seal_of_text(sealed)}}
+    for name, (dtype, shape, begin, end) in entries.items():
+        found[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def name_problem(name: str) -> str:
@@ -150,20 +185,10 @@ def name_problem(name: str) -> str:
     return "starts like a path" if name.startswith(("/", "\\")) or name.partition(".")[2].startswith(("/", "\\")) else ""
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, copied where they share memory with one before; safetensors refuses to write such twice."""
-    seen: set[tuple[torch.device, int]] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        plain = is_plain([tensor]) and tensor.layout == torch.strided
-        place = (tensor.device, tensor.untyped_storage().data_ptr()) if plain else None
-        apart[name] = tensor.detach().clone() if place in seen else tensor
-        seen.update([place] if place else [])
-    return apart
-
-
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+    """The data of a tensor, which is copied only where it does not lie in one piece on the CPU."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
 
 
 # Reading
@@ -250,12 +275,18 @@ def _check_places(entries: Mapping[str, Entry], size: int) -> None:
         raise ValueError(f"its tensors take {end} bytes, and it holds {size}: it was cut or added to")
 
 
-def _check_data(header: Header, data: memoryview) -> None:
-    for name, (dtype, shape, begin, end) in header.entries.items():
-        if header.seals[name] != _seal(dtype, shape, data[begin:end]):
-            raise ValueError(f"the tensor {short(name)} is not what its checksum says: it was damaged")
-        if dtype == "BOOL" and data[begin:end].tobytes().translate(None, b"\0\1"):
-            raise ValueError(f"the boolean tensor {short(name)} holds bytes other than 0 and 1")
+def _read_tensor(file: BinaryIO, name: str, entry: Entry, seal: str) -> Tensor:
+    """The tensor whose data are next in a file, checked."""
+    size = entry.end - entry.begin
+    raw = torch.empty(size, dtype=torch.uint8)
+    data = raw.numpy().data
+    if size and file.readinto(data) != size:  # type: ignore[attr-defined]
+        raise ValueError(CHANGED)
+    if seal != _seal(entry.dtype, entry.shape, data):
+        raise ValueError(f"the tensor {short(name)} is not what its checksum says: it was damaged")
+    if entry.dtype == "BOOL" and size and int(raw.max()) > 1:
+        raise ValueError(f"the boolean tensor {short(name)} holds bytes other than 0 and 1")
+    return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def _seal(dtype: str, shape: tuple[int, ...], data: memoryview) -> str:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 
+AT_ONCE = 2**16
+"""Bytes that are packed or unpacked at once: their codes take 8 bytes each meanwhile."""
+
 
 def per_byte(bits: int) -> int:
     """How many codes of ``bits`` bits share a byte: 8, 4, 2, 2 for 1 to 4 bits, and 1 for 5 to 8."""
@@ -42,14 +45,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     count = per_byte(bits)
     if codes.is_floating_point() or codes.is_complex():
         raise StateError(explain("pack", "these codes", got=codes.dtype, allowed="an integer dtype"))
-    flat = codes.detach().reshape(-1).to(torch.int64)
+    flat = codes.detach().reshape(-1)
     if flat.numel():
         low, high = int(flat.min()), int(flat.max())
         if high >= 1 << bits or low < -(1 << bits - 1) or (low < 0 and high >= 1 << bits - 1):
             raise StateError(explain("pack", f"{bits} bits", got=f"codes from {low} to {high}", fix="pack with more bits"))
-    flat = torch.constant_pad_nd(flat, (0, -flat.numel() % count)).reshape(-1, count) & (1 << bits) - 1
+    packed = torch.empty(-(-flat.numel() // count), dtype=torch.uint8, device=flat.device)
     shifts = bits * torch.arange(count, device=flat.device)
-    return (flat << shifts).sum(1).to(torch.uint8)
+    for part, into in zip(torch.split(flat, AT_ONCE * count), torch.split(packed, AT_ONCE), strict=True):
+        whole = torch.constant_pad_nd(part.to(torch.int64), (0, -part.numel() % count)).reshape(-1, count)
+        into.copy_(((whole & (1 << bits) - 1) << shifts).sum(1))
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Tensor:
@@ -77,7 +83,8 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
         got, allowed = f"{packed.dtype} of shape {tuple(packed.shape)}", f"torch.uint8 of shape {expected}"
         raise StateError(explain("unpack", f"{bits}-bit codes of shape {tuple(shape)}", got=got, allowed=allowed))
     shifts = bits * torch.arange(count, device=packed.device)
-    codes = (packed.to(torch.int64)[:, None] >> shifts & (1 << bits) - 1).reshape(-1)[:size]
-    if signed:
-        codes = torch.where(codes >= 1 << bits - 1, codes - (1 << bits), codes)
-    return codes.to(torch.int8 if signed else torch.uint8).reshape(tuple(shape))
+    codes = torch.empty(size, dtype=torch.int8 if signed else torch.uint8, device=packed.device)
+    for part, into in zip(torch.split(packed, AT_ONCE), torch.split(codes, AT_ONCE * count), strict=True):
+        found = (part.to(torch.int64)[:, None] >> shifts & (1 << bits) - 1).reshape(-1)[: into.numel()]
+        into.copy_(torch.where(found >= 1 << bits - 1, found - (1 << bits), found) if signed else found)
+    return codes.reshape(tuple(shape))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sophq_func.core.modes import is_compiling
+
 SAME: dict[str, str] = {
     "absolute": "abs",
     "clip": "clamp",
@@ -96,7 +98,7 @@ def called(func: Callable[..., Any]) -> str:
         return "get"
     name = PYTHON.get(func.__name__) if isinstance(func, types.FunctionType) else BUILTIN.get(func)
     if name is None:
-        name = "" if torch.compiler.is_compiling() else canonical_name(getattr(func, "__name__", ""))
+        name = "" if is_compiling() else canonical_name(getattr(func, "__name__", ""))
     return name
 
 

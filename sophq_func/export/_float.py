@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from sophq_func.capture.arguments import as_call
 from sophq_func.capture.frame import unwatched
 from sophq_func.capture.trace import retrace
-from sophq_func.codes.grids import Grid
 from sophq_func.core.pytree import has_floating, tensors
 from sophq_func.export._capture import captured, output_names
+from sophq_func.export._linear import LinearGrid
 from sophq_func.export._names import FileNames
 from sophq_func.export._program import program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
@@ -105,14 +105,15 @@ class _Nothing:
     """The target of a program without quantizers."""
 
     stores_biases = False
+    computes = False
 
-    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+    def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         return grid
 
-    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         return x
 
-    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         return codes
 
 

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from sophq_func.capture.arguments import map_inputs
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.codes.grids import Grid, Stored, activation_grid, is_on, weight_codes
+from sophq_func.codes import Refusal, Stored, stored_form
+from sophq_func.codes.stored import share_on
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
+from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
 from sophq_func.model.loop import Watch
 from sophq_func.model.quantized import Quantized
+from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged, round_biases
 from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams
@@ -35,17 +38,19 @@ class Target(Protocol):
 
     Attributes:
       stores_biases: biases that the plan rounds are stored as int32; otherwise as floats, with the same values.
+      computes: weights whose codes no operator reads may be read by arithmetic: looked up, multiplied, reshaped.
     """
 
     stores_biases: bool
+    computes: bool
 
-    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+    def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         """A grid, of a stored weight or not, as the target has it; or why it cannot be spelled."""
 
-    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         """``x`` as codes and back."""
 
-    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         """What stored codes stand for."""
 
 
@@ -54,12 +59,14 @@ class Found(NamedTuple):
 
     Attributes:
       stored: codes of weights and of rounded biases, by parameter.
+      computed: weights whose codes are read by arithmetic, by parameter.
       grids: of activations, by quantizer.
       simulated: quantizers that keep their own arithmetic.
     """
 
-    stored: dict[str, Stored]
-    grids: dict[str, Grid]
+    stored: dict[str, LinearCodes]
+    computed: dict[str, Stored]
+    grids: dict[str, LinearGrid]
     simulated: dict[str, Callable[[Tensor], Tensor]]
 
 
@@ -84,6 +91,10 @@ class Program(nn.Module):
         for name, (codes, grid) in found.stored.items():
             self._hold(f"{name}_quantized", codes)
             self._hold_grid(name, grid)
+        for name, own in found.computed.items():
+            self._hold(f"{name}_quantized", own.codes)
+            for part, tensor in own.grid.parts.items():
+                self._hold(f"{name}_{part}", tensor)
         self._values = {name: q.plan.site(name).value or name for name in found.grids}
         for name, grid in found.grids.items():
             self._hold_grid(self._values[name], grid)
@@ -93,7 +104,7 @@ class Program(nn.Module):
         self.names[name] = key
         self.register_buffer(key, tensor.detach().clone())
 
-    def _hold_grid(self, name: str, grid: Grid) -> None:
+    def _hold_grid(self, name: str, grid: LinearGrid) -> None:
         self._hold(f"{name}_scale", grid.scale)
         self._hold(f"{name}_zero_point", grid.zero_point)
 
@@ -106,6 +117,9 @@ class Program(nn.Module):
         for name, (_, grid) in self._found.stored.items():
             codes, scale = self._tensor(f"{name}_quantized"), self._tensor(f"{name}_scale")
             params[name] = self._target.dequantize(codes, scale, self._tensor(f"{name}_zero_point"), grid)
+        for name, own in self._found.computed.items():
+            parts = {part: self._tensor(f"{name}_{part}") for part in own.grid.parts}
+            params[name] = own.read(self._tensor(f"{name}_quantized"), parts)
         return self._loop.run(params, self._effect, args, kwargs, watch=self.watch)[0]
 
     def narrow(self) -> list[str]:
@@ -171,20 +185,23 @@ def program(
 
     Raises:
       ConfigError: quantizers that the target cannot spell, each with the reason.
-      StateError: frozen weights, training mode; see :meth:`Quantized.apply`.
+      StateError: training mode; see :meth:`Quantized.apply`.
     """
     _check(where, q)
     q.engine.check(params, qparams, where, "qparams")
     with torch.no_grad():
         found, problems = _activations(q, qparams, target)
-        tensors = dict(round_biases(q.engine.acting, params, q.engine.steps(qparams)))
-        for weight in q.engine.acting:
-            result = _stored(weight, params, qparams[weight.site.quantizer], target)
+        tensors = dict(round_biases(q.engine.acting, params, q.engine.steps(qparams)))  # of frozen ones they are
+        for weight in _acting(q):
+            result = _stored(weight, params, qparams[weight.site.quantizer], target, q.frozen)
             if isinstance(result, str):
                 problems[weight.site.quantizer] = result
-                tensors[weight.site.parameter] = _folded_weight(weight, params, qparams[weight.site.quantizer])
-            elif result is not None:
+                tensors[weight.site.parameter] = _folded_weight(q, weight, params, qparams[weight.site.quantizer])
+            elif isinstance(result, LinearCodes):
                 found.stored[weight.site.parameter] = result
+            elif isinstance(result, Stored):
+                found.computed[weight.site.parameter] = result
+                del tensors[weight.site.parameter]
             else:
                 tensors[weight.site.parameter] = arranged(weight.seen(params), weight.site)
         fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
@@ -197,26 +214,28 @@ def program(
 def _check(where: str, q: Quantized) -> None:
     if not isinstance(q, Quantized):
         raise StateError(explain(where, "this model", got=type(q).__name__, allowed="a sq.Quantized"))
-    if q.frozen:
-        because = "its weights are on their grids already, without their codes"
-        raise StateError(explain(where, "a frozen model", because=because, fix="export the q that was frozen"))
     if q.training:
         because = "BatchNorm would use the statistics of the batch"
         raise StateError(explain(where, "a model in training mode", because=because, fix="q.eval()"))
 
 
+def _acting(q: Quantized) -> list[WeightQuantizer]:
+    """The quantizers whose weights are on a grid: put there by a run, or frozen."""
+    return [weight for weight in q.engine.weights if not weight.config.observe_only]
+
+
 def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -> tuple[Found, dict[str, str]]:
     """The grids of quantizers that act while the model runs; and those without one, with the reason."""
-    found, problems = Found({}, {}, {}), {}
+    found, problems = Found({}, {}, {}, {}), {}
     for name, piece in q.engine.running.items():
         own = qparams[name]
-        on = is_on(own)
-        if piece.config.observe_only or on is False:
+        share = share_on(own)
+        if piece.config.observe_only or share == 0:
             continue
-        result = MIXES if on is None else activation_grid(piece, own)
-        if isinstance(result, Grid):
+        result = _grid(piece, own) if share == 1 else MIXES
+        if isinstance(result, LinearGrid):
             result = target.fitted(result, False)
-        if isinstance(result, Grid):
+        if isinstance(result, LinearGrid):
             found.grids[name] = result
         else:
             problems[name] = result
@@ -224,22 +243,38 @@ def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -
     return found, problems
 
 
-def _stored(weight: WeightQuantizer, params: Params, qparams: QParams, target: Target) -> Stored | str | None:
-    """A weight as codes, or why not; ``None`` where it is switched off."""
-    on = is_on(qparams)
-    if not on:
-        return MIXES if on is None else None
-    result = weight_codes(weight, params, qparams)
-    if isinstance(result, str):
-        return result
-    grid = target.fitted(result.grid, True)
-    return grid if isinstance(grid, str) else Stored(result.codes, grid)
+def _grid(piece: RunQuantizer, qparams: QParams) -> LinearGrid | str:
+    grid = stored_form(piece, qparams)
+    if isinstance(grid, Refusal):
+        return grid.because
+    assert not isinstance(grid, Stored)
+    return value_linear(piece, grid)
 
 
-def _folded_weight(weight: WeightQuantizer, params: Params, qparams: QParams) -> Tensor:
+def _stored(
+    weight: WeightQuantizer, params: Params, qparams: QParams, target: Target, frozen: bool
+) -> LinearCodes | Stored | str | None:
+    """A weight as codes for the target's operators, or for arithmetic; or why not; ``None`` where it is switched off."""
+    share = share_on(qparams)
+    if share != 1:
+        return None if share == 0 else MIXES
+    found = stored_form(weight, qparams, params, frozen=frozen)
+    if isinstance(found, Refusal):
+        return found.because
+    assert isinstance(found, Stored)
+    linear = weight_linear(found)
+    grid = linear if isinstance(linear, str) else target.fitted(linear.grid, True)
+    if isinstance(linear, LinearCodes) and isinstance(grid, LinearGrid):
+        return linear._replace(grid=grid)
+    assert isinstance(grid, str)
+    return found if target.computes else grid
+
+
+def _folded_weight(q: Quantized, weight: WeightQuantizer, params: Params, qparams: QParams) -> Tensor:
     """A quantized weight with its BatchNorm folded in, in floating point."""
     seen = weight.seen(params)
-    return arranged(switched(seen, weight.fake_quantize.apply(seen, qparams, weight.scheme), qparams), weight.site)
+    on_grid = seen if q.frozen else weight.fake_quantize.apply(seen, qparams, weight.scheme)
+    return arranged(switched(seen, on_grid, qparams), weight.site)
 
 
 def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, stores: bool) -> Skeleton:
@@ -249,7 +284,7 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, 
     """
     skipped: list[str] = []
     biases: dict[str, tuple[str, Tensor]] = {}
-    for weight in q.engine.acting:
+    for weight in _acting(q):
         site, norm = weight.site, weight.norm
         name = site.bias or f"{site.path}.bias".lstrip(".")
         if norm is not None:
@@ -262,9 +297,9 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, 
     return q.engine.skeleton.altered(skipped, biases)
 
 
-def _stored_bias(bias: Tensor, weight: Grid, source: Grid) -> Stored:
+def _stored_bias(bias: Tensor, weight: LinearGrid, source: LinearGrid) -> LinearCodes:
     """A bias as multiples of weight scale times input scale."""
     step = weight.scale * source.scale
     codes = (bias.float() / step).round().clamp(-(2.0**31), 2.0**31 - 128).to(torch.int32)
-    grid = Grid(step, torch.zeros_like(step, dtype=torch.int32), -(2**31), 2**31 - 1, 0 if step.ndim else None)
-    return Stored(codes, grid)
+    grid = LinearGrid(step, torch.zeros_like(step, dtype=torch.int32), -(2**31), 2**31 - 1, 0 if step.ndim else None)
+    return LinearCodes(codes, grid)

@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from sophq_func.codes import Grid, Refusal
+from sophq_func.codes.stored import grid_of, integer_grid
 from sophq_func.core.errors import ConfigError, explain, raise_all
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.ranges import bounds, positive
+from sophq_func.numerics.ranges import positive
 from sophq_func.numerics.scheme import PerChannel, PerTensor, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
-FLOATS: Mapping[str, tuple[str, float | None]] = {
-    "e4m3": ("FP8", 448.0),
-    "e5m2": ("FP8", 57344.0),
-    "fp4": ("FP4", None),
-    "gptqfp4": ("FP4", None),
-    "mxfp4": ("FP4", None),
-    "nvfp4": ("FP4", None),
-    "bf16": ("BF16", None),
+WORDS: Mapping[str, str] = {
+    "e4m3": "FP8",
+    "e5m2": "FP8",
+    "fp4": "FP4",
+    "gptqfp4": "FP4",
+    "mxfp4": "FP4",
+    "nvfp4": "FP4",
+    "bf16": "BF16",
 }
-"""For number formats, the type that a q_table calls them, and the largest value in steps where there is a range."""
+"""What a q_table calls number formats, by fake quantizer."""
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""The formats, beside integers, that have a range: their largest value in steps."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,11 @@ def records(plan: Plan, qparams: Mapping[str, QParams], ops: Mapping[str, str]) 
     Raises:
       ConfigError: what no table of a chip can hold, all of it in one message.
     """
-    raise_all([problem for name, config in plan.items() if (problem := _problem(plan, name, config))])
+    raise_all([problem for name, config in plan.items() if (problem := _problem(plan, name, config, qparams[name]))])
     return [_record(plan, name, qparams[name], ops[name]) for name in plan]
 
 
-def _problem(plan: Plan, name: str, config: QuantizerConfig) -> str:
+def _problem(plan: Plan, name: str, config: QuantizerConfig, qparams: QParams) -> str:
     if config.scheme.dynamic:
         because, fix = "the table holds ranges that are known beforehand", "dynamic=False"
         return explain(name, "a dynamic range", because=because, fix=fix)
@@ -91,6 +97,11 @@ def _problem(plan: Plan, name: str, config: QuantizerConfig) -> str:
     if not isinstance(config.scheme.granularity, allowed):
         words = " or ".join(f"{cls.__name__}()" for cls in allowed)
         return explain(name, "this granularity", got=config.scheme.granularity, allowed=words)
+    made = pieces.build(config.fake_quantize)
+    grid = grid_of(made, qparams, config.scheme) if made.integer else None
+    if isinstance(grid, Refusal) and not config.observe_only:
+        fix = "sq.fake_quantize.fixed(), or sq.fake_quantize.learnable()"
+        return explain(name, f"steps of {config.fake_quantize!r}", because=grid.because, fix=fix)
     return ""
 
 
@@ -98,41 +109,60 @@ def _record(plan: Plan, name: str, qparams: QParams, op: str) -> Record:
     config, is_weight = plan[name], plan.site(name).role == "weight"
     made = pieces.build(config.fake_quantize)
     channelwise = isinstance(config.scheme.granularity, PerChannel)
-    word, largest = FLOATS.get(config.fake_quantize.name, ("None", None))
-    if config.observe_only:
-        word = "F32"
-    if not made.integer and largest is None:
-        return Record(name, op, is_weight, channelwise, 8, True, word)
-    grid = made.grid(qparams, config.scheme)
-    low, high = bounds(grid, config.scheme) if largest is None else (-largest, largest)
-    steps, zero = positive(grid.scale).detach(), grid.zero_point.detach()
-    zero = zero * 0 if config.scheme.symmetric else zero.round()
-    bits = _bits(low, high) if made.integer else 8
-    known = {4: "INT4", 8: "INT8" if float(low) < 0 else "UINT8"}
-    return Record(
-        name,
-        op,
-        is_weight,
-        channelwise,
-        bits,
-        float(low) < 0,
-        known.get(bits, "None") if word == "None" else word,
+    word = "F32" if config.observe_only else WORDS.get(config.fake_quantize.name, "")
+    record = Record(name, op, is_weight, channelwise, 8, True, word or "None")
+    if made.integer:
+        grid = integer_grid(made, qparams, config.scheme)
+        return replace(_with_range(record, grid), quant_type=word or _word(grid))
+    if made.element in FLOAT8:
+        largest, steps = torch.finfo(made.element).max, positive(qparams.scale).detach()
+        return replace(
+            record,
+            steps=_floats(steps),
+            zero_points=(0,) * steps.numel(),
+            lows=_floats(-largest * steps),
+            highs=_floats(largest * steps),
+            threshold=float((steps * largest).amax()),
+        )
+    return record
+
+
+def _with_range(record: Record, grid: Grid) -> Record:
+    """A record of an integer grid with its width, steps and outermost values."""
+    low, high = _outermost(grid)
+    steps, zero_points = grid.parts["scale"], grid.parts["zero_point"]
+    lows, highs = grid.ends()
+    return replace(
+        record,
+        bits=_bits(low, high),
+        signed=low < 0,
         steps=_floats(steps),
-        zero_points=tuple(map(int, _floats(zero))),
-        lows=_floats((low - zero) * steps),
-        highs=_floats((high - zero) * steps),
-        threshold=float((steps * max(-float(low), float(high))).amax()),
+        zero_points=tuple(map(int, zero_points.reshape(-1).tolist())),
+        lows=_floats(lows),
+        highs=_floats(highs),
+        threshold=float((steps * max(-low, high)).amax()),
     )
 
 
-def _bits(low: Tensor | float, high: Tensor | float) -> int:
+def _outermost(grid: Grid) -> tuple[int, int]:
+    assert grid.low is not None and grid.high is not None
+    return int(grid.low.min()), int(grid.high.max())
+
+
+def _word(grid: Grid) -> str:
+    """What a q_table calls integers of this width."""
+    low, high = _outermost(grid)
+    return {4: "INT4", 8: "INT8" if low < 0 else "UINT8"}.get(_bits(low, high), "None")
+
+
+def _bits(low: int, high: int) -> int:
     """The least width that has a code for each level.
 
     Example:
       >>> _bits(-127, 127), _bits(-8, 7), _bits(0, 255)
       (8, 4, 8)
     """
-    return int(float(high) - float(low)).bit_length()
+    return (high - low).bit_length()
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sophq_func.capture.arguments import as_call
-from sophq_func.codes.grids import Grid
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.files import write_bytes
 from sophq_func.export._capture import Axes, captured, output_names
+from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.contracts import QParams
@@ -51,7 +51,7 @@ def onnx(
     checked by ``onnx.checker`` and appears under its name when it is whole.
 
     Args:
-      q: in eval mode, weights not frozen.
+      q: in eval mode; its weights may be frozen.
       params, qparams: see :meth:`Quantized.apply`.
       example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
       path: of the file.
@@ -69,7 +69,7 @@ def onnx(
     Raises:
       ConfigError: quantizers that cannot be expressed, each with the reason; the extra is not installed; the model has no
         dynamic batch, or takes one size only along a dynamic axis; arguments or axes that are not there.
-      StateError: frozen weights, training mode, names that are missing or unknown.
+      StateError: training mode, names that are missing or unknown.
 
     Example:
       >>> import os, tempfile, sophq_func as sq
@@ -138,22 +138,23 @@ class _Onnx:
     """Grids as QuantizeLinear and DequantizeLinear."""
 
     stores_biases = True
+    computes = True
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed
 
-    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+    def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         if not (stored or grid.full or grid.ends):
             return "codes that do not fill their type, with several scales"
         return grid if stored or self.signed else grid.unsigned()
 
-    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         x = x if grid.ends is None else x.clamp(*grid.ends)
         attrs = {} if grid.axis is None else {"axis": grid.axis}
         codes = symbolic("QuantizeLinear", (x, scale, zero_point), attrs, grid.dtype, x)
         return symbolic("DequantizeLinear", (codes, scale, zero_point), attrs, x.dtype, x)
 
-    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         attrs = {} if grid.axis is None else {"axis": grid.axis}
         if grid.size:
             attrs = {"axis": 1, "block_size": grid.size}

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from sophq_func.capture.arguments import as_call
-from sophq_func.codes.grids import Grid
 from sophq_func.export._capture import Axes, captured
+from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.contracts import QParams
@@ -96,24 +96,25 @@ class _Decomposed:
     """Grids as the operators of PT2E."""
 
     stores_biases = False
+    computes = False  # inductor has integer kernels for codes that an operator reads
 
-    def fitted(self, grid: Grid, stored: bool) -> Grid | str:
+    def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         if grid.dtype not in BYTES:
             return f"codes of {str(grid.dtype).removeprefix('torch.')}"
         if grid.size:
-            return "PerGroup"
+            return "one scale for each group"
         if stored:
             return grid
         return grid.unsigned() if grid.axis is None else "PerChannel on an activation"
 
-    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         operators = pytorch.ops.quantized_decomposed
         step, zero = grid.number
         codes = operators.quantize_per_tensor.default(x, step, zero, grid.low, grid.high, grid.dtype)
         found: Tensor = operators.dequantize_per_tensor.default(codes, step, zero, grid.low, grid.high, grid.dtype)
         return found
 
-    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         operators, rest = pytorch.ops.quantized_decomposed, (grid.low, grid.high, grid.dtype)
         found: Tensor
         if grid.axis is None:

@@ -8,11 +8,26 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.affine import ste, working
 from sophq_func.numerics.blocks import block_amax, from_blocks, to_blocks
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.numerics.formats import E2M1, E2M3, E3M2, E4M3, E5M2, MXINT8, Format, code_bits, shared_exponent
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
+from sophq_func.numerics.formats import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    MXINT8,
+    Format,
+    code_bits,
+    indices,
+    shared_exponent,
+    value_table,
+)
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
+
+E8M0_BIAS = 127
+"""What is added to the exponent of a block in its code (OCP Microscaling Formats v1.0, 5.4.1)."""
 
 
 @FAKE_QUANTIZERS.register("mxfp8")
@@ -110,15 +125,43 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         scale = torch.maximum(-lo, hi) / (E2M1.largest * E4M3.largest)
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
-    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        scale = expand(qparams.scale.detach().abs().clamp(min=EPS**2), x, scheme.granularity)
-        unit = working(x).detach() / scale
+    def step(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return expand(qparams.scale.detach().abs().clamp(min=EPS**2), like, scheme.granularity)
+
+    def divided(unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks divided by their shared scale, and that scale, ``(..., blocks, 1)``."""
         blocks = to_blocks(unit, block_size)
         shared = E4M3.round(block_amax(blocks) / E2M1.largest)
-        found = E2M1.round(blocks / torch.where(shared == 0, 1, shared)) * shared
-        return ste(x, (from_blocks(found, unit) * scale).to(x.dtype))
+        return blocks / torch.where(shared == 0, 1, shared), shared
 
-    return FakeQuantize(init, apply, integer=False, resizable=False, bits=code_bits(E2M1) + 8 / block_size)
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        scale = step(x, qparams, scheme)
+        unit = working(x).detach() / scale
+        elements, shared = divided(unit)
+        return ste(x, (from_blocks(E2M1.round(elements) * shared, unit) * scale).to(x.dtype))
+
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        elements, shared = divided(working(x).detach() / step(x, qparams, scheme))
+        block_scale = shared.squeeze(-1).to(torch.float8_e4m3fn)
+        return Codes(from_blocks(indices(E2M1, elements), x), {"block_scale": block_scale})
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        unit = _by_blocks(E2M1, codes.values, codes.parts["block_scale"].to(wide), block_size)
+        return (unit * step(unit, qparams, scheme)).to(dtype)
+
+    return FakeQuantize(
+        init,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=code_bits(E2M1) + 8 / block_size,
+        encode=encode,
+        decode=decode,
+        uncoded=always_coded,
+        element=E2M1,
+        block_size=block_size,
+    )
 
 
 def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int) -> FakeQuantize:
@@ -133,8 +176,37 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         scale = torch.exp2(shared_exponent(block_amax(blocks), form).to(work.dtype))
         return ste(x, from_blocks(form.round(blocks / scale) * scale, work).to(x.dtype))
 
-    bits = code_bits(form) + 8 / block_size
-    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False)
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        blocks = to_blocks(working(x).detach(), block_size)
+        exponent = shared_exponent(block_amax(blocks), form)
+        elements = indices(form, blocks / torch.exp2(exponent.to(blocks.dtype)))
+        biased = (exponent.squeeze(-1) + E8M0_BIAS).to(torch.uint8)
+        return Codes(from_blocks(elements, x), {"exponent": biased})
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        scale = torch.exp2(codes.parts["exponent"].to(wide) - E8M0_BIAS)
+        return _by_blocks(form, codes.values, scale, block_size).to(dtype)
+
+    return FakeQuantize(
+        kept,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=code_bits(form) + 8 / block_size,
+        scaled=False,
+        encode=encode,
+        decode=decode,
+        uncoded=always_coded,
+        element=form,
+        block_size=block_size,
+    )
+
+
+def _by_blocks(form: Format, codes: Tensor, scale: Tensor, size: int) -> Tensor:
+    """The values of a format that codes point to, times the scale ``(..., blocks)`` of their blocks."""
+    unit = value_table(form, codes.device)[codes.long()].to(scale.dtype)
+    return from_blocks(to_blocks(unit, size) * scale.unsqueeze(-1), unit)
 
 
 def _check_size(where: str, size: object) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.affine import ste, working
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded
 from sophq_func.numerics.formats import round_to_dtype, round_to_float8
 from sophq_func.numerics.layout import expand, rows
 from sophq_func.numerics.ranges import EPS, qparams_to_range
@@ -86,14 +86,14 @@ def bf16() -> FakeQuantize:
     return _cast(torch.bfloat16)
 
 
-def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
+def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
     if scaling not in SCALING:
         raise ConfigError(explain("FP8", "this scaling", got=scaling, allowed=" or ".join(map(repr, SCALING))))
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    smallest = torch.finfo(element).smallest_normal * torch.finfo(element).eps
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
-        scale = torch.maximum(-lo, hi) / torch.finfo(dtype).max
+        scale = torch.maximum(-lo, hi) / torch.finfo(element).max
         if scaling == "none":
             scale = torch.where(scale.isnan(), scale, 1.0)
         elif scaling == "mean" and x.numel():
@@ -103,19 +103,56 @@ def _float8(dtype: torch.dtype, scaling: str) -> FakeQuantize:
             scale = torch.exp2(torch.log2(scale).ceil())
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
+    def step(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return expand(qparams.scale.detach().abs().clamp(min=EPS**2), like, scheme.granularity)
+
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        work = working(x)
-        scale = expand(qparams.scale.detach().abs().clamp(min=EPS**2), x, scheme.granularity)
-        return ste(x, (round_to_float8(work / scale, dtype) * scale).to(x.dtype))
+        work, scale = working(x), step(x, qparams, scheme)
+        return ste(x, (round_to_float8(work / scale, element) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False, bits=torch.finfo(dtype).bits)
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        unit = working(x.detach()) / step(x, qparams, scheme)
+        return Codes(round_to_float8(unit, element).to(element), {})
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        unit = codes.values.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return (unit * step(unit, qparams, scheme)).to(dtype)
+
+    return FakeQuantize(
+        init,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=torch.finfo(element).bits,
+        encode=encode,
+        decode=decode,
+        uncoded=always_coded,
+        element=element,
+    )
 
 
-def _cast(dtype: torch.dtype) -> FakeQuantize:
+def _cast(element: torch.dtype) -> FakeQuantize:
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return round_to_dtype(x, dtype)
+        return round_to_dtype(x, element)
 
-    return FakeQuantize(init, apply, integer=False, resizable=False, bits=torch.finfo(dtype).bits, scaled=False)
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return Codes(x.detach().to(element), {})
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return codes.values.to(dtype)
+
+    return FakeQuantize(
+        init,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=torch.finfo(element).bits,
+        scaled=False,
+        encode=encode,
+        decode=decode,
+        uncoded=always_coded,
+        element=element,
+    )

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.pytree import tree_map
+from sophq_func.numerics import affine
 from sophq_func.numerics.affine import fake_quantize, ste, working
 from sophq_func.numerics.codebooks import codebook_named
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import Codebook, code_bits
 from sophq_func.numerics.ranges import EPS
 from sophq_func.numerics.scheme import QScheme
@@ -134,9 +135,30 @@ def _gptq(
         rounding = _Integers(constant, scheme) if group_size == 0 else _Scaled(table, group_size, quantile)
         return ste(x, _solve(problem, rounding, block_size).reshape(x.shape).to(x.dtype))
 
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        if "hessian" not in qparams.extras:
+            return affine.encode(x, qparams, scheme, "kernel")
+        return affine.nearest(apply(working(x.detach()), qparams, scheme), qparams, scheme)
+
+    def uncoded(qparams: QParams, scheme: QScheme) -> str:
+        if "hessian" in qparams.extras and group_size != 0:
+            return "its scales are found column by column, and not kept"
+        return affine.uncoded(qparams, scheme)
+
     shared = 32 / {-1: block_size, -2: math.inf}.get(group_size, group_size) if group_size else 0
     bits = code_bits(table) + shared if group_size else None
-    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=group_size == 0)
+    return FakeQuantize(
+        kept,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=bits,
+        scaled=group_size == 0,
+        encode=encode,
+        decode=affine.decode,
+        uncoded=uncoded,
+        local=False,
+    )
 
 
 class _Problem(NamedTuple):

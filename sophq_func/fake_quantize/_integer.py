@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.modes import may_differentiate
 from sophq_func.core.pytree import tree_map
-from sophq_func.numerics.affine import Order, fake_quantize, prepared
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.affine import Order, decode, encode, fake_quantize, prepared, uncoded
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.ranges import positive
 from sophq_func.numerics.scheme import PerTensor, QScheme
 
@@ -37,7 +38,7 @@ def fixed() -> FakeQuantize:
     def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
         return prepared(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel", factor=factor)
 
-    return FakeQuantize(kept, apply, prepare=prepare)
+    return FakeQuantize(kept, apply, prepare=prepare, encode=partial(encode, order="kernel"), decode=decode, uncoded=uncoded)
 
 
 @FAKE_QUANTIZERS.register("learnable", "LearnableFakeQuantize", "lsq")
@@ -67,19 +68,39 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
 
-    def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
-        order: Order = "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
+    def order_of(scheme: QScheme) -> Order:
+        return "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
+
+    def in_force(x: Tensor, qparams: QParams, scheme: QScheme) -> QParams:
+        """Scale and zero point as the forward sees them; of ``x`` only the number of elements matters."""
         scale, zero_point = positive(qparams.scale), qparams.zero_point
         if use_grad_scaling:
-            less, scaled = _grad_factor(x, qparams, scheme), SCALE_GRAD[order]
+            less, scaled = _grad_factor(x, qparams, scheme), SCALE_GRAD[order_of(scheme)]
             scale = scaled(scale, less)
             zero_point = scaled(zero_point, less) if zero_point.is_floating_point() else zero_point
-        return prepared(x, QParams(scale, zero_point, qparams.extras), scheme, order, factor=factor)
+        return QParams(scale, zero_point, qparams.extras)
+
+    def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
+        return prepared(x, in_force(x, qparams, scheme), scheme, order_of(scheme), factor=factor)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return prepare(x, None, qparams, scheme)()
 
-    return FakeQuantize(init, apply, ("scale", "zero_point"), prepare=prepare)
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return encode(x, in_force(x, qparams, scheme), scheme, order_of(scheme))
+
+    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return decode(codes, in_force(codes.values, qparams, scheme), scheme, dtype)
+
+    return FakeQuantize(
+        init,
+        apply,
+        ("scale", "zero_point"),
+        prepare=prepare,
+        encode=own_encode,
+        decode=own_decode,
+        uncoded=uncoded,
+    )
 
 
 @FAKE_QUANTIZERS.register("lsq_plus", "LSQPlusFakeQuantize")
@@ -114,7 +135,15 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
             zero_point = _scale_grad(zero_point, factor) if zero_point.is_floating_point() else zero_point
         return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, "expression", whole=False)
 
-    return FakeQuantize(init, apply, ("scale", "zero_point"))
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "expression", whole=False)
+
+    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
+
+    return FakeQuantize(
+        init, apply, ("scale", "zero_point"), encode=own_encode, decode=own_decode, uncoded=partial(uncoded, whole=False)
+    )
 
 
 def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.pytree import sorted_dict, tree_map
-from sophq_func.numerics.affine import fake_quantize, ste, working
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams
+from sophq_func.numerics.affine import decode, encode, fake_quantize, ste, uncoded, working
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, Decode, FakeQuantize, Grid, QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, positive, qparams_to_range, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
@@ -57,14 +57,37 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
         found = range_to_qparams(lo.detach(), hi.detach(), scheme, limits=bounds(qparams, scheme))
         return found._replace(extras=qparams.extras)
 
-    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+    def clip(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
         work = working(x)
         lo, hi = (expand(bound, x, scheme.granularity) for bound in _clip(qparams, scheme))
-        clipped = torch.where(work >= hi, hi, torch.where(work < lo, lo, work))
+        return torch.where(work >= hi, hi, torch.where(work < lo, lo, work))
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        clipped = clip(x, qparams, scheme)
         constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
         return ste(clipped, fake_quantize(clipped.detach(), constant, scheme, "kernel")).to(x.dtype)
 
-    return FakeQuantize(init, apply, ("alpha", "n_alpha"), grid=grid)
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return encode(clip(x.detach(), qparams, scheme), grid(qparams, scheme), scheme, "kernel")
+
+    return FakeQuantize(
+        init,
+        apply,
+        ("alpha", "n_alpha"),
+        grid=grid,
+        encode=own_encode,
+        decode=_decoding(grid),
+        uncoded=uncoded,
+    )
+
+
+def _decoding(grid: Grid) -> Decode:
+    """Codes read on the grid that is in force."""
+
+    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return decode(codes, grid(qparams, scheme), scheme, dtype)
+
+    return own_decode
 
 
 def _clip(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
@@ -119,7 +142,10 @@ def tqt() -> FakeQuantize:
         found = grid(qparams, scheme)
         return fake_quantize(x, found._replace(zero_point=found.zero_point.detach()), scheme, "kernel")
 
-    return FakeQuantize(init, apply, ("log2_t",), grid=grid)
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return encode(x, grid(qparams, scheme), scheme, "kernel")
+
+    return FakeQuantize(init, apply, ("log2_t",), grid=grid, encode=own_encode, decode=_decoding(grid), uncoded=uncoded)
 
 
 def _bits(low: Bound, high: Bound) -> Tensor | int:

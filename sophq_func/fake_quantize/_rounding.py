@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.numerics.affine import fake_quantize, working
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.affine import decode, encode, fake_quantize, uncoded, working
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import clamp, expanded_bounds, positive
 from sophq_func.numerics.scheme import QScheme
@@ -72,25 +72,62 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
         return qparams._replace(extras=sorted_dict({**qparams.extras, "alpha": alpha}))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        constant = QParams(qparams.scale.detach(), qparams.zero_point.detach(), qparams.extras)
         if "alpha" not in qparams.extras:
+            constant = QParams(qparams.scale.detach(), qparams.zero_point.detach(), qparams.extras)
             return fake_quantize(x, constant, scheme, "kernel")
+        code, zero, scale = rounded(x, qparams, scheme)
+        return ((code - zero) * scale).to(x.dtype)
+
+    def rounded(x: Tensor, qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor | int, Tensor]:
+        """Code, zero point and scale of each element."""
         alpha = qparams.extras["alpha"]
         if alpha.shape != x.shape:
             allowed, fix = f"that of the weight, {tuple(x.shape)}", "qparams = fq.init(qparams, weight, scheme)"
             raise StateError(explain("adaround", "alpha of this shape", got=tuple(alpha.shape), allowed=allowed, fix=fix))
         granularity = scheme.granularity
         low, high = expanded_bounds(qparams, scheme, x)
-        scale = expand(positive(constant.scale), x, granularity)
-        zero = 0 if scheme.symmetric else expand(constant.zero_point.to(scale.dtype), x, granularity)
+        scale = expand(positive(qparams.scale.detach()), x, granularity)
+        zero = 0 if scheme.symmetric else expand(qparams.zero_point.detach().to(scale.dtype), x, granularity)
         up = rectified_sigmoid(alpha) if rounding == "soft" else (alpha.detach() >= 0).to(scale.dtype)
         level = (working(x).detach() / scale).floor() + up + zero
         inside = (level >= low) & (level <= high)
-        code = torch.where(inside, level, clamp(level.detach(), low, high))
-        return ((code - zero) * scale).to(x.dtype)
+        return torch.where(inside, level, clamp(level.detach(), low, high)), zero, scale
+
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        if "alpha" not in qparams.extras:
+            return encode(x, qparams, scheme, "kernel")
+        return Codes(rounded(x, qparams, scheme)[0].detach().to(torch.int32), {})
+
+    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        if "alpha" not in qparams.extras:
+            return decode(codes, qparams, scheme, dtype)
+        return decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
+
+    def own_uncoded(qparams: QParams, scheme: QScheme) -> str:
+        if rounding == "soft" and weight and not _is_hard(qparams, scheme):
+            return "its rounding is soft: between two codes, as long as it is learned"
+        return uncoded(qparams, scheme, whole="alpha" not in qparams.extras)
 
     weight = quant_type in (None, "param")
-    return FakeQuantize(init if weight else kept, apply, ("alpha",) if weight else (), resizable=not weight)
+    return FakeQuantize(
+        init if weight else kept,
+        apply,
+        ("alpha",) if weight else (),
+        resizable=not weight,
+        encode=own_encode,
+        decode=own_decode,
+        uncoded=own_uncoded,
+    )
+
+
+def _is_hard(qparams: QParams, scheme: QScheme) -> bool:
+    """Whether what was learned rounds each element all the way; without anything learned, it does."""
+    if scheme.dynamic:  # alpha is made anew from each tensor, to give that tensor back
+        return False
+    if "alpha" not in qparams.extras:
+        return True
+    share = rectified_sigmoid(qparams.extras["alpha"])
+    return bool(((share == 0) | (share == 1)).all())
 
 
 @FAKE_QUANTIZERS.register("qdrop", "QDropFakeQuantize")
@@ -121,7 +158,16 @@ def qdrop(prob: float = 1.0) -> FakeQuantize:
         y = fake_quantize(x, found, scheme, "quotient")
         return y if prob == 1 else torch.where(uniform("qdrop", qparams, noise) < prob, y, x)
 
-    return FakeQuantize(kept, apply, ("scale",), noise=prob < 1)
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "quotient")
+
+    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype)
+
+    def own_uncoded(qparams: QParams, scheme: QScheme) -> str:
+        return "it rounds at random" if prob < 1 else uncoded(qparams, scheme)
+
+    return FakeQuantize(kept, apply, ("scale",), noise=prob < 1, encode=own_encode, decode=own_decode, uncoded=own_uncoded)
 
 
 def uniform(where: str, qparams: QParams, noise: Tensor | None) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.pytree import tree_map
-from sophq_func.numerics.affine import fake_quantize, ste, working
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
+from sophq_func.numerics.affine import decode, encode, fake_quantize, ste, uncoded, working
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.layout import expand
-from sophq_func.numerics.ranges import EPS, clamp, expanded_bounds, min_max, positive, range_to_qparams
+from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, expanded_bounds, min_max, positive, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
 
 MAPPINGS = ("paper", "tanh")
@@ -61,12 +62,46 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
         if mapping == "tanh":
             constant = tree_map(torch.Tensor.detach, qparams)
             return fake_quantize(_mapped(x), constant, scheme, "kernel").to(x.dtype)
-        low, high = expanded_bounds(qparams, scheme, x)
-        t = torch.tanh(working(x))
-        share, steps = t / _peak(t).clamp(min=EPS**2), high - low
+        share, steps = shared(x), steps_of(x, qparams, scheme)
         return ste(share, (2 * ((share / 2 + 0.5) * steps).round() - steps) / steps).to(x.dtype)
 
-    return FakeQuantize(init, apply, integer=mapping == "tanh")
+    def shared(x: Tensor) -> Tensor:
+        t = torch.tanh(working(x))
+        return t / _peak(t).clamp(min=EPS**2)
+
+    def steps_of(x: Tensor, qparams: QParams, scheme: QScheme) -> Bound:
+        low, high = expanded_bounds(qparams, scheme, x)
+        return high - low
+
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        if mapping == "tanh":
+            return encode(_mapped(x.detach()), qparams, scheme, "kernel")
+        steps = steps_of(x, qparams, scheme)
+        level = ((shared(x.detach()) / 2 + 0.5) * steps).round() - steps / 2  # 0 stands in the middle of the codes
+        return Codes(level.to(torch.int32), {})
+
+    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        if mapping == "tanh":
+            return decode(codes, qparams, scheme, dtype)
+        steps = steps_of(codes.values, qparams, scheme)
+        level = codes.values.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return (2 * level / steps).to(dtype)
+
+    def own_uncoded(qparams: QParams, scheme: QScheme) -> str:
+        low, high = bounds(qparams, scheme)
+        if mapping == "paper" and not bool((torch.as_tensor(low + high) == 0).all()):
+            return "0 lies between two of its codes"
+        return uncoded(qparams, scheme)
+
+    return FakeQuantize(
+        init,
+        apply,
+        integer=mapping == "tanh",
+        encode=own_encode,
+        decode=own_decode,
+        uncoded=own_uncoded,
+        local=False,
+    )
 
 
 def _peak(t: Tensor) -> Tensor:
@@ -104,7 +139,8 @@ def dsq(alpha: float = 0.4) -> FakeQuantize:
         raise ConfigError(explain("dsq", "alpha", got=alpha, allowed="a number between 0 and 1"))
     stretch, steepness = 1 / (1 - alpha), math.log(2 / alpha - 1)
 
-    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+    def rounded(x: Tensor, qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor | int, Tensor]:
+        """Code, zero point and scale of each element."""
         granularity = scheme.granularity
         low, high = expanded_bounds(qparams, scheme, x)
         scale = expand(positive(qparams.scale.detach()), x, granularity)
@@ -114,6 +150,16 @@ def dsq(alpha: float = 0.4) -> FakeQuantize:
         value = torch.where(inside, value, clamp(value.detach(), low, high))
         cell = value.detach().floor()
         phi = cell + 0.5 * stretch * torch.tanh(steepness * (value - cell - 0.5)) + 0.5
-        return ((ste(phi, phi.round()) - zero) * scale).to(x.dtype)
+        return ste(phi, phi.round()), zero, scale
 
-    return FakeQuantize(kept, apply)
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        code, zero, scale = rounded(x, qparams, scheme)
+        return ((code - zero) * scale).to(x.dtype)
+
+    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return Codes(rounded(x.detach(), qparams, scheme)[0].to(torch.int32), {})
+
+    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
+
+    return FakeQuantize(kept, apply, encode=own_encode, decode=own_decode, uncoded=partial(uncoded, whole=False))

@@ -9,8 +9,8 @@ from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.affine import ste, working
 from sophq_func.numerics.blocks import from_blocks, to_blocks
 from sophq_func.numerics.codebooks import codebook_named
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams, kept
-from sophq_func.numerics.formats import E4M3, code_bits
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
+from sophq_func.numerics.formats import E4M3, code_bits, indices, value_table
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
@@ -52,11 +52,32 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
             scale = torch.exp2(torch.log2(scale).ceil().clamp(max=127))
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
+    def step(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return expand(qparams.scale.detach().abs().clamp(min=LEAST), like, scheme.granularity)
+
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        scale = expand(qparams.scale.detach().abs().clamp(min=LEAST), x, scheme.granularity)
+        scale = step(x, qparams, scheme)
         return ste(x, (table.round(working(x) / scale) * scale).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False, bits=code_bits(table))
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return Codes(indices(table, working(x.detach()) / step(x, qparams, scheme)), {})
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        unit = value_table(table, codes.values.device)[codes.values.long()]
+        unit = unit.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return (unit * step(unit, qparams, scheme)).to(dtype)
+
+    return FakeQuantize(
+        init,
+        apply,
+        integer=False,
+        resizable=False,
+        bits=code_bits(table),
+        encode=encode,
+        decode=decode,
+        uncoded=always_coded,
+        element=table,
+    )
 
 
 @FAKE_QUANTIZERS.register("fpxgroup", "FPXGROUPFakeQuantize")
@@ -104,8 +125,12 @@ def fpxgroup(
         quantized = table.round(groups / scale.clamp(min=LEAST)) * scale
         return ste(x, from_blocks(quantized, x.reshape(-1)).reshape(x.shape).to(x.dtype))
 
+    def uncoded(qparams: QParams, scheme: QScheme) -> str:
+        return "its groups run over the ends of rows, with scales that are found anew in each tensor"
+
     shared = (8 if double_quant else 32) / group_size if group_size > 0 else 0
-    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=code_bits(table) + shared, scaled=False)
+    bits = code_bits(table) + shared
+    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False, uncoded=uncoded, local=False)
 
 
 @FAKE_QUANTIZERS.register("nnie", "NNIEFakeQuantize")
@@ -142,7 +167,10 @@ def nnie() -> FakeQuantize:
         found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0))
         return ste(x, torch.where(work.isnan(), work, found + 0 * shift).to(x.dtype))
 
-    return FakeQuantize(init, apply, integer=False, resizable=False, bits=8)
+    def uncoded(qparams: QParams, scheme: QScheme) -> str:
+        return "its codes stand for logarithms, not for multiples of a scale"
+
+    return FakeQuantize(init, apply, integer=False, resizable=False, bits=8, uncoded=uncoded)
 
 
 def _sixteenths(exponent: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sophq_func.codes.pack import pack, per_byte, unpack
+from sophq_func.codes import pack, per_byte, unpack
 from sophq_func.integers._artifact import Artifact
 from sophq_func.integers._convert import convert
 

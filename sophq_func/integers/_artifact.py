@@ -1,4 +1,4 @@
-"""What leaves the house: tensors, a plan, and what is what."""
+"""A quantized model as integers: tensors, a plan, and what is what."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophq_func.codes.codes import HALF, decoded, is_integer, spread, unstored
+from sophq_func.codes import Grid, Stored, unpack
+from sophq_func.codes.grid import is_integer
+from sophq_func.codes.stored import BY_BLOCKS
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
@@ -20,8 +21,15 @@ from sophq_func.integers._integers import Given, Integers, Value, Whole
 from sophq_func.model.finite import check_reached
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.schedule import Schedule
+from sophq_func.model.weight_quantizer import arranged, arranged_scheme
+from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.layout import expand
 from sophq_func.planning.plan import Plan
+
+HALF = (torch.float16, torch.bfloat16)
+PACKED = 4
+"""Codes of at most so many bits share bytes."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,13 +92,14 @@ class Artifact:
         Raises:
           StateError: it has no codes.
         """
-        entry = self._entry(name)
-        return unstored(self._part(name, "codes"), entry)
+        entry, kept = self._entry(name), self._part(name, "codes")
+        if entry["bits"] > PACKED:
+            return kept
+        return unpack(kept, entry["bits"], entry["shape"], signed=entry["format"].startswith("int"))
 
     def weight(self, name: str) -> Tensor:
         """The numbers that the codes of a weight stand for, float32, with a BatchNorm behind it folded in."""
-        entry = self._entry(name)
-        return decoded(self.codes(name), entry, partial(self._part, name), *self._place(entry))
+        return self._stored(name).read()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on integers: the reference for what a chip computes. Exact, slow, without gradients.
@@ -124,7 +133,7 @@ class Artifact:
 
     def _given(self) -> Given:
         weights, biases = self._metadata["weights"], self._metadata["biases"]
-        wholes = {name: self._whole(name) for name, entry in weights.items() if is_integer(entry)}
+        wholes = {name: self._whole(name) for name, entry in weights.items() if is_integer(entry["format"])}
         rounded = {name: self._whole_bias(name) for name, entry in biases.items() if entry["source"]}
         folds = {name: (entry["bias"], entry["norm"]) for name, entry in weights.items() if entry["norm"]}
         keys = {key for key, _ in folds.values()}
@@ -158,12 +167,27 @@ class Artifact:
         return self._q.quantize_value(name, x, own)
 
     def _whole(self, name: str) -> Whole:
+        entry, stored = self._entry(name), self._stored(name)
+        codes = arranged(stored.codes.to(torch.int32), stored.site)
+        granularity, parts = stored.grid.granularity, stored.grid.parts
+        level = codes - expand(parts["zero_point"], codes, granularity)
+        scale = expand(parts["scale"].double(), codes, granularity)
+        spread = arranged(scale.expand(level.shape), stored.site) if scale.ndim else scale
+        return Whole(arranged(level, stored.site), spread, entry["quantizer"], (1 << entry["bits"]) - 1)
+
+    def _stored(self, name: str) -> Stored:
+        """The codes of a weight, on their grid."""
         entry = self._entry(name)
-        site, config = self._place(entry)
-        zero = spread(self._part(name, "zero_point"), entry, site, config)
-        scale = spread(self._part(name, "scale"), entry, site, config).double()
-        level = self.codes(name).to(torch.int32) - zero
-        return Whole(level, scale.expand(level.shape) if scale.ndim else scale, entry["quantizer"], (1 << entry["bits"]) - 1)
+        site, config = self.plan.site(entry["quantizer"]), self.plan[entry["quantizer"]]
+        parts = {part: self._part(name, part) for part in entry["parts"]}
+        grid = Grid(
+            format=entry["format"],
+            bits=entry["bits"],
+            granularity=arranged_scheme(config.scheme, site).granularity,
+            parts={part: arranged(own, site) if part in BY_BLOCKS else own for part, own in parts.items()},
+            block_size=pieces.build(config.fake_quantize).block_size,
+        )
+        return Stored(self.codes(name), grid, site)
 
     def _whole_bias(self, name: str) -> Whole:
         scale = self._part(name, "scale").double()
@@ -183,9 +207,6 @@ class Artifact:
             raise StateError(explain("artifact", f"codes of {name!r}", because="it was not converted", fix=fix))
         return dict(weights[name])
 
-    def _place(self, entry: Mapping[str, Any]) -> tuple[Any, Any]:
-        return self.plan.site(entry["quantizer"]), self.plan[entry["quantizer"]]
-
     def _part(self, name: str, part: str) -> Tensor:
         return self._tensors[f"{name}.{part}"]
 
@@ -198,7 +219,7 @@ def _taken(call: Any) -> Any:
     if not is_plain(tensors(call)):
         fix = "run outside of vmap, grad and compile"
         raise StateError(explain("artifact.run", "running on integers inside a transform", fix=fix))
-    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF.values() else x, call)
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, call)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

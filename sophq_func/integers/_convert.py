@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophq_func.codes.codes import FORMATS, Coded, Placed, decoded, encoded, is_integer, stored, zero_of
-from sophq_func.codes.integer_grids import reached_bounds
+from sophq_func.codes import Refusal, Stored, pack, stored_form
+from sophq_func.codes.stored import BY_BLOCKS, share_on
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
-from sophq_func.integers._artifact import Artifact
+from sophq_func.integers._artifact import PACKED, Artifact
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer, arranged
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import rows
-from sophq_func.numerics.ranges import positive
 
 VERSION = 1
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LIMIT = 2.0**31 - 2**7
 """The largest float32 that is an int32: the largest bias."""
-
-NO_CODES = "its values are not codes times a scale"
 
 
 def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /) -> Artifact:
@@ -74,8 +71,8 @@ class _Conversion:
     """One conversion while it is made."""
 
     def __init__(self, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> None:
-        wide = {name: p.detach().clone() for name, p in params.items()}
-        self.params = {n: p.float() if p.is_floating_point() and p.element_size() < 4 else p for n, p in wide.items()}
+        weights = {weight.site.parameter for weight in q.engine.weights}  # which are widened slice by slice
+        self.params = {name: p.detach() if name in weights else _wide(p) for name, p in params.items()}
         self.q, self.qparams = q, q.engine.steps({name: qparams[name] for name in q.plan})
         self.problems: list[str] = []
         self.on = {name for name in q.plan if self._is_on(name)}
@@ -83,7 +80,6 @@ class _Conversion:
         self.weights: dict[str, dict[str, Any]] = {}
         self.biases: dict[str, dict[str, str]] = {}
         self.values: dict[str, str] = {}
-        self.grids: dict[str, Tensor] = {}
         self.floats: dict[str, QParams] = {}
         self.gone: set[str] = set()
 
@@ -91,13 +87,13 @@ class _Conversion:
         for name, piece in self.q.engine.running.items():
             if name in self.on:
                 self._value(name, piece)
-        coded = {w.site.quantizer: (w, self._coded(w)) for w in self.q.engine.weights if w.site.quantizer in self.on}
+        for weight in self.q.engine.weights:
+            if weight.site.quantizer in self.on:
+                self._weight(weight)
         raise_all(self.problems, StateError)
-        for weight, codes in coded.values():
-            if codes is not None:
-                self._weight(weight, codes)
         folded = self._folded()
-        rest = {name: p for name, p in self.params.items() if name not in self.weights and name not in self.gone | folded}
+        gone = self.gone | folded | self.weights.keys()
+        rest = {name: _copied(p) for name, p in self.params.items() if name not in gone}
         metadata = {
             "version": VERSION,
             "digest": self.q.plan.digest(),
@@ -113,13 +109,12 @@ class _Conversion:
         """Whether a quantizer acts; one that is half on has no codes."""
         if self.q.plan[name].observe_only:
             return False
-        mask = self.qparams[name].extras.get("enabled")
-        share = 1.0 if mask is None else float(mask)
+        share = share_on(self.qparams[name])
         if share not in (0.0, 1.0):
             self._refuse(name, "a mask that mixes", because=f"it is {share:g} on", fix="sq.enabled(qparams, {name: True})")
         return share == 1.0
 
-    def _refuse(self, name: str, what: str, because: str = NO_CODES, fix: str = "") -> None:
+    def _refuse(self, name: str, what: str, because: str, fix: str = "") -> None:
         if not any(problem.startswith(f"convert: {name}:") for problem in self.problems):
             fix = fix or "sq.fake_quantize.fixed(), or sq.fake_quantize.learnable()"
             self.problems.append(explain(f"convert: {name}", what, because=because, fix=fix))
@@ -131,60 +126,62 @@ class _Conversion:
         return False
 
     def _value(self, name: str, piece: RunQuantizer) -> None:
-        own, kind = self.qparams[name], piece.config.fake_quantize.name
-        unreached = piece.config.optional and bool(own.scale.isnan().any())
-        if not unreached and not self._is_finite(name):
+        own, spec = self.qparams[name], piece.config.fake_quantize
+        if piece.config.optional and bool(own.scale.isnan().any()):  # no batch has reached it
+            self._keep_float(name, spec.name, own)
             return
-        if unreached or kind in FORMATS:
-            self.values[name] = kind
-            self.floats[name] = own
-            self._keep(name, scale=own.scale)
+        if not self._is_finite(name):
             return
-        zero, limits = zero_of(own, piece.scheme), reached_bounds(piece, own)
-        if limits is None or zero is None:
-            self._refuse(name, f"a grid of {piece.config.fake_quantize!r}")
+        grid = stored_form(piece, own)
+        if isinstance(grid, Refusal):
+            self._refuse(name, f"a grid of {spec!r}", grid.because)
             return
-        self.values[name] = "dynamic" if piece.scheme.dynamic else "integer"
-        self._keep(name, qmin=limits[0], qmax=limits[1])
-        if not piece.scheme.dynamic:
-            self._keep(name, scale=positive(own.scale), zero_point=zero)
+        assert not isinstance(grid, Stored)
+        if not grid.is_integer:
+            self._keep_float(name, spec.name, own)
+            return
+        assert grid.low is not None and grid.high is not None
+        self.values[name] = "dynamic" if grid.dynamic else "integer"
+        self._keep(name, qmin=grid.low, qmax=grid.high, **grid.parts)
+
+    def _keep_float(self, name: str, kind: str, own: QParams) -> None:
+        """A quantizer that is no integer grid, which runs as it is."""
+        self.values[name] = kind
+        self.floats[name] = own
+        self._keep(name, scale=own.scale)
 
     def _keep(self, owner: str, **parts: Tensor) -> None:
         self.tensors.update({f"{owner}.{part}": tensor.detach().clone() for part, tensor in parts.items()})
 
-    def _part(self, owner: str, part: str) -> Tensor:
-        return self.tensors[f"{owner}.{part}"]
-
-    def _coded(self, weight: WeightQuantizer) -> Coded | None:
+    def _weight(self, weight: WeightQuantizer) -> None:
         name = weight.site.quantizer
-        own = self.qparams[name]
-        if weight.fake_quantize.noise or not self._is_finite(name):
-            self._refuse(name, f"codes of {weight.config.fake_quantize!r}", "it rounds at random")
-            return None
-        seen = weight.seen(self.params)
-        grid = seen if self.q.frozen else weight.fake_quantize.apply(seen, own, weight.scheme)
-        found = encoded(weight.fake_quantize, Placed(weight.site, weight.config, seen, grid, own))
-        if found is None:
-            self._refuse(name, f"codes of {weight.config.fake_quantize!r}")
-        return found
+        if not self._is_finite(name):
+            return
+        found = stored_form(weight, self.qparams[name], self.params, frozen=self.q.frozen, wide=True)
+        if isinstance(found, Refusal):
+            self._refuse(name, f"codes of {weight.config.fake_quantize!r}", found.because)
+            return
+        assert isinstance(found, Stored)
+        self._keep_weight(weight, found)
 
-    def _weight(self, weight: WeightQuantizer, coded: Coded) -> None:
-        site, norm = weight.site, weight.norm
+    def _keep_weight(self, weight: WeightQuantizer, found: Stored) -> None:
+        site, norm, grid = weight.site, weight.norm, found.grid
         bias = f"{site.path}.bias".removeprefix(".") if norm else site.bias
         self.weights[site.parameter] = {
             "quantizer": site.quantizer,
-            "format": coded.format,
-            "bits": coded.bits,
-            "shape": list(coded.codes.shape),
-            "parts": sorted(coded.tensors),
+            "format": grid.format,
+            "bits": grid.bits,
+            "shape": list(found.codes.shape),
+            "parts": sorted(grid.parts),
             "norm": site.norm if norm else "",
             "bias": bias if norm else "",
         }
-        self._keep(site.parameter, codes=stored(coded), **coded.tensors)
-        entry, part = self.weights[site.parameter], partial(self._part, site.parameter)
-        self.grids[site.parameter] = decoded(coded.codes, entry, part, site, weight.config)
+        own_layout = {name: arranged(part, site) if name in BY_BLOCKS else part for name, part in grid.parts.items()}
+        codes = pack(found.codes, grid.bits) if grid.bits <= PACKED else _bit_patterns(found.codes)
+        self.tensors[f"{site.parameter}.codes"] = codes  # made here, so that it need not be copied
+        self._keep(site.parameter, **{name: _bit_patterns(part) for name, part in own_layout.items()})
         if bias and (norm or self._owners(bias) == 1):
-            self._bias(weight, bias, site.source if is_integer(self.weights[site.parameter]) else "")
+            self._bias(weight, found, bias, site.source if grid.is_integer else "")
         if norm and self._owners(site.bias) == 1:
             self.gone.add(site.bias)
 
@@ -192,7 +189,7 @@ class _Conversion:
         """How many layers' bias a parameter is."""
         return sum(parameter in own.values() for own in self.q.engine.skeleton.owned.values()) if parameter else 0
 
-    def _bias(self, weight: WeightQuantizer, key: str, source: str) -> None:
+    def _bias(self, weight: WeightQuantizer, found: Stored, key: str, source: str) -> None:
         """The folded bias: int32 where the plan rounds it, else real."""
         real = weight.folded_bias(self.params)
         self.gone.discard(key)
@@ -201,12 +198,13 @@ class _Conversion:
         if step is None:
             self.tensors[key] = real + self._shift(weight)
             return
-        step = self._widened(weight, step, real)
+        step = self._widened(weight, found, step, real)
         code = (real / step).round()
         if bool((code.abs() > LIMIT).any()):
             because, fix = "a chip adds it to sums of 32 bits", "look at the scales of the weight and of the layer's input"
             got = f"{float(code.abs().max()):.3g} steps"
-            raise StateError(explain(f"convert: {key}", "a bias in int32", got=got, because=because, fix=fix))
+            self.problems.append(explain(f"convert: {key}", "a bias in int32", got=got, because=because, fix=fix))
+            return
         self.biases[key] = {"source": source}
         self.gone.add(key)
         self._keep(key, codes=code.to(torch.int32), scale=step)
@@ -218,14 +216,15 @@ class _Conversion:
             return 0.0
         return weight.bias_shift(self.params, self.qparams[site.quantizer], self.qparams[site.source])
 
-    def _widened(self, weight: WeightQuantizer, step: Tensor, real: Tensor) -> Tensor:
+    def _widened(self, weight: WeightQuantizer, found: Stored, step: Tensor, real: Tensor) -> Tensor:
         """The step, larger where all weights are 0, so that their scale plays no part, and the bias did not fit."""
         site = weight.site
         name, scheme = f"{site.parameter}.scale", weight.scheme
         over = (real / step).abs() > LIMIT
-        grid = arranged(self.grids[site.parameter], site)
         over = over if step.ndim else over.any()
-        idle = rows(grid, scheme.granularity).eq(0).all(-1)
+        if not bool(over.any()):
+            return step
+        idle = rows(arranged(found.read(), site), scheme.granularity).eq(0).all(-1)
         wider = torch.where(over & idle, (real if step.ndim else real.abs().max()).abs() / 2**30, step)
         self.tensors[name] = torch.where(over & idle, self.tensors[name] * (wider / step), self.tensors[name])
         return wider
@@ -249,3 +248,18 @@ class _Conversion:
         paths = {norm for norm, layers in behind.items() if self.weights.keys() >= set(layers) and norm not in lone}
         others = {name for path, own in owned.items() if path not in paths for name in own.values()}
         return {name for path in paths for name in owned[path].values()} - others
+
+
+def _wide(p: Tensor) -> Tensor:
+    """A constant, narrow floats as float32."""
+    return p.detach().float() if p.is_floating_point() and p.element_size() < 4 else p.detach()
+
+
+def _copied(p: Tensor) -> Tensor:
+    """A copy that shares nothing with what was given, as :func:`_wide` has it."""
+    return _wide(p) if p.is_floating_point() and p.element_size() < 4 else p.clone()
+
+
+def _bit_patterns(codes: Tensor) -> Tensor:
+    """Codes of float8 as bytes; others as they are."""
+    return codes.view(torch.uint8) if codes.dtype in FLOAT8 else codes

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import writes_into
 from sophq_func.core.operations import DROPOUTS, MOVES, called
 from sophq_func.core.pytree import tensors
 from sophq_func.model.runner import Runner
@@ -193,7 +194,7 @@ class Integers(Runner):
         return output
 
     def _note(self, tensor: Tensor, whole: Whole) -> None:
-        self._known[id(tensor)] = Known(tensor, tensor._version, whole)
+        self._known[id(tensor)] = Known(tensor, writes_into(tensor), whole)
 
     def _noted(self, tensor: Tensor, whole: Whole, name: str) -> Tensor:
         self._count(name)
@@ -206,7 +207,7 @@ class Integers(Runner):
     def _lookup(self, tensor: Any) -> Whole | None:
         """What a tensor is known as, unless it, or a view of it, was written to since."""
         known = self._known.get(id(tensor))
-        return known.whole if known is not None and known.version == known.tensor._version else None
+        return known.whole if known is not None and known.version == writes_into(known.tensor) else None
 
     def _on_grid(self, tensor: Any) -> Whole | None:
         """The same, of a tensor on a quantizer's grid."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sophq_func.capture.arguments import arguments
 from sophq_func.capture.skeleton import Skeleton
+from sophq_func.core.modes import is_compiling
 from sophq_func.model.bind import make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
 from sophq_func.model.loop import Loop, Watch
@@ -114,7 +114,7 @@ class Engine:
     ) -> tuple[Any, dict[str, Tensor]]:
         """A run with weights on their grids: in eager, those that only a layer reads when that layer starts."""
         raw, steps = self.skeleton.detached(params), self.steps(qparams)
-        waiting = () if torch.compiler.is_compiling() or not self.loop.schedule else self.deferrable
+        waiting = () if is_compiling() or not self.loop.schedule else self.deferrable
         now = [weight for weight in self.acting if weight.site.parameter not in waiting]
         deferred = [weight for weight in self.acting if weight.site.parameter in waiting]
         new = round_biases(deferred, quantize_weights(now, raw, steps), steps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.frame import Frame, unwatched
@@ -103,7 +102,7 @@ class Runner(Frame):
         return all(self.counts[pair] == count or self._skippable(pair) for pair, count in expected.items())
 
     def _skippable(self, pair: Pair) -> bool:
-        hidden = torch.compiler.is_compiling() and pair in self.schedule.hidden
+        hidden = self.mode.compiling and pair in self.schedule.hidden
         return self.counts[pair] == 0 and pair in self.schedule.optional and not hidden
 
     def _mismatch(self, expected: Mapping[Pair, int]) -> str:
@@ -112,7 +111,7 @@ class Runner(Frame):
         place = ".".join([part for part in (path, function) if part])
         now, then = self.counts[path, function], expected[path, function]
         text = f"{place}: this run calls it {now} times, the example {then} times"
-        if torch.compiler.is_compiling() and (path, function) in self.schedule.hidden:
+        if self.mode.compiling and (path, function) in self.schedule.hidden:
             why = f"torch.compile hides this spelling of {function}"
             return f"{text}, because {why}. Fix: write torch.{function}(x) or a module."
         return f"{text}, so its quantizers cannot be told apart. Fix: plan with examples of both ways, or {OPTIONAL}."

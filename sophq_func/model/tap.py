@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.frame import unwatched
@@ -187,7 +186,7 @@ class Tap(Runner):
             result = copied(output)
         args, kwargs = given
         self.seen.setdefault(name, []).append(Call(args, kwargs, result))
-        if self._left is None or torch.compiler.is_compiling():
+        if self._left is None or self.mode.compiling:
             return
         self._left -= 1
         if self._left <= 0:

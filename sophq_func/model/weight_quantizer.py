@@ -60,6 +60,23 @@ class WeightQuantizer:
         weight = arranged(params[self.site.parameter], self.site)
         return weight if self.norm is None else weight * self._along(self.norm.factor(params), weight)
 
+    def seen_part(
+        self, params: Params, axis: int = 0, start: int = 0, length: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A part of :meth:`seen` along ``axis``, computed in ``dtype``; without a length all of it.
+
+        A grouped deconvolution, whose weight is rearranged to be seen, has no parts.
+        """
+        weight = params[self.site.parameter]
+        weight = arranged(weight, self.site) if length is None else weight.narrow(axis, start, length)
+        weight = weight if dtype is None else weight.to(dtype)
+        if self.norm is None:
+            return weight
+        factor = self._along(self.norm.factor(params), weight)
+        if length is not None and factor.shape[axis] > 1:
+            factor = factor.narrow(axis, start, length)
+        return weight * factor
+
     def observe(self, params: Params) -> State:
         """The state after seeing the weight once."""
         weight = self.seen(params)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sophq_func.core import modes
 from sophq_func.numerics import eager, ranges
 from sophq_func.numerics.compiled import laid_out, recomputed, settled
-from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.contracts import Codes, QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import Bound, bounds, clamp, expanded_bounds
 from sophq_func.numerics.scheme import QScheme
@@ -107,6 +107,64 @@ def prepared(
     else:
         y = partial(_composed_folded, work, factor, scale, zero, low, high, order)
     return lambda: laid_out(y().to(x.dtype), granularity)
+
+
+def encode(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True) -> Codes:
+    """The codes, int32, of what :func:`fake_quantize` makes of finite ``x``; :func:`decode` reads them.
+
+    Example:
+      >>> qp = QParams(torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), {})
+      >>> encode(torch.tensor([0.26, -1.3]), qp, QScheme(bits=4), "kernel").values
+      tensor([ 3, -8], dtype=torch.int32)
+    """
+    work = working(x.detach())
+    low, high = expanded_bounds(qparams, scheme, x)
+    scale = expand(qparams.scale.detach(), x, scheme.granularity)
+    zero = None if scheme.symmetric else expand(_zero_point(qparams, scheme, whole).detach(), x, scheme.granularity)
+    ratio = work * scale.reciprocal() if order == "kernel" else work / scale
+    code = clamp(_rounded(ratio, zero, order), low, high)
+    return Codes(code.to(torch.int32), {})
+
+
+def decode(
+    codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32, *, whole: bool = True
+) -> Tensor:
+    """``(code - zero_point) * scale``, computed in float32, or in float64 where that is asked for.
+
+    Example:
+      >>> qp = QParams(torch.tensor(0.5), torch.tensor(3, dtype=torch.int32), {})
+      >>> decode(Codes(torch.tensor([0, 4]), {}), qp, QScheme(bits=4, symmetric=False))
+      tensor([-1.5000,  0.5000])
+    """
+    level = codes.values.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    scale = expand(qparams.scale.detach(), level, scheme.granularity)
+    if not scheme.symmetric:
+        level = level - expand(_zero_point(qparams, scheme, whole).detach(), level, scheme.granularity)
+    return (level * scale).to(dtype)
+
+
+def uncoded(qparams: QParams, scheme: QScheme, *, whole: bool = True) -> str:
+    """Why an integer grid has no codes; empty where it has some.
+
+    Bounds lie between two codes where a width is being learned; a zero point that is not ``whole`` may be any number.
+    """
+    low, high = bounds(qparams, scheme)
+    for bound in (low, high):
+        if isinstance(bound, Tensor) and not bool((bound == bound.round()).all()):
+            return "its outermost codes are no whole numbers"
+    zero = qparams.zero_point
+    if whole or scheme.symmetric or scheme.dynamic or bool(((zero == zero.round()) & (zero >= low) & (zero <= high)).all()):
+        return ""
+    return "its zero point is no code: it lies between two, or beyond the outermost"
+
+
+def nearest(y: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+    """The codes of values that lie on the grid already, up to the rounding of ``code * scale``."""
+    scale = expand(qparams.scale.detach(), y, scheme.granularity).double()
+    level = (y.detach().double() / scale).round()
+    if not scheme.symmetric:
+        level = level + expand(_zero_point(qparams, scheme, True).detach().double(), y, scheme.granularity)
+    return Codes(clamp(level, *expanded_bounds(qparams, scheme, y)).to(torch.int32), {})
 
 
 def _composed_folded(

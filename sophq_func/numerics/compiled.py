@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sophq_func.core.modes import is_compiled_for_use
+from sophq_func.core.modes import is_compiled_for_training, is_compiled_for_use
 from sophq_func.numerics.scheme import Granularity, PerChannel
 
 
@@ -39,8 +38,7 @@ def recomputed(f: Callable[..., Tensor], *args: Any) -> Tensor:
     Of all intermediate results inductor would keep the smallest, which are masks of booleans, and a CPU takes longer to
     write one than to compute it twice. Inside transforms of ``torch.func`` there is no pass of its own that could do so.
     """
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if not compiled or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if not is_compiled_for_training():
         return f(*args)
     result: Tensor = checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
     return result

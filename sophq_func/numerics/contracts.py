@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from sophq_func.core.registry import Factories
+from sophq_func.numerics.formats import Format
 from sophq_func.numerics.scheme import QScheme
 
 State = Any
@@ -92,6 +94,53 @@ class Grid(Protocol):
     def __call__(self, qparams: QParams, scheme: QScheme) -> QParams: ...
 
 
+class Codes(NamedTuple):
+    """A tensor as codes, and what was found in that tensor to read them by.
+
+    Attributes:
+      values: shaped like the tensor. Integers; or numbers of float8, float16 or bfloat16, which are their own codes.
+      parts: by sorted name, what the qparams do not hold: ``"exponent"``, uint8, the biased power of two of each block, or
+        ``"block_scale"``, float8; with a dynamic scheme ``"scale"`` and ``"zero_point"``.
+    """
+
+    values: Tensor
+    parts: dict[str, Tensor]
+
+
+class Encode(Protocol):
+    """The codes of what ``apply`` makes of ``x``, which is finite. No gradient."""
+
+    def __call__(self, x: Tensor, qparams: QParams, scheme: QScheme) -> Codes: ...
+
+
+class Decode(Protocol):
+    """What codes stand for, in ``dtype``: ``decode(encode(x, ...), ..., x.dtype)`` equals ``apply(x, ...)``.
+
+    -0.0 and 0.0, which are equal, may have one code.
+    """
+
+    def __call__(self, codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor: ...
+
+
+class Uncoded(Protocol):
+    """Why values have no codes with these qparams, which are read; empty where they have some."""
+
+    def __call__(self, qparams: QParams, scheme: QScheme) -> str: ...
+
+
+NO_CODES = "its values are not codes times a scale"
+
+
+def never_coded(qparams: QParams, scheme: QScheme) -> str:
+    """The :class:`Uncoded` of a fake quantizer without ``encode``."""
+    return NO_CODES
+
+
+def always_coded(qparams: QParams, scheme: QScheme) -> str:
+    """The :class:`Uncoded` of a fake quantizer whose every value is a code."""
+    return ""
+
+
 def stored(qparams: QParams, scheme: QScheme) -> QParams:
     """Scale and zero point as they are: the :class:`Grid` of most."""
     return qparams
@@ -119,6 +168,13 @@ class FakeQuantize(NamedTuple):
         :func:`sophq_func.with_bits` can give it another bit width.
       bits: what a stored code takes, its share of the scales of a block included; ``None``: the scheme's.
       scaled: the scale of the qparams must be stored with the codes.
+      encode: see :class:`Encode`; ``None``: no values of it have codes, or none that it can name itself.
+      decode: see :class:`Decode`; ``None``: as ``encode``.
+      uncoded: see :class:`Uncoded`; where it gives a reason, ``encode`` must not be called.
+      element: what a code stands for before scales: its index in the values of a format, a number of this floating type,
+        or, where it is ``None``, an integer.
+      block_size: so many elements along the last axis share a part of the codes; 0: no parts by blocks.
+      local: what becomes of an element depends on elements that share its scale or its block, and on no others.
     """
 
     init: InitQParams
@@ -132,6 +188,12 @@ class FakeQuantize(NamedTuple):
     resizable: bool = True
     bits: float | None = None
     scaled: bool = True
+    encode: Encode | None = None
+    decode: Decode | None = None
+    uncoded: Uncoded = never_coded
+    element: Format | torch.dtype | None = None
+    block_size: int = 0
+    local: bool = True
 
 
 OBSERVERS: Factories[Observer] = Factories("observer")

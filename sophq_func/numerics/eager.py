@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.core.modes import has_derivative, is_wrapped
+from sophq_func.core.modes import has_derivative, is_compiling, is_recording, is_wrapped
 from sophq_func.numerics.ranges import guarded
 
 LARGE = 2**14
@@ -73,7 +73,7 @@ def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, factor
     """Whether the function serves these tensors: eager, large, of torch's own type and one floating type."""
     floats = (x, scale) if factor is None else (x, scale, factor)
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and x.numel() >= LARGE
         and all(t.dtype == x.dtype and type(t) in (Tensor, torch.nn.Parameter) for t in floats)
         and type(low) is type(high)
@@ -283,7 +283,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         p = Point(*ctx.saved_tensors)
-        again = torch.is_grad_enabled() or has_derivative(g, *p)
+        again = is_recording(g, *p)
         gx, gr, gz = (_Backward.apply if again else _Backward.forward)(g, *p, ctx.grid)  # type: ignore[no-untyped-call]
         return gx, gr, None if p.zero is None else gz, None, None, None, None
 

@@ -219,6 +219,28 @@ def code_bits(form: Format) -> int:
     return (len(form.values()) - 1).bit_length()
 
 
+def value_table(form: Format, device: torch.device | str = "cpu") -> Tensor:
+    """The values of a format, ascending, float32: what the codes of :func:`indices` point to.
+
+    Example:
+      >>> value_table(E2M1)[8:].tolist()
+      [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    """
+    return form.values().float().to(device)
+
+
+def indices(form: Format, x: Tensor) -> Tensor:
+    """The index, uint8, of the value that each element is rounded to; of formats of at most 256 values.
+
+    Example:
+      >>> indices(E2M1, torch.tensor([-9.0, 0.0, 0.6]))
+      tensor([0, 7, 8], dtype=torch.uint8)
+    """
+    table = value_table(form, x.device)
+    middle = ((table[1:] + table[:-1]) / 2).to(x.dtype)
+    return torch.bucketize(form.round(x).contiguous(), middle).to(torch.uint8)
+
+
 def shared_exponent(amax: Tensor, element: Format) -> Tensor:
     """The exponent of the E8M0 scale of a block: ``floor(log2 amax)`` less that of the largest element (MX v1.0, 6.3).
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.core.modes import is_compiling
 from sophq_func.numerics.contracts import OBSERVERS, Observer
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import EPS, min_max, range_to_qparams
@@ -131,7 +132,7 @@ def histogram(flat: Tensor, factor: Tensor, bins: int) -> Tensor:
 
 def at_once(x: Tensor) -> int:
     """How many elements to work on at a time."""
-    small = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    small = x.device.type == "cpu" and not is_compiling()
     return IN_CACHE * torch.get_num_threads() if small else AT_ONCE
 
 

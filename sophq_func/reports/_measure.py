@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.capture.arguments import as_call
+from sophq_func.codes import Refusal
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import tensors
@@ -20,7 +21,7 @@ from sophq_func.numerics.contracts import QParams
 from sophq_func.planning import text
 from sophq_func.reports._report import Report
 from sophq_func.reports._row import ReportRow
-from sophq_func.reports._statistics import Clipping, Sums, clipping, decibel, seen
+from sophq_func.reports._statistics import Clipping, Sums, clipping, decibel, seen, stored_grid
 
 
 def report(
@@ -162,7 +163,9 @@ def _size(q: Quantized, name: str, weight: Tensor, qparams: QParams) -> tuple[in
     if config.observe_only:
         return before, before
     made = pieces.build(config.fake_quantize)
-    codes = math.ceil(weight.numel() * (config.scheme.bits if made.bits is None else made.bits) / 8)
+    grid = stored_grid(config, qparams)
+    width = config.scheme.bits if isinstance(grid, Refusal) else grid.bits
+    codes = math.ceil(weight.numel() * (width if made.bits is None else made.bits) / 8)
     scales = (qparams.scale, *(() if config.scheme.symmetric else (qparams.zero_point,))) if made.scaled else ()
     return before, codes + sum(t.numel() * t.element_size() for t in scales)
 

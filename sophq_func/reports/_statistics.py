@@ -8,10 +8,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sophq_func import observers
+from sophq_func.codes import Grid, Refusal
+from sophq_func.codes.stored import grid_of
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS, QParams, State
 from sophq_func.numerics.layout import expand
-from sophq_func.numerics.ranges import bounds
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
 BINS = 64
@@ -38,13 +39,16 @@ class Clipping(NamedTuple):
 
 def clipping(config: QuantizerConfig, qparams: QParams) -> Clipping | None:
     """Where a grid ends; ``None`` for formats that are no integer grid, and for ranges taken from each tensor."""
-    made = pieces.build(config.fake_quantize)
-    if not made.integer or config.scheme.dynamic:
+    grid = stored_grid(config, qparams)
+    if isinstance(grid, Refusal) or not grid.is_integer or grid.dynamic:
         return None
-    found = made.grid(qparams, config.scheme)
-    lowest, highest = bounds(found, config.scheme)
-    zero = 0 if config.scheme.symmetric else found.zero_point
-    return Clipping((lowest - zero) * found.scale, (highest - zero) * found.scale, found.scale)
+    low, high = grid.ends()
+    return Clipping(low, high, grid.parts["scale"])
+
+
+def stored_grid(config: QuantizerConfig, qparams: QParams) -> Grid | Refusal:
+    """The grid that a quantizer's values are stored on; or why there is none."""
+    return grid_of(pieces.build(config.fake_quantize), qparams, config.scheme)
 
 
 class Sums(NamedTuple):

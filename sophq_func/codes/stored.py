@@ -1,0 +1,246 @@
+"""Which stored grid, and which codes, has this quantizer? The one answer, for whatever stores or reports them.
+
+A weight has codes where its fake quantizer names them (:attr:`FakeQuantize.encode`), or where its values turn out to be
+codes times a scale. A quantizer of values has a grid where it computes what a runtime computes with that grid. All else is
+refused, by one reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sophq_func.codes.grid import Grid, integer_format
+from sophq_func.codes.probe import reached_bounds, zero_code
+from sophq_func.codes.slices import Slice, slices
+from sophq_func.config.site import Site
+from sophq_func.core.pytree import sorted_dict
+from sophq_func.model.value_quantizer import RunQuantizer
+from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged
+from sophq_func.numerics import affine
+from sophq_func.numerics.contracts import NO_CODES, Codes, FakeQuantize, QParams
+from sophq_func.numerics.formats import code_bits, value_table
+from sophq_func.numerics.pieces import in_force
+from sophq_func.numerics.ranges import EPS, bounds, positive
+from sophq_func.numerics.scheme import QScheme
+
+LEAST = EPS**2
+"""The smallest scale of a format that is no integer grid."""
+
+BY_BLOCKS = ("exponent", "block_scale")
+"""The parts of a grid that are found in the weight itself."""
+
+NOT_FINITE = "its scale is not finite"
+HOLDS_NAN = "the weight holds NaN"
+OFF_GRID = "its values do not lie on the grid of these qparams"
+MORE_THAN_ROUNDING = "it computes more than rounding to a grid"
+FROM_THE_TENSOR = "its scale is computed from the tensor at hand"
+
+ROUNDINGS = 4
+"""In units of the last place, how far from its grid a frozen value may lie: rounded when it was put on the grid, when a
+BatchNorm was divided out, and when it is folded in again."""
+
+NUDGE = 2
+"""By so many units of the last place frozen values are enlarged before their blocks are found again.
+
+A power of two that lies one unit below its own value would give its block the next smaller exponent. No element of a block
+has as many bits, so that a value on the grid stays nearest to itself.
+"""
+
+
+class Refusal(NamedTuple):
+    """There is no stored form.
+
+    Attributes:
+      because: the one reason, to go on a sentence with "because".
+    """
+
+    because: str
+
+
+class Stored(NamedTuple):
+    """A weight as codes.
+
+    Attributes:
+      codes: in the weight's own layout, in the dtype of the grid.
+      grid: of the weight as its quantizer sees it.
+      site: where it is.
+    """
+
+    codes: Tensor
+    grid: Grid
+    site: Site
+
+    def read(self, codes: Tensor | None = None, parts: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the codes stand for: float32, BatchNorm folded in, in the weight's own layout.
+
+        Args:
+          codes, parts: the same codes, and the same parts of the grid, where they are held elsewhere.
+        """
+        seen = arranged(self.codes if codes is None else codes, self.site)
+        return arranged(self.grid.read(seen, parts), self.site)
+
+
+def stored_form(
+    quantizer: WeightQuantizer | RunQuantizer,
+    qparams: QParams,
+    params: Params | None = None,
+    *,
+    frozen: bool = False,
+    wide: bool = False,
+) -> Stored | Grid | Refusal:
+    """The codes of a weight on their grid; the grid of a quantizer of values; or why there is none.
+
+    Args:
+      quantizer: as the engine of a :class:`~sophq_func.model.quantized.Quantized` has it.
+      qparams: its own.
+      params: the model's, for a weight.
+      frozen: the params hold what the weight's quantizer has made already.
+      wide: 16-bit floats are encoded as float32; otherwise as ``apply`` does, in their own precision.
+    """
+    if isinstance(quantizer, RunQuantizer):
+        return value_grid(quantizer, qparams)
+    assert params is not None
+    return weight_codes(quantizer, params, qparams, frozen=frozen, wide=wide)
+
+
+def share_on(qparams: QParams) -> float:
+    """How much of a quantizer is switched on by ``extras["enabled"]``: 1 without it, 0 where values pass."""
+    mask = qparams.extras.get("enabled")
+    return 1.0 if mask is None else float(mask)
+
+
+def grid_of(fake: FakeQuantize, qparams: QParams, scheme: QScheme) -> Grid | Refusal:
+    """The grid that a quantizer's values lie on, as far as its qparams tell; or why there is none."""
+    why = _uncoded(fake, qparams, scheme)
+    if why:
+        return Refusal(why)
+    if not scheme.dynamic and not bool(qparams.scale.isfinite().all()):
+        return Refusal(NOT_FINITE)
+    return _grid(fake, qparams, scheme, scheme.dynamic)
+
+
+def _uncoded(fake: FakeQuantize, qparams: QParams, scheme: QScheme) -> str:
+    """Why a quantizer's values are no codes. Of an integer grid that does not name its codes they are looked for."""
+    why = fake.uncoded(qparams, scheme)
+    return affine.uncoded(qparams, scheme) if _is_looked_for(fake) and why == NO_CODES else why
+
+
+def _is_looked_for(fake: FakeQuantize) -> bool:
+    return fake.encode is None and fake.integer
+
+
+def _grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool) -> Grid:
+    """The grid of the qparams; what is found in each tensor, all of it where it is dynamic, is missing."""
+    element = fake.element
+    if element is None:
+        return integer_grid(fake, qparams, scheme, dynamic)
+    parts: dict[str, Tensor] = {}
+    if fake.scaled and not dynamic:
+        parts["scale"] = qparams.scale.detach().abs().clamp(min=LEAST)
+    if isinstance(element, torch.dtype):
+        name, bits = str(element).removeprefix("torch."), torch.finfo(element).bits
+    else:
+        name, bits = "table", code_bits(element)
+        parts["table"] = value_table(element, qparams.scale.device)
+    return Grid(
+        format=name,
+        bits=bits,
+        granularity=scheme.granularity,
+        parts=parts,
+        block_size=fake.block_size,
+        dynamic=dynamic,
+    )
+
+
+def integer_grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool = False) -> Grid:
+    """The grid of scale, zero point and bounds, whatever else a quantizer with integer codes may compute."""
+    own = fake.grid(qparams, scheme)
+    low, high = (torch.as_tensor(bound, device=own.scale.device).detach().to(torch.int32) for bound in bounds(own, scheme))
+    name, bits = integer_format(int(low.min()), int(high.max()))
+    parts: dict[str, Tensor] = {}
+    if not dynamic:
+        parts["scale"] = positive(own.scale.detach())
+        parts["zero_point"] = zero_code(own, low, high, scheme).detach()
+    return Grid(
+        format=name,
+        bits=bits,
+        granularity=scheme.granularity,
+        parts=parts,
+        low=low,
+        high=high,
+        dynamic=dynamic,
+    )
+
+
+def value_grid(piece: RunQuantizer, qparams: QParams) -> Grid | Refusal:
+    """The grid of a quantizer that acts while the model runs; or why there is none."""
+    fake, scheme = piece.fake_quantize, piece.scheme
+    grid = grid_of(fake, qparams, scheme)
+    if isinstance(grid, Refusal) or not grid.is_integer:
+        return grid
+    reached = reached_bounds(piece, grid, fake.grid(qparams, scheme))
+    return Refusal(MORE_THAN_ROUNDING) if reached is None else replace(grid, low=reached[0], high=reached[1])
+
+
+def weight_codes(
+    weight: WeightQuantizer, params: Params, qparams: QParams, *, frozen: bool = False, wide: bool = False
+) -> Stored | Refusal:
+    """A quantized weight as codes, BatchNorm folded in; or why that cannot be.
+
+    It is encoded in slices: beside the codes, no more than a few slices are held.
+    """
+    fake, scheme, parameter = weight.fake_quantize, weight.scheme, params[weight.site.parameter]
+    grid = grid_of(fake, qparams, scheme)
+    if isinstance(grid, Refusal):
+        return grid
+    dtype = torch.float32 if wide and parameter.is_floating_point() and parameter.element_size() < 4 else None
+    if scheme.dynamic:  # the weight is a constant, and so is its range
+        own = in_force(fake, weight.seen_part(params, dtype=dtype), qparams, scheme)
+        grid = _grid(fake, own, scheme, False)
+    tolerance = torch.finfo(parameter.dtype).eps if frozen else 0.0
+    codes = torch.empty(_shape_seen(weight, parameter), dtype=grid.dtype, device=parameter.device)
+    found: list[Mapping[str, Tensor]] = []
+    axis = 0
+    for part in slices(weight, params, qparams, dtype):
+        coded = _encoded(fake, part, scheme, tolerance)
+        if isinstance(coded, Refusal):
+            return coded
+        axis = part.axis
+        place = codes if codes.ndim == 0 else codes.narrow(axis, part.start, part.seen.shape[axis])
+        place.copy_(coded.values)
+        found.append({name: coded.parts[name] for name in BY_BLOCKS if name in coded.parts})
+    names = found[0] if found else ()
+    by_blocks = {name: torch.cat([parts[name] for parts in found], axis) for name in names}
+    grid = replace(grid, parts=sorted_dict({**grid.parts, **by_blocks}))
+    return Stored(arranged(codes, weight.site), grid, weight.site)
+
+
+def _shape_seen(weight: WeightQuantizer, parameter: Tensor) -> torch.Size:
+    return arranged(torch.empty(parameter.shape, device="meta"), weight.site).shape
+
+
+def _encoded(fake: FakeQuantize, part: Slice, scheme: QScheme, tolerance: float) -> Codes | Refusal:
+    """The codes of a slice; of one with a tolerance, of values that are on the grid up to it."""
+    if not isinstance(fake.element, torch.dtype) and bool(part.seen.isnan().any()):
+        return Refusal(HOLDS_NAN)
+    if fake.encode is not None and not tolerance:
+        return fake.encode(part.seen, part.qparams, scheme)
+    if fake.encode is not None and fake.element is not None:
+        enlarged = part.seen * (1 + NUDGE * tolerance) if fake.block_size else part.seen
+        codes = fake.encode(enlarged, part.qparams, scheme)
+        assert fake.decode is not None
+        value, on_grid = fake.decode(codes, part.qparams, scheme), part.seen
+    else:
+        on_grid = part.seen if tolerance else fake.apply(part.seen, part.qparams, scheme)
+        tolerance = tolerance or torch.finfo(on_grid.dtype).eps
+        own = fake.grid(in_force(fake, part.seen, part.qparams, scheme), scheme)
+        own = own._replace(scale=positive(own.scale))
+        codes = affine.nearest(on_grid, own, scheme)
+        value = affine.decode(codes, own, scheme)
+    near = (value - on_grid).abs() <= ROUNDINGS * tolerance * on_grid.abs()
+    return codes if bool(near.all()) else Refusal(OFF_GRID)
