@@ -47,6 +47,11 @@ class OperandSite(NamedTuple):
         """The call alone."""
         return CallSite(self.path, self.function, self.call)
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """By what the call is counted: its path and function."""
+        return self.path, self.function
+
 
 class LayerInput(NamedTuple):
     """What the layer of a weight reads.

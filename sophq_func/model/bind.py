@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from sophq_func.capture.skeleton import Skeleton
+from sophq_func.config.site import WeightSite
 from sophq_func.core.errors import PlanError, near
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Norm, WeightQuantizer
@@ -26,7 +27,7 @@ def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantiz
     weights, running = [], {}
     for name, config in plan.items():
         site = plan.site(name)
-        if not site.parameter:
+        if not isinstance(site, WeightSite):
             running[name] = value_quantizer(plan, name)
             continue
         observer, fake = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import leaves
@@ -48,9 +48,10 @@ def check_reached(name: str, qparams: QParams) -> None:
 
 def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
     if any(bool(t.isnan().any()) for t in values):
-        fix = f"look at {site.parameter or 'what reaches ' + (site.value or site.path)}"
+        looked_at = site.parameter if isinstance(site, WeightSite) else f"what reaches {site.value or site.path}"
+        fix = f"look at {looked_at}"
         return explain(name, "a scale", got="NaN in the data", allowed="finite numbers", fix=fix)
-    if site.parameter:
+    if isinstance(site, WeightSite):
         fix = f"look at {site.parameter}"
         return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=fix)
     fix = "q.calibrate(params, batches) with finite batches"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.operations import hidden_from_compile
 from sophq_func.planning.plan import Plan
 
@@ -35,7 +35,7 @@ class Schedule:
     """
 
     def __init__(self, plan: Plan) -> None:
-        sites = [plan.site(name) for name in plan if not plan.site(name).parameter]
+        sites = [plan.site(name) for name in plan if not isinstance(plan.site(name), WeightSite)]
         self.inputs = {site.argument: site.quantizer for site in sites if site.argument}
         self.same = {name: site.argument for site in sites for name in site.also}
         self.shared = {site.quantizer for site in sites if site.more}
@@ -65,4 +65,4 @@ class Schedule:
 
 def places(site: Site) -> list[Pair | str]:
     """The argument that a site follows, or the (module path, function) of each call at which it acts."""
-    return [site.argument] if site.argument else [place[:2] for place in site.places()]
+    return [site.argument] if site.argument else [place.pair for place in site.places()]

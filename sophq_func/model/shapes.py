@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.config.site import WeightSite
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer
@@ -79,18 +80,18 @@ def expected(plan: Plan, weights: Mapping[str, Tensor] | None = None) -> dict[st
 def _expected(plan: Plan, name: str, weights: Mapping[str, Tensor]) -> Expected:
     site, config = plan.site(name), plan[name]
     observer, fake = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)
-    piece: WeightQuantizer | RunQuantizer = RunQuantizer(site, config, observer, fake)
-    if site.parameter:
-        piece = WeightQuantizer(site, config, observer, fake)
-    known = not site.parameter or site.parameter in weights
-    empty = torch.empty((), device="meta")
-    if known:
-        x = piece.seen({site.parameter: empty.expand(weights[site.parameter].shape)} if site.parameter else {"": empty})
+    empty, scheme = torch.empty((), device="meta"), config.scheme
+    known = not isinstance(site, WeightSite) or site.parameter in weights
+    if not known:
+        x = empty.expand(_some_shape(scheme.granularity))
+    elif isinstance(site, WeightSite):
+        weight = empty.expand(weights[site.parameter].shape)
+        x = WeightQuantizer(site, config, observer, fake).seen({site.parameter: weight})
     else:
-        x = empty.expand(_some_shape(piece.scheme.granularity))
-    lo, _ = no_range(x, piece.scheme.granularity)
-    state, qparams = observer.init(x, piece.scheme), QParams(lo, torch.zeros_like(lo, dtype=torch.int32), {})
-    fields = _fields(fake.init(qparams, x, piece.scheme))
+        x = RunQuantizer(site, config, observer, fake).seen({"": empty})
+    lo, _ = no_range(x, scheme.granularity)
+    state, qparams = observer.init(x, scheme), QParams(lo, torch.zeros_like(lo, dtype=torch.int32), {})
+    fields = _fields(fake.init(qparams, x, scheme))
     return Expected(
         type(state),
         {field: _leaf(t, known, ranked=True) for field, t in state._asdict().items()},

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.numerics.affine import folded, switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
 from sophq_func.numerics.ranges import positive
@@ -44,7 +44,7 @@ class Norm(NamedTuple):
 class WeightQuantizer:
     """One weight quantizer: where it sits, its config, and the functions made from it."""
 
-    site: Site
+    site: WeightSite
     config: QuantizerConfig
     observer: Observer
     fake_quantize: FakeQuantize

@@ -1,4 +1,4 @@
-"""Join the calls that match a fused pattern into one node of the graph."""
+"""Before the first step: join the calls that match a fused pattern into one node of the graph."""
 
 from __future__ import annotations
 

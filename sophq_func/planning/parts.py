@@ -44,7 +44,7 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
             raise PlanError(explain("part", f"call {call} of {path!r}", because=because, fix="plan with one example"))
         if own:
             sites[name] = own[0]
-    pairs = {place[:2] for site in sites.values() if not site.parameter for place in site.places()}
+    pairs = {place.pair for site in sites.values() if not isinstance(site, WeightSite) for place in site.places()}
     names = {made.name for run, span in found for made in run.calls[span.start : span.stop]}
     return Plan(
         {name: plan[name] for name in sites},

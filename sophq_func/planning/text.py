@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from sophq_func.numerics.scheme import SCHEME_FIELDS, PerTensor, QuantizerConfig
 
@@ -28,13 +28,12 @@ def grid(config: QuantizerConfig) -> str:
 
 def place(site: Site) -> str:
     """Where a quantizer sits, in words."""
-    if site.parameter:
-        where = f"weight {site.parameter}"
-    elif site.operand >= 0:
-        where = "before"
-    else:
-        where = f"after {site.members[-1] if site.members else site.value}"
-    return where + (f" {site.note}" if where == "before" else f", {site.note}" if site.note else "")
+    remark = f", {site.note}" if site.note else ""
+    if isinstance(site, WeightSite):
+        return f"weight {site.parameter}{remark}"
+    if site.operand >= 0:
+        return f"before {site.note}"
+    return f"after {site.members[-1] if site.members else site.value}{remark}"
 
 
 def why(reasons: Mapping[str, str]) -> list[str]:

@@ -144,8 +144,8 @@ def _first_of_each(found: Iterable[Mapping[str, Decision]]) -> dict[str, Decisio
 
 def _counts(drafts: Iterable[Draft], sites: Iterable[Site]) -> tuple[Counts, ...]:
     """For each example, how often it calls the modules and functions at which quantizers act."""
-    acting = [site for site in sites if not site.argument and not site.parameter]
-    pairs = sorted({place[:2] for site in acting for place in site.places()})
+    acting = [site for site in sites if not site.argument and not isinstance(site, WeightSite)]
+    pairs = sorted({place.pair for site in acting for place in site.places()})
     made = [calls_of(draft.graph) for draft in drafts]
     return tuple({pair: counter[pair] for pair in pairs} for counter in made)
 
