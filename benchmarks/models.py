@@ -29,9 +29,10 @@ from zoo import ZOO, Batch, Specimen
 import sophq_func as sq
 from sophq_func.capture.graph import Node, Operand
 from sophq_func.config.names import value_quantizer, weight_quantizer
+from sophq_func.core.operations import CONTRACTIONS
 from sophq_func.numerics import eager
 from sophq_func.planning.fusing import fuse
-from sophq_func.planning.strategies import CONTRACTIONS, contracted, source_of
+from sophq_func.planning.strategies import contracted, source_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ROUND = torch.ops.aten.round.default

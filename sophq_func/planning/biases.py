@@ -17,7 +17,7 @@ from sophq_func.config.site import ComputedSite, WeightSite
 from sophq_func.core.operations import DROPOUTS
 from sophq_func.numerics.scheme import PerChannel, PerTensor
 from sophq_func.planning.checks import is_scaled_grid
-from sophq_func.planning.inputs import Quantized
+from sophq_func.planning.inputs import Planned
 from sophq_func.planning.strategies import source_of
 from sophq_func.planning.weights import WeightPlace
 
@@ -36,11 +36,11 @@ class Biases(NamedTuple):
     notes: tuple[str, ...]
 
 
-def round_biases(quantized: Quantized, weights: Sequence[WeightPlace]) -> Biases:
+def round_biases(planned: Planned, weights: Sequence[WeightPlace]) -> Biases:
     """Which layers' biases are rounded: where one input scale belongs to one bias.
 
     Args:
-      quantized: what is quantized how.
+      planned: what is quantized how.
       weights: each weight with the calls that use it.
     """
     # A bias that two weights share would have to be rounded to two steps.
@@ -49,9 +49,9 @@ def round_biases(quantized: Quantized, weights: Sequence[WeightPlace]) -> Biases
     notes = []
     for weight in weights:
         site, calls = weight.site, weight.calls
-        if not _rounds(quantized, site, calls[0]):
+        if not _rounds(planned, site, calls[0]):
             continue
-        inputs = {_input_quantizer(quantized, call) for call in calls}
+        inputs = {_input_quantizer(planned, call) for call in calls}
         own = {_carrier(call) for call in calls}
         if len(inputs) == len(own) == 1 and carriers[own.pop()] == 1:
             sources[site.quantizer] = inputs.pop()
@@ -65,10 +65,10 @@ def _carrier(node: Node) -> str:
     return node.parameters.get("bias") or (node.norm.parameters["bias"] if node.norm else "")
 
 
-def _rounds(quantized: Quantized, site: WeightSite | ComputedSite, node: Node) -> bool:
+def _rounds(planned: Planned, site: WeightSite | ComputedSite, node: Node) -> bool:
     """Whether the bias of a layer is rounded, if its input has one scale."""
-    config = quantized.configs.get(site.quantizer)
-    if config is None or not quantized.strategy.rounds_bias or not isinstance(site, WeightSite):
+    config = planned.configs.get(site.quantizer)
+    if config is None or not planned.strategy.rounds_bias or not isinstance(site, WeightSite):
         return False
     has_bias = bool(site.bias or site.norm)
     layers = (*ROUNDED, nn.ConvTranspose2d) if site.norm else ROUNDED
@@ -76,20 +76,20 @@ def _rounds(quantized: Quantized, site: WeightSite | ComputedSite, node: Node) -
     return has_bias and node.is_module(*layers) and is_scaled_grid(config) and one_step_a_channel
 
 
-def _input_quantizer(quantized: Quantized, node: Node) -> str:
+def _input_quantizer(planned: Planned, node: Node) -> str:
     """The quantizer whose scale the codes of a layer's input have; empty where there is none."""
-    graph, operand = quantized.graph, node.operands[0]
-    if quantized.strategy.functions:
+    graph, operand = planned.graph, node.operands[0]
+    if planned.strategy.functions:
         operand = source_of(graph, operand)
-    while _passes(quantized, operand.value):
+    while _passes(planned, operand.value):
         operand = graph.producer(operand.value).operands[0]
-    name = quantized.inputs.get((node.name, 0), value_quantizer(operand.value))
-    config = quantized.configs.get(name)
+    name = planned.inputs.get((node.name, 0), value_quantizer(operand.value))
+    config = planned.configs.get(name)
     scalar = config is not None and config.scheme.granularity == PerTensor()
     return name if config is not None and scalar and is_scaled_grid(config) else ""
 
 
-def _passes(quantized: Quantized, value: str) -> bool:
+def _passes(planned: Planned, value: str) -> bool:
     """Whether a value is what a dropout, which has no quantizer of its own, made of another."""
-    dropped = value and quantized.graph.producer(value).operation in DROPOUTS
-    return bool(dropped) and value_quantizer(value) not in quantized.configs
+    dropped = value and planned.graph.producer(value).operation in DROPOUTS
+    return bool(dropped) and value_quantizer(value) not in planned.configs

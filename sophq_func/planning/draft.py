@@ -26,7 +26,7 @@ from sophq_func.planning.biases import Biases, round_biases
 from sophq_func.planning.checks import is_exact, names_of, unknown_names, unseen_leaves
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
-from sophq_func.planning.inputs import Quantized, layer_inputs
+from sophq_func.planning.inputs import Planned, layer_inputs
 from sophq_func.planning.picture import Wiring, wiring
 from sophq_func.planning.placing import place
 from sophq_func.planning.values import NO_VALUES, quantize_values
@@ -86,9 +86,9 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     outcomes = (*decided.values(), *values.outcomes.values())
     kept = {outcome.site.quantizer: outcome for outcome in outcomes if outcome.decision is not None}
     configs = {name: own for name, outcome in kept.items() if (own := outcome.config) is not None}
-    quantized = Quantized(fused, strategy, configs, values.inputs)
-    biases = round_biases(quantized, weights.places)
-    inputs = layer_inputs(quantized, weights.places)
+    planned = Planned(fused, strategy, configs, values.inputs)
+    biases = round_biases(planned, weights.places)
+    inputs = layer_inputs(planned, weights.places)
     sites = {name: _with_inputs(outcome.site, biases, inputs) for name, outcome in kept.items()}
     return Draft(
         graph=graph,

@@ -14,7 +14,7 @@ from sophq_func.planning.strategies import moved
 from sophq_func.planning.weights import WeightPlace
 
 
-class Quantized(NamedTuple):
+class Planned(NamedTuple):
     """What is quantized how.
 
     Attributes:
@@ -35,30 +35,30 @@ class Quantized(NamedTuple):
         return config is not None and not config.observe_only
 
 
-def layer_inputs(quantized: Quantized, weights: Iterable[WeightPlace]) -> dict[str, tuple[LayerInput, ...]]:
+def layer_inputs(planned: Planned, weights: Iterable[WeightPlace]) -> dict[str, tuple[LayerInput, ...]]:
     """By weight quantizer, what the layers of the weight read: each value with the quantizer in force once.
 
     Args:
-      quantized: what is quantized how.
+      planned: what is quantized how.
       weights: each weight with the calls that use it.
     """
     found = {}
     for weight in weights:
-        read = (layer_input(quantized, use.node, use.read) for use in weight.uses)
+        read = (layer_input(planned, use.node, use.read) for use in weight.uses)
         found[weight.site.quantizer] = tuple(dict.fromkeys(read))
     return found
 
 
-def layer_input(quantized: Quantized, call: Node, operand: Operand | None) -> LayerInput:
+def layer_input(planned: Planned, call: Node, operand: Operand | None) -> LayerInput:
     """What a call reads as one of its operands, and whose grid that is on."""
     if operand is None or not operand.value:
         return LayerInput()
-    before = quantized.inputs.get((call.name, operand.slot), "")
-    in_force = before if quantized.acts(before) else quantizer_of(quantized, operand)
+    before = planned.inputs.get((call.name, operand.slot), "")
+    in_force = before if planned.acts(before) else quantizer_of(planned, operand)
     return LayerInput(operand.value, in_force)
 
 
-def quantizer_of(quantized: Quantized, operand: Operand) -> str:
+def quantizer_of(planned: Planned, operand: Operand) -> str:
     """The quantizer whose grid a tensor is on: its own, or the nearest before what only moved it; empty without.
 
     Views, max pooling and dropout keep values on the grid (dropout but for a factor, while training).
@@ -66,7 +66,7 @@ def quantizer_of(quantized: Quantized, operand: Operand) -> str:
     at: Operand | None = operand
     while at is not None and at.value:
         own = value_quantizer(at.value)
-        if quantized.acts(own):
+        if planned.acts(own):
             return own
-        at = moved(quantized.graph, at)
+        at = moved(planned.graph, at)
     return ""

@@ -21,7 +21,7 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
       The :class:`~sophq_func.planning.plan.Plan`.
 
     Raises:
-      ConfigError: a rule names what the model has not, or a config is beyond the chip's limits; all problems at once.
+      ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all problems at once.
       PlanError: a value to be quantized was made in place, and is used under its old name later.
 
     Example:

@@ -81,7 +81,7 @@ def wiring(
     return Wiring((*calls, Call(OUTPUT, "")), (*taken, *returned))
 
 
-def united(wirings: Sequence[Wiring]) -> Wiring:
+def merged(wirings: Sequence[Wiring]) -> Wiring:
     """The wiring of several examples: each call and each way once."""
     calls = {call.name: call for own in wirings for call in own.calls}
     edges = dict.fromkeys(edge for own in wirings for edge in own.edges)

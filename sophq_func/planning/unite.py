@@ -12,7 +12,7 @@ from sophq_func.config.rules import Decision
 from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.planning.draft import Draft
-from sophq_func.planning.picture import Wiring, united
+from sophq_func.planning.picture import Wiring, merged
 from sophq_func.planning.runs import Run
 
 Counts = Mapping[tuple[str, str], int]
@@ -69,7 +69,7 @@ def unite(drafts: Sequence[Draft]) -> United:
         decisions={name: decisions[name] for name in order},
         counts=_counts(drafts, sites.values()),
         notes=tuple(dict.fromkeys([*(note for draft in drafts for note in draft.notes), *notes])),
-        wiring=united([draft.wiring for draft in drafts]),
+        wiring=merged([draft.wiring for draft in drafts]),
         runs=tuple(Run.of(draft.graph) for draft in drafts),
         opaque=tuple(sorted({path for draft in drafts for path in draft.graph.opaque})),
         written=tuple(sorted({name for draft in drafts for name in draft.graph.written})),

@@ -18,7 +18,7 @@ from sophq_func.planning.biases import round_biases
 from sophq_func.planning.deciding import decide
 from sophq_func.planning.draft import draft, in_execution_order
 from sophq_func.planning.fusing import fuse
-from sophq_func.planning.inputs import Quantized
+from sophq_func.planning.inputs import Planned
 from sophq_func.planning.placing import place
 from sophq_func.planning.unite import agreed, merged_order, unite
 from sophq_func.planning.values import NO_VALUES, late_uses, quantize_values, value_site
@@ -214,10 +214,10 @@ def test_round_biases_names_the_inputs_quantizer_and_leaves_out_a_float_input() 
     assert activation is not None
     per_channel = replace(weight, scheme=replace(weight.scheme, granularity=sq.PerChannel(axis=0)))
     configs = dict(zip(names, (per_channel, per_channel, activation), strict=True))
-    biases = round_biases(Quantized(graph, DATAFLOW, configs, {}), weights)
+    biases = round_biases(Planned(graph, DATAFLOW, configs, {}), weights)
     assert {name: source for name, source in biases.sources.items() if source} == {names[0]: names[2]}
     never = DATAFLOW._replace(rounds_bias=False)
-    assert round_biases(Quantized(graph, never, configs, {}), weights).sources == {}
+    assert round_biases(Planned(graph, never, configs, {}), weights).sources == {}
 
 
 # in_execution_order
