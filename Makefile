@@ -37,7 +37,7 @@ contract: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 rooms: | $(VENV)/bin/python
-	$(BIN)/python tools/rooms.py
+	$(BIN)/python tools/rooms.py --torch
 
 check: lint types contract rooms doctest test
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sophq_func.capture import LOGGER_OF_ONNX
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.files import write_bytes
@@ -123,7 +124,7 @@ def require(where: str) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """What torch.onnx tells about itself and about packages that are not needed stays unsaid."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger = logging.getLogger(LOGGER_OF_ONNX)
     silent = lambda record: False  # noqa: E731
     logger.addFilter(silent)
     try:
