@@ -1,11 +1,12 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
+# make quick: under a minute of them.
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-text examples test lint types contract rooms doctest check bench clean
+.PHONY: demo demo-text examples test quick lint types contract rooms doctest check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -18,6 +19,9 @@ examples: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --quick
 
 doctest: $(VENV)/.test
 	$(BIN)/python -m pytest --doctest-modules sophq_func -p no:cacheprovider

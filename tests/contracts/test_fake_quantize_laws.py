@@ -269,6 +269,7 @@ def test_one_nan_or_infinity_makes_no_other(name: str) -> None:
     hold(law, STATIC_SCHEMES)
 
 
+@pytest.mark.slow
 @over_quantizers
 def test_tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name: str) -> None:
     def law(scheme: sq.QScheme, size: float) -> None:
@@ -454,6 +455,7 @@ def test_hessian_vector_products_keep_float32(name: str, scheme: sq.QScheme) -> 
         assert all(leaf.dtype == torch.float32 and leaf.isfinite().all() for leaf in (tree[0], *tree[1].values()))
 
 
+@pytest.mark.slow
 @over_quantizers
 @pytest.mark.parametrize("granularity", [sq.PerTensor(), sq.PerChannel(1)], ids=str)
 def test_compiled_forward_and_gradient_equal_the_eager_ones(name: str, granularity: Any) -> None:

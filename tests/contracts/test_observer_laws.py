@@ -243,6 +243,7 @@ def test_merging_shards_equals_observing_them_in_turn_or_is_refused(name: str, s
             observer.merge(a, b)
 
 
+@pytest.mark.slow
 @over_observers
 def test_a_compiled_update_equals_the_eager_one(name: str) -> None:
     observer, scheme = sq.observer(name), sq.QScheme(bits=4, symmetric=False, granularity=sq.PerChannel(1))
@@ -293,6 +294,7 @@ def test_the_order_of_the_elements_of_a_scale_does_not_matter(name: str, scheme:
     assert_same(other, seen(name, scheme, 0), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @over_observers
 def test_statistics_are_taken_alone_by_compiled_qparams_too(name: str) -> None:
     observer, scheme = OBSERVERS.build(OBSERVERS.spec(name)), sq.QScheme(bits=4, symmetric=False)

@@ -17,6 +17,8 @@ import sophq_func as sq
 from tests.helpers import Ready, ready
 from tests.runtime import computed, onnx
 
+pytestmark = pytest.mark.slow
+
 CHIPS = {"CNN": "BM1690", "Dataflow": None}
 TOLERANCE = 1e-3
 """Of a step: float32 rounding of ``code * scale``."""
