@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from sophq_func.capture.arguments import map_inputs
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.codes import Refusal, Stored, stored_form
-from sophq_func.codes.stored import share_on
+from sophq_func.codes import Refusal, Stored, share_on, stored_form
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
 from sophq_func.model.loop import Watch

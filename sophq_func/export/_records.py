@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sophq_func.codes import Grid, Refusal
-from sophq_func.codes.stored import grid_of, integer_grid
+from sophq_func.codes import Grid, Refusal, grid_of, integer_grid
 from sophq_func.core.errors import ConfigError, explain, raise_all
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import QParams

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophq_func.codes import Grid, Stored, unpack
-from sophq_func.codes.grid import is_integer
-from sophq_func.codes.stored import BY_BLOCKS
+from sophq_func.codes import BY_BLOCKS, Grid, Stored, is_integer, unpack
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map

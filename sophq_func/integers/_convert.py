@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophq_func.codes import Refusal, Stored, pack, stored_form
-from sophq_func.codes.stored import BY_BLOCKS, share_on
+from sophq_func.codes import BY_BLOCKS, Refusal, Stored, pack, share_on, stored_form
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
