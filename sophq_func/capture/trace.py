@@ -113,9 +113,11 @@ class _Recorder(Frame):
         self._scopes: list[Scope] = []
         self._inputs: dict[int, tuple[Tensor, Tensor, str]] = {}
         self._before: dict[int, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
+            self._shapes[name] = tuple(tensor.shape)
             self._note(tensor, Operand(role="", slot=0, parameter=name))
 
     def enter_scope(self, path: str, args: Any, kwargs: Any) -> None:
@@ -183,7 +185,7 @@ class _Recorder(Frame):
                 self._values[name] = replace(self._values[name], output=True, overwritten=late)
         modules = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
         written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if writes_into(copy)]
-        return Graph(self._nodes, self._values, modules, opaque, tuple(written), tuple(self._scopes))
+        return Graph(self._nodes, self._values, modules, opaque, tuple(written), tuple(self._scopes), self._shapes)
 
     def _counted(self, path: str, function: str, counted: bool) -> dict[str, Any]:
         """How many counted calls of this kind came before, and whether this one counts."""

@@ -18,20 +18,9 @@ def matches_name(pattern: str, site: Site) -> bool:
 
     A path matches the module and everything below it.
     """
-    names = site.names()
     if any(c in pattern for c in "*?["):
-        return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(underscored(name), pattern) for name in names)
-    return pattern in names or pattern in map(underscored, names)
-
-
-def underscored(name: str) -> str:
-    """A dotted name as sophgo-mq writes names of graph nodes.
-
-    Example:
-      >>> underscored("layer1.0.conv1")
-      'layer1_0_conv1'
-    """
-    return name.replace(".", "_")
+        return any(fnmatch.fnmatchcase(name, pattern) for name in site.spellings)
+    return pattern in site.spellings
 
 
 def matches_type(key: Any, site: Site) -> bool:

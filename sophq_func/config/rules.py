@@ -16,11 +16,11 @@ from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.matching import check_type_key, matches_name, matches_type, type_key_problem, type_text
 from sophq_func.config.patterns import Fused
 from sophq_func.config.site import Role, Site
+from sophq_func.config.strategies import PLACEMENTS, Preset
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 QUANTMODES = ("weight_activation", "weight_only")
-STRATEGIES = ("CNN", "Transformer", "Dataflow", "Layers", "BF16Mixed")
 DEFAULT_CHIP = "BM1690"
 
 
@@ -122,7 +122,8 @@ class QuantConfig:
     Attributes:
       chip: fills what is not given, and validates; ``None``: no limits, and BM1690's defaults.
       strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Layers"``, ``"BF16Mixed"`` or
-        ``"Dataflow"`` (the default without a chip; with one it is ``"CNN"``).
+        ``"Dataflow"`` (the default without a chip; with one it is ``"CNN"``), or another one that is registered in
+        ``sophq_func.config.strategies.PLACEMENTS``.
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
       weight, activation: config of every quantizer that no rule changes: a whole one, an override of the chip's, or
         ``None``, which leaves that half float.
@@ -157,8 +158,8 @@ class QuantConfig:
         raise_all(self._problems())
         if self.chip is not None:
             object.__setattr__(self, "chip", CHIPS.canonical(self.chip))
-        if self.strategy is None:
-            object.__setattr__(self, "strategy", "Dataflow" if self.chip is None else "CNN")
+        default = "Dataflow" if self.chip is None else "CNN"
+        object.__setattr__(self, "strategy", PLACEMENTS.canonical(self.strategy or default))
         for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -167,8 +168,8 @@ class QuantConfig:
         found = []
         if self.chip is not None and (not isinstance(self.chip, str) or self.chip not in CHIPS):
             found.append(unknown("QuantConfig", "chip", self.chip, CHIPS.spellings()))
-        if self.strategy is not None and self.strategy not in STRATEGIES:
-            found.append(unknown("QuantConfig", "strategy", self.strategy, STRATEGIES))
+        if self.strategy is not None and not _is_registered(self.strategy):
+            found.append(unknown("QuantConfig", "strategy", self.strategy, PLACEMENTS.spellings()))
         if self.quantmode not in QUANTMODES:
             found.append(unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES))
         strategy = self.strategy or (None if self.chip is None else "CNN")
@@ -225,6 +226,10 @@ class QuantConfig:
         return f"config {role}"
 
 
+def _is_registered(strategy: object) -> bool:
+    return isinstance(strategy, str) and strategy in PLACEMENTS
+
+
 def _is_module_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
@@ -263,21 +268,6 @@ class Decision:
     config: QuantizerConfig | None
     reasons: dict[str, str]
     matched: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a strategy knows about one quantizer. It is stronger than the chip's default; rules are stronger still.
-
-    Attributes:
-      change: the fields that it sets.
-      why: in words.
-      yields: whether what the config itself says about one of these fields is stronger, too.
-    """
-
-    change: Override
-    why: str
-    yields: bool = False
 
 
 def resolve(config: QuantConfig, site: Site, preset: Preset | None = None) -> Decision:

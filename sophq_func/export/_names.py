@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from sophq_func.config.names import value_quantizer
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.site import Site
 from sophq_func.core.errors import ConfigError, explain, near, raise_all
@@ -128,7 +129,7 @@ def call_op(plan: Plan, name: str, file: FileNames | None) -> str:
         return ""
     if not call.does:
         return name if file is None else file.values.get(name, "")
-    quantizers = (*call.weights, f"{name}.post_act_fake_quantizer")
+    quantizers = (*call.weights, value_quantizer(name))
     members = next((plan.site(own).members for own in quantizers if own in plan), ())
     return _joined(members[-1] if members else name, operation(call.does), file)
 

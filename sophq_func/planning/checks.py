@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import nn
 
 from sophq_func.capture.graph import Graph
-from sophq_func.config.matching import underscored
+from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
-from sophq_func.config.rules import QuantConfig
-from sophq_func.config.site import Site, activation_quantizer
+from sophq_func.config.rules import QuantConfig, Rule
+from sophq_func.config.site import Site
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.core.registry import Spec
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize
 from sophq_func.numerics.scheme import QuantizerConfig
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"
 
 
+@lru_cache(maxsize=256)
+def _made(fake_quantize: Spec) -> FakeQuantize:
+    """The functions that a spec describes. A plan asks for few specs, and for each of them once a quantizer."""
+    return FAKE_QUANTIZERS.build(fake_quantize)
+
+
 def is_integer(config: QuantizerConfig) -> bool:
     """Whether codes are integers times a scale."""
-    return FAKE_QUANTIZERS.build(config.fake_quantize).integer
+    return _made(config.fake_quantize).integer
 
 
 def is_scaled_grid(config: QuantizerConfig) -> bool:
     """Whether the quantizer has one scale, known before the forward, that can round a bias."""
-    made = FAKE_QUANTIZERS.build(config.fake_quantize)
+    made = _made(config.fake_quantize)
     return (made.integer or made.scales_bias) and not config.observe_only and not config.scheme.dynamic
 
 
@@ -61,7 +70,12 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
 def names_of(graph: Graph) -> set[str]:
     """Every dotted name that a rule may use for a module or value of a traced model, whether it is quantized or not."""
     names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
-    return names | {activation_quantizer(value) for value in graph.values}
+    return names | {value_quantizer(value) for value in graph.values}
+
+
+def is_exact(rule: Rule) -> bool:
+    """Whether a rule has a name that is no glob, and so must be there."""
+    return rule.name is not None and not any(c in rule.name for c in "*?[")
 
 
 def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
@@ -69,7 +83,7 @@ def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> li
     problems = [_unknown_type(OPERATIONS, key, classes, config) for key in config.operations]
     for rule in config.rules:
         said = f"{rule.origin}: {rule!r}" if rule.origin else repr(rule)
-        if rule.name is not None and not any(c in rule.name for c in "*?["):
+        if rule.name is not None and is_exact(rule):
             problems.append(_unknown_name(said, rule.name, names))
         problems.append(_unknown_type(said, rule.type, classes, config))
     return [problem for problem in problems if problem]

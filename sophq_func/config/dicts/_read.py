@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.dicts._fuse import Fusion, read_fusion
 from sophq_func.config.dicts._keys import KEYS, REQUIRED
-from sophq_func.config.matching import type_text, underscored
+from sophq_func.config.matching import type_text
+from sophq_func.config.names import is_value_quantizer, is_weight_quantizer, underscored
 from sophq_func.config.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import Role
 from sophq_func.core.errors import ConfigError, deprecated, explain, near, raise_all, unknown
@@ -211,7 +212,7 @@ class _Reader:
         for name, entry in qconfig.get("module_name", {}).items():
             origin = f"module_name[{name!r}]"
             change = self.entry(origin, entry, chip)
-            places = chip.placement and underscored(name).endswith("_post_act_fake_quantizer")
+            places = chip.placement and is_value_quantizer(name)
             rules += [Rule(name=name, **change, outputs=True if places else None, origin=origin)] if change else []
         for key, (weight, activation) in OPERATION_LISTS.items():
             for name in qconfig.get(key, ()):
@@ -311,7 +312,7 @@ def contradictions(quant: Mapping[str, Any], qconfig: Mapping[str, Any], quantiz
             what, because = f"quantizing the weights of {name!r}", f"exclude_module_name holds {owner!r}"
             yield explain(key, what, because=because, fix=fix)
     for name in quantizer.get("module_only_enable_observer", ()):
-        for owner in (owner for owner in names if name.endswith("weight_fake_quant") and _is_inside(name, owner)):
+        for owner in (owner for owner in names if is_weight_quantizer(name) and _is_inside(name, owner)):
             because = f"exclude_module_name holds {owner!r}"
             yield explain("module_only_enable_observer", f"observing {name!r}", because=because, fix=fix)
     removed = [*quantizer.get("exclude_function_type", ()), *quantizer.get("exclude_module_name", ())]
