@@ -108,7 +108,7 @@ def translated(where: str, exported: ExportedProgram, opset: int) -> torch.onnx.
         while cause.__cause__ is not None:
             cause = cause.__cause__
         because, fix = f"torch.onnx says: {str(cause).splitlines()[0]}", "write that operation another way"
-        raise ConfigError(explain(where, "an operation of this model", because=because, fix=fix)) from error
+        raise ConfigError(explain(where, "an operation of this model is not possible", because=because, fix=fix)) from error
     assert written is not None
     return written
 
@@ -118,7 +118,7 @@ def require(where: str) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "pip install sophq-func[onnx]"
-        raise ConfigError(explain(where, f"writing ONNX without {' and '.join(missing)}", fix=fix))
+        raise ConfigError(explain(where, f"writing ONNX without {' and '.join(missing)} is not possible", fix=fix))
 
 
 @contextlib.contextmanager
