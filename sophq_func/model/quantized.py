@@ -79,6 +79,11 @@ class Quantized:
         """Name of the model's class."""
         return type(self.engine.skeleton.entry).__name__
 
+    @property
+    def path(self) -> str:
+        """Of a :meth:`part`, the path of its module in the whole model; else empty."""
+        return self.engine.skeleton.root
+
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: weights are observed here, activations start neutral.
 
