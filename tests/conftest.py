@@ -8,6 +8,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.quick import chosen
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="no slow tests, and few cases of the others: see tests/quick.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        kept = chosen(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
 
 @pytest.fixture(autouse=True)
 def _same_threads_and_seed() -> Iterator[None]:

@@ -1,9 +1,18 @@
-"""The stored form of a quantizer: its grid, its codes, their packing, and back; one answer for whatever stores them."""
+"""The stored form of a quantizer: its grid, its codes, their packing, and back; or the one reason why there is none.
+
+Whatever stores or reports a quantizer asks :func:`stored_form`, and adds only what its own form cannot say.
+"""
 
 from sophq_func.codes.grid import Grid as Grid
+from sophq_func.codes.grid import is_integer as is_integer
 from sophq_func.codes.pack import pack as pack
 from sophq_func.codes.pack import per_byte as per_byte
 from sophq_func.codes.pack import unpack as unpack
+from sophq_func.codes.stored import BY_BLOCKS as BY_BLOCKS
+from sophq_func.codes.stored import FROM_THE_TENSOR as FROM_THE_TENSOR
 from sophq_func.codes.stored import Refusal as Refusal
 from sophq_func.codes.stored import Stored as Stored
+from sophq_func.codes.stored import grid_of as grid_of
+from sophq_func.codes.stored import integer_grid as integer_grid
+from sophq_func.codes.stored import share_on as share_on
 from sophq_func.codes.stored import stored_form as stored_form

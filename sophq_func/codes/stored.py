@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.codes._probe import reached_bounds, zero_code
+from sophq_func.codes._slices import Slice, slices
 from sophq_func.codes.grid import Grid, integer_format
-from sophq_func.codes.probe import reached_bounds, zero_code
-from sophq_func.codes.slices import Slice, slices
 from sophq_func.config.site import Site
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.model.value_quantizer import RunQuantizer

@@ -66,7 +66,7 @@ def type_text(key: Any) -> str:
 def check_type_key(key: Any, where: str) -> None:
     """Raise a :class:`ConfigError` for what can be no type key; whether a string names anything, the plan will see."""
     if problem := type_key_problem(key):
-        raise ConfigError(explain(where, "this type key", got=key, allowed=problem))
+        raise ConfigError(explain(where, "this type key is not possible", got=key, allowed=problem))
 
 
 def type_key_problem(key: object) -> str:

@@ -78,18 +78,26 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.name is None and self.type is None and self.where is None:
-            raise ConfigError(explain("Rule", "matching", allowed="name, type or where", fix='Rule(name="*", ...)'))
+            raise ConfigError(
+                explain("Rule", "matching is not possible", allowed="name, type or where", fix='Rule(name="*", ...)')
+            )
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
-            raise ConfigError(explain("Rule", "this name", got=self.name, allowed="a module path, quantizer name or glob"))
+            raise ConfigError(
+                explain("Rule", "this name is not possible", got=self.name, allowed="a module path, quantizer name or glob")
+            )
         for role in ("weight", "activation"):
             raise_all(_wrong_half("Rule", role, getattr(self, role)))
         for flag in FLAGS:
             if not isinstance(getattr(self, flag), bool | None):
-                raise ConfigError(explain("Rule", flag, got=getattr(self, flag), allowed="True, False or None"))
+                raise ConfigError(
+                    explain("Rule", f"{flag} is not possible", got=getattr(self, flag), allowed="True, False or None")
+                )
         if self.outputs is False:
-            raise ConfigError(explain("Rule", "outputs=False", allowed="True or None", fix="activation=None"))
+            raise ConfigError(
+                explain("Rule", "outputs=False is not possible", allowed="True or None", fix="activation=None")
+            )
         if self.where is not None and not callable(self.where):
-            raise ConfigError(explain("Rule", "this where", got=self.where, allowed="a function of a Site"))
+            raise ConfigError(explain("Rule", "this where is not possible", got=self.where, allowed="a function of a Site"))
         check_type_key(self.type, "Rule")
 
     def __repr__(self) -> str:
@@ -175,13 +183,15 @@ class QuantConfig:
         strategy = self.strategy or (None if self.chip is None else "CNN")
         if self.quantmode == "weight_only" and strategy == "CNN":
             fix = 'strategy="Transformer" or quantmode="weight_activation"'
-            found.append(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
+            found.append(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN" is not possible', fix=fix))
         for role in ("weight", "activation"):
             found += _wrong_half("QuantConfig", role, getattr(self, role))
         for name, (good, allowed) in TUPLES.items():
             value = getattr(self, name)
             if not isinstance(value, tuple | list) or not all(map(good, value)):
-                found.append(explain("QuantConfig", name, got=value, allowed=allowed, fix=f"{name}=(...,)"))
+                found.append(
+                    explain("QuantConfig", f"{name} is not possible", got=value, allowed=allowed, fix=f"{name}=(...,)")
+                )
         return found
 
     @property
@@ -252,7 +262,7 @@ def _wrong_half(where: str, role: str, value: object) -> list[str]:
     if isinstance(value, QuantizerConfig | Override | None | _Unset):
         return []
     allowed = "sq.override(...), a QuantizerConfig or None"
-    return [explain(where, f"{role}={value!r}", got=type(value).__name__, allowed=allowed)]
+    return [explain(where, f"{role}={value!r} is not possible", got=type(value).__name__, allowed=allowed)]
 
 
 @dataclass(frozen=True)

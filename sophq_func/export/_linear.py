@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.codes import Grid, Stored
-from sophq_func.codes.stored import FROM_THE_TENSOR
+from sophq_func.codes import FROM_THE_TENSOR, Grid, Stored
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import is_regrouped
 from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor

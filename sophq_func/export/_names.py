@@ -101,7 +101,9 @@ def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> 
             because = (
                 f"no op type of ONNX is known for {does!r}" if file is None else "no tensor of the ONNX file is its value"
             )
-            problems.append(explain(name, "a name", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}'))
+            problems.append(
+                explain(name, "a name is not possible", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}')
+            )
         found[name] = op
     raise_all(problems, ConfigError)
     return found

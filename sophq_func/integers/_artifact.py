@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophq_func.codes import Grid, Stored, unpack
-from sophq_func.codes.grid import is_integer
-from sophq_func.codes.stored import BY_BLOCKS
+from sophq_func.codes import BY_BLOCKS, Grid, Stored, is_integer, unpack
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
@@ -204,7 +202,9 @@ class Artifact:
         weights = self._metadata["weights"]
         if name not in weights:
             fix = near(name, weights) or "artifact.metadata['weights'] has the names"
-            raise StateError(explain("artifact", f"codes of {name!r}", because="it was not converted", fix=fix))
+            raise StateError(
+                explain("artifact", f"codes of {name!r} is not possible", because="it was not converted", fix=fix)
+            )
         return dict(weights[name])
 
     def _part(self, name: str, part: str) -> Tensor:
@@ -218,7 +218,7 @@ def _taken(call: Any) -> Any:
     """The arguments of a run, 16-bit floats as float32."""
     if not is_plain(tensors(call)):
         fix = "run outside of vmap, grad and compile"
-        raise StateError(explain("artifact.run", "running on integers inside a transform", fix=fix))
+        raise StateError(explain("artifact.run", "running on integers inside a transform is not possible", fix=fix))
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, call)
 
 

@@ -50,9 +50,9 @@ def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
     if any(bool(t.isnan().any()) for t in values):
         looked_at = site.parameter if isinstance(site, WeightSite) else f"what reaches {site.value or site.path}"
         fix = f"look at {looked_at}"
-        return explain(name, "a scale", got="NaN in the data", allowed="finite numbers", fix=fix)
+        return explain(name, "a scale is not possible", got="NaN in the data", allowed="finite numbers", fix=fix)
     if isinstance(site, WeightSite):
         fix = f"look at {site.parameter}"
-        return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=fix)
+        return explain(name, "a scale is not possible", got="infinity in the weight", allowed="finite numbers", fix=fix)
     fix = "q.calibrate(params, batches) with finite batches"
     return f"not calibrated: {name} has seen no data, or infinite data. Fix: {fix}."

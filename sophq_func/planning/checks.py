@@ -47,12 +47,16 @@ def violations(config: QuantConfig, site: Site, found: QuantizerConfig, reasons:
     spec, because = config.spec, f"chip {config.chip}; set by {{}}"
     if spec.fake_quantizers is not None and name not in spec.fake_quantizers:
         allowed, why = " or ".join(spec.fake_quantizers), because.format(reasons["fake_quantize"])
-        problems.append(explain(site.quantizer, f"fake quantizer {name}", allowed=allowed, because=why, fix="chip=None"))
+        problems.append(
+            explain(site.quantizer, f"fake quantizer {name} is not possible", allowed=allowed, because=why, fix="chip=None")
+        )
     bits = spec.weight_bits if site.role == "weight" else spec.activation_bits
     if bits is not None and is_integer(found) and found.scheme.bits not in bits:
         what, allowed = f"{found.scheme.bits} bits", " or ".join(map(str, bits))
         why, fix = because.format(reasons["bits"]), f"bits={bits[-1]}"
-        problems.append(explain(site.quantizer, what, got=found.scheme.bits, allowed=allowed, because=why, fix=fix))
+        problems.append(
+            explain(site.quantizer, f"{what} is not possible", got=found.scheme.bits, allowed=allowed, because=why, fix=fix)
+        )
     return problems
 
 
@@ -64,7 +68,14 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
     types = ", ".join(cls.__name__ for cls in config.leaves)
     what = f"planning with leaf_module=({types},)"
     because = "the graph was traced without it"
-    return [explain("plan", what, because=because, fix="sq.trace(model, args, kwargs, leaf_module=config.leaves)")]
+    return [
+        explain(
+            "plan",
+            f"{what} is not possible",
+            because=because,
+            fix="sq.trace(model, args, kwargs, leaf_module=config.leaves)",
+        )
+    ]
 
 
 def names_of(graph: Graph) -> set[str]:

@@ -30,9 +30,13 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
       ['input.post_act_fake_quantizer', 'weight_fake_quant']
     """
     if not isinstance(config, QuantConfig):
-        raise ConfigError(explain("plan", "this config", got=type(config).__name__, allowed="sq.QuantConfig"))
+        raise ConfigError(
+            explain("plan", "this config is not possible", got=type(config).__name__, allowed="sq.QuantConfig")
+        )
     graphs = [graph] if isinstance(graph, Graph) else graph
     if not isinstance(graphs, list | tuple) or not graphs or not all(isinstance(g, Graph) for g in graphs):
         got, allowed = type(graph).__name__, "a Graph, or a list of at least one"
-        raise ConfigError(explain("plan", "this graph", got=got, allowed=allowed, fix="sq.trace(model, args)"))
+        raise ConfigError(
+            explain("plan", "this graph is not possible", got=got, allowed=allowed, fix="sq.trace(model, args)")
+        )
     return Plan.of(Origin(tuple(graphs), config))

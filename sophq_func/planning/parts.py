@@ -31,7 +31,7 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
     """
     found = [(run, spans[call]) for run in plan.runs if len(spans := run.spans(path)) > call]
     if not found:
-        raise PlanError(explain("part", f"call {call} of {path!r}", because=_why_not(plan, path)))
+        raise PlanError(explain("part", f"call {call} of {path!r} is not possible", because=_why_not(plan, path)))
     before = [run.counts(0, span.start) for run, span in found]
     inside = [run.counts(span.start, span.stop) for run, span in found]
     sites: dict[str, Site] = {}
@@ -41,7 +41,9 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
         own = list(dict.fromkeys(one for one in moved if one is not None))
         if len(own) > 1:
             because = f"the examples make {name} at different calls of it"
-            raise PlanError(explain("part", f"call {call} of {path!r}", because=because, fix="plan with one example"))
+            raise PlanError(
+                explain("part", f"call {call} of {path!r} is not possible", because=because, fix="plan with one example")
+            )
         if own:
             sites[name] = own[0]
     pairs = {place.pair for site in sites.values() if not isinstance(site, WeightSite) for place in site.places()}
@@ -131,7 +133,9 @@ def blocks(plan: Plan, in_list: Callable[[str], bool]) -> list[tuple[str, int]]:
 
 def _longest(plan: Plan) -> Run:
     if not plan.runs:
-        raise PlanError(explain("blocks", "finding blocks", because=_why_not(plan, ""), fix="plan the model anew"))
+        raise PlanError(
+            explain("blocks", "finding blocks is not possible", because=_why_not(plan, ""), fix="plan the model anew")
+        )
     return max(plan.runs, key=lambda run: len(run.calls))
 
 

@@ -114,7 +114,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         self.__dict__.update(state)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(explain("Plan", f"setting {name!r}", because="it is immutable", fix="plan anew"))
+        raise AttributeError(
+            explain("Plan", f"setting {name!r} is not possible", because="it is immutable", fix="plan anew")
+        )
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
@@ -201,7 +203,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     def diff(self, other: Plan) -> PlanDiff:
         """What ``other`` has that is different: quantizers added, removed, or with changed fields."""
         if not isinstance(other, Plan):
-            raise PlanError(explain("plan.diff", "this plan", got=type(other).__name__, allowed="a sq.Plan"))
+            raise PlanError(explain("plan.diff", "this plan is not possible", got=type(other).__name__, allowed="a sq.Plan"))
         return diff.diff((self._configs, other._configs), (self._sites, other._sites))
 
     def override(self, rule: Rule) -> Plan:
@@ -213,11 +215,13 @@ class Plan(Mapping[str, QuantizerConfig]):
         """
         if not isinstance(rule, Rule):
             fix = 'sq.Rule(name="...", weight=sq.override(bits=4))'
-            raise ConfigError(explain("plan.override", "this rule", got=type(rule).__name__, allowed="a sq.Rule", fix=fix))
+            raise ConfigError(
+                explain("plan.override", "this rule is not possible", got=type(rule).__name__, allowed="a sq.Rule", fix=fix)
+            )
         if self.origin is None:
             because = "it was read from JSON or a pickle, without the traced model"
             fix = "sq.plan(sq.trace(model, args), config)"
-            raise PlanError(explain("plan.override", "planning again", because=because, fix=fix))
+            raise PlanError(explain("plan.override", "planning again is not possible", because=because, fix=fix))
         config = self.origin.config
         return Plan.of(self.origin._replace(config=replace(config, rules=(*config.rules, rule))))
 
@@ -268,11 +272,13 @@ class Plan(Mapping[str, QuantizerConfig]):
           known: names of entries that there may be beside these.
         """
         if not isinstance(names, Mapping):
-            raise StateError(explain(what, "this type", got=type(names).__name__, allowed="a dict {quantizer: state}"))
+            raise StateError(
+                explain(what, "this type is not possible", got=type(names).__name__, allowed="a dict {quantizer: state}")
+            )
         for name in names.keys() & types.keys():
             if not isinstance(names[name], types[name]):
                 got, allowed = type(names[name]).__name__, types[name].__name__
-                raise StateError(explain(f"{what}[{name!r}]", "this value", got=got, allowed=allowed))
+                raise StateError(explain(f"{what}[{name!r}]", "this value is not possible", got=got, allowed=allowed))
         missing = [name for name in types if name not in names]
         if missing:
             fix = "q.init(params)" if what == "ostate" else "q.calibrate(params, batches)"

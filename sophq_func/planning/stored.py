@@ -47,7 +47,7 @@ def read(text: str) -> Stored:
         raise
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         because = f"{type(error).__name__}: {error}"
-        raise ConfigError(explain("Plan.from_json", "reading a plan", because=because)) from error
+        raise ConfigError(explain("Plan.from_json", "reading a plan is not possible", because=because)) from error
 
 
 def digest_of_version_2(text: str) -> str:
@@ -106,7 +106,7 @@ def _migrated(data: Data) -> Data:
     known = (*MIGRATIONS, VERSION)
     if version not in known:
         allowed = " or ".join(map(str, known))
-        raise ConfigError(explain("Plan.from_json", "this version", got=version, allowed=allowed))
+        raise ConfigError(explain("Plan.from_json", "this version is not possible", got=version, allowed=allowed))
     for step in range(version, VERSION):
         data = MIGRATIONS[step](data)
     return data

@@ -97,7 +97,9 @@ def agreed(before: Site, now: Site) -> tuple[Site, str]:
     """
     if now.role == "activation" and before.places() != now.places():
         fix = "give the model examples that take the same way to this value, or rename the module"
-        raise PlanError(explain(now.quantizer, "one name for different calls in different examples", fix=fix))
+        raise PlanError(
+            explain(now.quantizer, "one name for different calls in different examples is not possible", fix=fix)
+        )
     if not isinstance(before, WeightSite) or not isinstance(now, WeightSite):
         return now, ""
     now = replace(now, inputs=tuple(dict.fromkeys((*before.inputs, *now.inputs))))

@@ -100,7 +100,7 @@ def _misfits(graph: Graph, outcomes: Mapping[str, Outcome]) -> Iterator[str]:
             use = late[site.value]
             what = f"quantizing {site.value}, which is written in place and which {use} uses under an old name,"
             fix = "write the operation out of place, or give the value activation=None"
-            yield explain(site.quantizer, what, fix=fix)
+            yield explain(site.quantizer, f"{what} is not possible", fix=fix)
 
 
 def late_uses(graph: Graph) -> dict[str, str]:

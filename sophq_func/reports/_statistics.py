@@ -8,8 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sophq_func import observers
-from sophq_func.codes import Grid, Refusal
-from sophq_func.codes.stored import grid_of
+from sophq_func.codes import Grid, Refusal, grid_of
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS, QParams, State
 from sophq_func.numerics.layout import expand

@@ -191,15 +191,67 @@ def test_a_model_without_dynamic_batch_says_so(tmp_path: Path) -> None:
     exported(made, torch.randn(4, 4), tmp_path / "net.onnx", dynamic_batch=False)
 
 
+COMPUTED = {
+    "nf4": (FQ.fp4("nf4"), sq.PerChannel()),
+    "mxfp4": (FQ.mxfp4(), sq.PerTensor()),
+    "mxint8": (FQ.mxint8(), sq.PerTensor()),
+    "nvfp4": (FQ.nvfp4(), sq.PerTensor()),
+    "bf16": (FQ.bf16(), sq.PerTensor()),
+    "blocks": (FQ.fixed(), sq.PerBlock(2, 4)),
+    "groups": (FQ.fixed(), sq.PerGroup(size=4)),
+}
+"""Weights whose codes no operator reads: tables, blocks, 16-bit floats, groups of other than matrices."""
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_no_operator_reads_is_computed(name: str, tmp_path: Path) -> None:
+    fake, grain = COMPUTED[name]
+    config = sq.QuantConfig(weight=sq.override(fake_quantize=fake, granularity=grain), activation=None)
+    model = nn.Sequential(nn.Conv2d(4, 8, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2)).eval()
+    x, path = torch.randn(3, 4, 6, 6), tmp_path / "net.onnx"
+    made = ready(model, x, config=config)
+    proto = exported(made, x, path)
+    assert not {"0.weight", "3.weight"} & stored(proto).keys()
+    for level in (LEVELS.ORT_DISABLE_ALL, LEVELS.ORT_ENABLE_ALL):
+        torch.testing.assert_close(computed(path, {"input": x}, level)[0], made(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_a_matrix_are_read_by_the_operator(tmp_path: Path) -> None:
+    config = sq.QuantConfig(weight=sq.override(granularity=sq.PerBlock(16, 32)), activation=None)
+    model, x = nn.Linear(64, 32).eval(), torch.randn(4, 64)
+    made, path = ready(model, x, config=config), tmp_path / "net.onnx"
+    proto = exported(made, x, path)
+    nodes = [node for node in proto.graph.node if node.op_type == "DequantizeLinear"]
+    assert [a.i for node in nodes for a in node.attribute if a.name == "block_size"] == [32]
+    torch.testing.assert_close(computed(path, {"input": x})[0], made(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cnn", "affine", "fp8", "w4"])
+def test_frozen_models_have_the_same_file(name: str, tmp_path: Path) -> None:
+    made = ready(Net().eval(), image(), config=CONFIGS[name])
+    frozen, params = made.q.freeze(made.params, made.qparams)
+    one = stored(exported(made, image(), tmp_path / "one.onnx"))
+    two = stored(exported(Ready(frozen, params, made.qparams), image(), tmp_path / "two.onnx"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        if "bias" not in key:  # the sums that fold a BatchNorm into a bias round otherwise
+            assert tensor.SerializeToString() == two[key].SerializeToString()
+    x = image(64)
+    agree(computed(tmp_path / "two.onnx", {"x": x})[0], made(x).detach())
+
+
 REFUSED = {
     "dynamic": (
         sq.QuantConfig(activation=sq.override(granularity=sq.PerToken(), dynamic=True, fake_quantize=FQ.fixed())),
         "from the tensor at hand",
     ),
-    "table": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.fp4("nf4"))), "other values than multiples of one step"),
-    "offset": (sq.QuantConfig(activation=sq.override(symmetric=False, fake_quantize=FQ.lsq_plus())), "more than rounding"),
-    "dorefa": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.dorefa())), "other values than multiples"),
-    "soft": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.adaround("soft"))), "other values than multiples"),
+    "logarithms": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.nnie())), "its codes stand for logarithms"),
+    "offset": (
+        sq.QuantConfig(activation=sq.override(symmetric=False, fake_quantize=FQ.lsq_plus())),
+        "its zero point is no code",
+    ),
+    "dorefa": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.dorefa())), "0 lies between two of its codes"),
+    "soft": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.adaround("soft"))), "its rounding is soft"),
 }
 
 
@@ -298,9 +350,6 @@ def test_wrong_models_and_missing_packages_are_named(tmp_path: Path, monkeypatch
     made, path = ready(Net().eval(), image()), tmp_path / "net.onnx"
     with pytest.raises(sq.StateError, match="a model in training mode"):
         exported(made._replace(q=made.q.train()), image(), path)
-    frozen, params = made.q.freeze(made.params, made.qparams)
-    with pytest.raises(sq.StateError, match="a frozen model"):
-        exported(Ready(frozen, params, made.qparams), image(), path)
     with pytest.raises(sq.StateError, match="params lack"):
         exported(made._replace(params={}), image(), path)
     found = importlib.util.find_spec

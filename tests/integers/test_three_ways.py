@@ -19,7 +19,8 @@ from tests.helpers import Ready, ready
 from tests.runtime import computed, onnx
 from tests.ties import OUTPUT, Reference, are_decided, last_step, reference, shown
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.isa, pytest.mark.slow]
+
 CHIPS = {"CNN": "BM1690", "Dataflow": None}
 
 

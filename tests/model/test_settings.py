@@ -199,6 +199,7 @@ def test_settings_stack_and_come_apart() -> None:
     assert sq.unstack({}) == []
 
 
+@pytest.mark.slow
 def test_new_data_is_not_compiled_again() -> None:
     q, params, qparams, x = ready(network(), config())
     torch.compiler.reset()

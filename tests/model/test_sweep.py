@@ -19,7 +19,7 @@ from sophq_func.core.pytree import tree_map
 from sophq_func.model.sweep import SMALL, Versions
 from tests.golden.models import ResidualConvNet
 
-WAYS = ("auto", "loop", "vmap", "compile")
+WAYS = ("auto", "loop", "vmap", pytest.param("compile", marks=pytest.mark.slow))
 
 
 def prepared(
