@@ -1,11 +1,13 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
+# make quick: under a minute of them.
+# make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: five settings of eighteen).
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-text examples test lint types contract rooms doctest check bench clean
+.PHONY: demo demo-text examples test quick test-isa lint types contract rooms doctest check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -18,6 +20,12 @@ examples: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --quick
+
+test-isa: $(VENV)/.test
+	$(BIN)/python tools/isa.py $(FEW)
 
 doctest: $(VENV)/.test
 	$(BIN)/python -m pytest --doctest-modules sophq_func -p no:cacheprovider
@@ -33,7 +41,7 @@ contract: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 rooms: | $(VENV)/bin/python
-	$(BIN)/python tools/rooms.py
+	$(BIN)/python tools/rooms.py --torch
 
 check: lint types contract rooms doctest test
 

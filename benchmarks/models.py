@@ -28,9 +28,10 @@ from zoo import ZOO, Batch, Specimen
 
 import sophq_func as sq
 from sophq_func.capture.graph import Node, Operand
+from sophq_func.config.names import value_quantizer, weight_quantizer
 from sophq_func.numerics import eager
 from sophq_func.planning.fusing import fuse
-from sophq_func.planning.strategies import CONTRACTIONS, activation_quantizer, contracted, source_of
+from sophq_func.planning.strategies import CONTRACTIONS, contracted, source_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ROUND = torch.ops.aten.round.default
@@ -61,7 +62,7 @@ class Work:
         for node in self.graph:
             if node.is_module(*CONVOLUTIONS, nn.Linear):
                 name = node.parameters["weight"]
-                weight = f"{name}_fake_quant" in self.plan
+                weight = weight_quantizer(name) in self.plan
                 yield self._layer(node, self.params[name]), weight and self._quantized(node.operands[0])
             elif node.function in CONTRACTIONS and node.function != "embedding":
                 operands = [operand for operand in node.operands if contracted(node, operand)]
@@ -74,7 +75,7 @@ class Work:
 
     def _quantized(self, operand: Operand) -> bool:
         source = source_of(self.graph, operand)
-        name = activation_quantizer(source.value) if source.value else f"{source.parameter}_fake_quant"
+        name = value_quantizer(source.value) if source.value else weight_quantizer(source.parameter)
         return name in self.plan and not self.plan[name].observe_only
 
     def _shape(self, operand: Operand) -> tuple[int, ...]:

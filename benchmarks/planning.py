@@ -2,19 +2,28 @@
 
 ``python benchmarks/planning.py [--leaves 1000] [--rules 50] [--rounds 5] [--json FILE]``. Each figure is also given as a
 ratio to one forward of the model, measured in the same run.
+
+``--growth 1000 2000 5000`` measures models of these sizes instead, in seconds of the processor, and gives the exponent
+between the first and the last: 1 is linear.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import time
 import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from measure import medians, write
 from torch import Tensor, nn
 
 import sophq_func as sq
+
+T = TypeVar("T")
 
 
 class Block(nn.Module):
@@ -35,7 +44,7 @@ def weights_copied(model: nn.Module, config: sq.QuantConfig, x: Tensor) -> int:
     params = sq.params_of(model)
     shared = {tensor.untyped_storage().data_ptr() for tensor in params.values()}
     q = sq.quantize(model, config, example_args=(x,))
-    inside = (tensor for tensor in vars(q)["_skeleton"].module.state_dict(keep_vars=True).values())
+    inside = (tensor for tensor in q.engine.skeleton.module.state_dict(keep_vars=True).values())
     return sum(t.nbytes for t in inside if t.device.type != "meta") + sum(t.nbytes for t in params.values()) * (
         shared != own
     )
@@ -50,6 +59,35 @@ def peak_memory(model: nn.Module, config: sq.QuantConfig, x: Tensor) -> int:
     return peak
 
 
+def seconds_of(leaves: int) -> dict[str, float]:
+    """Seconds of the processor that each step takes for a network of so many leaf modules."""
+    model, x = nn.Sequential(*(Block(4) for _ in range(leaves // 4))).eval(), torch.randn(1, 4, 4, 4)
+    config, found = sq.QuantConfig(chip="BM1688"), {}
+
+    def timed(name: str, step: Callable[[], T]) -> T:
+        start = time.process_time()
+        result = step()
+        found[name] = time.process_time() - start
+        return result
+
+    graph = timed("trace", lambda: sq.trace(model, (x,)))
+    plan = timed("plan", lambda: sq.plan(graph, config))
+    q = timed("build", lambda: sq.build(model, plan))
+    timed("train", q.train)
+    return found
+
+
+def growth(sizes: Sequence[int], rounds: int) -> dict[str, dict[str, float]]:
+    """For each step, the least seconds for each size, and the exponent from the first size to the last."""
+    runs = {size: [seconds_of(size) for _ in range(rounds)] for size in sizes}
+    rows: dict[str, dict[str, float]] = {}
+    for step in runs[sizes[0]][0]:
+        least = {size: min(run[step] for run in runs[size]) for size in sizes}
+        exponent = math.log(least[sizes[-1]] / least[sizes[0]]) / math.log(sizes[-1] / sizes[0])
+        rows[step] = {**{str(size): seconds for size, seconds in least.items()}, "exponent": exponent}
+    return rows
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -57,8 +95,16 @@ def main() -> None:
     parser.add_argument("--rules", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--growth", type=int, nargs="+", metavar="LEAVES")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.growth:
+        grown = growth(options.growth, options.rounds)
+        for step, row in grown.items():
+            print(f"{step:<8}" + "".join(f"{size:>10}: {value:6.2f}" for size, value in row.items()))
+        if options.json:
+            write(options.json, grown)
+        return
     model, x = nn.Sequential(*(Block(64) for _ in range(options.leaves // 4))).eval(), torch.randn(1, 64, 8, 8)
     rules = tuple(
         sq.Rule(name=f"{i}.conv1", weight=sq.override(bits=4)) for i in range(min(options.rules, options.leaves // 4))

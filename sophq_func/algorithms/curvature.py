@@ -71,11 +71,15 @@ def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: t
       (torch.Size([3, 2]), tensor([1.]))
     """
     if isinstance(names, str):
-        raise StateError(explain("rademacher", "these names", got=names, allowed="a list of names", fix=f"[{names!r}]"))
+        raise StateError(
+            explain("rademacher", "these names is not possible", got=names, allowed="a list of names", fix=f"[{names!r}]")
+        )
     _check_count("rademacher", "samples", samples)
     if not isinstance(generator, torch.Generator):
         got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
-        raise StateError(explain("rademacher", "this generator", got=got, allowed="a torch.Generator", fix=fix))
+        raise StateError(
+            explain("rademacher", "this generator is not possible", got=got, allowed="a torch.Generator", fix=fix)
+        )
     chosen = sorted(set(names))
     _check_names("rademacher", chosen, params)
     signs = {}
@@ -179,7 +183,9 @@ def _hessian(where: str, loss: Loss, params: Tensors, names: list[str]) -> Calla
         found = loss({name: chosen.get(name, tensor) for name, tensor in params.items()})
         if not isinstance(found, Tensor) or found.ndim:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise StateError(explain(where, "this loss", got=got, allowed="a scalar tensor", fix="loss.mean()"))
+            raise StateError(
+                explain(where, "this loss is not possible", got=got, allowed="a scalar tensor", fix="loss.mean()")
+            )
         return found
 
     pull = vjp(grad(value), {name: params[name] for name in names})[1]
@@ -193,14 +199,16 @@ def _check_names(where: str, names: Iterable[str], params: Tensors) -> None:
 
 def _check_count(where: str, what: str, count: Any) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ConfigError(explain(where, what, got=count, allowed="a whole number from 1"))
+        raise ConfigError(explain(where, f"{what} is not possible", got=count, allowed="a whole number from 1"))
 
 
 def _check_vectors(where: str, vectors: Tensors, params: Tensors, batched: bool) -> None:
     """Vectors are shaped like the params that they name, with a common first axis where they are batched."""
     if not isinstance(vectors, Mapping) or not vectors:
         fix = "sq.rademacher(params, names, samples, generator)"
-        raise StateError(explain(where, "these vectors", got=vectors, allowed="a dict {name: Tensor}", fix=fix))
+        raise StateError(
+            explain(where, "these vectors is not possible", got=vectors, allowed="a dict {name: Tensor}", fix=fix)
+        )
     _check_names(where, vectors, params)
     problems = []
     samples = next(iter(vectors.values())).shape[:1] if batched else torch.Size()
@@ -209,8 +217,15 @@ def _check_vectors(where: str, vectors: Tensors, params: Tensors, batched: bool)
         if vector.shape != samples + like.shape or vector.dtype != like.dtype or 0 in samples:
             allowed = f"{like.dtype} {('samples',) * batched + tuple(like.shape)}"
             problems.append(
-                explain(where, f"the vector of {name!r}", got=f"{vector.dtype} {tuple(vector.shape)}", allowed=allowed)
+                explain(
+                    where,
+                    f"the vector of {name!r} is not possible",
+                    got=f"{vector.dtype} {tuple(vector.shape)}",
+                    allowed=allowed,
+                )
             )
         elif not batched and is_plain([vector]) and not bool(vector.any()):
-            problems.append(explain(where, f"a start of 0 for {name!r}", because="the Hessian leaves 0 where it is"))
+            problems.append(
+                explain(where, f"a start of 0 for {name!r} is not possible", because="the Hessian leaves 0 where it is")
+            )
     raise_all(problems, StateError)

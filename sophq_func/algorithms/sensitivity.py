@@ -108,7 +108,7 @@ def sensitivity(
     """
     if q.frozen:
         because, fix = "its weights cannot be switched", "use the q that was frozen"
-        raise StateError(explain("sensitivity", "a frozen model", because=because, fix=fix))
+        raise StateError(explain("sensitivity", "a frozen model is not possible", because=because, fix=fix))
     on, off = enabled(qparams, True), enabled(qparams, False)
     names = [name for name in sorted(qparams) if name in q.plan and not q.plan[name].observe_only]
     alone = [{**off, name: on[name]} for name in names]
@@ -118,7 +118,9 @@ def sensitivity(
         found = loss(output)
         if not isinstance(found, Tensor):
             fix = "return a tensor from loss"
-            raise StateError(explain("sensitivity", "this loss", got=type(found).__name__, allowed="a tensor", fix=fix))
+            raise StateError(
+                explain("sensitivity", "this loss is not possible", got=type(found).__name__, allowed="a tensor", fix=fix)
+            )
         return found
 
     found = q.sweep(params, [off, *alone, on, *without], batch, reduce=measured, how=how, progress=progress)

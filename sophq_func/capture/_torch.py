@@ -1,14 +1,19 @@
-"""What torch keeps to itself, and a run needs: the stack of function modes, and where a module holds its tensors and hooks.
+"""What torch keeps to itself, and the library needs.
 
-Each name here has a test that says what breaks without it.
+For runs: the stack of function modes, and where a module holds its tensors and hooks. For exports: what ``torch.export``
+says in its errors, and the operators that inductor looks for. Each private name here has a test of what it is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import re
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import (
@@ -80,3 +85,121 @@ def has_only_our_hooks(module: nn.Module) -> bool:
 def is_parametrized(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.parametrize`` computes a parameter of the module at each use."""
     return "parametrizations" in module._modules
+
+
+def operator_name(target: object) -> str:
+    """Name of the operator that a graph's node calls, without its overload; empty for a Python function."""
+    return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def refusals_of_export() -> tuple[type[Exception], ...]:
+    """What ``torch.export`` raises where a program does not take the sizes that it was asked for."""
+    from torch._dynamo.exc import UserError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    return UserError, ConstraintViolationError
+
+
+LOGGER_OF_ONNX = "torch.onnx._internal.exporter._registration"
+"""Where ``torch.onnx`` says which optional packages it does not find."""
+
+SIZE_RANGE = re.compile(r"(\w+) = Dim\('\1'(?:, min=(\d+))?(?:, max=(\d+|oo))?\)")
+"""How ``torch.export`` writes the range that a size may have."""
+
+
+def suggested_fixes(message: str) -> list[str]:
+    """What ``torch.export`` would have instead of the sizes that it was given, line by line.
+
+    Example:
+      >>> suggested_fixes("No.\\n\\nSuggested fixes:\\n  n = Dim('n', max=8)\\n  m = 3\\n\\nmore")
+      ["n = Dim('n', max=8)", 'm = 3']
+    """
+    lines = message.partition("Suggested fixes:")[2].strip().partition("\n\n")[0].splitlines()
+    return [line.strip() for line in lines]
+
+
+def suggested_range(line: str) -> tuple[str, dict[str, int]] | None:
+    """The name of a size and the range that a suggested fix gives it; ``None`` where it says something else.
+
+    Example:
+      >>> suggested_range("n = Dim('n', min=2, max=8)"), suggested_range("m = 3")
+      (('n', {'min': 2, 'max': 8}), None)
+    """
+    match = SIZE_RANGE.fullmatch(line)
+    if match is None:
+        return None
+    name, *ends = match.groups()
+    return name, {key: int(end) for key, end in zip(("min", "max"), ends, strict=True) if end and end != "oo"}
+
+
+def reasons_of_refusal(message: str) -> list[str]:
+    """The reasons that ``torch.export`` lists for a refusal, without explanations; its first line if it lists none."""
+    head, *rest = message.strip().splitlines()
+    listed = [line.strip().removeprefix("- ").partition(". ")[0].rstrip(".") for line in rest if line.startswith("  - ")]
+    return [reason for reason in listed if "in the specified range" not in reason] or listed or [head]
+
+
+def quantized_operators() -> Any:
+    """The operators ``quantize_per_tensor``, ``dequantize_per_tensor`` and ``dequantize_per_channel`` of PT2E.
+
+    Inductor's passes for x86 look for operators of these names in the namespace ``quantized_decomposed``. The private module
+    that registers them is to leave torch with ``torch.ao``; where it is gone, they are registered here.
+    """
+    try:
+        importlib.import_module("torch.ao.quantization.fx._decomposed")
+    except ModuleNotFoundError:
+        _register_operators()
+    return torch.ops.quantized_decomposed
+
+
+@cache
+def _register_operators() -> torch.library.Library:
+    """Operators with the schemas and the arithmetic of PT2E's; the library lives as long as the process."""
+    library = torch.library.Library("quantized_decomposed", "DEF")  # type: ignore[no-untyped-call]
+    grid = "int quant_min, int quant_max, ScalarType dtype"
+    real = f"{grid}, *, ScalarType? out_dtype=None"
+    define: Callable[[str], None] = library.define
+    define(f"quantize_per_tensor(Tensor input, float scale, int zero_point, {grid}) -> Tensor")
+    define(f"dequantize_per_tensor(Tensor input, float scale, int zero_point, {real}) -> Tensor")
+    define(f"dequantize_per_channel(Tensor input, Tensor scales, Tensor? zero_points, int axis, {real}) -> Tensor")
+    for operator in (quantize_per_tensor, dequantize_per_tensor, dequantize_per_channel):
+        library.impl(operator.__name__, operator, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    return library
+
+
+def quantize_per_tensor(
+    input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> Tensor:
+    """Codes ``clamp(round(x (1 / s)) + z)``."""
+    return (torch.round(input * (1.0 / scale)) + zero_point).clamp(quant_min, quant_max).to(dtype)
+
+
+def dequantize_per_tensor(
+    input: Tensor,
+    scale: float,
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Values ``(q - z) s``."""
+    return (input.to(out_dtype or torch.float32) - zero_point) * scale
+
+
+def dequantize_per_channel(
+    input: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Values ``(q - z) s`` with a scale for each index along an axis."""
+    shape = [-1 if i == axis % input.ndim else 1 for i in range(input.ndim)]
+    zeros = 0 if zero_points is None else zero_points.reshape(shape)
+    return ((input - zeros) * scales.reshape(shape)).to(out_dtype or torch.float32)

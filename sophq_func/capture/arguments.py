@@ -21,7 +21,7 @@ def as_call(batch: Any, where: str = "calibrate") -> tuple[tuple[Any, ...], dict
     if isinstance(batch, Mapping):
         return (), dict(batch)
     allowed = "a tensor, a tuple of arguments or a dict of keyword arguments"
-    raise StateError(explain(where, "this batch", got=type(batch).__name__, allowed=allowed))
+    raise StateError(explain(where, "this batch is not possible", got=type(batch).__name__, allowed=allowed))
 
 
 class Arguments(NamedTuple):

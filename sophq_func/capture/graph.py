@@ -146,6 +146,7 @@ class Graph:
       opaque: paths of modules that the trace was told not to look into.
       written: names of inputs that the model writes into.
       scopes: calls of modules that are no leaves, in the order in which they end.
+      shapes: of the parameters and buffers, by canonical name.
     """
 
     def __init__(
@@ -156,9 +157,10 @@ class Graph:
         opaque: tuple[str, ...] = (),
         written: tuple[str, ...] = (),
         scopes: tuple[Scope, ...] = (),
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
-        self.opaque, self.written, self.scopes = opaque, written, scopes
+        self.opaque, self.written, self.scopes, self.shapes = opaque, written, scopes, dict(shapes or {})
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:

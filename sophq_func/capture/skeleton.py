@@ -52,7 +52,9 @@ def params_of(model: nn.Module) -> dict[str, Tensor]:
       ['0.bias', '0.weight', '1.num_batches_tracked', '1.running_mean', '1.running_var']
     """
     if not isinstance(model, nn.Module):
-        raise PlanError(explain("params_of", "this model", got=type(model).__name__, allowed="a torch.nn.Module"))
+        raise PlanError(
+            explain("params_of", "this model is not possible", got=type(model).__name__, allowed="a torch.nn.Module")
+        )
     return sorted_dict({name: tensor.detach() for name, tensor in _registered(model).items()})
 
 
@@ -196,7 +198,9 @@ class Skeleton:
         """Raise a :class:`StateError` that names every parameter that is missing, unknown or no tensor."""
         fix = "params = sq.params_of(model)"
         if not isinstance(params, Mapping):
-            raise StateError(explain(where, "params", got=type(params).__name__, allowed="a dict {name: Tensor}", fix=fix))
+            raise StateError(
+                explain(where, "params is not possible", got=type(params).__name__, allowed="a dict {name: Tensor}", fix=fix)
+            )
         problems = []
         if not self.names <= params.keys() <= self.known:
             missing = sorted(self.names - params.keys())
@@ -206,7 +210,11 @@ class Skeleton:
                 problems.append(f"{where}: params hold {name!r}, which the model has not. Fix: {hint or 'leave it out'}.")
         for name, value in params.items():
             if not isinstance(value, Tensor):
-                problems.append(explain(where, f"params[{name!r}]", got=type(value).__name__, allowed="a Tensor", fix=fix))
+                problems.append(
+                    explain(
+                        where, f"params[{name!r}] is not possible", got=type(value).__name__, allowed="a Tensor", fix=fix
+                    )
+                )
         raise_all(problems, StateError)
 
     def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -337,7 +345,9 @@ def _copy_without_weights(
     except Exception as error:
         what = f"a private copy of {type(model).__name__}"
         fix = "give the class whose instance cannot be copied a __deepcopy__"
-        raise PlanError(explain("trace", what, because=f"copy.deepcopy says: {error}", fix=fix)) from error
+        raise PlanError(
+            explain("trace", f"{what} is not possible", because=f"copy.deepcopy says: {error}", fix=fix)
+        ) from error
 
 
 def _first_argument(x: Any, *_: Any, **__: Any) -> Any:

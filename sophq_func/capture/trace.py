@@ -68,7 +68,7 @@ def trace(
         output, _ = skeleton.run(frame, params, args, kwargs)
     if versions != [writes_into(constant) for constant in skeleton.constants]:
         what = "writing in place into a tensor that is a plain attribute"
-        raise PlanError(explain(type(model).__name__, what, fix="register_buffer it"))
+        raise PlanError(explain(type(model).__name__, f"{what} is not possible", fix="register_buffer it"))
     return frame.graph(output, model, opaque)
 
 
@@ -88,12 +88,14 @@ def _checked_call(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, 
     fix = "example_args=(x,) and example_kwargs={'name': x}, as in model(x, name=x)"
     if not isinstance(args, Tensor | tuple | list) or not isinstance(kwargs, Mapping | None):
         got = type(args if not isinstance(args, Tensor | tuple | list) else kwargs).__name__
-        raise PlanError(explain("trace", "this example", got=got, allowed="a tuple and a dict", fix=fix))
+        raise PlanError(explain("trace", "this example is not possible", got=got, allowed="a tuple and a dict", fix=fix))
     args, kwargs = (args,) if isinstance(args, Tensor) else tuple(args), dict(kwargs or {})
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
-        raise PlanError(explain("trace", f"calling {type(model).__name__}", because=str(error), fix=fix)) from error
+        raise PlanError(
+            explain("trace", f"calling {type(model).__name__} is not possible", because=str(error), fix=fix)
+        ) from error
     return args, kwargs
 
 
@@ -113,9 +115,11 @@ class _Recorder(Frame):
         self._scopes: list[Scope] = []
         self._inputs: dict[int, tuple[Tensor, Tensor, str]] = {}
         self._before: dict[int, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
+            self._shapes[name] = tuple(tensor.shape)
             self._note(tensor, Operand(role="", slot=0, parameter=name))
 
     def enter_scope(self, path: str, args: Any, kwargs: Any) -> None:
@@ -183,7 +187,7 @@ class _Recorder(Frame):
                 self._values[name] = replace(self._values[name], output=True, overwritten=late)
         modules = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
         written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if writes_into(copy)]
-        return Graph(self._nodes, self._values, modules, opaque, tuple(written), tuple(self._scopes))
+        return Graph(self._nodes, self._values, modules, opaque, tuple(written), tuple(self._scopes), self._shapes)
 
     def _counted(self, path: str, function: str, counted: bool) -> dict[str, Any]:
         """How many counted calls of this kind came before, and whether this one counts."""

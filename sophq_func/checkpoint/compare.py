@@ -72,7 +72,10 @@ def _of_calls(stored: Plan, here: Plan) -> Iterator[str]:
 
 def _of_sites(name: str, before: Site, after: Site) -> Iterator[str]:
     """Where a quantizer sits otherwise; the shape of an activation comes with the example's batch."""
-    for field in (f.name for f in fields(Site)):
+    if before.kind != after.kind:
+        yield f"{name}: its place is that of a {before.kind} in the file, of a {after.kind} here"
+        return
+    for field in (f.name for f in fields(before) if f.compare):
         there, here = getattr(before, field), getattr(after, field)
         if there != here and not (field == "shape" and before.role == after.role == "activation"):
             yield f"{name}: {field} of its place is {there!r} in the file, {here!r} here"

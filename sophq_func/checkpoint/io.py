@@ -23,6 +23,7 @@ from sophq_func.model.quantized import Quantized
 from sophq_func.model.shapes import FIELDS, check_ostate, check_qparams, expected
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.planning.plan import Plan
+from sophq_func.planning.stored import digest_of_version_2
 
 FORMAT, VERSION = "sophq_func", 1
 PARTS = ("params", "qparams", "ostate", "plan")
@@ -83,12 +84,14 @@ class Checkpoint:
           True
         """
         if not isinstance(q, Quantized | Plan):
-            raise CheckpointError(explain("check", "this", got=type(q).__name__, allowed="a sq.Quantized or a sq.Plan"))
+            raise CheckpointError(
+                explain("check", "this is not possible", got=type(q).__name__, allowed="a sq.Quantized or a sq.Plan")
+            )
         found = differences(q, self.plan, self.qparams, self.ostate, self.params)
         if found:
             because = f"{len(found)} {'thing differs' if len(found) == 1 else 'things differ'}"
             fix = "build the model from the plan of the file, or calibrate anew"
-            said = explain(self.path, "using it here", because=because, fix=fix)
+            said = explain(self.path, "using it here is not possible", because=because, fix=fix)
             raise CheckpointError("\n  ".join([said, *found]))
         return self
 
@@ -176,14 +179,16 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         _check_parts(parts)
     except (ArithmeticError, RecursionError, ValueError) as error:
         refuse(file, "reading a checkpoint", str(error), "save it again, from the model")
-    metadata = {key: text[key] for key in ("library", "torch", "digest") if key in text} | {"version": version}
+    metadata = {key: text[key] for key in ("library", "torch") if key in text} | {"version": version}
+    if "plan" in parts:
+        metadata["digest"] = parts["plan"].digest()  # not as it is written: a plan of an older version had another one
     moved = {name: own if name == "plan" else tree_map(lambda t: t.to(place), own) for name, own in parts.items()}
     return Checkpoint(path=str(file), metadata=MappingProxyType(sorted_dict(metadata)), **moved)
 
 
 def _path(path: object, where: str) -> Path:
     if not isinstance(path, str | os.PathLike) or "\0" in os.fsdecode(path):
-        raise CheckpointError(explain(where, "this path", got=path, allowed="a string or a pathlib.Path"))
+        raise CheckpointError(explain(where, "this path is not possible", got=path, allowed="a string or a pathlib.Path"))
     return Path(os.fsdecode(path))
 
 
@@ -191,26 +196,36 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(explain("load", "this device", got=device, allowed="'cpu', 'cuda', ...")) from None
+        raise ConfigError(explain("load", "this device is not possible", got=device, allowed="'cpu', 'cuda', ...")) from None
 
 
 def _check_parts(parts: Mapping[str, Any]) -> None:
     """Raise a :class:`StateError` unless the parts fit together."""
     plan = parts.get("plan")
     if not parts:
-        raise StateError(explain("checkpoint", "saving nothing", allowed="plan=, qparams=, ostate= or params="))
+        raise StateError(
+            explain("checkpoint", "saving nothing is not possible", allowed="plan=, qparams=, ostate= or params=")
+        )
     if plan is not None and not isinstance(plan, Plan):
-        raise StateError(explain("plan", "this type", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan"))
+        raise StateError(
+            explain("plan", "this type is not possible", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan")
+        )
     if "ostate" in parts:
         if plan is None:
             because = "the plan's observers say what the states are"
-            raise StateError(explain("ostate", "a state without its plan", because=because, fix="plan=q.plan"))
+            raise StateError(
+                explain("ostate", "a state without its plan is not possible", because=because, fix="plan=q.plan")
+            )
         check_ostate(plan, parts["ostate"])
     if "qparams" in parts:
         check_qparams(plan, parts["qparams"])
     if "params" in parts and not isinstance(parts["params"], Mapping):
         got = type(parts["params"]).__name__
-        raise StateError(explain("params", "this type", got=got, allowed="a dict {name: Tensor}", fix="sq.params_of(model)"))
+        raise StateError(
+            explain(
+                "params", "this type is not possible", got=got, allowed="a dict {name: Tensor}", fix="sq.params_of(model)"
+            )
+        )
 
 
 def _flat(parts: Mapping[str, Any]) -> Tensors:
@@ -223,7 +238,9 @@ def _flat(parts: Mapping[str, Any]) -> Tensors:
     }
     named = {(part, name): leaf for part, own in leaves.items() for name, leaf in own.items()}
     problems = [
-        explain(part, f"the entry {short(name)}", got=type(leaf).__name__, allowed="a Tensor with a dotted name")
+        explain(
+            part, f"the entry {short(name)} is not possible", got=type(leaf).__name__, allowed="a Tensor with a dotted name"
+        )
         for (part, name), leaf in named.items()
         if not isinstance(name, str) or not isinstance(leaf, Tensor)
     ]
@@ -276,7 +293,7 @@ def _parts(tensors: Tensors, text: Text) -> dict[str, Any]:
 def _plan(text: str, digest: str) -> Plan:
     parse(text, "the plan")
     plan = Plan.from_json(text)
-    if plan.digest() != digest:
+    if digest not in (plan.digest(), digest_of_version_2(text)):
         raise ValueError("its plan is not the one that its digest names")
     return plan
 

@@ -83,7 +83,7 @@ class Header(NamedTuple):
 def refuse(path: Path, doing: str, because: str, fix: str) -> NoReturn:
     """Raise the one error of a file that cannot be written or read; a reason that is endless is cut."""
     because = because if len(because) <= LONGEST_REASON else f"{because[:LONGEST_REASON]}..."
-    raise CheckpointError(explain(str(path), doing, because=because, fix=fix)) from None
+    raise CheckpointError(explain(str(path), f"{doing} is not possible", because=because, fix=fix)) from None
 
 
 def short(value: object) -> str:

@@ -176,9 +176,9 @@ def _export(given: argparse.Namespace) -> int:
     to_onnx = given.target.endswith(".onnx")
     if to_onnx and given.float:
         because = "it goes beside tables, and this target is a quantized ONNX file"
-        raise ConfigError(explain(given.target, "--float", because=because, fix="a folder as the target"))
+        raise ConfigError(explain(given.target, "--float is not possible", because=because, fix="a folder as the target"))
     if (to_onnx or given.float) and not batches:
-        raise ConfigError(explain(given.source, "no batches", because="ONNX is made from an example"))
+        raise ConfigError(explain(given.source, "no batches is not possible", because="ONNX is made from an example"))
     if to_onnx:
         onnx(q, params, qparams, batches[0], given.target)
         return _say(f"written: {given.target}")
@@ -201,7 +201,9 @@ def _made(source: str) -> tuple[nn.Module, list[Any]]:
     """What ``MODULE:FUNCTION`` returns."""
     module, _, name = source.partition(":")
     if not module or not name:
-        raise ConfigError(explain("MODULE:FUNCTION", "this source", got=source, fix="demo:make, for make() in demo.py"))
+        raise ConfigError(
+            explain("MODULE:FUNCTION", "this source is not possible", got=source, fix="demo:make, for make() in demo.py")
+        )
     sys.path.insert(0, "")
     try:
         found = importlib.import_module(module)
@@ -213,7 +215,9 @@ def _made(source: str) -> tuple[nn.Module, list[Any]]:
     result = getattr(found, name)()
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
         got, allowed = type(result).__name__, "a tuple (model, batches)"
-        raise ConfigError(explain(source, "this result", got=got, allowed=allowed, fix="return model, [batch, ...]"))
+        raise ConfigError(
+            explain(source, "this result is not possible", got=got, allowed=allowed, fix="return model, [batch, ...]")
+        )
     return result[0], list(result[1])
 
 
@@ -228,14 +232,14 @@ def _read(path: str) -> Given:
         return Given(Plan.from_json(source.read_text(encoding="utf-8")))
     except ValueError as error:
         because = " ".join(str(error).split())
-        raise ConfigError(explain(path, "reading a plan or a checkpoint", because=because)) from error
+        raise ConfigError(explain(path, "reading a plan or a checkpoint is not possible", because=because)) from error
 
 
 def _checkpoint(path: str) -> Given:
     """A checkpoint with a plan."""
     found = load(path)
     if found.plan is None:
-        raise ConfigError(explain(path, "reading a plan", because="the checkpoint was saved without one"))
+        raise ConfigError(explain(path, "reading a plan is not possible", because="the checkpoint was saved without one"))
     return Given(found.plan, found.qparams, found.params, found.metadata)
 
 

@@ -18,20 +18,9 @@ def matches_name(pattern: str, site: Site) -> bool:
 
     A path matches the module and everything below it.
     """
-    names = site.names()
     if any(c in pattern for c in "*?["):
-        return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(underscored(name), pattern) for name in names)
-    return pattern in names or pattern in map(underscored, names)
-
-
-def underscored(name: str) -> str:
-    """A dotted name as sophgo-mq writes names of graph nodes.
-
-    Example:
-      >>> underscored("layer1.0.conv1")
-      'layer1_0_conv1'
-    """
-    return name.replace(".", "_")
+        return any(fnmatch.fnmatchcase(name, pattern) for name in site.spellings)
+    return pattern in site.spellings
 
 
 def matches_type(key: Any, site: Site) -> bool:
@@ -77,7 +66,7 @@ def type_text(key: Any) -> str:
 def check_type_key(key: Any, where: str) -> None:
     """Raise a :class:`ConfigError` for what can be no type key; whether a string names anything, the plan will see."""
     if problem := type_key_problem(key):
-        raise ConfigError(explain(where, "this type key", got=key, allowed=problem))
+        raise ConfigError(explain(where, "this type key is not possible", got=key, allowed=problem))
 
 
 def type_key_problem(key: object) -> str:

@@ -44,13 +44,15 @@ def fused(name: str, *parts: type[nn.Module] | Callable[..., Any] | str) -> type
       (<class 'torch.nn.modules.linear.Linear'>, <class 'torch.nn.modules.activation.GELU'>)
     """
     if not isinstance(name, str) or not name.isidentifier() or name in PATTERNS:
-        raise ConfigError(explain("fused", "this name", got=name, allowed="an identifier that is not taken"))
+        raise ConfigError(explain("fused", "this name is not possible", got=name, allowed="an identifier that is not taken"))
     return _fused(name, *parts)
 
 
 def _fused(name: str, *parts: Any) -> type[Fused]:
     if len(parts) < 2 or not all(map(_is_part, parts)):
-        raise ConfigError(explain(f"fused {name!r}", "these parts", got=parts, allowed="two or more classes or functions"))
+        raise ConfigError(
+            explain(f"fused {name!r}", "these parts is not possible", got=parts, allowed="two or more classes or functions")
+        )
     return type(name, (Fused,), {"parts": parts, "__module__": __name__})
 
 

@@ -16,11 +16,11 @@ from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.matching import check_type_key, matches_name, matches_type, type_key_problem, type_text
 from sophq_func.config.patterns import Fused
 from sophq_func.config.site import Role, Site
+from sophq_func.config.strategies import PLACEMENTS, Preset
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 QUANTMODES = ("weight_activation", "weight_only")
-STRATEGIES = ("CNN", "Transformer", "Dataflow", "Layers", "BF16Mixed")
 DEFAULT_CHIP = "BM1690"
 
 
@@ -78,18 +78,26 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.name is None and self.type is None and self.where is None:
-            raise ConfigError(explain("Rule", "matching", allowed="name, type or where", fix='Rule(name="*", ...)'))
+            raise ConfigError(
+                explain("Rule", "matching is not possible", allowed="name, type or where", fix='Rule(name="*", ...)')
+            )
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
-            raise ConfigError(explain("Rule", "this name", got=self.name, allowed="a module path, quantizer name or glob"))
+            raise ConfigError(
+                explain("Rule", "this name is not possible", got=self.name, allowed="a module path, quantizer name or glob")
+            )
         for role in ("weight", "activation"):
             raise_all(_wrong_half("Rule", role, getattr(self, role)))
         for flag in FLAGS:
             if not isinstance(getattr(self, flag), bool | None):
-                raise ConfigError(explain("Rule", flag, got=getattr(self, flag), allowed="True, False or None"))
+                raise ConfigError(
+                    explain("Rule", f"{flag} is not possible", got=getattr(self, flag), allowed="True, False or None")
+                )
         if self.outputs is False:
-            raise ConfigError(explain("Rule", "outputs=False", allowed="True or None", fix="activation=None"))
+            raise ConfigError(
+                explain("Rule", "outputs=False is not possible", allowed="True or None", fix="activation=None")
+            )
         if self.where is not None and not callable(self.where):
-            raise ConfigError(explain("Rule", "this where", got=self.where, allowed="a function of a Site"))
+            raise ConfigError(explain("Rule", "this where is not possible", got=self.where, allowed="a function of a Site"))
         check_type_key(self.type, "Rule")
 
     def __repr__(self) -> str:
@@ -122,7 +130,8 @@ class QuantConfig:
     Attributes:
       chip: fills what is not given, and validates; ``None``: no limits, and BM1690's defaults.
       strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Layers"``, ``"BF16Mixed"`` or
-        ``"Dataflow"`` (the default without a chip; with one it is ``"CNN"``).
+        ``"Dataflow"`` (the default without a chip; with one it is ``"CNN"``), or another one that is registered in
+        ``sophq_func.config.strategies.PLACEMENTS``.
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
       weight, activation: config of every quantizer that no rule changes: a whole one, an override of the chip's, or
         ``None``, which leaves that half float.
@@ -157,8 +166,8 @@ class QuantConfig:
         raise_all(self._problems())
         if self.chip is not None:
             object.__setattr__(self, "chip", CHIPS.canonical(self.chip))
-        if self.strategy is None:
-            object.__setattr__(self, "strategy", "Dataflow" if self.chip is None else "CNN")
+        default = "Dataflow" if self.chip is None else "CNN"
+        object.__setattr__(self, "strategy", PLACEMENTS.canonical(self.strategy or default))
         for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -167,20 +176,22 @@ class QuantConfig:
         found = []
         if self.chip is not None and (not isinstance(self.chip, str) or self.chip not in CHIPS):
             found.append(unknown("QuantConfig", "chip", self.chip, CHIPS.spellings()))
-        if self.strategy is not None and self.strategy not in STRATEGIES:
-            found.append(unknown("QuantConfig", "strategy", self.strategy, STRATEGIES))
+        if self.strategy is not None and not _is_registered(self.strategy):
+            found.append(unknown("QuantConfig", "strategy", self.strategy, PLACEMENTS.spellings()))
         if self.quantmode not in QUANTMODES:
             found.append(unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES))
         strategy = self.strategy or (None if self.chip is None else "CNN")
         if self.quantmode == "weight_only" and strategy == "CNN":
             fix = 'strategy="Transformer" or quantmode="weight_activation"'
-            found.append(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN"', fix=fix))
+            found.append(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN" is not possible', fix=fix))
         for role in ("weight", "activation"):
             found += _wrong_half("QuantConfig", role, getattr(self, role))
         for name, (good, allowed) in TUPLES.items():
             value = getattr(self, name)
             if not isinstance(value, tuple | list) or not all(map(good, value)):
-                found.append(explain("QuantConfig", name, got=value, allowed=allowed, fix=f"{name}=(...,)"))
+                found.append(
+                    explain("QuantConfig", f"{name} is not possible", got=value, allowed=allowed, fix=f"{name}=(...,)")
+                )
         return found
 
     @property
@@ -225,6 +236,10 @@ class QuantConfig:
         return f"config {role}"
 
 
+def _is_registered(strategy: object) -> bool:
+    return isinstance(strategy, str) and strategy in PLACEMENTS
+
+
 def _is_module_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
@@ -247,7 +262,7 @@ def _wrong_half(where: str, role: str, value: object) -> list[str]:
     if isinstance(value, QuantizerConfig | Override | None | _Unset):
         return []
     allowed = "sq.override(...), a QuantizerConfig or None"
-    return [explain(where, f"{role}={value!r}", got=type(value).__name__, allowed=allowed)]
+    return [explain(where, f"{role}={value!r} is not possible", got=type(value).__name__, allowed=allowed)]
 
 
 @dataclass(frozen=True)
@@ -263,21 +278,6 @@ class Decision:
     config: QuantizerConfig | None
     reasons: dict[str, str]
     matched: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a strategy knows about one quantizer. It is stronger than the chip's default; rules are stronger still.
-
-    Attributes:
-      change: the fields that it sets.
-      why: in words.
-      yields: whether what the config itself says about one of these fields is stronger, too.
-    """
-
-    change: Override
-    why: str
-    yields: bool = False
 
 
 def resolve(config: QuantConfig, site: Site, preset: Preset | None = None) -> Decision:

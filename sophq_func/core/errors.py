@@ -29,29 +29,29 @@ _NOTHING = object()
 
 def explain(
     where: str,
-    what: str,
+    sentence: str,
     *,
     got: object = _NOTHING,
     allowed: object = None,
     because: str = "",
     fix: str = "",
 ) -> str:
-    """Build ``<where>: <what> is not possible: got <value>, allowed <values> (because <why>). Fix: <how>.``
+    """Build ``<where>: <sentence>: got <value>, allowed <values> (because <why>). Fix: <how>.``
 
     Args:
       where: the site, function or key that is at fault.
-      what: what was asked for; the sentence goes on with "is not possible".
+      sentence: what is wrong, without a full stop: ``"3 bits is not possible"``, ``"these batches cannot be observed"``.
       got: the offending value; left out when not given.
       allowed: what would have been accepted; left out when ``None``.
       because: the chip, op or scheme that forbids it.
       fix: one line of code or configuration.
 
     Example:
-      >>> explain("conv1 weight", "3 bits", got=3, allowed="4 or 8", because="chip BM1688", fix="bits=4")
+      >>> explain("conv1 weight", "3 bits is not possible", got=3, allowed="4 or 8", because="chip BM1688", fix="bits=4")
       'conv1 weight: 3 bits is not possible: got 3, allowed 4 or 8 (because chip BM1688). Fix: bits=4.'
     """
     details = [f"got {got!r}" if got is not _NOTHING else "", f"allowed {allowed}" if allowed is not None else ""]
-    text = f"{where}: {what} is not possible"
+    text = f"{where}: {sentence}"
     if any(details):
         text += ": " + ", ".join(filter(None, details))
     if because:

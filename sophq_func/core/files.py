@@ -62,8 +62,8 @@ def write_text(where: str, path: str | os.PathLike[str], text: str) -> Path:
     """
     target = Path(path)
     if not target.parent.is_dir():
-        raise StateError(explain(where, "this folder", got=str(target.parent), fix="make it first"))
+        raise StateError(explain(where, "this folder is not possible", got=str(target.parent), fix="make it first"))
     if target.is_dir():
-        raise StateError(explain(where, "this path", got=str(target), allowed="the path of a file"))
+        raise StateError(explain(where, "this path is not possible", got=str(target), allowed="the path of a file"))
     write_bytes(target, text.encode())
     return target

@@ -33,7 +33,9 @@ class Registry(Generic[T]):
         """Register ``value``; a name that is taken is refused."""
         for key in (name, *aliases):
             if key in self._canonical:
-                raise ConfigError(explain(f"{self.kind} {key!r}", "a second registration", fix="choose another name"))
+                raise ConfigError(
+                    explain(f"{self.kind} {key!r}", "a second registration is not possible", fix="choose another name")
+                )
             self._canonical[key] = name
         self._values[name] = value
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.capture import reasons_of_refusal, refusals_of_export, suggested_fixes, suggested_range
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.pytree import flatten, paths, tensors, tree_map
 from sophq_func.export._program import Call, Program
@@ -24,7 +25,6 @@ Bounds = dict[str, dict[str, int]]
 
 OF_BATCH = "dynamic_batch=False, or a model that takes its size from its input"
 OF_AXES = "leave it out of dynamic_axes, or a model that takes its size from its input"
-BOUND = re.compile(r"(\w+) = Dim\('\1'(?:, min=(\d+))?(?:, max=(\d+|oo))?\)")
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,6 @@ def captured(
     Raises:
       ConfigError: there are no such axes, or the model does not take other sizes.
     """
-    from torch._dynamo.exc import UserError
-    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
-
     if axes is not None:
         sized = _by_name(where, made, (args, kwargs), axes)
     else:
@@ -82,7 +79,7 @@ def captured(
         try:
             program = _exported(made, sized, bounds)
             return Captured(program, _symbols(program, sized))
-        except (UserError, ConstraintViolationError) as error:
+        except refusals_of_export() as error:
             found = {} if axes is None or bounds else _bounds(str(error))
             if not found:
                 raise ConfigError(_refusal(where, str(error), axes)) from error
@@ -157,13 +154,15 @@ def _misspelled(where: str, axes: Any) -> Iterator[str]:
     """What is no mapping of arguments to axes and names."""
     fix = "dynamic_axes={'x': {0: 'batch', 1: 'length'}}"
     if not isinstance(axes, Mapping) or not all(isinstance(own, Mapping) for own in axes.values()):
-        yield explain(where, "this dynamic_axes", got=axes, allowed="arguments, each with names by axis", fix=fix)
+        yield explain(
+            where, "this dynamic_axes is not possible", got=axes, allowed="arguments, each with names by axis", fix=fix
+        )
         return
     for argument, own in axes.items():
         for axis, name in own.items():
             if not isinstance(name, str) or not name.isidentifier():
                 what = f"this name for axis {axis} of {argument!r}"
-                yield explain(where, what, got=name, allowed="an identifier", fix=fix)
+                yield explain(where, f"{what} is not possible", got=name, allowed="an identifier", fix=fix)
 
 
 def _missing(where: str, axes: Axes, given: Mapping[str, Tensor]) -> Iterator[str]:
@@ -177,39 +176,29 @@ def _missing(where: str, axes: Axes, given: Mapping[str, Tensor]) -> Iterator[st
         for axis, name in own.items():
             if type(axis) is not int or not 0 <= axis < len(shape):
                 allowed = f"0 to {len(shape) - 1}" if shape else "none"
-                yield explain(where, f"this axis of {argument!r}", got=axis, allowed=allowed)
+                yield explain(where, f"this axis of {argument!r} is not possible", got=axis, allowed=allowed)
                 continue
             size, first = sizes.setdefault(name, (shape[axis], f"axis {axis} of {argument!r}"))
             if size != shape[axis]:
                 because = f"{first} has {size} in the example, axis {axis} of {argument!r} has {shape[axis]}"
-                yield explain(where, f"one size {name!r}", because=because, fix="another name for one of them")
-
-
-def _suggested(message: str) -> list[str]:
-    """What torch.export would have instead of the sizes that it was given, line by line."""
-    lines = message.partition("Suggested fixes:")[2].strip().partition("\n\n")[0].splitlines()
-    return [line.strip() for line in lines]
+                yield explain(
+                    where, f"one size {name!r} is not possible", because=because, fix="another name for one of them"
+                )
 
 
 def _bounds(message: str) -> Bounds:
     """The ranges of sizes where ranges are all that torch.export would have otherwise; else nothing."""
-    found: Bounds = {}
-    for line in _suggested(message):
-        match = BOUND.fullmatch(line)
-        if match is None:
-            return {}
-        name, *ends = match.groups()
-        found[name] = {key: int(end) for key, end in zip(("min", "max"), ends, strict=True) if end and end != "oo"}
-    return found
+    found = [suggested_range(line) for line in suggested_fixes(message)]
+    ranges = [one for one in found if one is not None]
+    return dict(ranges) if len(ranges) == len(found) else {}
 
 
 def _refusal(where: str, message: str, axes: Axes | None) -> str:
     """One sentence for what torch.export says."""
-    head, *rest = message.strip().splitlines()
     if axes is None:
-        return explain(where, "a batch of any size", because=f"torch.export says: {head}", fix=OF_BATCH)
-    suggested = [line for line in _suggested(message) if not BOUND.fullmatch(line)]
-    reasons = [line.strip().removeprefix("- ").partition(". ")[0].rstrip(".") for line in rest if line.startswith("  - ")]
+        head = message.strip().partition("\n")[0]
+        return explain(where, "a batch of any size is not possible", because=f"torch.export says: {head}", fix=OF_BATCH)
+    suggested = [line for line in suggested_fixes(message) if suggested_range(line) is None]
     named = {name for line in suggested for name in re.findall(r"\w+", line)}
     places: dict[str, list[str]] = {}
     for argument, own in axes.items():
@@ -217,9 +206,9 @@ def _refusal(where: str, message: str, axes: Axes | None) -> str:
             places.setdefault(name, []).append(f"axis {axis} of {argument!r}")
     at_fault = {name: found for name, found in places.items() if name in named} or places
     sizes = ", ".join(f"{name!r} ({', '.join(of)})" for name, of in at_fault.items())
-    plain = [reason for reason in reasons if "in the specified range" not in reason] or reasons or [head]
-    because = f"torch.export says: {plain[0]}" + (f"; it suggests {', '.join(suggested)}" if suggested else "")
-    return explain(where, f"any size for {sizes}", because=because, fix=OF_AXES)
+    because = f"torch.export says: {reasons_of_refusal(message)[0]}"
+    because += f"; it suggests {', '.join(suggested)}" if suggested else ""
+    return explain(where, f"any size for {sizes} is not possible", because=because, fix=OF_AXES)
 
 
 def output_names(exported: ExportedProgram) -> list[str]:

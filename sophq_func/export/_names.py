@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from sophq_func.config.names import value_quantizer
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.site import Site
 from sophq_func.core.errors import ConfigError, explain, near, raise_all
@@ -100,7 +101,9 @@ def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> 
             because = (
                 f"no op type of ONNX is known for {does!r}" if file is None else "no tensor of the ONNX file is its value"
             )
-            problems.append(explain(name, "a name", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}'))
+            problems.append(
+                explain(name, "a name is not possible", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}')
+            )
         found[name] = op
     raise_all(problems, ConfigError)
     return found
@@ -128,7 +131,7 @@ def call_op(plan: Plan, name: str, file: FileNames | None) -> str:
         return ""
     if not call.does:
         return name if file is None else file.values.get(name, "")
-    quantizers = (*call.weights, f"{name}.post_act_fake_quantizer")
+    quantizers = (*call.weights, value_quantizer(name))
     members = next((plan.site(own).members for own in quantizers if own in plan), ())
     return _joined(members[-1] if members else name, operation(call.does), file)
 

@@ -204,7 +204,7 @@ def program(
             else:
                 tensors[weight.site.parameter] = arranged(weight.seen(params), weight.site)
         fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
-        texts = [explain(name, f"{where}", because=why, fix=fix) for name, why in problems.items()]
+        texts = [explain(name, f"{where} is not possible", because=why, fix=fix) for name, why in problems.items()]
         raise_all([] if simulate else texts, ConfigError)
         skeleton = _with_folded_biases(q, tensors, found, target.stores_biases)
     return Program(skeleton, q, tensors, found, target)
@@ -212,10 +212,10 @@ def program(
 
 def _check(where: str, q: Quantized) -> None:
     if not isinstance(q, Quantized):
-        raise StateError(explain(where, "this model", got=type(q).__name__, allowed="a sq.Quantized"))
+        raise StateError(explain(where, "this model is not possible", got=type(q).__name__, allowed="a sq.Quantized"))
     if q.training:
         because = "BatchNorm would use the statistics of the batch"
-        raise StateError(explain(where, "a model in training mode", because=because, fix="q.eval()"))
+        raise StateError(explain(where, "a model in training mode is not possible", because=because, fix="q.eval()"))
 
 
 def _acting(q: Quantized) -> list[WeightQuantizer]:

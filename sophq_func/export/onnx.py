@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sophq_func.capture import LOGGER_OF_ONNX
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.files import write_bytes
@@ -107,7 +108,7 @@ def translated(where: str, exported: ExportedProgram, opset: int) -> torch.onnx.
         while cause.__cause__ is not None:
             cause = cause.__cause__
         because, fix = f"torch.onnx says: {str(cause).splitlines()[0]}", "write that operation another way"
-        raise ConfigError(explain(where, "an operation of this model", because=because, fix=fix)) from error
+        raise ConfigError(explain(where, "an operation of this model is not possible", because=because, fix=fix)) from error
     assert written is not None
     return written
 
@@ -117,13 +118,13 @@ def require(where: str) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "pip install sophq-func[onnx]"
-        raise ConfigError(explain(where, f"writing ONNX without {' and '.join(missing)}", fix=fix))
+        raise ConfigError(explain(where, f"writing ONNX without {' and '.join(missing)} is not possible", fix=fix))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """What torch.onnx tells about itself and about packages that are not needed stays unsaid."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger = logging.getLogger(LOGGER_OF_ONNX)
     silent = lambda record: False  # noqa: E731
     logger.addFilter(silent)
     try:

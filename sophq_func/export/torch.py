@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch as pytorch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from sophq_func.capture import operator_name, quantized_operators
 from sophq_func.capture.arguments import as_call
 from sophq_func.export._capture import Axes, captured
 from sophq_func.export._linear import LinearGrid
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 BYTES = (pytorch.int8, pytorch.uint8)
 MOVES = frozenset("flatten max_pool2d permute reshape squeeze transpose unsqueeze view".split())
-OPERATORS = "torch.ao.quantization.fx._decomposed"
-"""The module whose import registers the operators."""
 
 
 def torch(
@@ -63,24 +61,23 @@ def torch(
       >>> program.module()(x).shape
       torch.Size([4, 3])
     """
-    importlib.import_module(OPERATORS)
+    operators = quantized_operators()
     args, kwargs = as_call(example_args, "export.torch")
-    made = program("export.torch", q, params, qparams, _Decomposed(), simulate)
+    made = program("export.torch", q, params, qparams, _Decomposed(operators), simulate)
     exported = captured("export.torch", made, args, kwargs, dynamic_batch, dynamic_axes).program
     exported.graph.eliminate_dead_code()
-    _still_codes(exported.graph)
+    _still_codes(exported.graph, operators)
     exported.graph_module.recompile()
     return exported
 
 
-def _still_codes(graph: Graph) -> None:
+def _still_codes(graph: Graph, operators: Any) -> None:
     """Grids once more behind operations that only move data: the passes look for one right before each product."""
-    operators = pytorch.ops.quantized_decomposed
-    quantize, dequantize = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default
+    quantize: Callable[..., Any] = operators.quantize_per_tensor.default
+    dequantize: Callable[..., Any] = operators.dequantize_per_tensor.default
     for node in list(graph.nodes):
         source = node.args[0] if node.op == "call_function" and node.args else None
-        moves = isinstance(node.target, pytorch._ops.OpOverload) and node.target.overloadpacket.__name__ in MOVES
-        if not moves or not isinstance(source, Node) or source.target is not dequantize:
+        if operator_name(node.target) not in MOVES or not isinstance(source, Node) or source.target is not dequantize:
             continue
         if any(user.op == "output" or user.target is quantize for user in node.users):
             continue
@@ -98,6 +95,9 @@ class _Decomposed:
     stores_biases = False
     computes = False  # inductor has integer kernels for codes that an operator reads
 
+    def __init__(self, operators: Any) -> None:
+        self.operators = operators
+
     def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         if grid.dtype not in BYTES:
             return f"codes of {str(grid.dtype).removeprefix('torch.')}"
@@ -108,14 +108,14 @@ class _Decomposed:
         return grid.unsigned() if grid.axis is None else "PerChannel on an activation"
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
-        operators = pytorch.ops.quantized_decomposed
+        operators = self.operators
         step, zero = grid.number
         codes = operators.quantize_per_tensor.default(x, step, zero, grid.low, grid.high, grid.dtype)
         found: Tensor = operators.dequantize_per_tensor.default(codes, step, zero, grid.low, grid.high, grid.dtype)
         return found
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
-        operators, rest = pytorch.ops.quantized_decomposed, (grid.low, grid.high, grid.dtype)
+        operators, rest = self.operators, (grid.low, grid.high, grid.dtype)
         found: Tensor
         if grid.axis is None:
             found = operators.dequantize_per_tensor.default(codes, *grid.number, *rest)

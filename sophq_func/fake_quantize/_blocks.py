@@ -164,7 +164,9 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
 
 def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int) -> FakeQuantize:
     if element not in elements:
-        raise ConfigError(explain(where, "this element", got=element, allowed=" or ".join(map(repr, elements))))
+        raise ConfigError(
+            explain(where, "this element is not possible", got=element, allowed=" or ".join(map(repr, elements)))
+        )
     _check_size(where, block_size)
     form = elements[element]
 
@@ -209,4 +211,4 @@ def _by_blocks(form: Format, codes: Tensor, scale: Tensor, size: int) -> Tensor:
 
 def _check_size(where: str, size: object) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(explain(where, "block_size", got=size, allowed="an int >= 1"))
+        raise ConfigError(explain(where, "block_size is not possible", got=size, allowed="an int >= 1"))

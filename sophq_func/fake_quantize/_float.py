@@ -88,7 +88,9 @@ def bf16() -> FakeQuantize:
 
 def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
     if scaling not in SCALING:
-        raise ConfigError(explain("FP8", "this scaling", got=scaling, allowed=" or ".join(map(repr, SCALING))))
+        raise ConfigError(
+            explain("FP8", "this scaling is not possible", got=scaling, allowed=" or ".join(map(repr, SCALING)))
+        )
     smallest = torch.finfo(element).smallest_normal * torch.finfo(element).eps
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:

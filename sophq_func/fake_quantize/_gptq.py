@@ -106,7 +106,9 @@ def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Ten
     """
     if hessian.ndim != 2 or hessian.shape != (x.shape[-1], x.shape[-1]):
         allowed = f"({x.shape[-1]}, {x.shape[-1]}) for inputs of shape {tuple(x.shape)}"
-        raise StateError(explain("hessian_update", "a Hessian of this shape", got=tuple(hessian.shape), allowed=allowed))
+        raise StateError(
+            explain("hessian_update", "a Hessian of this shape is not possible", got=tuple(hessian.shape), allowed=allowed)
+        )
     if x.numel() == 0:
         return hessian.detach(), count
     rows = x.detach().reshape(-1, x.shape[-1]).to(hessian.dtype)
@@ -121,11 +123,11 @@ def _gptq(
     for name, value in (("group_size", group_size), ("block_size", block_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < (-2 if name == "group_size" else 1):
             allowed = "an int >= -2" if name == "group_size" else "an int >= 1"
-            raise ConfigError(explain(where, name, got=value, allowed=allowed))
+            raise ConfigError(explain(where, f"{name} is not possible", got=value, allowed=allowed))
     if isinstance(percdamp, bool) or not isinstance(percdamp, int | float) or percdamp < 0:
-        raise ConfigError(explain(where, "percdamp", got=percdamp, allowed="a number >= 0"))
+        raise ConfigError(explain(where, "percdamp is not possible", got=percdamp, allowed="a number >= 0"))
     if not isinstance(act_order, bool):
-        raise ConfigError(explain(where, "act_order", got=act_order, allowed="True or False"))
+        raise ConfigError(explain(where, "act_order is not possible", got=act_order, allowed="True or False"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         constant = tree_map(torch.Tensor.detach, qparams)
@@ -174,7 +176,9 @@ def _problem(weight: Tensor, hessian: Tensor, percdamp: float, act_order: bool) 
     weight = weight.reshape(weight.shape[0], -1)
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         allowed = f"({weight.shape[1]}, {weight.shape[1]}), the inputs of one output channel"
-        raise StateError(explain("gptq", "a Hessian of this shape", got=tuple(hessian.shape), allowed=allowed))
+        raise StateError(
+            explain("gptq", "a Hessian of this shape is not possible", got=tuple(hessian.shape), allowed=allowed)
+        )
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     weight = torch.where(dead, 0, weight)

@@ -63,7 +63,9 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     """
 
     if not isinstance(use_grad_scaling, bool):
-        raise ConfigError(explain("learnable", "use_grad_scaling", got=use_grad_scaling, allowed="True or False"))
+        raise ConfigError(
+            explain("learnable", "use_grad_scaling is not possible", got=use_grad_scaling, allowed="True or False")
+        )
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
@@ -122,7 +124,9 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
       tensor([-0.2500,  0.7500])
     """
     if not isinstance(use_grad_scaling, bool):
-        raise ConfigError(explain("lsq_plus", "use_grad_scaling", got=use_grad_scaling, allowed="True or False"))
+        raise ConfigError(
+            explain("lsq_plus", "use_grad_scaling is not possible", got=use_grad_scaling, allowed="True or False")
+        )
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))

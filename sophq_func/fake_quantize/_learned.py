@@ -42,7 +42,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
       tensor([-4.,  2.,  2.])
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ConfigError(explain("pact", "alpha", got=alpha, allowed="a number above 0"))
+        raise ConfigError(explain("pact", "alpha is not possible", got=alpha, allowed="a number above 0"))
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         first = {"alpha": torch.full_like(qparams.scale, alpha)}

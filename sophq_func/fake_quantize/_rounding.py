@@ -59,10 +59,14 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
       tensor([ 1., -1.])
     """
     if rounding not in ROUNDINGS:
-        raise ConfigError(explain("adaround", "this rounding", got=rounding, allowed=" or ".join(map(repr, ROUNDINGS))))
+        raise ConfigError(
+            explain("adaround", "this rounding is not possible", got=rounding, allowed=" or ".join(map(repr, ROUNDINGS)))
+        )
     if quant_type not in QUANT_TYPES:
         raise ConfigError(
-            explain("adaround", "this quant_type", got=quant_type, allowed="'param', 'input', 'tensor' or None")
+            explain(
+                "adaround", "this quant_type is not possible", got=quant_type, allowed="'param', 'input', 'tensor' or None"
+            )
         )
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
@@ -83,7 +87,9 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
         alpha = qparams.extras["alpha"]
         if alpha.shape != x.shape:
             allowed, fix = f"that of the weight, {tuple(x.shape)}", "qparams = fq.init(qparams, weight, scheme)"
-            raise StateError(explain("adaround", "alpha of this shape", got=tuple(alpha.shape), allowed=allowed, fix=fix))
+            raise StateError(
+                explain("adaround", "alpha of this shape is not possible", got=tuple(alpha.shape), allowed=allowed, fix=fix)
+            )
         granularity = scheme.granularity
         low, high = expanded_bounds(qparams, scheme, x)
         scale = expand(positive(qparams.scale.detach()), x, granularity)
@@ -151,7 +157,7 @@ def qdrop(prob: float = 1.0) -> FakeQuantize:
       tensor([1.0000, 1.2000])
     """
     if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0 <= prob <= 1:
-        raise ConfigError(explain("qdrop", "prob", got=prob, allowed="a number from 0 to 1"))
+        raise ConfigError(explain("qdrop", "prob is not possible", got=prob, allowed="a number from 0 to 1"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         found = qparams._replace(scale=positive(qparams.scale), zero_point=qparams.zero_point.detach())
@@ -174,5 +180,5 @@ def uniform(where: str, qparams: QParams, noise: Tensor | None) -> Tensor:
     """The noise that was given, as an argument or else in ``extras``; :class:`StateError` where there is none."""
     if noise is None and "noise" not in qparams.extras:
         fix = "qparams = q.with_noise(params, qparams, generator, *args), or apply(..., noise=torch.rand_like(x))"
-        raise StateError(explain(where, "quantizing without noise", fix=fix))
+        raise StateError(explain(where, "quantizing without noise is not possible", fix=fix))
     return qparams.extras["noise"] if noise is None else noise

@@ -45,7 +45,9 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
       tensor([-0.3333,  0.3333,  1.0000])
     """
     if mapping not in MAPPINGS:
-        raise ConfigError(explain("dorefa", "this mapping", got=mapping, allowed=" or ".join(map(repr, MAPPINGS))))
+        raise ConfigError(
+            explain("dorefa", "this mapping is not possible", got=mapping, allowed=" or ".join(map(repr, MAPPINGS)))
+        )
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         if mapping == "paper":
@@ -136,7 +138,7 @@ def dsq(alpha: float = 0.4) -> FakeQuantize:
       tensor(1.1333)
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1:
-        raise ConfigError(explain("dsq", "alpha", got=alpha, allowed="a number between 0 and 1"))
+        raise ConfigError(explain("dsq", "alpha is not possible", got=alpha, allowed="a number between 0 and 1"))
     stretch, steepness = 1 / (1 - alpha), math.log(2 / alpha - 1)
 
     def rounded(x: Tensor, qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor | int, Tensor]:

@@ -109,9 +109,9 @@ def fpxgroup(
     table = codebook_named("fpxgroup", data_type)
     _check_quantile("fpxgroup", quantile)
     if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise ConfigError(explain("fpxgroup", "group_size", got=group_size, allowed="an int"))
+        raise ConfigError(explain("fpxgroup", "group_size is not possible", got=group_size, allowed="an int"))
     if not isinstance(double_quant, bool):
-        raise ConfigError(explain("fpxgroup", "double_quant", got=double_quant, allowed="True or False"))
+        raise ConfigError(explain("fpxgroup", "double_quant is not possible", got=double_quant, allowed="True or False"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if x.numel() == 0:
@@ -183,4 +183,4 @@ def _sixteenths(exponent: Tensor) -> Tensor:
 
 def _check_quantile(where: str, quantile: object) -> None:
     if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
-        raise ConfigError(explain(where, "quantile", got=quantile, allowed="a number above 0, at most 1"))
+        raise ConfigError(explain(where, "quantile is not possible", got=quantile, allowed="a number above 0, at most 1"))

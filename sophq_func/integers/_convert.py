@@ -55,12 +55,18 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
     """
     if not isinstance(q, Quantized):
         fix = "q = sq.quantize(model, config, example_args=(x,))"
-        raise StateError(explain("convert", "this model", got=type(q).__name__, allowed="a sq.Quantized", fix=fix))
+        raise StateError(
+            explain("convert", "this model is not possible", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
+        )
     q = q.eval()
     q.engine.check(params, qparams, "convert", "qparams")
     if not is_plain([*params.values(), *tensors(dict(qparams))]):
         raise StateError(
-            explain("convert", "reading codes inside a transform", fix="convert outside of vmap, grad and compile")
+            explain(
+                "convert",
+                "reading codes inside a transform is not possible",
+                fix="convert outside of vmap, grad and compile",
+            )
         )
     with torch.inference_mode(False), torch.no_grad():
         return _Conversion(q, params, qparams).artifact()
@@ -116,7 +122,7 @@ class _Conversion:
     def _refuse(self, name: str, what: str, because: str, fix: str = "") -> None:
         if not any(problem.startswith(f"convert: {name}:") for problem in self.problems):
             fix = fix or "sq.fake_quantize.fixed(), or sq.fake_quantize.learnable()"
-            self.problems.append(explain(f"convert: {name}", what, because=because, fix=fix))
+            self.problems.append(explain(f"convert: {name}", f"{what} is not possible", because=because, fix=fix))
 
     def _is_finite(self, name: str) -> bool:
         if bool(self.qparams[name].scale.isfinite().all()):
@@ -202,7 +208,9 @@ class _Conversion:
         if bool((code.abs() > LIMIT).any()):
             because, fix = "a chip adds it to sums of 32 bits", "look at the scales of the weight and of the layer's input"
             got = f"{float(code.abs().max()):.3g} steps"
-            self.problems.append(explain(f"convert: {key}", "a bias in int32", got=got, because=because, fix=fix))
+            self.problems.append(
+                explain(f"convert: {key}", "a bias in int32 is not possible", got=got, because=because, fix=fix)
+            )
             return
         self.biases[key] = {"source": source}
         self.gone.add(key)

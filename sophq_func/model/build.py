@@ -34,9 +34,11 @@ def build(model: nn.Module, plan: Plan) -> Quantized:
       Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
     """
     if not isinstance(model, nn.Module):
-        raise PlanError(explain("build", "this model", got=type(model).__name__, allowed="a torch.nn.Module"))
+        raise PlanError(
+            explain("build", "this model is not possible", got=type(model).__name__, allowed="a torch.nn.Module")
+        )
     if not isinstance(plan, Plan):
-        raise PlanError(explain("build", "this plan", got=type(plan).__name__, allowed="a sq.Plan"))
+        raise PlanError(explain("build", "this plan is not possible", got=type(plan).__name__, allowed="a sq.Plan"))
     return Quantized(Skeleton(model, plan.opaque), plan)
 
 
@@ -70,11 +72,15 @@ def quantize(
     """
     if not isinstance(config, QuantConfig):
         fix = "sq.from_dicts(...) makes one from the three dictionaries"
-        raise ConfigError(explain("quantize", "this config", got=type(config).__name__, allowed="sq.QuantConfig", fix=fix))
+        raise ConfigError(
+            explain("quantize", "this config is not possible", got=type(config).__name__, allowed="sq.QuantConfig", fix=fix)
+        )
     calls = [(example_args, example_kwargs)] if examples is None else list(examples)
     if not all(isinstance(call, tuple | list) and len(call) == 2 for call in calls):
         fix = "examples=[((x,), {}), ((y,), {})]"
-        raise PlanError(explain("quantize", "these examples", allowed="pairs of a tuple and a dict", fix=fix))
+        raise PlanError(
+            explain("quantize", "these examples is not possible", allowed="pairs of a tuple and a dict", fix=fix)
+        )
     graphs = [trace(model, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
     return build(model, make_plan(graphs, config))
 

@@ -33,12 +33,16 @@ def calibrate(q: Observes, params: Params, batches: Iterable[Any], progress: boo
             _, ostate = q.observe(params, ostate, *args, **kwargs)
             count += 1
         if not count:
-            raise StateError(explain("calibrate", "no batches", fix="pass a list of tensors, tuples or dicts"))
+            raise StateError(
+                explain("calibrate", "no batches is not possible", fix="pass a list of tensors, tuples or dicts")
+            )
         return q.qparams(params, ostate)
 
 
 def _checked(batches: Iterable[Any]) -> Iterable[Any]:
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         got = type(batches).__name__
-        raise StateError(explain("calibrate", "these batches", got=got, allowed="a list", fix="q.calibrate(params, [x])"))
+        raise StateError(
+            explain("calibrate", "these batches is not possible", got=got, allowed="a list", fix="q.calibrate(params, [x])")
+        )
     return batches

@@ -49,9 +49,9 @@ def check_reached(name: str, qparams: QParams) -> None:
 def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
     if any(bool(t.isnan().any()) for t in values):
         fix = f"look at {site.parameter or 'what reaches ' + (site.value or site.path)}"
-        return explain(name, "a scale", got="NaN in the data", allowed="finite numbers", fix=fix)
+        return explain(name, "a scale is not possible", got="NaN in the data", allowed="finite numbers", fix=fix)
     if site.parameter:
         fix = f"look at {site.parameter}"
-        return explain(name, "a scale", got="infinity in the weight", allowed="finite numbers", fix=fix)
+        return explain(name, "a scale is not possible", got="infinity in the weight", allowed="finite numbers", fix=fix)
     fix = "q.calibrate(params, batches) with finite batches"
     return f"not calibrated: {name} has seen no data, or infinite data. Fix: {fix}."

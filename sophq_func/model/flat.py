@@ -31,15 +31,17 @@ def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[s
     for half in (learnable, rest):
         if not isinstance(half, Mapping) or not all(isinstance(value, Tensor) for value in half.values()):
             allowed = "two flat dicts {'<quantizer>.<field>': Tensor}"
-            raise StateError(explain("merge", "this half", allowed=allowed, fix="sq.merge(*q.split(qparams))"))
+            raise StateError(
+                explain("merge", "this half is not possible", allowed=allowed, fix="sq.merge(*q.split(qparams))")
+            )
     twice = sorted(learnable.keys() & rest.keys())
     if twice:
-        raise StateError(explain("merge", "one name in both halves", got=twice))
+        raise StateError(explain("merge", "one name in both halves is not possible", got=twice))
     fields: dict[str, dict[str, Tensor]] = {}
     for key, value in {**learnable, **rest}.items():
         name, dot, field = key.rpartition(".")
         if not dot:
-            raise StateError(explain("merge", f"the name {key!r}", allowed="'<quantizer>.<field>'"))
+            raise StateError(explain("merge", f"the name {key!r} is not possible", allowed="'<quantizer>.<field>'"))
         fields.setdefault(name, {})[field] = value
     for name, own in fields.items():
         missing = [field for field in ("scale", "zero_point") if field not in own]

@@ -59,7 +59,7 @@ class Quantized:
 
     def __setattr__(self, name: str, value: object) -> None:
         fix = "make a new one with sq.build(model, plan)"
-        raise AttributeError(explain("Quantized", f"setting {name!r}", because="it is frozen", fix=fix))
+        raise AttributeError(explain("Quantized", f"setting {name!r} is not possible", because="it is frozen", fix=fix))
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
@@ -78,6 +78,11 @@ class Quantized:
     def model_name(self) -> str:
         """Name of the model's class."""
         return type(self.engine.skeleton.entry).__name__
+
+    @property
+    def path(self) -> str:
+        """Of a :meth:`part`, the path of its module in the whole model; else empty."""
+        return self.engine.skeleton.root
 
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: weights are observed here, activations start neutral.
@@ -291,7 +296,7 @@ class Quantized:
           ['0.weight_fake_quant']
         """
         if self._whole is not None:
-            raise PlanError(explain("part", "a part of a part", fix="take it from the whole model"))
+            raise PlanError(explain("part", "a part of a part is not possible", fix="take it from the whole model"))
         if path == "" and call == 0:
             return self
         skeleton = self.engine.skeleton
@@ -345,7 +350,9 @@ class Quantized:
         self.engine.check(params, qparams, "with_noise", "qparams")
         if not isinstance(generator, torch.Generator):
             got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
-            raise StateError(explain("with_noise", "this generator", got=got, allowed="a torch.Generator", fix=fix))
+            raise StateError(
+                explain("with_noise", "this generator is not possible", got=got, allowed="a torch.Generator", fix=fix)
+            )
         running = self.engine.running.items()
         noisy = {n for n, piece in running if piece.fake_quantize.noise and not piece.config.observe_only}
         seen = {weight.site.quantizer: weight.seen(params) for weight in self.engine.acting if weight.fake_quantize.noise}
@@ -392,7 +399,9 @@ class Quantized:
           StateError: the weights are frozen.
         """
         if self.frozen:
-            raise StateError(explain("train", "training frozen weights", fix="go on with the q that was frozen"))
+            raise StateError(
+                explain("train", "training frozen weights is not possible", fix="go on with the q that was frozen")
+            )
         return Quantized(self.engine.skeleton.in_mode(True), self.plan, whole=self._whole)
 
     def eval(self) -> Quantized:
@@ -412,7 +421,9 @@ class Quantized:
         """
         self.engine.check(params, qparams, "freeze", "qparams")
         if self.training:
-            raise StateError(explain("freeze", "freezing in training mode", fix="q.eval().freeze(params, qparams)"))
+            raise StateError(
+                explain("freeze", "freezing in training mode is not possible", fix="q.eval().freeze(params, qparams)")
+            )
         new = {name: tensor.detach() for name, tensor in self.engine.on_grids(params, qparams).items()}
         return Quantized(self.engine.skeleton, self.plan, True, self._whole), sorted_dict(new)
 

@@ -46,7 +46,8 @@ class Schedule:
         self.counts = [dict(counts) for counts in plan.counts]
         required = {pair for site in sites if not plan[site.quantizer].optional for pair in places(site)}
         self.optional = {pair for site in sites for pair in places(site)} - required
-        self.hidden = {pair for pair in self.actions if pair[1] in hidden_from_compile()}
+        hidden = hidden_from_compile()
+        self.hidden = {pair for pair in self.actions if pair[1] in hidden}
 
     def _add(self, site: Site) -> None:
         for path, function, call, operand in site.places():

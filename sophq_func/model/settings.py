@@ -62,7 +62,9 @@ def with_bits(
     for pattern, width in (bits if isinstance(bits, Mapping) else {"*": bits}).items():
         problem = _width_problem(width)
         if problem:
-            raise ConfigError(explain("with_bits", f"the width of {pattern!r}", got=width, allowed=problem, fix="bits=4"))
+            raise ConfigError(
+                explain("with_bits", f"the width of {pattern!r} is not possible", got=width, allowed=problem, fix="bits=4")
+            )
         chosen.update(dict.fromkeys(_fitting("with_bits", pattern, plan), width))
     made = {name: pieces.build(plan[name].fake_quantize) for name in chosen}
     raise_all([_no_width(name, plan[name]) for name in chosen if not made[name].resizable])
@@ -89,7 +91,12 @@ def _no_width(name: str, config: QuantizerConfig) -> str:
         f"another bit width of {config.fake_quantize}",
         "name only integer grids, or plan with another fake quantizer",
     )
-    return explain(f"with_bits: {name}", what, because="its codes, or what it has learned, belong to one width", fix=fix)
+    return explain(
+        f"with_bits: {name}",
+        f"{what} is not possible",
+        because="its codes, or what it has learned, belong to one width",
+        fix=fix,
+    )
 
 
 def _resized(qparams: QParams, scheme: QScheme, made: FakeQuantize, bits: float | Tensor) -> QParams:
@@ -135,7 +142,7 @@ def enabled(qparams: Mapping[str, QParams], mask: Tensor | float | Mapping[str, 
     for name, value in _masks(qparams, mask):
         if not isinstance(value, bool | float | Tensor) or (isinstance(value, Tensor) and not _is_mask(value)):
             allowed = "True, False, or a boolean or floating scalar"
-            raise ConfigError(explain("enabled", f"the mask of {name!r}", got=value, allowed=allowed))
+            raise ConfigError(explain("enabled", f"the mask of {name!r} is not possible", got=value, allowed=allowed))
         switch = torch.as_tensor(value, device=qparams[name].scale.device)
         new[name] = new[name]._replace(extras=sorted_dict({**new[name].extras, "enabled": switch}))
     return sorted_dict(new)
@@ -153,7 +160,9 @@ def _masks(qparams: Mapping[str, QParams], mask: Any) -> Iterator[tuple[str, Any
     elif isinstance(mask, Tensor) and mask.ndim:
         if mask.shape != (len(qparams),):
             allowed = f"{(len(qparams),)}, one for each quantizer in sorted order"
-            raise ConfigError(explain("enabled", "a mask of this shape", got=tuple(mask.shape), allowed=allowed))
+            raise ConfigError(
+                explain("enabled", "a mask of this shape is not possible", got=tuple(mask.shape), allowed=allowed)
+            )
         yield from zip(sorted(qparams), mask.unbind(), strict=True)
     else:
         yield from ((name, mask) for name in sorted(qparams))
@@ -162,7 +171,7 @@ def _masks(qparams: Mapping[str, QParams], mask: Any) -> Iterator[tuple[str, Any
 def _fitting(where: str, pattern: object, names: Mapping[str, Any]) -> list[str]:
     """The quantizers that a name or glob fits."""
     if not isinstance(pattern, str):
-        raise ConfigError(explain(where, "this name", got=pattern, allowed="a quantizer's name or a glob"))
+        raise ConfigError(explain(where, "this name is not possible", got=pattern, allowed="a quantizer's name or a glob"))
     if any(c in pattern for c in "*?["):
         found = [name for name in names if fnmatchcase(name, pattern)]
     elif isinstance(names, Plan) and pattern not in names:
@@ -196,7 +205,7 @@ def stack(settings: Sequence[Mapping[str, QParams]]) -> dict[str, QParams]:
     """
     settings = list(settings)
     if not settings:
-        raise StateError(explain("stack", "stacking nothing", allowed="at least one dict of qparams"))
+        raise StateError(explain("stack", "stacking nothing is not possible", allowed="at least one dict of qparams"))
     first = _described(settings[0])
     for index, setting in enumerate(settings):
         own = _described(setting)
@@ -207,7 +216,7 @@ def stack(settings: Sequence[Mapping[str, QParams]]) -> dict[str, QParams]:
                 f"{first.get(leaf, 'no such leaf')}, as in setting 0",
             )
             fix = "give each setting the same calls of with_bits, enabled and with_noise"
-            raise StateError(explain("stack", f"another {leaf}", got=got, allowed=allowed, fix=fix))
+            raise StateError(explain("stack", f"another {leaf} is not possible", got=got, allowed=allowed, fix=fix))
     stacked: dict[str, QParams] = tree_map(lambda *leaves: torch.stack(leaves), *map(sorted_dict, settings))
     return stacked
 
@@ -215,7 +224,9 @@ def stack(settings: Sequence[Mapping[str, QParams]]) -> dict[str, QParams]:
 def _described(setting: Mapping[str, QParams]) -> dict[str, str]:
     """Dtype and shape of each leaf, by its name in ``q.split``."""
     if not isinstance(setting, Mapping) or not all(isinstance(own, QParams) for own in setting.values()):
-        raise StateError(explain("stack", "this setting", got=type(setting).__name__, allowed="a dict of QParams"))
+        raise StateError(
+            explain("stack", "this setting is not possible", got=type(setting).__name__, allowed="a dict of QParams")
+        )
     return {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in flat(setting).items()}
 
 

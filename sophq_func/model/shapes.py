@@ -143,14 +143,18 @@ def _check_types(qparams: Mapping[str, QParams]) -> None:
     """Raise unless every value is QParams of tensors whose names can be written as ``<quantizer>.<field>``."""
     allowed = "a dict {quantizer: QParams} of tensors"
     if not isinstance(qparams, Mapping):
-        raise StateError(explain("qparams", "this type", got=type(qparams).__name__, allowed=allowed))
+        raise StateError(explain("qparams", "this type is not possible", got=type(qparams).__name__, allowed=allowed))
     for name, own in qparams.items():
         if not isinstance(own, QParams) or not all(isinstance(t, Tensor) for t in _fields(own).values()):
-            raise StateError(explain(f"qparams[{name!r}]", "this value", got=type(own).__name__, allowed=allowed))
+            raise StateError(
+                explain(f"qparams[{name!r}]", "this value is not possible", got=type(own).__name__, allowed=allowed)
+            )
         bad = [field for field in own.extras if field in FIELDS or "." in field]
         if bad:
             because = "a leaf is named '<quantizer>.<field>'"
-            raise StateError(explain(f"qparams[{name!r}]", "these extras", got=bad, because=because, fix="rename them"))
+            raise StateError(
+                explain(f"qparams[{name!r}]", "these extras is not possible", got=bad, because=because, fix="rename them")
+            )
 
 
 def state_misfits(ostate: Mapping[str, State], found: Mapping[str, Expected]) -> list[str]:
@@ -212,7 +216,9 @@ def _impossible(name: str, own: QParams, config: QuantizerConfig, learnable: Col
     if not config.optional:
         yield from _not_finite(name, own, {*FIELDS, *learnable})
     if "scale" not in learnable and bool((own.scale.detach() <= 0).any()):
-        yield explain(f"qparams of {name}", "this scale", got="0 or less", allowed="numbers > 0", fix="calibrate anew")
+        yield explain(
+            f"qparams of {name}", "this scale is not possible", got="0 or less", allowed="numbers > 0", fix="calibrate anew"
+        )
 
 
 def _not_finite(name: str, own: QParams, fields: Collection[str]) -> Iterator[str]:
@@ -220,4 +226,10 @@ def _not_finite(name: str, own: QParams, fields: Collection[str]) -> Iterator[st
     for field in sorted(leaves.keys() & set(fields)):
         if not bool(leaves[field].detach().isfinite().all()):
             fix = "calibrate anew, or save it with the plan that says optional=True"
-            yield explain(f"qparams of {name}", f"this {field}", got="NaN or infinity", allowed="finite numbers", fix=fix)
+            yield explain(
+                f"qparams of {name}",
+                f"this {field} is not possible",
+                got="NaN or infinity",
+                allowed="finite numbers",
+                fix=fix,
+            )

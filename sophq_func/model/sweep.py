@@ -77,9 +77,9 @@ def sweep(size: int, each: Sequence[Setting], one: Run, whole: Run, how: str, pr
       progress: show a bar.
     """
     if how not in WAYS:
-        raise StateError(explain("sweep", "this way", got=how, allowed=" or ".join(map(repr, WAYS))))
+        raise StateError(explain("sweep", "this way is not possible", got=how, allowed=" or ".join(map(repr, WAYS))))
     if not each:
-        raise StateError(explain("sweep", "no settings", fix="pass a list of qparams, or sq.stack of one"))
+        raise StateError(explain("sweep", "no settings is not possible", fix="pass a list of qparams, or sq.stack of one"))
     with torch.no_grad():
         if how == "vmap":
             return _mapped(whole, each, size)

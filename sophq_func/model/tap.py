@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sophq_func.capture.frame import unwatched
 from sophq_func.capture.naming import CallNames
-from sophq_func.config.matching import underscored
+from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, unknown
 from sophq_func.core.pytree import copied, tensors
 from sophq_func.model.runner import Effect, Runner

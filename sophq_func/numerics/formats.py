@@ -193,7 +193,9 @@ def float_(
     _check("float_", "mantissa_bits", mantissa_bits, range(1, 11))
     if not saturate and finite_only and not nan:
         fix = "saturate=True"
-        raise ConfigError(explain("float_", "saturate=False", because="the format has neither infinity nor NaN", fix=fix))
+        raise ConfigError(
+            explain("float_", "saturate=False is not possible", because="the format has neither infinity nor NaN", fix=fix)
+        )
     return Float(
         exponent_bits=exponent_bits, mantissa_bits=mantissa_bits, finite_only=finite_only, nan=nan, saturate=saturate
     )
@@ -211,7 +213,11 @@ def codebook(values: list[float] | tuple[float, ...]) -> Codebook:
     """
     entries = tuple(sorted(map(float, values)))
     if len(set(entries)) < 2 or len(set(entries)) < len(entries) or not all(map(math.isfinite, entries)):
-        raise ConfigError(explain("codebook", "this table", got=list(values), allowed="two or more distinct finite numbers"))
+        raise ConfigError(
+            explain(
+                "codebook", "this table is not possible", got=list(values), allowed="two or more distinct finite numbers"
+            )
+        )
     return Codebook(entries)
 
 
@@ -278,7 +284,9 @@ def _infinity(like: Tensor) -> Tensor:
 
 def _check(where: str, name: str, value: object, allowed: range) -> None:
     if value not in allowed or isinstance(value, bool):
-        raise ConfigError(explain(where, name, got=value, allowed=f"{allowed.start}..{allowed.stop - 1}"))
+        raise ConfigError(
+            explain(where, f"{name} is not possible", got=value, allowed=f"{allowed.start}..{allowed.stop - 1}")
+        )
 
 
 def round_to_float8(x: Tensor, dtype: torch.dtype) -> Tensor:

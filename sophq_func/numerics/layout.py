@@ -26,7 +26,7 @@ def rows(x: Tensor, granularity: Granularity) -> Tensor:
     if flat.shape[1] % granularity.size:
         allowed = f"a divisor of {flat.shape[1]}, the length of a channel"
         where = f"tensor of shape {tuple(x.shape)}"
-        raise StateError(explain(where, str(granularity), got=granularity.size, allowed=allowed))
+        raise StateError(explain(where, f"{granularity!s} is not possible", got=granularity.size, allowed=allowed))
     return flat.reshape(flat.shape[0], flat.shape[1] // granularity.size, granularity.size)
 
 
@@ -55,7 +55,7 @@ def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
 def _check_shape(value: Tensor, expected: list[int], x: Tensor, granularity: Granularity) -> None:
     if list(value.shape) != expected:
         allowed = f"{tuple(expected)} for {granularity} on a tensor of shape {tuple(x.shape)}"
-        raise StateError(explain("qparams", "this shape", got=tuple(value.shape), allowed=allowed))
+        raise StateError(explain("qparams", "this shape is not possible", got=tuple(value.shape), allowed=allowed))
 
 
 def blocks(x: Tensor, granularity: PerBlock) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def blocks(x: Tensor, granularity: PerBlock) -> tuple[int, int]:
     if high % granularity.rows or wide % granularity.columns:
         allowed = f"divisors of {high} and {wide}"
         where, got = f"tensor of shape {tuple(x.shape)}", (granularity.rows, granularity.columns)
-        raise StateError(explain(where, str(granularity), got=got, allowed=allowed))
+        raise StateError(explain(where, f"{granularity!s} is not possible", got=got, allowed=allowed))
     return high // granularity.rows, wide // granularity.columns
 
 
@@ -72,5 +72,7 @@ def channel_axis(x: Tensor, granularity: PerChannel | PerGroup) -> int:
     """The axis of ``granularity`` in ``x``, counted from the front."""
     axis = granularity.axis or 0
     if not -x.ndim <= axis < x.ndim:
-        raise StateError(explain(f"tensor of shape {tuple(x.shape)}", "this axis", got=axis, fix="PerTensor()"))
+        raise StateError(
+            explain(f"tensor of shape {tuple(x.shape)}", "this axis is not possible", got=axis, fix="PerTensor()")
+        )
     return axis % x.ndim

@@ -44,7 +44,7 @@ class PerGroup:
     def __post_init__(self) -> None:
         _check_axis(self)
         if not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(explain("PerGroup", "this size", got=self.size, allowed="an int >= 1"))
+            raise ConfigError(explain("PerGroup", "this size is not possible", got=self.size, allowed="an int >= 1"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PerBlock:
     def __post_init__(self) -> None:
         for size in (self.rows, self.columns):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigError(explain("PerBlock", "this size", got=size, allowed="an int >= 1"))
+                raise ConfigError(explain("PerBlock", "this size is not possible", got=size, allowed="an int >= 1"))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PerToken:
 def _check_axis(granularity: PerChannel | PerGroup) -> None:
     if not isinstance(granularity.axis, int | None):
         where = type(granularity).__name__
-        raise ConfigError(explain(where, "this axis", got=granularity.axis, allowed="an int, or None"))
+        raise ConfigError(explain(where, "this axis is not possible", got=granularity.axis, allowed="an int, or None"))
 
 
 Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
@@ -93,7 +93,7 @@ def as_bits(value: object, where: str) -> int:
     """
     number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
     if isinstance(number, bool) or not isinstance(number, int) or not 2 <= number <= 16:
-        raise ConfigError(explain(where, "this bit width", got=value, allowed="2..16", fix="bits=8"))
+        raise ConfigError(explain(where, "this bit width is not possible", got=value, allowed="2..16", fix="bits=8"))
     return number
 
 
@@ -128,13 +128,17 @@ class QScheme:
         object.__setattr__(self, "bits", as_bits(self.bits, "QScheme"))
         for name in ("symmetric", "symmetric_range", "pot_scale", "dynamic"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(explain("QScheme", name, got=getattr(self, name), allowed="True or False"))
+                raise ConfigError(
+                    explain("QScheme", f"{name} is not possible", got=getattr(self, name), allowed="True or False")
+                )
         if not isinstance(self.granularity, Granularity):
             allowed = " or ".join(GRANULARITIES)
-            raise ConfigError(explain("QScheme", "this granularity", got=self.granularity, allowed=allowed))
+            raise ConfigError(explain("QScheme", "this granularity is not possible", got=self.granularity, allowed=allowed))
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             because = "the scale of a token is computed from that token"
-            raise ConfigError(explain("QScheme", "PerToken() without dynamic", because=because, fix="dynamic=True"))
+            raise ConfigError(
+                explain("QScheme", "PerToken() without dynamic is not possible", because=because, fix="dynamic=True")
+            )
 
     def __repr__(self) -> str:
         changed = (f.name for f in fields(self) if f.name == "bits" or getattr(self, f.name) != f.default)
@@ -190,7 +194,7 @@ def _check_field(where: str, name: str, value: object) -> None:
     """Raise a :class:`ConfigError` for a field of a :class:`QuantizerConfig` of the wrong type."""
     cls = FIELD_TYPES[name]
     if not isinstance(value, cls):
-        raise ConfigError(explain(where, f"this {name}", got=value, allowed=f"a {cls.__name__}"))
+        raise ConfigError(explain(where, f"this {name} is not possible", got=value, allowed=f"a {cls.__name__}"))
 
 
 OVERRIDE_FIELDS = (*SCHEME_FIELDS, *(f.name for f in fields(QuantizerConfig)))

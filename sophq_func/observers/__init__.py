@@ -60,7 +60,12 @@ def observer(name: str, **options: Any) -> Observer:
         result = made.qparams(state, scheme)
         if is_plain(tensors(state)) and bool(result.scale.isnan().any()):
             raise StateError(
-                explain(f"observer {name!r}", "qparams", got=state, allowed="finite statistics of at least one value")
+                explain(
+                    f"observer {name!r}",
+                    "qparams is not possible",
+                    got=state,
+                    allowed="finite statistics of at least one value",
+                )
             )
         return result
 

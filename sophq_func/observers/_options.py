@@ -11,7 +11,7 @@ from sophq_func.numerics.contracts import Merge, State
 def check(where: str, what: str, got: Any, allowed: str, *, ok: bool) -> None:
     """Raise a :class:`ConfigError` for an option out of its bounds."""
     if not ok:
-        raise ConfigError(explain(where, f"this {what}", got=got, allowed=allowed))
+        raise ConfigError(explain(where, f"this {what} is not possible", got=got, allowed=allowed))
 
 
 def is_number(value: Any) -> bool:
@@ -33,6 +33,6 @@ def unmergeable(where: str, because: str) -> Merge:
     """A ``merge`` that refuses."""
 
     def merge(a: State, b: State) -> State:
-        raise StateError(explain(where, "merge", because=because, fix='observer("minmax")'))
+        raise StateError(explain(where, "merge is not possible", because=because, fix='observer("minmax")'))
 
     return merge

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import nn
 
 from sophq_func.capture.graph import Graph
-from sophq_func.config.matching import underscored
+from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
-from sophq_func.config.rules import QuantConfig
-from sophq_func.config.site import Site, activation_quantizer
+from sophq_func.config.rules import QuantConfig, Rule
+from sophq_func.config.site import Site
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.core.registry import Spec
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize
 from sophq_func.numerics.scheme import QuantizerConfig
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"
 
 
+@lru_cache(maxsize=256)
+def _made(fake_quantize: Spec) -> FakeQuantize:
+    """The functions that a spec describes. A plan asks for few specs, and for each of them once a quantizer."""
+    return FAKE_QUANTIZERS.build(fake_quantize)
+
+
 def is_integer(config: QuantizerConfig) -> bool:
     """Whether codes are integers times a scale."""
-    return FAKE_QUANTIZERS.build(config.fake_quantize).integer
+    return _made(config.fake_quantize).integer
 
 
 def is_scaled_grid(config: QuantizerConfig) -> bool:
     """Whether the quantizer has one scale, known before the forward, that can round a bias."""
-    made = FAKE_QUANTIZERS.build(config.fake_quantize)
+    made = _made(config.fake_quantize)
     return (made.integer or made.scales_bias) and not config.observe_only and not config.scheme.dynamic
 
 
@@ -38,12 +47,16 @@ def violations(config: QuantConfig, site: Site, found: QuantizerConfig, reasons:
     spec, because = config.spec, f"chip {config.chip}; set by {{}}"
     if spec.fake_quantizers is not None and name not in spec.fake_quantizers:
         allowed, why = " or ".join(spec.fake_quantizers), because.format(reasons["fake_quantize"])
-        problems.append(explain(site.quantizer, f"fake quantizer {name}", allowed=allowed, because=why, fix="chip=None"))
+        problems.append(
+            explain(site.quantizer, f"fake quantizer {name} is not possible", allowed=allowed, because=why, fix="chip=None")
+        )
     bits = spec.weight_bits if site.role == "weight" else spec.activation_bits
     if bits is not None and is_integer(found) and found.scheme.bits not in bits:
         what, allowed = f"{found.scheme.bits} bits", " or ".join(map(str, bits))
         why, fix = because.format(reasons["bits"]), f"bits={bits[-1]}"
-        problems.append(explain(site.quantizer, what, got=found.scheme.bits, allowed=allowed, because=why, fix=fix))
+        problems.append(
+            explain(site.quantizer, f"{what} is not possible", got=found.scheme.bits, allowed=allowed, because=why, fix=fix)
+        )
     return problems
 
 
@@ -55,13 +68,25 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
     types = ", ".join(cls.__name__ for cls in config.leaves)
     what = f"planning with leaf_module=({types},)"
     because = "the graph was traced without it"
-    return [explain("plan", what, because=because, fix="sq.trace(model, args, kwargs, leaf_module=config.leaves)")]
+    return [
+        explain(
+            "plan",
+            f"{what} is not possible",
+            because=because,
+            fix="sq.trace(model, args, kwargs, leaf_module=config.leaves)",
+        )
+    ]
 
 
 def names_of(graph: Graph) -> set[str]:
     """Every dotted name that a rule may use for a module or value of a traced model, whether it is quantized or not."""
     names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
-    return names | {activation_quantizer(value) for value in graph.values}
+    return names | {value_quantizer(value) for value in graph.values}
+
+
+def is_exact(rule: Rule) -> bool:
+    """Whether a rule has a name that is no glob, and so must be there."""
+    return rule.name is not None and not any(c in rule.name for c in "*?[")
 
 
 def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
@@ -69,7 +94,7 @@ def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> li
     problems = [_unknown_type(OPERATIONS, key, classes, config) for key in config.operations]
     for rule in config.rules:
         said = f"{rule.origin}: {rule!r}" if rule.origin else repr(rule)
-        if rule.name is not None and not any(c in rule.name for c in "*?["):
+        if rule.name is not None and is_exact(rule):
             problems.append(_unknown_name(said, rule.name, names))
         problems.append(_unknown_type(said, rule.type, classes, config))
     return [problem for problem in problems if problem]

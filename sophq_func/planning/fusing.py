@@ -28,8 +28,13 @@ def fuse(graph: Graph, further: Iterable[type[Fused]] = ()) -> Graph:
     patterns = [*(PATTERNS.get(name) for name in PATTERNS), *further]
     groups: dict[str, Node] = {}
     taken: set[str] = set()
+    # Calls of one class, or of one function, can start the same groups: which ones is found out once.
+    starting: dict[tuple[str, type | None, str], list[type[Fused]]] = {}
     for node in graph:
-        if node.name not in taken and (group := _longest(graph, node, patterns)) is not None:
+        key = node.kind, node.type, node.function
+        if key not in starting:
+            starting[key] = [pattern for pattern in patterns if _calls(node, pattern.parts[0])]
+        if node.name not in taken and (group := _longest(graph, node, starting[key])) is not None:
             groups[node.name] = group
             taken.update(member.name for member in group.members)
     renamed = {group.members[-1].outputs[0]: name for name, group in groups.items()}
@@ -38,12 +43,15 @@ def fuse(graph: Graph, further: Iterable[type[Fused]] = ()) -> Graph:
         if node.name in taken and node.name not in groups:
             continue
         node = groups.get(node.name, node)
-        operands = tuple(replace(o, value=renamed.get(o.value, o.value)) for o in node.operands)
-        nodes[node.name] = replace(node, operands=operands)
+        if any(operand.value in renamed for operand in node.operands):
+            operands = tuple(replace(o, value=renamed.get(o.value, o.value)) for o in node.operands)
+            node = replace(node, operands=operands)
+        nodes[node.name] = node
         for value in node.members[-1].outputs if node.members else node.outputs:
-            name = renamed.get(value, value)
-            values[name] = replace(graph.values[value], name=name, node=node.name)
-    return Graph(nodes, values, graph.modules, graph.opaque, graph.written)
+            made, name = graph.values[value], renamed.get(value, value)
+            is_same = (made.name, made.node) == (name, node.name)
+            values[name] = made if is_same else replace(made, name=name, node=node.name)
+    return Graph(nodes, values, graph.modules, graph.opaque, graph.written, shapes=graph.shapes)
 
 
 def _longest(graph: Graph, lead: Node, patterns: Iterable[type[Fused]]) -> Node | None:
@@ -55,12 +63,9 @@ def _longest(graph: Graph, lead: Node, patterns: Iterable[type[Fused]]) -> Node 
 
 
 def _match(graph: Graph, lead: Node, pattern: type[Fused]) -> list[Node]:
-    """The members of a group that starts at ``lead``; empty where the pattern does not match."""
-    first, *others = pattern.parts
-    if not _calls(lead, first):
-        return []
+    """The members of a group that starts at ``lead``, a call of the first part; empty where the others do not follow."""
     members = [lead]
-    for part in others:
+    for part in pattern.parts[1:]:
         node = _only_user(graph, members[-1])
         if node is None or not (_calls(node, part) or (isinstance(part, type) and family(part) == node.operation != "")):
             return []

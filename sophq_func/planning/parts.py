@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import OperandSite, Site, ValueSite, WeightSite
 from sophq_func.core.errors import ConfigError, PlanError, explain, unknown
-from sophq_func.planning.picture import Edge
+from sophq_func.planning.picture import Edge, Wiring
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.runs import Pair, Run, Span
 
@@ -31,7 +31,7 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
     """
     found = [(run, spans[call]) for run in plan.runs if len(spans := run.spans(path)) > call]
     if not found:
-        raise PlanError(explain("part", f"call {call} of {path!r}", because=_why_not(plan, path)))
+        raise PlanError(explain("part", f"call {call} of {path!r} is not possible", because=_why_not(plan, path)))
     before = [run.counts(0, span.start) for run, span in found]
     inside = [run.counts(span.start, span.stop) for run, span in found]
     sites: dict[str, Site] = {}
@@ -41,7 +41,9 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
         own = list(dict.fromkeys(one for one in moved if one is not None))
         if len(own) > 1:
             because = f"the examples make {name} at different calls of it"
-            raise PlanError(explain("part", f"call {call} of {path!r}", because=because, fix="plan with one example"))
+            raise PlanError(
+                explain("part", f"call {call} of {path!r} is not possible", because=because, fix="plan with one example")
+            )
         if own:
             sites[name] = own[0]
     pairs = {place[:2] for site in sites.values() if not site.parameter for place in site.places()}
@@ -51,8 +53,10 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
         sites,
         tuple({pair: counts[pair] for pair in sorted(pairs)} for counts in inside),
         {name: plan.reasons(name) for name in sites},
-        calls=tuple(one for one in plan.calls if one.name in names),
-        edges=tuple(edge for edge in plan.edges if edge.source in names and edge.target in names),
+        wiring=Wiring(
+            tuple(one for one in plan.calls if one.name in names),
+            tuple(edge for edge in plan.edges if edge.source in names and edge.target in names),
+        ),
         runs=tuple(_cut(run, span) for run, span in found),
     )
 
@@ -72,13 +76,15 @@ def _moved(site: Site, parameters: Collection[str], before: Mapping[Pair, int], 
     for path, function, call, operand in site.places():
         own = call - before[path, function]
         if 0 <= own < inside[path, function]:
-            kept.append((path, function, own, operand))
-    if site.parameter and site.parameter in parameters:
-        return site if not kept else replace(site, anchor=kept[0][:3])
-    if not kept or site.parameter:
+            kept.append(OperandSite(path, function, own, operand))
+    if isinstance(site, WeightSite) and site.parameter not in parameters:
         return None
-    (path, function, call, operand), *more = kept
-    return replace(site, anchor=(path, function, call), operand=operand, more=tuple(more))
+    if not kept:
+        return site if isinstance(site, WeightSite) else None
+    first, *more = kept
+    if isinstance(site, ValueSite):
+        return replace(site, anchor=first.made, operand=first.operand, more=tuple(more))
+    return replace(site, anchor=first.made)
 
 
 def _cut(run: Run, span: Span) -> Run:
@@ -127,7 +133,9 @@ def blocks(plan: Plan, in_list: Callable[[str], bool]) -> list[tuple[str, int]]:
 
 def _longest(plan: Plan) -> Run:
     if not plan.runs:
-        raise PlanError(explain("blocks", "finding blocks", because=_why_not(plan, ""), fix="plan the model anew"))
+        raise PlanError(
+            explain("blocks", "finding blocks is not possible", because=_why_not(plan, ""), fix="plan the model anew")
+        )
     return max(plan.runs, key=lambda run: len(run.calls))
 
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from sophq_func.config.matching import underscored
-from sophq_func.config.rules import Rule
+from sophq_func.capture.graph import Graph
+from sophq_func.config.names import underscored
+from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Site
 from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, near
-from sophq_func.numerics.scheme import QuantizerConfig, config_from_data, to_data
+from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.diff import PlanDiff
-from sophq_func.planning.picture import Call, Edge
+from sophq_func.planning.draft import check, draft
+from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
 from sophq_func.planning.runs import Run
+from sophq_func.planning.stored import VERSION, read
 from sophq_func.planning.text import Tree
+from sophq_func.planning.unite import Counts, unite
 
-VERSION = 2
 
-Counts = Mapping[tuple[str, str], int]
-"""Number of calls of each (module path, function) that some quantizer is anchored to; function is empty for modules."""
+class Origin(NamedTuple):
+    """What a plan was made from."""
+
+    graphs: tuple[Graph, ...]
+    config: QuantConfig
 
 
 class Plan(Mapping[str, QuantizerConfig]):
@@ -32,7 +39,9 @@ class Plan(Mapping[str, QuantizerConfig]):
       unused: rules that matched nothing.
       opaque: paths of modules whose inside is not looked at.
       written: inputs that the model writes into; they enter as copies.
-      calls, edges: the traced model, for pictures.
+      wiring: the traced calls, and the ways of values through the quantizers.
+      origin: the graphs and the config that it was made from; ``None`` after JSON or a pickle, since classes of modules and
+        functions in rules are no data.
       runs: what each example called, in order.
     """
 
@@ -44,10 +53,9 @@ class Plan(Mapping[str, QuantizerConfig]):
     unused: tuple[Rule, ...]
     opaque: tuple[str, ...]
     written: tuple[str, ...]
-    calls: tuple[Call, ...]
-    edges: tuple[Edge, ...]
+    wiring: Wiring
+    origin: Origin | None
     runs: tuple[Run, ...]
-    _again: Callable[[Rule], Plan] | None
 
     def __init__(
         self,
@@ -59,10 +67,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         unused: tuple[Rule, ...] = (),
         opaque: tuple[str, ...] = (),
         written: tuple[str, ...] = (),
-        calls: tuple[Call, ...] = (),
-        edges: tuple[Edge, ...] = (),
-        again: Callable[[Rule], Plan] | None = None,
+        wiring: Wiring = NO_WIRING,
         runs: tuple[Run, ...] = (),
+        origin: Origin | None = None,
     ) -> None:
         self.__dict__.update(
             _configs=dict(configs),
@@ -73,23 +80,56 @@ class Plan(Mapping[str, QuantizerConfig]):
             unused=tuple(unused),
             opaque=tuple(opaque),
             written=tuple(written),
-            calls=tuple(calls),
-            edges=tuple(edges),
-            _again=again,
-            runs=tuple(runs),
+            wiring=wiring,
+            runs=runs,
+            origin=origin,
+        )
+
+    @staticmethod
+    def of(origin: Origin) -> Plan:
+        """Plan; see :func:`sophq_func.plan`, which checks its arguments first."""
+        graphs, config = origin
+        drafts = [draft(graph, config) for graph in graphs]
+        check(drafts, config)
+        made = unite(drafts)
+        used = frozenset().union(*(own.used for own in drafts))
+        return Plan(
+            {name: own for name, decision in made.decisions.items() if (own := decision.config) is not None},
+            made.sites,
+            made.counts,
+            {name: decision.reasons for name, decision in made.decisions.items()},
+            made.notes,
+            tuple(rule for i, rule in enumerate(config.rules) if i not in used),
+            made.opaque,
+            made.written,
+            made.wiring,
+            made.runs,
+            origin,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_again": None}
+        return {**self.__dict__, "origin": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(explain("Plan", f"setting {name!r}", because="it is immutable", fix="plan anew"))
+        raise AttributeError(
+            explain("Plan", f"setting {name!r} is not possible", because="it is immutable", fix="plan anew")
+        )
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls of the traced model, its inputs, and its output."""
+        return self.wiring.calls
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """Each value on its way from the call that makes it to one that takes it."""
+        return self.wiring.edges
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -163,7 +203,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     def diff(self, other: Plan) -> PlanDiff:
         """What ``other`` has that is different: quantizers added, removed, or with changed fields."""
         if not isinstance(other, Plan):
-            raise PlanError(explain("plan.diff", "this plan", got=type(other).__name__, allowed="a sq.Plan"))
+            raise PlanError(explain("plan.diff", "this plan is not possible", got=type(other).__name__, allowed="a sq.Plan"))
         return diff.diff((self._configs, other._configs), (self._sites, other._sites))
 
     def override(self, rule: Rule) -> Plan:
@@ -175,24 +215,25 @@ class Plan(Mapping[str, QuantizerConfig]):
         """
         if not isinstance(rule, Rule):
             fix = 'sq.Rule(name="...", weight=sq.override(bits=4))'
-            raise ConfigError(explain("plan.override", "this rule", got=type(rule).__name__, allowed="a sq.Rule", fix=fix))
-        if self._again is None:
-            because, fix = (
-                "it was read from JSON or a pickle, without the traced model",
-                "sq.plan(sq.trace(model, args), config)",
+            raise ConfigError(
+                explain("plan.override", "this rule is not possible", got=type(rule).__name__, allowed="a sq.Rule", fix=fix)
             )
-            raise PlanError(explain("plan.override", "planning again", because=because, fix=fix))
-        return self._again(rule)
+        if self.origin is None:
+            because = "it was read from JSON or a pickle, without the traced model"
+            fix = "sq.plan(sq.trace(model, args), config)"
+            raise PlanError(explain("plan.override", "planning again is not possible", because=because, fix=fix))
+        config = self.origin.config
+        return Plan.of(self.origin._replace(config=replace(config, rules=(*config.rules, rule))))
 
     def to_dot(self) -> str:
         """The model's graph with its quantizers, in the DOT language; :func:`sophq_func.draw` makes a picture."""
-        return picture.dot(self.calls, self.edges, self._configs)
+        return picture.dot(self.wiring, self._configs)
 
     def _identity(self) -> dict[str, Any]:
         """All that decides about numbers, as data; what only explains is left out."""
         return {
             "quantizers": [
-                {"name": name, "config": to_data(config), "site": self._sites[name].to_data()}
+                {"name": name, "config": to_data(config), "site": self._sites[name].identity()}
                 for name, config in self._configs.items()
             ],
             "counts": [sorted([path, function, n] for (path, function), n in c.items()) for c in self.counts],
@@ -202,24 +243,20 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     def to_json(self) -> str:
         """The plan as JSON text: stable, and all that :func:`sophq_func.build` needs. Unused rules are left out."""
-        told = {"reasons": self._reasons, "notes": self.notes, "calls": self.calls, "edges": self.edges, "runs": self.runs}
-        data = {"version": VERSION, **self._identity(), **told}
-        return json.dumps(data, indent=1, sort_keys=True)
+        data = self._identity()
+        for entry in data["quantizers"]:
+            entry["site"] = self._sites[entry["name"]].to_data()
+        told = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs}
+        return json.dumps({"version": VERSION, **data, **told}, indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The inverse of :meth:`to_json`.
+        """The inverse of :meth:`to_json`. Texts of older versions are read, too.
 
         Raises:
           ConfigError: the text is no plan, or of another version.
         """
-        try:
-            return _read(json.loads(text))
-        except ConfigError:
-            raise
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            because = f"{type(error).__name__}: {error}"
-            raise ConfigError(explain("Plan.from_json", "reading a plan", because=because)) from error
+        return Plan(*read(text))
 
     def digest(self) -> str:
         """SHA-256 over everything that decides about numbers; equal exactly for equal plans."""
@@ -235,11 +272,13 @@ class Plan(Mapping[str, QuantizerConfig]):
           known: names of entries that there may be beside these.
         """
         if not isinstance(names, Mapping):
-            raise StateError(explain(what, "this type", got=type(names).__name__, allowed="a dict {quantizer: state}"))
+            raise StateError(
+                explain(what, "this type is not possible", got=type(names).__name__, allowed="a dict {quantizer: state}")
+            )
         for name in names.keys() & types.keys():
             if not isinstance(names[name], types[name]):
                 got, allowed = type(names[name]).__name__, types[name].__name__
-                raise StateError(explain(f"{what}[{name!r}]", "this value", got=got, allowed=allowed))
+                raise StateError(explain(f"{what}[{name!r}]", "this value is not possible", got=got, allowed=allowed))
         missing = [name for name in types if name not in names]
         if missing:
             fix = "q.init(params)" if what == "ostate" else "q.calibrate(params, batches)"
@@ -247,31 +286,3 @@ class Plan(Mapping[str, QuantizerConfig]):
         extra = [name for name in names if name not in types and name not in known]
         if extra:
             raise StateError(f"{what} holds {extra[0]!r}, which is not in the plan; {near(extra[0], self._configs)}.")
-
-
-def _read(data: Any) -> Plan:
-    """A plan from the data that :meth:`Plan.to_json` writes; raises whatever a wrong type raises."""
-    if data["version"] != VERSION:
-        raise ConfigError(explain("Plan.from_json", "this version", got=data["version"], allowed=VERSION))
-    entries = {_text(entry["name"]): entry for entry in data["quantizers"]}
-    sites = {name: Site.from_data(entry["site"]) for name, entry in entries.items()}
-    if any(site.quantizer != name for name, site in sites.items()):
-        raise ValueError("a site belongs to another quantizer")
-    return Plan(
-        {name: config_from_data(entry["config"]) for name, entry in entries.items()},
-        sites,
-        tuple({(_text(path), _text(function)): int(n) for path, function, n in counts} for counts in data["counts"]),
-        {name: {_text(k): _text(v) for k, v in data["reasons"][name].items()} for name in entries},
-        tuple(_text(note) for note in data["notes"]),
-        opaque=tuple(_text(path) for path in data["opaque"]),
-        written=tuple(_text(name) for name in data["written"]),
-        calls=tuple(Call(_text(name), _text(does), tuple(map(_text, weights))) for name, does, weights in data["calls"]),
-        edges=tuple(Edge(_text(source), _text(end), tuple(map(_text, through))) for source, end, through in data["edges"]),
-        runs=tuple(map(Run.from_data, data.get("runs", ()))),
-    )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value

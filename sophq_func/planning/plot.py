@@ -50,15 +50,19 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
       True
     """
     if not isinstance(plan, Plan):
-        raise PlanError(explain("draw", "this plan", got=type(plan).__name__, allowed="a sq.Plan", fix="draw(q.plan, path)"))
+        raise PlanError(
+            explain(
+                "draw", "this plan is not possible", got=type(plan).__name__, allowed="a sq.Plan", fix="draw(q.plan, path)"
+            )
+        )
     target = Path(path)
     if target.suffix not in FORMATS:
-        raise PlanError(explain("draw", "this ending", got=target.name, allowed=", ".join(FORMATS)))
+        raise PlanError(explain("draw", "this ending is not possible", got=target.name, allowed=", ".join(FORMATS)))
     if not target.parent.is_dir():
-        raise PlanError(explain("draw", "this folder", got=str(target.parent), fix="make it first"))
+        raise PlanError(explain("draw", "this folder is not possible", got=str(target.parent), fix="make it first"))
     if not plan.calls:
         fix = "sq.plan(sq.trace(model, args), config)"
-        raise PlanError(explain("draw", "a picture", because="the plan knows no calls", fix=fix))
+        raise PlanError(explain("draw", "a picture is not possible", because="the plan knows no calls", fix=fix))
     figure = _figure(plan)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     figure.savefig(partial, dpi=110)
@@ -71,7 +75,9 @@ def _figure(plan: Plan) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         fix = "pip install matplotlib, or render plan.to_dot() with Graphviz"
-        raise PlanError(explain("draw", "a picture", because="matplotlib is not installed", fix=fix)) from error
+        raise PlanError(
+            explain("draw", "a picture is not possible", because="matplotlib is not installed", fix=fix)
+        ) from error
     places = layout(plan.calls, plan.edges)
     lanes = [x for x, _ in places.values()]
     left, right, depth = min(lanes), max(lanes), max(y for _, y in places.values())

@@ -64,7 +64,9 @@ def report(
     """
     if q.frozen or q.training:
         what, fix = ("a frozen model", "use the q that was frozen") if q.frozen else ("training mode", "q.eval()")
-        raise StateError(explain("report", what, because="runs with and without a quantizer are compared", fix=fix))
+        raise StateError(
+            explain("report", f"{what} is not possible", because="runs with and without a quantizer are compared", fix=fix)
+        )
     given = _listed(batches)
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
     on = enabled(qparams, True)
@@ -92,10 +94,10 @@ def report(
 def _listed(batches: Iterable[Any]) -> list[Any]:
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         got, fix = type(batches).__name__, "sq.report(q, params, qparams, [x])"
-        raise StateError(explain("report", "these batches", got=got, allowed="a list", fix=fix))
+        raise StateError(explain("report", "these batches is not possible", got=got, allowed="a list", fix=fix))
     found = list(batches)
     if not found:
-        raise StateError(explain("report", "no batches", fix="pass a list of tensors, tuples or dicts"))
+        raise StateError(explain("report", "no batches is not possible", fix="pass a list of tensors, tuples or dicts"))
     return found
 
 
@@ -153,7 +155,9 @@ class _Errors:
 def _floating(output: Any) -> list[Tensor]:
     found = [t for t in ((output,) if isinstance(output, Tensor) else tensors(output)) if t.is_floating_point()]
     if not found:
-        raise StateError(explain("report", "this output", got=type(output).__name__, allowed="floating tensors"))
+        raise StateError(
+            explain("report", "this output is not possible", got=type(output).__name__, allowed="floating tensors")
+        )
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophq_func.config.matching import underscored
+from sophq_func.config.names import underscored
 from sophq_func.core.errors import near
 from sophq_func.core.files import write_text
 from sophq_func.reports import _html, _text

@@ -194,6 +194,7 @@ def test_a_trace_has_a_gradient() -> None:
     torch.testing.assert_close(grad(trace)(w), 24 * w)
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph_they_are_the_same(fresh_dynamo: None) -> None:
     loss, params = quantized()
     noise = sq.rademacher(params, NAMES[1:], 3, seeded())

@@ -237,6 +237,7 @@ def compiled_error(r: Ready, x: Tensor) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("spelling", [F.sigmoid, abs], ids=["F.sigmoid", "abs"])
 def test_what_dynamo_hides_is_an_error_that_says_what_to_write(spelling: Callable[[Tensor], Tensor]) -> None:
@@ -247,6 +248,7 @@ def test_what_dynamo_hides_is_an_error_that_says_what_to_write(spelling: Callabl
     assert f"torch.{name}(x)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_optional_does_not_excuse_what_dynamo_hides() -> None:
     x = torch.randn(2, 4)
@@ -257,6 +259,7 @@ def test_optional_does_not_excuse_what_dynamo_hides() -> None:
 SHOWN = {"torch.sigmoid": torch.sigmoid, "torch.abs": torch.abs, "module": nn.Sigmoid(), "F.gelu": F.gelu}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("kind", SHOWN)
 def test_what_dynamo_shows_compiles_to_the_numbers_of_eager(kind: str) -> None:

@@ -498,6 +498,7 @@ def wait_for_another_file(path: Path, before: tuple[int, int]) -> None:
         time.sleep(0.0005)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_process_that_is_killed_while_it_saves_leaves_a_file_that_loads(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_help_teaches(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
             assert line in out
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program_and_stops_with_its_reader(folder: Path) -> None:
     def program(*words: str) -> subprocess.Popen[bytes]:
         command, pipe = [sys.executable, "-m", "sophq_func", *words], subprocess.PIPE

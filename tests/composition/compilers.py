@@ -1,4 +1,9 @@
-"""torch.compile as one graph: values, and how often it compiles."""
+"""torch.compile as one graph: values, and how often it compiles.
+
+In float64: compiled code adds up in another order than eager does, by CPU, and in float32 a sum that lies near a tie would
+then have another code, and with it another gradient: the largest weight of each channel does. Learned scales stay float32,
+and with them their gradients, sums of terms that cancel: these are compared to 1e-5.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +36,10 @@ def gradient(s: Subject) -> Callable[..., Any]:
     return grad(lambda at, batch: s.loss(*at, batch))
 
 
-@row("compile, aot_eager", "1e-5; 1e-4")
+@row("compile, aot_eager", "1e-9; 1e-5")
 def check_aot_eager(s: Subject) -> None:
     """eager; so is the gradient of `backward` through it."""
+    s = s.wide
 
     def leaves() -> Any:
         return _pytree.tree_map(lambda leaf: leaf.clone().requires_grad_(), (s.scales, s.weights))
@@ -43,37 +49,40 @@ def check_aot_eager(s: Subject) -> None:
 
     at = leaves()
     found, expected = compiled(forward, "aot_eager")(at, s.batch), forward(at, s.batch)
-    same(found, expected, 1e-5)
+    same(found, expected, 1e-9)
     flat = _pytree.tree_leaves(at)
     options = {"allow_unused": True, "materialize_grads": True}
     pulled = [torch.autograd.grad(curved(out), flat, **options) for out in (found, expected)]
     some(pulled[1])
-    same(*pulled, 1e-4)
+    same(*pulled, 1e-5)
 
 
-@row("compile of grad, aot_eager", "1e-4")
+@row("compile of grad, aot_eager", "1e-5")
 def check_aot_eager_grad(s: Subject) -> None:
     """eager, for every parameter and learned scale."""
+    s = s.wide
     at = (s.scales, s.weights)
     expected = gradient(s)(at, s.batch)
     some(expected)
-    same(compiled(gradient(s), "aot_eager")(at, s.batch), expected, 1e-4)
+    same(compiled(gradient(s), "aot_eager")(at, s.batch), expected, 1e-5)
 
 
-@row("compile of observe, aot_eager", "1e-5")
+@row("compile of observe, aot_eager", "1e-6")
 def check_aot_eager_observe(s: Subject) -> None:
     """eager: every observer's state."""
+    s = s.wide
     ostate = s.q.init(s.params)
 
     def observe(params: Any, ostate: Any, batch: Any) -> Any:
         return s.q.observe(params, ostate, **batch)[1]
 
-    same(compiled(observe, "aot_eager")(s.params, ostate, s.batch), observe(s.params, ostate, s.batch), 1e-5)
+    same(compiled(observe, "aot_eager")(s.params, ostate, s.batch), observe(s.params, ostate, s.batch), 1e-6)
 
 
-@row("compile of forward and grad, inductor", "1e-5; 1e-3")
+@row("compile of forward and grad, inductor", "1e-9; 1e-5")
 def check_inductor(s: Subject) -> None:
     """eager: the output; the gradient, for every parameter and learned scale."""
+    s = s.wide
 
     def both(at: Any, batch: Any) -> tuple[Any, Tensor]:
         def loss(at: Any) -> tuple[Tensor, Tensor]:
@@ -84,33 +93,34 @@ def check_inductor(s: Subject) -> None:
 
     at = (s.scales, s.weights)
     found, expected = compiled(both, "inductor")(at, s.batch), both(at, s.batch)
-    same(found[1], expected[1], 1e-5)
+    same(found[1], expected[1], 1e-9)
     some(expected[0])
-    same(found[0], expected[0], 1e-3)
+    same(found[0], expected[0], 1e-5)
 
 
-@row("compile, other batch sizes", "1e-5")
+@row("compile, other batch sizes", "1e-9")
 def check_batch_sizes(s: Subject) -> None:
     """eager; one compilation more when the size first changes, none for any further one."""
+    s = s.wide
     counter = CompileCounter()
     run = compiled(s.out, counter)
     for size, compilations in ((4, 1), (3, 2), (2, 2), (7, 2)):
         batch = each(s.batch, torch.arange(size) % 4)
-        same(run(s.params, s.qparams, batch), s.out(s.params, s.qparams, batch), 1e-5)
+        same(run(s.params, s.qparams, batch), s.out(s.params, s.qparams, batch), 1e-9)
         assert counter.frame_count == compilations, (size, counter.frame_count)
 
 
-@row("compile, other qparams, bit widths, masks", "1e-5")
+@row("compile, other qparams, bit widths, masks", "1e-9")
 def check_data(s: Subject) -> None:
     """eager; no compilation after the first; without autograd."""
-    counter, seen = CompileCounter(), []
+    s, counter, seen = s.wide, CompileCounter(), []
     run = torch.no_grad()(compiled(s.out, counter))
     for bits, on, stretch in ((8, True, 1.0), (8, True, 1.3), (4, True, 1.0), (3, False, 1.0)):
         qparams = sq.merge({name: scale * stretch for name, scale in s.scales.items()}, s.rest)
         mask = {"*": True, "*weight_fake_quant": torch.tensor(on)}
         setting = sq.enabled(sq.with_bits(qparams, s.q.plan, bits), mask)
         seen.append(run(s.params, setting, s.batch))
-        same(seen[-1], s.out(s.params, setting, s.batch), 1e-5)
+        same(seen[-1], s.out(s.params, setting, s.batch), 1e-9)
         assert counter.frame_count == 1, (bits, on, stretch)
         assert not any(torch.equal(seen[-1], other) for other in seen[:-1])
 

@@ -5,23 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.composition import ROWS, SUBJECTS, Row, Subject
+from tests.composition import ROWS, SUBJECTS, Row, Subject, compilers
 from tests.composition.page import made
 
+OTHER_ORDERS = {"functionalize", "make_fx"}
+"""Rows that may take sums in another order than eager does; those that compile take long, and are left out."""
+
 CELLS = [(row, name) for row in ROWS.values() for name in SUBJECTS]
-PLAIN = [pytest.param(row, name, id=f"{row.name}-{name}") for row, name in CELLS if name not in row.limits]
-LIMITED = [pytest.param(row, name, id=f"{row.name}-{name}") for row, name in CELLS if name in row.limits]
-AROUND = [
-    pytest.param(row, name, way, id=f"{row.name}-{name}-{way}")
-    for row, name in CELLS
-    if name in row.limits
-    for way in row.limits[name].ways
-]
+
+
+def cell(row: Row, name: str, *way: str) -> Any:
+    """A case; slow where it compiles, or where the model is a whole ResNet or BERT."""
+    marks = [pytest.mark.slow] if row.check.__module__ == compilers.__name__ or name != "convnet" else []
+    marks += [pytest.mark.isa] if row.name in OTHER_ORDERS and name not in row.limits else []
+    return pytest.param(row, name, *way, id="-".join((row.name, name, *way)), marks=marks)
+
+
+PLAIN = [cell(row, name) for row, name in CELLS if name not in row.limits]
+LIMITED = [cell(row, name) for row, name in CELLS if name in row.limits]
+AROUND = [cell(row, name, way) for row, name in CELLS if name in row.limits for way in row.limits[name].ways]
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),  # linearize, of any function

@@ -36,6 +36,7 @@ def test_the_gradient_reaches_every_quantized_weight(any_model: Subject) -> None
     assert all(bool((gradient[n] != 0).any()) for n in weights)
 
 
+@pytest.mark.slow
 def test_torch_optim_trains_leaf_parameters(any_model: Subject) -> None:
     s = any_model
     weights = {name: nn.Parameter(value.clone()) for name, value in s.weights.items()}
@@ -65,6 +66,7 @@ def turned(weight: Tensor) -> Tensor:
     return weight.transpose(0, -1).contiguous().transpose(0, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "expanded"])
 def test_inductor_reads_weights_of_any_layout(layout: str) -> None:
     """Compiled for use, weights are viewed by strides; see ``affine.laid_out``."""

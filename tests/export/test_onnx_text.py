@@ -19,6 +19,8 @@ import sophq_func as sq
 from tests.helpers import Ready, ready
 from tests.runtime import LEVELS, agree, computed, kernels, onnx
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 Batch = dict[str, Tensor]

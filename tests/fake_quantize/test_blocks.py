@@ -186,6 +186,7 @@ def test_nan_and_infinity_change_nothing_but_themselves_and_saturate(name: str) 
     assert torch.equal(z[spoiled.isfinite()], y[spoiled.isfinite()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "fpxgroup"])
 def test_blocks_compile_and_map_over_examples(name: str) -> None:
     fq, x = sq.fake_quantizer(name), numbers(0, 4, 3, 40)

@@ -126,6 +126,7 @@ def test_without_a_hessian_it_is_fixed(name: str) -> None:
         assert_same(sq.fake_quantizer(name).apply(weight, qparams, scheme), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptq", "gptqfp4"])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_it_maps_over_weights_and_hessians_passes_gradients_and_compiles(name: str, act_order: bool) -> None:

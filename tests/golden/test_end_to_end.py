@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from tests import ties
 from tests.golden import models
 from tests.golden.cases import Case, cases, params
+from tests.helpers import Ready
 
 GROUPS = (
     "matrix",
@@ -133,11 +135,15 @@ def recorded_quantizers(case: Case, plan: sq.Plan) -> dict[str, dict[str, Any]]:
     return found
 
 
+def allowed(case: Case) -> float:
+    """2e-5, or 2 % of the quantization noise, as the norm of an error."""
+    expected = case.get("output")
+    return max(2e-5 * float(expected.norm()), 0.02 * float((expected - case.get("float_output")).norm()))
+
+
 def within_noise(case: Case, out: Tensor) -> None:
-    """Within 2e-5, or 2 % of the quantization noise."""
-    expected, noise = case.get("output"), (case.get("output") - case.get("float_output")).norm()
-    error = (out - expected).norm()
-    assert error <= max(2e-5 * float(expected.norm()), 0.02 * float(noise)), float(error / noise)
+    error = float((out - case.get("output")).norm())
+    assert error <= allowed(case), error / allowed(case)
 
 
 def is_integer(config: sq.QuantizerConfig) -> bool:
@@ -164,6 +170,7 @@ def test_placement(case: Case) -> None:
             assert (config.scheme.qmin, config.scheme.qmax) == (entry["quant_min"], entry["quant_max"])
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("case", params("end_to_end", *GROUPS, defects=NUMBERS, where=lambda case: not steps(case)))
 def test_scales_and_outputs(case: Case) -> None:
     q, weights = prepared(case)
@@ -174,9 +181,16 @@ def test_scales_and_outputs(case: Case) -> None:
             offset, shape = layout["scale"]
             expected = case.get("calibrated_scale")[offset : offset + torch.Size(shape).numel()]
             torch.testing.assert_close(qparams[name].scale.reshape(-1), expected, rtol=1e-5, atol=0)
-    within_noise(case, q.apply(weights, qparams, case.get("test_input")))
+    x = case.get("test_input")
+    if float((q.apply(weights, qparams, x) - case.get("output")).norm()) > allowed(case):
+        # a sum near a tie rounds here to the other side than where it was recorded; with the same choices all is the same
+        made, exactly = Ready(q, weights, qparams), 2e-5 * float(case.get("output").norm())
+        assert all(map(is_integer, q.plan.values()))
+        assert ties.follows(made, x, case.get("output"), exactly)
+        ties.simulated(made, ties.reference(made, x), x)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("case", params("end_to_end", "training_step", *GROUPS, defects=NUMBERS, where=steps))
 def test_training_step(case: Case) -> None:
     q, weights = prepared(case)

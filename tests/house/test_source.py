@@ -98,6 +98,7 @@ def test_every_exported_function_shows_an_example(name: str) -> None:
     assert ">>> " in str(exported()[name].__doc__)
 
 
+@pytest.mark.slow
 def test_the_package_imports_nothing_of_its_extras() -> None:
     code = "import sys, sophq_func; sys.stdout.write(' '.join({name.partition('.')[0] for name in sys.modules}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)

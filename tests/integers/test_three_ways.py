@@ -1,25 +1,27 @@
-"""One quantized network three ways: ``q.apply`` simulates, the executor and ONNX Runtime compute in integers."""
+"""One quantized network three ways: ``q.apply`` simulates, the executor and ONNX Runtime compute in integers.
+
+Images are compared whose values all lie further from a tie than float32 rounds: there is no choice between codes, on no CPU.
+"""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
 from tests.helpers import Ready, ready
 from tests.runtime import computed, onnx
+from tests.ties import OUTPUT, Reference, are_decided, last_step, reference, shown
+
+pytestmark = [pytest.mark.isa, pytest.mark.slow]
 
 CHIPS = {"CNN": "BM1690", "Dataflow": None}
-TOLERANCE = 1e-3
-"""Of a step: float32 rounding of ``code * scale``."""
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +32,20 @@ def digits() -> Iterator[tuple[nn.Module, Tensor, Tensor, Tensor]]:
     sys.path.insert(0, folder)
     try:
         module = importlib.import_module("digits")
-        torch.set_num_threads(1)
         train, _, test, labels = module.load(0)
         yield module.trained(0, epochs=4), train[:128], test, labels
     finally:
         sys.path.remove(folder)
 
 
-def three_ways(made: Ready, example: Tensor, x: Tensor, path: Path) -> dict[str, Tensor]:
-    """What each of them makes of a batch."""
+def three_ways(made: Ready, expected: Reference, example: Tensor, x: Tensor, path: Path) -> dict[str, Tensor]:
+    """What each of them makes of a batch; ``apply`` in float64, whose sums are the same in any order."""
     sq.export.onnx(made.q, made.params, made.qparams, example, path)
     return {
-        "apply": made(x).detach(),
+        "apply": expected.output.float(),
         "executor": sq.convert(made.q, made.params, made.qparams).run(x),
         "ONNX Runtime": computed(path, {"x": x})[0],
     }
-
-
-def last_step(made: Ready) -> Tensor:
-    """The step of the last quantizer of the plan: with ``CNN`` on the output, with ``Dataflow`` before the last layer."""
-    names = [name for name in made.q.plan if made.q.plan.site(name).role == "activation"]
-    return made.qparams[names[-1]].scale
 
 
 def are_four_bits(made: Ready, path: Path) -> bool:
@@ -72,14 +67,12 @@ def test_all_pairs_agree_on_the_whole_test_set(
     weight, activation = sq.override(bits=bits), sq.override(symmetric=symmetric)
     config = sq.QuantConfig(chip=CHIPS[strategy], strategy=strategy, weight=weight, activation=activation)
     made, path = ready(model, example, config=config), tmp_path / "digits.onnx"
-    outputs, step = three_ways(made, example, test, path), last_step(made)
+    test = shown(made, test)
+    expected = reference(made, test)
+    outputs, step, decided = three_ways(made, expected, example, test, path), last_step(made), are_decided(made, expected)
     assert are_four_bits(made, path) == (bits == 4)
-    for pair in itertools.combinations(outputs, 2):
-        steps = (outputs[pair[0]] - outputs[pair[1]]).abs() / step
-        beyond = int((steps > 1 + TOLERANCE).sum())
-        if strategy == "CNN":  # the output is on the grid: another code is one whole step away
-            assert beyond == 0, pair
-        assert beyond <= 0.001 * steps.numel(), pair
-        assert int((steps > 0.5).sum()) <= 0.005 * steps.numel(), pair
-    right = [int((output.argmax(1) == labels).sum()) for output in outputs.values()]
-    assert max(right) - min(right) <= 1 and min(right) > 0.9 * len(labels)
+    assert int(decided.sum()) >= 0.1 * len(test)
+    for way, output in outputs.items():
+        steps = (output - outputs["apply"]).abs() / step
+        assert float(steps[decided].max()) <= OUTPUT, way
+        assert float((output.argmax(1) == labels).float().mean()) > 0.9, way

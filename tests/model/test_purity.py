@@ -255,6 +255,7 @@ def test_a_model_that_counts_its_calls_always_starts_from_the_same_count(kind: s
             same(r.q.calibrate(r.params, [x]), r.qparams)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_model_that_counts_its_calls_does_so_when_compiled() -> None:
     model, x = Counts(attribute, 0), torch.randn(2, 4)

@@ -1,4 +1,7 @@
-"""Bit widths and switches as data: what they mean, how they compose, and what is refused."""
+"""Bit widths and switches as data: what they mean, how they compose, and what is refused.
+
+In float64: mapped and alone, sums have another order, and in float32 one near a tie would have another code.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def network(norm: bool = True) -> nn.Module:
     model = nn.Sequential(*layers)
     for _ in range(3):
         model(torch.randn(8, 3, 6, 6))
-    return model.eval()
+    return model.double().eval()
 
 
 def config(bits: int = 8, symmetric: bool = True, fake: str = "learnable", **changes: Any) -> sq.QuantConfig:
@@ -39,7 +42,7 @@ def config(bits: int = 8, symmetric: bool = True, fake: str = "learnable", **cha
 def ready(
     model: nn.Module, settings: sq.QuantConfig
 ) -> tuple[sq.Quantized, dict[str, Tensor], dict[str, sq.QParams], Tensor]:
-    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     q, params = sq.quantize(model, settings, example_args=(x,)), sq.params_of(model)
     return q, params, q.calibrate(params, [x], progress=False), x
 
@@ -178,7 +181,7 @@ def test_a_floating_mask_fades_in_and_has_a_gradient() -> None:
         masks = {ALL: False, name: mask}
         return q.apply(params, sq.enabled(qparams, masks), x).square().sum()
 
-    at = torch.tensor(0.25)
+    at = torch.tensor(0.25, dtype=torch.float64)
     difference = (loss(at + 1e-2) - loss(at - 1e-2)) / 2e-2
     torch.testing.assert_close(grad(loss)(at), difference, rtol=2e-3, atol=1e-3)
     assert grad(loss)(at) != 0
@@ -196,6 +199,7 @@ def test_settings_stack_and_come_apart() -> None:
     assert sq.unstack({}) == []
 
 
+@pytest.mark.slow
 def test_new_data_is_not_compiled_again() -> None:
     q, params, qparams, x = ready(network(), config())
     torch.compiler.reset()

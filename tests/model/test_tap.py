@@ -94,7 +94,7 @@ def assert_same(a: Any, b: Any) -> None:
 def assert_blocks_agree(case: Case, pattern: str | None, expected: list[str]) -> None:
     """Each block, given what the tap saw it called with, computes what the tap saw it return, bit for bit."""
     parts = case.q.blocks(pattern)
-    roots = [part.engine.skeleton.root for part in parts]
+    roots = [part.path for part in parts]
     assert roots == expected
     for path, part in zip(roots, parts, strict=True):
         output, seen = case.tapped(path, stop=True)
@@ -114,7 +114,7 @@ CONFIGS = {
 def test_blocks_of_a_network_with_writes_in_place_compute_what_the_tap_saw(name: str) -> None:
     case = net(CONFIGS[name])
     assert_blocks_agree(case, "blocks.*", ["blocks.0", "blocks.1"])
-    assert [part.engine.skeleton.root for part in case.q.blocks()] == ["blocks.0", "blocks.1"]
+    assert [part.path for part in case.q.blocks()] == ["blocks.0", "blocks.1"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -304,7 +304,7 @@ def test_parts_survive_json() -> None:
     case = net()
     q = sq.build(case.model, sq.Plan.from_json(case.q.plan.to_json()))
     (call,) = case.tapped("blocks.0")[1]["blocks.0"]
-    (again,) = [part for part in q.blocks() if part.engine.skeleton.root == "blocks.0"]
+    (again,) = [part for part in q.blocks() if part.path == "blocks.0"]
     assert torch.equal(again.apply(case.params, case.qparams, *call.args, **call.kwargs), call.output)
 
 

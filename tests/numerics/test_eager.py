@@ -244,6 +244,7 @@ def test_what_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, e, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["forward", "grad"])
 def test_compiled_it_gives_way_to_the_composition(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "LARGE", 0)

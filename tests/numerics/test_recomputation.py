@@ -35,6 +35,7 @@ def kept(f: Any, *args: Any) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
 def test_neither_masks_nor_slopes_are_kept(affine: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3)).train()

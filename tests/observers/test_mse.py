@@ -145,6 +145,7 @@ def test_where_scales_meet_their_floor_or_errors_overflow_the_first_of_equals_st
         assert_best(x, scheme)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", [sq.PerTensor(), sq.PerChannel(0)], ids=str)
 def test_cut_in_pieces_vmapped_and_compiled_it_is_the_same(
     granularity: sq.PerChannel, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ def _of(what: str, good: Callable[[Any], bool]) -> Check:
     """A check by a predicate; ``what`` names the allowed values."""
 
     def check(where: str, value: Any) -> str:
-        return "" if good(value) else explain(where, "this value", got=value, allowed=what)
+        return "" if good(value) else explain(where, "this value is not possible", got=value, allowed=what)
 
     return check
 
@@ -94,7 +94,11 @@ def _is_any_class(value: Any) -> bool:
 
 def mapping(where: str, value: Any) -> str:
     """A check for dictionaries that are looked into later."""
-    return "" if isinstance(value, Mapping) else explain(where, "this type", got=type(value).__name__, allowed="a dict")
+    return (
+        ""
+        if isinstance(value, Mapping)
+        else explain(where, "this type is not possible", got=type(value).__name__, allowed="a dict")
+    )
 
 
 flag = _of("True or False", lambda value: isinstance(value, bool))

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.dicts._fuse import Fusion, read_fusion
 from sophq_func.config.dicts._keys import KEYS, REQUIRED
-from sophq_func.config.matching import type_text, underscored
+from sophq_func.config.matching import type_text
+from sophq_func.config.names import is_value_quantizer, is_weight_quantizer, underscored
 from sophq_func.config.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import Role
 from sophq_func.core.errors import ConfigError, deprecated, explain, near, raise_all, unknown
@@ -112,7 +113,7 @@ class _Reader:
         """
         where = where or name
         if not isinstance(value, Mapping):
-            self.problems.append(explain(where, "this type", got=type(value).__name__, allowed="a dict"))
+            self.problems.append(explain(where, "this type is not possible", got=type(value).__name__, allowed="a dict"))
             return {}
         found = {}
         for key, item in value.items():
@@ -135,7 +136,9 @@ class _Reader:
                 self.problems.append(f"quant_dict: {key!r} is missing. Fix: quant_dict[{key!r}] = ...")
         if quant.get("use_tpu_mlir_fwd"):
             because = "it needs the chip's compiler"
-            self.problems.append(explain("quant_dict['use_tpu_mlir_fwd']", "True", allowed="False", because=because))
+            self.problems.append(
+                explain("quant_dict['use_tpu_mlir_fwd']", "True is not possible", allowed="False", because=because)
+            )
         return CHIPS.get(quant.get("chip", DEFAULT_CHIP))
 
     def half(self, role: Role, qconfig: Mapping[str, Any], chip: ChipSpec) -> QuantizerConfig:
@@ -211,7 +214,7 @@ class _Reader:
         for name, entry in qconfig.get("module_name", {}).items():
             origin = f"module_name[{name!r}]"
             change = self.entry(origin, entry, chip)
-            places = chip.placement and underscored(name).endswith("_post_act_fake_quantizer")
+            places = chip.placement and is_value_quantizer(name)
             rules += [Rule(name=name, **change, outputs=True if places else None, origin=origin)] if change else []
         for key, (weight, activation) in OPERATION_LISTS.items():
             for name in qconfig.get(key, ()):
@@ -224,7 +227,9 @@ class _Reader:
         before, mode = len(self.problems), entry.get("mode") if isinstance(entry, Mapping) else None
         if mode not in ("weight", "activation"):
             hint = near(str(mode), ("weight", "activation"))
-            self.problems.append(explain(where, "this mode", got=mode, allowed="'weight' or 'activation'", fix=hint))
+            self.problems.append(
+                explain(where, "this mode is not possible", got=mode, allowed="'weight' or 'activation'", fix=hint)
+            )
             return {}
         given = self.mapping(f"entry with mode {mode!r}", entry, where)
         values: dict[str, Any] = {}
@@ -297,10 +302,12 @@ def contradictions(quant: Mapping[str, Any], qconfig: Mapping[str, Any], quantiz
     """What the dictionaries both ask for and forbid."""
     if quant.get("quantmode") == "weight_only" and quant.get("strategy") == "CNN":
         fix = "quant_dict['strategy'] = 'Transformer'"
-        yield explain("quant_dict", "quantmode 'weight_only' with strategy 'CNN'", fix=fix)
+        yield explain("quant_dict", "quantmode 'weight_only' with strategy 'CNN' is not possible", fix=fix)
     if quant.get("bf16_mix_prec") and (quant.get("quantmode") == "weight_only" or quant.get("chip") == "Academic"):
         because = "it places activation quantizers as TPU chips do"
-        yield explain("quant_dict['bf16_mix_prec']", "with quantmode 'weight_only' or chip 'Academic'", because=because)
+        yield explain(
+            "quant_dict['bf16_mix_prec']", "with quantmode 'weight_only' or chip 'Academic' is not possible", because=because
+        )
     names = [name for name in quantizer.get("exclude_module_name", ()) if isinstance(name, str)]
     entries = {name: entry for name, entry in qconfig.get("module_name", {}).items() if isinstance(entry, Mapping)}
     asked = {name: "module_name" for name, entry in entries.items() if entry.get("mode") == "weight"}
@@ -309,17 +316,17 @@ def contradictions(quant: Mapping[str, Any], qconfig: Mapping[str, Any], quantiz
     for name, key in asked.items():
         for owner in (owner for owner in names if _is_inside(name, owner)):
             what, because = f"quantizing the weights of {name!r}", f"exclude_module_name holds {owner!r}"
-            yield explain(key, what, because=because, fix=fix)
+            yield explain(key, f"{what} is not possible", because=because, fix=fix)
     for name in quantizer.get("module_only_enable_observer", ()):
-        for owner in (owner for owner in names if name.endswith("weight_fake_quant") and _is_inside(name, owner)):
+        for owner in (owner for owner in names if is_weight_quantizer(name) and _is_inside(name, owner)):
             because = f"exclude_module_name holds {owner!r}"
-            yield explain("module_only_enable_observer", f"observing {name!r}", because=because, fix=fix)
+            yield explain("module_only_enable_observer", f"observing {name!r} is not possible", because=because, fix=fix)
     removed = [*quantizer.get("exclude_function_type", ()), *quantizer.get("exclude_module_name", ())]
     operations = {_operation(key) for key in removed}
     for where in ("additional_function_type", "additional_module_type"):
         for key in quantizer.get(where, ()):
             if _operation(key) in operations:
-                yield explain(where, f"adding {type_text(key)}", because="it is excluded, too", fix=fix)
+                yield explain(where, f"adding {type_text(key)} is not possible", because="it is excluded, too", fix=fix)
 
 
 def _is_inside(name: str, owner: str) -> bool:

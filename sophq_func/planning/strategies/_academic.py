@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from sophq_func.capture.graph import Graph
-from sophq_func.config.rules import Preset
-from sophq_func.config.site import activation_quantizer
+from sophq_func.config.names import value_quantizer, weight_quantizer
+from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
 from sophq_func.numerics.scheme import override
-from sophq_func.planning.strategies._base import PLACEMENTS, Placement, Requests, Strategy, floating_operands
+from sophq_func.planning.strategies._base import floating_operands
 from sophq_func.planning.strategies._tpu import WEIGHTS
 
 
@@ -39,8 +39,8 @@ def edges(graph: Graph, requests: Requests) -> Iterator[tuple[str, Preset]]:
         last = any(graph.values[value].output for value in node.outputs)
         if node.is_module(*WEIGHTS, *requests.layers) and (first or last):
             preset = Preset(override(bits=8), f"{node.name} is {'a first' if first else 'a last'} layer")
-            yield f"{node.parameters.get('weight', '')}_fake_quant", preset
-            yield from ((activation_quantizer(value), preset) for value in values)
+            yield weight_quantizer(node.parameters.get("weight", "")), preset
+            yield from ((value_quantizer(value), preset) for value in values)
 
 
 PLACEMENTS.add("Academic", Strategy(place_academic, WEIGHTS, rounds_bias=False))

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from sophq_func.capture.graph import Graph, Node, Operand
-from sophq_func.config.rules import Preset
-from sophq_func.config.site import activation_quantizer
+from sophq_func.config.names import value_quantizer
+from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
 from sophq_func.core.operations import ALL, CONTRACTIONS, DROPOUTS, MOVES
 from sophq_func.numerics.scheme import override
 from sophq_func.observers import fixed_range
-from sophq_func.planning.strategies._base import PLACEMENTS, Placement, Requests, Strategy, floating_operands
+from sophq_func.planning.strategies._base import floating_operands
 
 MULTIPLIERS = (
     nn.Conv1d,
@@ -72,17 +72,23 @@ def moves(node: Node) -> bool:
     return node.operation in MOVES or node.operation in DROPOUTS or node.is_module(*MOVING_MODULES)
 
 
+def moved(graph: Graph, operand: Operand) -> Operand | None:
+    """The tensor whose data an operand has, if the call that made the operand only moved them; else ``None``."""
+    if not operand.value:
+        return None
+    producer = graph.producer(operand.value)
+    if not moves(producer) or not producer.operands:
+        return None
+    before = producer.operands[0]
+    if before.value:
+        # Converted from integers or booleans: the source has no grid that this could be on.
+        return before if graph.values[before.value].floating else None
+    return before if before.parameter else None
+
+
 def source_of(graph: Graph, operand: Operand) -> Operand:
     """Where the data of an operand comes from, before everything that only moved it."""
-    while operand.value:
-        producer = graph.producer(operand.value)
-        if not moves(producer) or not producer.operands:
-            return operand
-        before = producer.operands[0]
-        if before.value and not graph.values[before.value].floating:
-            return operand
-        if not before.value and not before.parameter:
-            return operand
+    while (before := moved(graph, operand)) is not None:
         operand = before
     return operand
 
@@ -131,7 +137,7 @@ def place_dataflow(graph: Graph, requests: Requests) -> Placement:
     chosen = choose(graph, requests, lambda *call: (source_of(graph, operand) for operand in wanted(*call)))
     bounded = (value for value in chosen if graph.producer(value).last.operation in BOUNDED)
     known = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
-    return Placement(chosen, presets={activation_quantizer(value): known for value in bounded})
+    return Placement(chosen, presets={value_quantizer(value): known for value in bounded})
 
 
 PLACEMENTS.add("Dataflow", Strategy(place_dataflow, WEIGHTS, functions=True))

@@ -8,8 +8,8 @@ reads it, behind views and pooling, once where several layers read one tensor.
 from __future__ import annotations
 
 from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.config.strategies import PLACEMENTS, Placement, Requests, Strategy
 from sophq_func.core.operations import LAYERS
-from sophq_func.planning.strategies._base import PLACEMENTS, Placement, Requests, Strategy
 from sophq_func.planning.strategies._dataflow import MULTIPLIERS, choose, contracted, source_of
 
 FUNCTIONS = LAYERS - {"embedding", "bilinear"}

@@ -7,15 +7,15 @@ same kind as that behind the value.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from sophq_func.capture.graph import Graph, Node, Operand
-from sophq_func.config.rules import Preset
-from sophq_func.config.site import activation_quantizer
+from sophq_func.config.names import input_quantizer, value_quantizer
+from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, SharedInput, Strategy
 from sophq_func.core.operations import DROPOUTS
 from sophq_func.fake_quantize import bf16
 from sophq_func.numerics.scheme import override
-from sophq_func.planning.strategies._base import PLACEMENTS, Placement, Requests, SharedInput, Strategy
 from sophq_func.planning.strategies._tpu import WEIGHTS
 
 BF16 = Preset(override(fake_quantize=bf16()), "strategy BF16Mixed: no weight layer")
@@ -34,6 +34,7 @@ def place_mixed(graph: Graph, requests: Requests) -> Placement:
     """A quantizer behind each call, and before the calls of the other kind."""
     chosen: dict[str, str] = {}
     inputs: dict[str, SharedInput] = {}
+    named_after: Counter[str] = Counter()
     presets: dict[str, Preset] = {}
 
     def is_layer(node: Node) -> bool:
@@ -50,21 +51,17 @@ def place_mixed(graph: Graph, requests: Requests) -> Placement:
                 continue
             if node.kind != "input" and requests.asks(node) is not False:
                 chosen[value] = f"result of {node.name}"
-                presets |= {} if is_layer(node) else {activation_quantizer(value): BF16}
+                presets |= {} if is_layer(node) else {value_quantizer(value): BF16}
             for layers in (True, False):
                 mine = [(user.name, operand.slot) for user, operand in uses if is_layer(user) is layers]
                 if mine:
-                    name = _free(f"{mine[0][0]}.input_act_fake_quantizer", inputs)
+                    first = mine[0][0]
+                    name = input_quantizer(first, named_after[first])
+                    named_after[first] += 1
                     why = f"input of {', '.join(user for user, _ in mine)}"
-                    inputs[name] = SharedInput(mine[0][0], tuple(mine), why, value)
+                    inputs[name] = SharedInput(first, tuple(mine), why, value)
                     presets |= {} if layers else {name: BF16}
     return Placement(chosen, inputs=inputs, presets=presets)
-
-
-def _free(name: str, taken: dict[str, SharedInput]) -> str:
-    """``name``, or the first of ``name_1``, ``name_2``, ... that is not taken."""
-    number = sum(other == name or other.rpartition("_")[0] == name for other in taken)
-    return f"{name}_{number}" if number else name
 
 
 PLACEMENTS.add("BF16Mixed", Strategy(place_mixed, WEIGHTS))

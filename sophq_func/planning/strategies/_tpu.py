@@ -5,17 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from sophq_func.capture.graph import Graph, Node
-from sophq_func.config.rules import Preset
-from sophq_func.config.site import activation_quantizer
+from sophq_func.config.names import value_quantizer
+from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
 from sophq_func.numerics.scheme import override
-from sophq_func.planning.strategies._base import (
-    PLACEMENTS,
-    Placement,
-    Requests,
-    Strategy,
-    floating_operands,
-    is_tensor_input,
-)
+from sophq_func.planning.strategies._base import floating_operands, is_tensor_input
 
 MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
 OPERATIONS = frozenset(
@@ -113,7 +106,7 @@ def place_transformer(graph: Graph, requests: Requests) -> Placement:
     """Inputs of quantized operations and of the model; only those of contractions quantize, the rest observe."""
     quantized = transformer_inputs(graph, requests)
     chosen = quantized | model_inputs(graph, requests) | requested_inputs(graph, requests)
-    return Placement(chosen, presets={activation_quantizer(value): OBSERVED for value in chosen.keys() - quantized.keys()})
+    return Placement(chosen, presets={value_quantizer(value): OBSERVED for value in chosen.keys() - quantized.keys()})
 
 
 PLACEMENTS.add("CNN", Strategy(place_cnn, WEIGHTS, int4_inputs=True))

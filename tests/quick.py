@@ -1,0 +1,55 @@
+"""``pytest --quick``: what a developer runs after each change.
+
+Tests marked ``slow`` are left out, and of a test with many cases as few are kept as hold every value of each of its
+parameters once: every granularity and every observer, not each with each. What is left out counts as deselected.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+
+import pytest
+
+MOST = 32
+"""Cases of one test: as many as there are fake quantizers and variants. Of more, some are passed over, evenly."""
+
+
+def chosen(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """What a quick run keeps of all tests, the same in every process."""
+    groups: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            groups[item.nodeid.partition("[")[0]].append(item)
+    return {group[i] for group in groups.values() for i in some([values_of(item) for item in group])}
+
+
+def values_of(item: pytest.Item) -> Mapping[str, Hashable]:
+    """The place of each parameter's value among the values of that parameter."""
+    call = getattr(item, "callspec", None)
+    return {} if call is None else call.indices
+
+
+def some(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
+    """Which of the cases to keep: every value once, ``MOST`` cases at most.
+
+    Example:
+      >>> some([{"a": i, "b": j} for i in range(2) for j in range(3)])
+      [0, 4, 2]
+    """
+    kept = list(cover(cases))
+    step = max(1, -(-len(kept) // MOST))
+    return kept[::step]
+
+
+def cover(cases: Sequence[Mapping[str, Hashable]]) -> Iterator[int]:
+    """Cases that hold every value: first those in which all values are new, then those in which fewer are."""
+    seen: set[tuple[str, Hashable]] = set()
+    width = max(map(len, cases))
+    if not width:
+        yield from range(len(cases))
+    for wanted in range(width, 0, -1):
+        for i, case in enumerate(cases):
+            if len(case.items() - seen) >= wanted:
+                seen |= case.items()
+                yield i
