@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from sophq_func.numerics.blocks import from_blocks, to_blocks
+from sophq_func.numerics.formats import E8M0_BIAS
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.scheme import Granularity
-
-E8M0_BIAS = 127
-"""What the stored exponent of a block is too large by (OCP Microscaling Formats v1.0, 5.4.1)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

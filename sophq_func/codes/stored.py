@@ -202,12 +202,11 @@ def weight_codes(
     if scheme.dynamic:  # the weight is a constant, and so is its range
         own = in_force(fake, weight.seen_part(params, dtype=dtype), qparams, scheme)
         grid = _grid(fake, own, scheme, False)
-    tolerance = torch.finfo(parameter.dtype).eps if frozen else 0.0
     codes = torch.empty(_shape_seen(weight, parameter), dtype=grid.dtype, device=parameter.device)
     found: list[Mapping[str, Tensor]] = []
     axis = 0
     for part in slices(weight, params, qparams, dtype):
-        coded = _encoded(fake, part, scheme, tolerance)
+        coded = _encoded_again(fake, part, scheme, parameter.dtype) if frozen else _encoded(fake, part, scheme)
         if isinstance(coded, Refusal):
             return coded
         axis = part.axis
@@ -224,23 +223,43 @@ def _shape_seen(weight: WeightQuantizer, parameter: Tensor) -> torch.Size:
     return arranged(torch.empty(parameter.shape, device="meta"), weight.site).shape
 
 
-def _encoded(fake: FakeQuantize, part: Slice, scheme: QScheme, tolerance: float) -> Codes | Refusal:
-    """The codes of a slice; of one with a tolerance, of values that are on the grid up to it."""
-    if not isinstance(fake.element, torch.dtype) and bool(part.seen.isnan().any()):
+def _encoded(fake: FakeQuantize, part: Slice, scheme: QScheme) -> Codes | Refusal:
+    """The codes of a slice, named by its fake quantizer, or looked for among what that makes."""
+    if _holds_nan(fake, part):
         return Refusal(HOLDS_NAN)
-    if fake.encode is not None and not tolerance:
+    if fake.encode is not None:
         return fake.encode(part.seen, part.qparams, scheme)
-    if fake.encode is not None and fake.element is not None:
-        enlarged = part.seen * (1 + NUDGE * tolerance) if fake.block_size else part.seen
-        codes = fake.encode(enlarged, part.qparams, scheme)
-        assert fake.decode is not None
-        value, on_grid = fake.decode(codes, part.qparams, scheme), part.seen
+    made = fake.apply(part.seen, part.qparams, scheme)
+    codes, value = _nearest(fake, made, part, scheme)
+    return codes if _is_near(value, made, made.dtype) else Refusal(OFF_GRID)
+
+
+def _encoded_again(fake: FakeQuantize, part: Slice, scheme: QScheme, dtype: torch.dtype) -> Codes | Refusal:
+    """The codes of values that their fake quantizer has made already, and that were held in ``dtype`` since."""
+    if _holds_nan(fake, part):
+        return Refusal(HOLDS_NAN)
+    if fake.element is None or fake.encode is None or fake.decode is None:
+        codes, value = _nearest(fake, part.seen, part, scheme)
     else:
-        on_grid = part.seen if tolerance else fake.apply(part.seen, part.qparams, scheme)
-        tolerance = tolerance or torch.finfo(on_grid.dtype).eps
-        own = fake.grid(in_force(fake, part.seen, part.qparams, scheme), scheme)
-        own = own._replace(scale=positive(own.scale))
-        codes = affine.nearest(on_grid, own, scheme)
-        value = affine.decode(codes, own, scheme)
-    near = (value - on_grid).abs() <= ROUNDINGS * tolerance * on_grid.abs()
-    return codes if bool(near.all()) else Refusal(OFF_GRID)
+        nudge = 1 + NUDGE * torch.finfo(dtype).eps if fake.block_size else 1
+        codes = fake.encode(part.seen * nudge, part.qparams, scheme)
+        value = fake.decode(codes, part.qparams, scheme)
+    return codes if _is_near(value, part.seen, dtype) else Refusal(OFF_GRID)
+
+
+def _holds_nan(fake: FakeQuantize, part: Slice) -> bool:
+    """Whether there is NaN, for which only floating-point codes have a code."""
+    return not isinstance(fake.element, torch.dtype) and bool(part.seen.isnan().any())
+
+
+def _nearest(fake: FakeQuantize, y: Tensor, part: Slice, scheme: QScheme) -> tuple[Codes, Tensor]:
+    """The integer codes nearest to ``y``, which became of the slice, and what they stand for."""
+    own = fake.grid(in_force(fake, part.seen, part.qparams, scheme), scheme)
+    own = own._replace(scale=positive(own.scale))
+    codes = affine.nearest(y, own, scheme)
+    return codes, affine.decode(codes, own, scheme)
+
+
+def _is_near(value: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``y``, held in ``dtype``, is ``value`` but for roundings."""
+    return bool(((value - y).abs() <= ROUNDINGS * torch.finfo(dtype).eps * y.abs()).all())

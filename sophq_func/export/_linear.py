@@ -13,9 +13,9 @@ from torch import Tensor
 from sophq_func.codes import FROM_THE_TENSOR, Grid, Stored
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import is_regrouped
+from sophq_func.numerics.formats import FLOAT8
 from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16)
 """Of integer codes; the first that holds them is taken."""
 

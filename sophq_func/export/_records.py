@@ -12,6 +12,7 @@ from sophq_func.codes import Grid, Refusal, grid_of, integer_grid
 from sophq_func.core.errors import ConfigError, explain, raise_all
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.formats import FLOAT8
 from sophq_func.numerics.ranges import positive
 from sophq_func.numerics.scheme import PerChannel, PerTensor, QuantizerConfig
 from sophq_func.planning.plan import Plan
@@ -26,9 +27,6 @@ WORDS: Mapping[str, str] = {
     "bf16": "BF16",
 }
 """What a q_table calls number formats, by fake quantizer."""
-
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""The formats, beside integers, that have a range: their largest value in steps."""
 
 
 @dataclass(frozen=True)

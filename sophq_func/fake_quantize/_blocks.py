@@ -15,6 +15,7 @@ from sophq_func.numerics.formats import (
     E3M2,
     E4M3,
     E5M2,
+    E8M0_BIAS,
     MXINT8,
     Format,
     code_bits,
@@ -25,9 +26,6 @@ from sophq_func.numerics.formats import (
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
-
-E8M0_BIAS = 127
-"""What is added to the exponent of a block in its code (OCP Microscaling Formats v1.0, 5.4.1)."""
 
 
 @FAKE_QUANTIZERS.register("mxfp8")

@@ -18,10 +18,10 @@ from sophq_func.model.quantized import Quantized
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer, arranged
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.formats import FLOAT8
 from sophq_func.numerics.layout import rows
 
 VERSION = 1
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LIMIT = 2.0**31 - 2**7
 """The largest float32 that is an int32: the largest bias."""
 
@@ -76,8 +76,8 @@ class _Conversion:
     """One conversion while it is made."""
 
     def __init__(self, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> None:
-        weights = {weight.site.parameter for weight in q.engine.weights}  # which are widened slice by slice
-        self.params = {name: p.detach() if name in weights else _wide(p) for name, p in params.items()}
+        small = {name for weight in q.engine.weights for name in _beside(weight)}  # weights are widened slice by slice
+        self.params = {name: _wide(p) if name in small else p.detach() for name, p in params.items()}
         self.q, self.qparams = q, q.engine.steps({name: qparams[name] for name in q.plan})
         self.problems: list[str] = []
         self.on = {name for name in q.plan if self._is_on(name)}
@@ -255,6 +255,13 @@ class _Conversion:
         paths = {norm for norm, layers in behind.items() if self.weights.keys() >= set(layers) and norm not in lone}
         others = {name for path, own in owned.items() if path not in paths for name in own.values()}
         return {name for path in paths for name in owned[path].values()} - others
+
+
+def _beside(weight: WeightQuantizer) -> list[str]:
+    """The parameters that a weight is converted with: the bias of its layer, and the BatchNorm behind it."""
+    norm = weight.norm
+    folded = [] if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
+    return [weight.site.bias, *folded]
 
 
 def _wide(p: Tensor) -> Tensor:

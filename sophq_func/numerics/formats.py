@@ -18,6 +18,12 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""The types of torch whose numbers are codes of 8 bits."""
+
+E8M0_BIAS = 127
+"""What is added to the exponent of a block in its code (OCP Microscaling Formats v1.0, 5.4.1)."""
+
 
 class Format(Protocol):
     """What every number format offers."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func.capture import quantized_operators
 from sophq_func.codes import Grid, Refusal, Stored, stored_form
 from sophq_func.codes import _slices as slicing
 from sophq_func.core.pytree import sorted_dict
@@ -135,7 +136,7 @@ def check_weight(name: str, r: Ready, weight: Any) -> None:
     own, parameter = r.qparams[weight.site.quantizer], weight.site.parameter
     form = stored_form(weight, own, r.params)
     onnx, no_onnx = exported(r, _Onnx(False))
-    torch_, no_torch = exported(r, _Decomposed())
+    torch_, no_torch = exported(r, _Decomposed(quantized_operators()))
     clip = clipping(weight.config, own)
     if isinstance(form, Refusal):
         with pytest.raises(sq.StateError) as error:
@@ -198,7 +199,7 @@ def test_frozen_weights_have_the_codes_that_they_had(name: str, grain: str) -> N
         assert first.metadata == second.metadata
         for parameter in first.metadata["weights"]:
             same(second.codes(parameter), first.codes(parameter))
-        for target in (_Onnx(False), _Decomposed()):
+        for target in (_Onnx(False), _Decomposed(quantized_operators())):
             (one, why), (two, again_why) = exported(r, target), exported(still, target)
             assert why == again_why
             if one is not None and two is not None:
@@ -222,7 +223,7 @@ def test_values_have_one_grid_or_one_reason(name: str, grain: Granularity, symme
     piece = r.q.engine.running[quantizer]
     form = stored_form(piece, r.qparams[quantizer])
     onnx, no_onnx = exported(r, _Onnx(False))
-    torch_, no_torch = exported(r, _Decomposed())
+    torch_, no_torch = exported(r, _Decomposed(quantized_operators()))
     if isinstance(form, Refusal):
         with pytest.raises(sq.StateError) as error:
             sq.convert(r.q, r.params, r.qparams)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import sophq_func as sq
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.numerics.contracts import FakeQuantize
 from sophq_func.numerics.eager import LARGE
+from sophq_func.numerics.scheme import Granularity
 from tests.contracts import GRANULARITIES, KINDS, calibrated, observed, sample, unchanged
 from tests.contracts.test_fake_quantize_laws import ALL, made
 
@@ -26,20 +27,14 @@ UNCODED = {
 """What has no codes as it is calibrated, and why; all others have."""
 
 
-def schemes() -> list[Any]:
-    """Each kind with each granularity, from statistics and from the tensor at hand."""
-    found = []
-    for kind, options in KINDS.items():
-        for granularity in GRANULARITIES:
-            for dynamic in (False, True):
-                if dynamic or granularity != sq.PerToken():
-                    scheme = sq.QScheme(bits=4, granularity=granularity, dynamic=dynamic, **options)
-                    found.append(pytest.param(scheme, id=f"{kind}-{granularity}-{'dynamic' if dynamic else 'static'}"))
-    return found
+def schemes(granularity: Granularity) -> list[sq.QScheme]:
+    """Each kind, from statistics and from the tensor at hand."""
+    ranges = (True,) if granularity == sq.PerToken() else (False, True)
+    pairs = itertools.product(KINDS.values(), ranges)
+    return [sq.QScheme(bits=4, granularity=granularity, dynamic=dynamic, **kind) for kind, dynamic in pairs]
 
 
 over_quantizers = pytest.mark.parametrize("name", ALL)
-over_schemes = pytest.mark.parametrize("scheme", schemes())
 
 
 def reason(fq: FakeQuantize, qparams: sq.QParams, scheme: sq.QScheme) -> str:
@@ -57,20 +52,18 @@ def assert_reads_back(fq: FakeQuantize, x: Tensor, qparams: sq.QParams, scheme: 
     assert value.dtype == x.dtype and torch.equal(value, expected)
 
 
-@over_schemes
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
 @over_quantizers
-def test_decoded_codes_are_what_apply_makes(name: str, scheme: sq.QScheme) -> None:
+def test_decoded_codes_are_what_apply_makes(name: str, granularity: Granularity) -> None:
     fq, x = made(name), sample(1)
-    qparams = calibrated(fq, sample(0) * 0.7, scheme)
-    if name == "adaround_hard":  # which learns for one weight
-        qparams = calibrated(fq, x, scheme)
-    why = reason(fq, qparams, scheme)
-    middle = name == "dorefa" and scheme.symmetric_range  # an odd number of codes has one for 0
-    assert why == ("" if middle else UNCODED.get(name, ""))
-    if why:
-        return
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        assert_reads_back(fq, x.to(dtype), qparams, scheme)
+    for scheme in schemes(granularity):
+        seen = x if name == "adaround_hard" else sample(0) * 0.7  # that one learns for one weight
+        qparams = calibrated(fq, seen, scheme)
+        why = reason(fq, qparams, scheme)
+        middle = name == "dorefa" and scheme.symmetric_range  # an odd number of codes has one for 0
+        assert why == ("" if middle else UNCODED.get(name, "")), scheme
+        for dtype in () if why else (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            assert_reads_back(fq, x.to(dtype), qparams, scheme)
 
 
 @over_quantizers

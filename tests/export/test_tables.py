@@ -306,5 +306,21 @@ def test_steps_that_do_not_fit_the_weight_are_refused(tmp_path: Path) -> None:
         tables(q, params, qparams, tmp_path / "none")
 
 
+def test_frozen_models_have_the_same_tables(tmp_path: Path) -> None:
+    made = small()
+    frozen, params = made.q.freeze(made.params, made.qparams)
+    assert written(Ready(frozen, params, made.qparams), tmp_path) == written(made, tmp_path)
+
+
+def test_steps_of_values_that_are_no_codes_are_refused(tmp_path: Path) -> None:
+    """The table would hold a zero point that is rounded, and another function than ``apply``."""
+    made = small(symmetric=False, fake_quantize=sq.fake_quantize.lsq_plus())
+    written(made, tmp_path)
+    name = "x.post_act_fake_quantizer"
+    between = made.qparams[name]._replace(zero_point=made.qparams[name].zero_point + 0.25)
+    with pytest.raises(sq.ConfigError, match=r"steps of lsq_plus.* is not possible \(because its zero point is no code"):
+        written(made._replace(qparams={**made.qparams, name: between}), tmp_path)
+
+
 def test_op_types_are_those_of_operations_that_exist() -> None:
     assert all(is_operation(name) for name in OP_TYPES)

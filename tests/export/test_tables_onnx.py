@@ -201,3 +201,19 @@ def test_quantizers_of_one_tensor_share_an_entry_where_they_agree(tmp_path: Path
     differing = {**made.qparams, "relu.post_act_fake_quantizer": other._replace(scale=2 * other.scale)}
     with pytest.raises(sq.ConfigError, match="has it, too"):
         tables(made.q, made.params, differing, tmp_path, example_args=x)
+
+
+def test_the_file_of_a_frozen_model_has_weights_on_their_grids(tmp_path: Path) -> None:
+    model, x = deconv()
+    made = ready(model, x, config=chip())
+    frozen, params = made.q.freeze(made.params, made.qparams)
+    for name, case in {"one": made, "two": Ready(frozen, params, made.qparams)}.items():
+        (tmp_path / name).mkdir()
+        tables(*case, tmp_path / name, example_args=x)
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    for first, second in zip(one, two, strict=True):
+        if first.suffix != ".onnx":
+            assert first.read_bytes() == second.read_bytes()
+    off = sq.enabled(made.qparams, {"*post_act*": False})
+    expected = made.q.apply(made.params, off, x).detach()
+    torch.testing.assert_close(computed(two[0], {"x": x})[0], expected, rtol=1e-4, atol=1e-4)
