@@ -31,6 +31,16 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """For tests that compare two orders of summation: what they make is in float64, where these differ by less than moves a
+    code from one side of a tie to the other.
+    """
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     """Trained once: processes of one session share the weights by a file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from tests.docs.test_readme import ROOT, run
 
 PAGES = ROOT / "docs" / "research"
 Tree = dict[str, Tensor]
-
-
-@pytest.fixture
-def in_float64() -> Iterator[None]:
-    """What a page makes is in float64, where two orders of summation differ by less than would move a code."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def leaves(tree: Tree) -> Tree:
