@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import Digits
 from tests.quick import chosen
 
 
@@ -37,3 +41,35 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """For tests that compare two orders of summation: what they make is in float64, where these differ by less than moves a
+    code from one side of a tie to the other.
+    """
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    """Trained once: processes of one session share the weights by a file."""
+    pytest.importorskip("sklearn")
+    folder = str(Path(__file__).parents[1] / "examples")
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module("digits")
+    finally:
+        sys.path.remove(folder)
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "digits.pt"
+    if not shared.exists():
+        written = own / "digits.pt.new"
+        torch.save(module.trained(0, epochs=4).state_dict(), written)
+        written.replace(shared)  # whole or not at all, whoever else is at it
+    model = module.Digits()
+    model.load_state_dict(torch.load(shared))
+    train, _, test, labels = module.load(0)
+    return Digits(model.eval(), train, test, labels)

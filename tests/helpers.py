@@ -18,6 +18,20 @@ WATCHED = sq.QuantConfig(rules=(sq.Rule(name="*", observe_only=True),))
 """Every call is intercepted and nothing is quantized."""
 
 
+class Digits(NamedTuple):
+    """The network of the examples, trained; images to calibrate on, test images, and the labels of these."""
+
+    model: nn.Module
+    train: Tensor
+    test: Tensor
+    labels: Tensor
+
+
+def accuracy(output: Tensor, digits: Digits) -> float:
+    """The share of test images that an output is right about."""
+    return float((output.argmax(1) == digits.labels).double().mean())
+
+
 class Ready(NamedTuple):
     """A quantized model with what its methods take first."""
 

@@ -260,7 +260,7 @@ SHOWN = {"torch.sigmoid": torch.sigmoid, "torch.abs": torch.abs, "module": nn.Si
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo", "in_float64")
 @pytest.mark.parametrize("kind", SHOWN)
 def test_what_dynamo_shows_compiles_to_the_numbers_of_eager(kind: str) -> None:
     x = torch.randn(2, 4)
@@ -643,6 +643,7 @@ def test_a_whole_transformer_that_is_watched_is_the_original() -> None:
     torch.testing.assert_close(ready(model, source, target, config=WATCHED)(source, target), model(source, target))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_gradients_pass_through_quantized_attention_under_vmap() -> None:
     model, x = attention(), torch.randn(3, 2, 8)
     r = ready(model, x, x, x)

@@ -158,6 +158,7 @@ def test_every_fake_quantizer_survives_with_its_qparams(name: str, tmp_path: Pat
     assert torch.equal(q.apply(params, found.qparams, x), q.apply(params, qparams, x))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_settings_as_data_survive_one_by_one_and_stacked(tmp_path: Path) -> None:
     r, _, x = small()
     several = [sq.enabled(sq.with_bits(r.qparams, r.q.plan, width), True) for width in (3, 5)]

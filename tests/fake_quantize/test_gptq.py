@@ -131,7 +131,7 @@ def test_without_a_hessian_it_is_fixed(name: str) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_it_maps_over_weights_and_hessians_passes_gradients_and_compiles(name: str, act_order: bool) -> None:
     fq = sq.fake_quantizer(name, act_order=act_order, block_size=5)
-    weights, hessians = (torch.stack(ts) for ts in zip(*(problem(seed) for seed in range(3)), strict=True))
+    weights, hessians = (torch.stack(ts).double() for ts in zip(*(problem(seed) for seed in range(3)), strict=True))
     qparams = with_hessian(weights[0], hessians[0])
 
     def f(weight: Tensor, hessian: Tensor) -> Tensor:
@@ -139,14 +139,14 @@ def test_it_maps_over_weights_and_hessians_passes_gradients_and_compiles(name: s
 
     with unchanged(weights, hessians):
         expected = torch.stack([f(w, h) for w, h in zip(weights, hessians, strict=True)])
-        assert_same(torch.vmap(f)(weights, hessians), expected, rtol=1e-4, atol=1e-5)
+        assert_same(torch.vmap(f)(weights, hessians), expected, rtol=1e-9, atol=1e-9)
         gradient = torch.func.grad(lambda w, h: (f(w, h) * torch.arange(12.0)).sum(), argnums=(0, 1))
         dw, dh = gradient(weights[0], hessians[0])
     assert torch.equal(dw, torch.arange(12.0).expand(5, 12))
     assert not dh.any()
     tangents = (torch.ones(5, 12), torch.ones(12, 12))
     assert torch.equal(torch.func.jvp(f, (weights[0], hessians[0]), tangents)[1], torch.ones(5, 12))
-    assert_same(compiled(f)(weights[0], hessians[0]), f(weights[0], hessians[0]), rtol=1e-5, atol=1e-6)
+    assert_same(compiled(f)(weights[0], hessians[0]), f(weights[0], hessians[0]), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -16,6 +16,10 @@ from sophq_func.model.weight_quantizer import quantize_weights
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from tests.golden.models import INPUT_SHAPES, build
 from tests.helpers import Ready, ready, same, unchanged
+from tests.ties import check_both
+
+STEP = 1e-2
+"""A code on the other side of a tie moves one of dozens of terms by a step, an eightieth of values up to 3."""
 
 NO_CODES = ("adaround", "dorefa", "fpxgroup", "nnie")
 """Soft rounding, half codes, groups that are found anew, logarithms."""
@@ -130,7 +134,7 @@ def test_a_batch_norm_that_is_called_elsewhere_too_stays() -> None:
     artifact = sq.convert(r.q, r.params, r.qparams)
     assert artifact.metadata["weights"]["conv.weight"]["norm"] == "norm"
     assert "norm.running_mean" in artifact.tensors
-    torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-4, atol=1e-4)
+    check_both(r, x)
 
 
 def test_a_second_batch_norm_is_computed() -> None:
@@ -142,7 +146,7 @@ def test_a_second_batch_norm_is_computed() -> None:
         r = ready(model, x, config=config)
         artifact = sq.convert(r.q, r.params, r.qparams)
         assert artifact.metadata["folded"] and "2.weight" in artifact.tensors
-        torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-4, atol=1e-4)
+        check_both(r, x)
 
 
 def test_a_bias_behind_weights_that_are_all_zero_keeps_its_value() -> None:
@@ -199,7 +203,7 @@ def test_every_fake_quantizer_keeps_its_codes_or_is_refused(name: str, symmetric
     for parameter in artifact.metadata["weights"]:
         torch.testing.assert_close(artifact.weight(parameter), folded_weight(r, parameter), rtol=1e-5, atol=1e-7)
         assert artifact.codes(parameter).shape == r.params[parameter].shape
-    torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(artifact.run(x), r(x), rtol=STEP, atol=STEP)
 
 
 @pytest.mark.parametrize("name", ["pact", "tqt", "qdrop", "dsq", "lsq_plus", "e4m3", "fp16", "mxfp8", "nvfp4", "fixed"])
@@ -207,7 +211,7 @@ def test_activations_of_every_kind(name: str) -> None:
     spec, x = FAKE_QUANTIZERS.spec(name, **({"alpha": 2.0} if name == "pact" else {})), torch.randn(6, 3, 8, 8)
     r = ready(Net().eval(), x, config=sq.QuantConfig(activation=sq.override(fake_quantize=spec)))
     artifact = sq.convert(r.q, r.params, r.qparams)
-    torch.testing.assert_close(artifact.run(x), r(x), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(artifact.run(x), r(x), rtol=STEP, atol=STEP)
     assert ("conv2d" in artifact.computed(x)) == (name not in ("e4m3", "fp16", "mxfp8", "nvfp4"))
 
 
@@ -227,11 +231,11 @@ def test_quantizers_that_are_off_are_left_out() -> None:
     x = torch.randn(6, 3, 8, 8)
     rules = (sq.Rule(name="first.weight_fake_quant", observe_only=True),)
     r = ready(Net().eval(), x, config=sq.QuantConfig(rules=rules))
-    off = sq.enabled(r.qparams, {"conv.weight_fake_quant": False, "x.post_act_fake_quantizer": 0.0})
+    off = sq.enabled(r.qparams, {"conv.weight_fake_quant": False, "*post_act_fake_quantizer": 0.0})
     artifact = sq.convert(r.q, r.params, off)
     assert list(artifact.metadata["weights"]) == ["second.weight"]
     assert "norm.weight" in artifact.tensors
-    torch.testing.assert_close(artifact.run(x), r.q.apply(r.params, off, x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(artifact.run(x), r.q.apply(r.params, off, x))
     with pytest.raises(
         sq.StateError, match=r"second\.weight_fake_quant: a mask that mixes is not possible \(because it is 0.5 on"
     ):

@@ -225,6 +225,7 @@ def test_gradients_reach_every_parameter_that_the_original_uses(kind: str) -> No
         assert bool(gradient[name].isfinite().all()), name
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("kind", ["reused", "functional", "batchnorm", "conv1d", "conv3d", "lstm", "encoder", "root linear"])
 def test_the_batch_size_may_change(kind: str) -> None:
     make, example = MODELS[kind]

@@ -50,6 +50,7 @@ def with_a_bad_layer() -> tuple[sq.Report, Ready]:
     return sq.report(*made, batches[:1], progress=False), made
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_the_share_is_the_squared_error_of_the_output_with_each_alone() -> None:
     found, (q, params, qparams), batches = measured()
     off = sq.enabled(qparams, False)
@@ -203,6 +204,7 @@ def test_grouped_deconvolutions_are_reported() -> None:
     assert sq.report(*ready(model, x, config=config()), [x], progress=False)["up1.weight_fake_quant"].share > 0
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_all_ways_of_running_agree_and_nothing_changes() -> None:
     made, batches = prepared()
     masked = made._replace(qparams=sq.enabled(made.qparams, 0.5))
