@@ -15,7 +15,10 @@ from sophq_func.capture.snapshot import OWN
 from sophq_func.core.types import Tree
 
 Template: TypeAlias = Tree
-"""Nested dicts, lists and tuples with a :class:`_Name` for each registered tensor; other objects stay as they are."""
+"""Nested dicts, lists and tuples with a :class:`_Name` for each registered tensor; other objects stay as they are.
+
+Subclasses of these containers count as other objects: not every one can be made from its items.
+"""
 
 
 class _Name(str):
@@ -27,8 +30,8 @@ class Alias(NamedTuple):
 
     Attributes:
       path: of the module.
-      attribute: its name.
-      template: its value.
+      attribute: name of the attribute.
+      template: value of the attribute.
     """
 
     path: str

@@ -22,8 +22,11 @@ SYNONYMS: Mapping[str, str] = {
     "expit": "sigmoid",
     "floordiv": "floor_divide",
     "iadd": "add",
+    "ifloordiv": "floor_divide",
     "imatmul": "matmul",
+    "imod": "remainder",
     "imul": "mul",
+    "ipow": "pow",
     "isub": "sub",
     "itruediv": "div",
     "log_sigmoid": "logsigmoid",
@@ -31,15 +34,12 @@ SYNONYMS: Mapping[str, str] = {
     "multiply": "mul",
     "negative": "neg",
     "radd": "add",
-    "ifloordiv": "floor_divide",
-    "imod": "remainder",
-    "ipow": "pow",
     "rdiv": "div",
     "rfloordiv": "floor_divide",
-    "rmod": "remainder",
-    "rpow": "pow",
     "rmatmul": "matmul",
+    "rmod": "remainder",
     "rmul": "mul",
+    "rpow": "pow",
     "rsub": "sub",
     "rtruediv": "div",
     "subtract": "sub",
@@ -47,6 +47,54 @@ SYNONYMS: Mapping[str, str] = {
     "truediv": "div",
 }
 """Canonical name by other spellings; those with leading or trailing underscores need no entry."""
+
+DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
+"""Operations that return their operand unchanged in evaluation."""
+
+ALL = ("*",)
+"""In :data:`CONTRACTIONS`: every operand of the function."""
+
+CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
+    "addbmm": ("1", "2", "batch1", "batch2"),
+    "addmm": ("1", "2", "mat1", "mat2"),
+    "addmv": ("1", "2", "mat", "vec"),
+    "baddbmm": ("1", "2", "batch1", "batch2"),
+    "bilinear": ("0", "1", "2", "input1", "input2", "weight"),
+    "bmm": ("0", "1", "input", "mat2"),
+    "conv1d": ("0", "1", "input", "weight"),
+    "conv2d": ("0", "1", "input", "weight"),
+    "conv3d": ("0", "1", "input", "weight"),
+    "conv_transpose1d": ("0", "1", "input", "weight"),
+    "conv_transpose2d": ("0", "1", "input", "weight"),
+    "conv_transpose3d": ("0", "1", "input", "weight"),
+    "embedding": ("1", "weight"),
+    "dot": ("0", "1", "input", "tensor"),
+    "einsum": ALL,
+    "inner": ("0", "1", "input", "other"),
+    "linear": ("0", "1", "input", "weight"),
+    "matmul": ("0", "1", "input", "other"),
+    "mm": ("0", "1", "input", "mat2"),
+    "multi_dot": ALL,
+    "mv": ("0", "1", "input", "vec"),
+    "outer": ("0", "1", "input", "vec2"),
+    "scaled_dot_product_attention": ("0", "1", "2", "query", "key", "value"),
+    "tensordot": ("0", "1", "a", "b"),
+}
+"""By canonical name of a function that multiplies and sums: which operands it multiplies, by position or keyword.
+
+An embedding counts, as a product with one-hot rows.
+"""
+
+LAYERS = frozenset(name for name, roles in CONTRACTIONS.items() if "weight" in roles)
+"""Those of :data:`CONTRACTIONS` that layers with a weight call."""
+
+MOVES = frozenset(
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d channel_shuffle chunk clone contiguous detach expand "
+    "expand_as flatten flip float gather get getitem index_select max_pool1d max_pool2d max_pool3d movedim moveaxis narrow "
+    "pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze swapaxes t tile "
+    "to transpose type_as unbind unflatten unfold unsqueeze view view_as".split()
+)
+"""Operations that move, repeat, select or leave out numbers of their input, but change none; padding adds a constant."""
 
 
 def canonical_name(name: str) -> str:
@@ -191,52 +239,3 @@ def hidden_from_compile() -> frozenset[str]:
     public = (getattr(nn.functional, name) for name in dir(nn.functional) if not name.startswith("_"))
     hidden = (member for member in public if isinstance(member, types.FunctionType) and member not in shown)
     return frozenset(("abs", "pad", *(canonical_name(function.__name__) for function in hidden)))
-
-
-DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
-"""Operations that return their operand unchanged in evaluation."""
-
-ALL = ("*",)
-"""In :data:`CONTRACTIONS`: every operand of the function."""
-
-CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
-    "addbmm": ("1", "2", "batch1", "batch2"),
-    "addmm": ("1", "2", "mat1", "mat2"),
-    "addmv": ("1", "2", "mat", "vec"),
-    "baddbmm": ("1", "2", "batch1", "batch2"),
-    "bilinear": ("0", "1", "2", "input1", "input2", "weight"),
-    "bmm": ("0", "1", "input", "mat2"),
-    "conv1d": ("0", "1", "input", "weight"),
-    "conv2d": ("0", "1", "input", "weight"),
-    "conv3d": ("0", "1", "input", "weight"),
-    "conv_transpose1d": ("0", "1", "input", "weight"),
-    "conv_transpose2d": ("0", "1", "input", "weight"),
-    "conv_transpose3d": ("0", "1", "input", "weight"),
-    "embedding": ("1", "weight"),
-    "dot": ("0", "1", "input", "tensor"),
-    "einsum": ALL,
-    "inner": ("0", "1", "input", "other"),
-    "linear": ("0", "1", "input", "weight"),
-    "matmul": ("0", "1", "input", "other"),
-    "mm": ("0", "1", "input", "mat2"),
-    "multi_dot": ALL,
-    "mv": ("0", "1", "input", "vec"),
-    "outer": ("0", "1", "input", "vec2"),
-    "scaled_dot_product_attention": ("0", "1", "2", "query", "key", "value"),
-    "tensordot": ("0", "1", "a", "b"),
-}
-"""By canonical name of a function that multiplies and sums: which operands it multiplies, by position or keyword.
-
-An embedding counts, as a product with one-hot rows.
-"""
-
-LAYERS = frozenset(name for name, roles in CONTRACTIONS.items() if "weight" in roles)
-"""Those of :data:`CONTRACTIONS` that layers with a weight call."""
-
-MOVES = frozenset(
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d channel_shuffle chunk clone contiguous detach expand "
-    "expand_as flatten flip float gather get getitem index_select max_pool1d max_pool2d max_pool3d movedim moveaxis narrow "
-    "pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze swapaxes t tile "
-    "to transpose type_as unbind unflatten unfold unsqueeze view view_as".split()
-)
-"""Operations whose output holds numbers of their input, unchanged: moved, repeated, selected or left out."""

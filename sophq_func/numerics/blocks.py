@@ -17,12 +17,15 @@ def to_blocks(x: Tensor, size: int) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, x: Tensor) -> Tensor:
-    """The inverse of :func:`to_blocks`: the padding removed, in the shape of ``x``."""
+    """The inverse of :func:`to_blocks`, without the padding; ``x``, of which only the shape is read, is what was cut."""
     shape = x.shape or (1,)
     flat = blocks.reshape(*shape[:-1], blocks.shape[-2] * blocks.shape[-1])
     return flat[..., : shape[-1]].reshape(x.shape)
 
 
 def block_amax(blocks: Tensor) -> Tensor:
-    """The largest finite magnitude of each block; shape ``(..., blocks, 1)``."""
+    """The largest finite magnitude of each block; shape ``(..., blocks, 1)``.
+
+    With an infinite or NaN element in it, the scale of a block would turn all its elements into NaN.
+    """
     return torch.where(blocks.isfinite(), blocks, 0).abs().amax(-1, keepdim=True)

@@ -43,7 +43,7 @@ BACKWARD_BLOCK = 2**16
 """The same for the backward pass, which has five tensors in use at once: with 2 ** 17 it took a third longer."""
 
 _Bound: TypeAlias = Any
-"""A bound of the codes: an int or a tensor of shape ``()``; both bounds are of one kind, which torch's ``clamp`` asks."""
+"""A bound of the codes: an int or a tensor of shape ``()``. Both bounds are of one kind, as ``Tensor.clamp`` requires."""
 
 F = TypeVar("F")
 
@@ -209,7 +209,7 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _gradient_parts(g: Tensor, p: Point, rounding: Rounding, out: Tensor, scratch: Sequence[Tensor]) -> Tensor:
-    """Write ``m g`` to ``out``, and return ``g dy/dr``, which is the second of two ``scratch`` tensors."""
+    """Write ``m g`` to ``out``, and return ``g dy/dr`` in the second of two ``scratch`` tensors."""
     v, level = scratch
     _quotient(p, rounding, out=v)
     torch.round(v, out=level)
@@ -231,8 +231,8 @@ def _gradient_parts(g: Tensor, p: Point, rounding: Rounding, out: Tensor, scratc
 
 
 def _subtrahend(v: Tensor, inside: Tensor, p: Point, rounding: Rounding) -> Tensor:
-    """What ``dy/dr`` is less than the code: ``x / r + z`` inside the bounds, and ``z`` outside."""
-    if p.zero is None or rounding.shifted:  # the quotient holds the zero point, if there is one
+    """The number to subtract from the code for ``dy/dr``: ``x / r + z`` inside the bounds, and ``z`` outside."""
+    if p.zero is None or rounding.shifted:  # here ``v`` is ``x / r + z``
         return torch.where(inside, v, 0 if p.zero is None else p.zero)
     return torch.where(inside, v, 0) + p.zero
 
