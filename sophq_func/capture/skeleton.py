@@ -148,8 +148,8 @@ class Skeleton:
         other._lock = self._lock
         other.root = path
         inside = {id(module) for module in other.entry.modules()}
-        other.owned = {held: names for held, names in self.owned.items() if id(self._module_at[held]) in inside}
-        other.paths = {held: self.paths[held] for held in other.owned}
+        other.owned = {at: names for at, names in self.owned.items() if id(self._module_at[at]) in inside}
+        other.paths = {at: self.paths[at] for at in other.owned}
         other._aliases = [alias for alias in self._aliases if alias.path in other.owned]
         in_modules = {name for names in other.owned.values() for name in names.values()}
         in_aliases = {name for alias in other._aliases for name in names_in(alias.template)}

@@ -117,7 +117,7 @@ class _Input(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A tensor that the run has shown, and what an operand says of it.
+    """A tensor of the run, and the operand that it is in a call that takes it (but for role and slot).
 
     The tensor is kept alive until the run ends, so that no other tensor gets its identity or its storage.
     """
@@ -127,7 +127,7 @@ class _Known(NamedTuple):
 
 
 UNKNOWN = Operand(role="", slot=0)
-"""A tensor that no recorded call made, such as a constant."""
+"""The operand for a tensor that no recorded call made, such as a constant."""
 
 
 class _Recorder(Frame):
@@ -268,19 +268,19 @@ class _Recorder(Frame):
                 self._known[key] = _Known(other, replace(operand, value=current, stale=value))
 
     def _note(self, tensor: Tensor, operand: Operand) -> None:
-        """Remember what an operand says of a tensor."""
+        """Remember which operand a tensor is."""
         storage = _storage(tensor)
         if storage is not None and id(tensor) not in self._known:
             self._in_storage.setdefault(storage, []).append(id(tensor))
         self._known[id(tensor)] = _Known(tensor, operand)
 
     def _operand(self, tensor: Tensor) -> Operand:
-        """What is known of a tensor."""
+        """Which operand a tensor is."""
         known = self._known.get(id(tensor))
         return UNKNOWN if known is None else known.operand
 
     def _add(self, node: Node, made: Sequence[Tensor], taken: Sequence[Tensor] = ()) -> None:
-        """Add a node and the values that it makes, of ``taken`` operands."""
+        """Add a node, and the values of the tensors that it makes; ``taken`` are those that it takes."""
         names = [node.name] if len(made) == 1 else [f"{node.name}.{i}" for i in range(len(made))]
         for index, (name, tensor) in enumerate(zip(names, made, strict=True)):
             self._values[name] = Value(

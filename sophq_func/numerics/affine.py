@@ -1,13 +1,9 @@
 """The arithmetic of uniform grids: ``real = (code - zero_point) * scale``. Written once, here.
 
-The code of ``x`` is computed in one of three orders, since sophgo-mq's fake quantizers differ in it:
-
-- *kernel*: ``clamp(round(x * (1 / s)) + z)``, as torch's fake-quantize kernels do;
-- *expression*: ``clamp(round(x / s + z))``;
-- *quotient*: ``clamp(round(x / s) + z)``.
-
-Rounding is half to even, so that the first two round exact ties to different sides where ``z`` is odd; and
-``x * (1 / s)`` may differ from ``x / s`` by one unit in the last place.
+The code of ``x`` is computed in one of three orders, since sophgo-mq's fake quantizers differ in it. *Kernel order* is
+``clamp(round(x * (1 / s)) + z)``, as in torch's fake-quantize kernels; *expression order* is ``clamp(round(x / s + z))``;
+*quotient order* is ``clamp(round(x / s) + z)``. Rounding is half to even, so that expression order rounds exact ties to
+the other side where ``z`` is odd; and ``x * (1 / s)`` may differ from ``x / s`` by one unit in the last place.
 """
 
 from __future__ import annotations
@@ -164,7 +160,7 @@ def uncoded(qparams: QParams, scheme: QScheme, *, whole: bool = True) -> str:
     low, high = bounds(qparams, scheme)
     for bound in (low, high):
         if isinstance(bound, Tensor) and not bool((bound == bound.round()).all()):
-            return "its outermost codes are no whole numbers"
+            return "its outermost codes are not whole numbers"
     is_code_by_definition = whole or scheme.symmetric or scheme.dynamic
     if is_code_by_definition:
         return ""
@@ -172,7 +168,7 @@ def uncoded(qparams: QParams, scheme: QScheme, *, whole: bool = True) -> str:
     is_code = (zero == zero.round()) & (zero >= low) & (zero <= high)
     if bool(is_code.all()):
         return ""
-    return "its zero point is no code: it lies between two, or beyond the outermost"
+    return "its zero point is not a code: it lies between two, or beyond the outermost"
 
 
 def nearest(y: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
@@ -213,7 +209,7 @@ def _composed(
       step: distance of two neighbouring outputs: ``s``, or ``s / f``.
       zero: the zero point; ``None`` means 0.
       low, high: outermost codes.
-      order: of rounding.
+      order: in which order the code is computed.
     """
     if not modes.may_differentiate():
         clamped = clamp(_rounded(_ratio(scaled, scale, order), zero, order), low, high)
@@ -228,9 +224,9 @@ def _composed(
     if zero is not None and fixed_zero is not None:
         # dy/dz = -s outside: the zero point moves the outermost values; inside it cancels
         level = level - torch.where(inside, 0, zero - fixed_zero)
-    # dy/dx = 1 inside, by a term that is 0
+    # y = step L + (x - const(x)) + (step - const(step)) slope: the last two terms are 0, and give dy/dx = 1 inside and
+    # dy/ds = slope, which is L - x / s inside and L outside
     within = torch.where(inside, x, 0)
-    # dy/ds = L - x / s inside and L outside, by another
     slope = level - torch.where(inside, ratio, 0)
     return torch.addcmul(torch.addcmul(within - within.detach(), fixed_step, level), step - fixed_step, slope)
 

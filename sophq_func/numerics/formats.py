@@ -176,7 +176,7 @@ def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 
     """The format of integers of ``bits`` bits times ``step``; saturating.
 
     Args:
-      bits: width, 1 to 24: float32 holds integers up to 2 ** 24 exactly.
+      bits: width, 1 to 24: float32 holds integers up to ``2 ** 24`` exactly.
       signed: two's complement; otherwise from 0.
       narrow: without the most negative code.
       step: distance of two neighbouring values; MXINT8 has ``2 ** -6``.

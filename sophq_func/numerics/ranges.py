@@ -95,7 +95,7 @@ def qparams_to_range(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]
 def positive(scale: Tensor) -> Tensor:
     """The scale to round by, ``max(|s|, 2 ** -23)``, of a learned scale ``s``.
 
-    The gradient is the sign of ``s``, also where the maximum is 2 ** -23, so that a scale can leave the floor.
+    The gradient is the sign of ``s``, also where the maximum is ``2 ** -23``, so that a scale can leave the floor.
     """
     if not modes.may_differentiate():
         return scale.abs().clamp(min=EPS)
