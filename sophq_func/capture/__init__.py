@@ -1,4 +1,4 @@
-"""Runs any model purely and shows a frame every call that it makes; makes a graph. No quantization here."""
+"""Runs of any model as a pure function, with a frame that sees each call, and the graph of these calls."""
 
 from sophq_func.capture import aliases as aliases
 from sophq_func.capture import arguments as arguments

@@ -1,7 +1,7 @@
-"""What torch keeps to itself, and the library needs.
+"""Private names of torch that runs and exports need, each behind a function.
 
-For runs: the stack of function modes, and where a module holds its tensors and hooks. For exports: what ``torch.export``
-says in its errors, and the operators that inductor looks for. Each private name here has a test of what it is for.
+For runs: the stack of function modes, and where a module holds its tensors and hooks. For exports: the texts of
+``torch.export``'s errors, and the operators that inductor looks for. A test for each name shows what fails without it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from torch.overrides import (
 )
 
 READS_ITS_OWN = (_ConvNd, nn.Linear, nn.Embedding)
-"""Layers whose forward, and nothing else, reads their parameters. ``_ConvNd`` is the base of all convolutions."""
+"""Layers whose parameters only their own forward reads. ``_ConvNd`` is the base of all convolutions."""
 
-Store = dict[str, Any]
+Store = dict[str, Tensor]
 """A dict in which a module holds tensors, by attribute."""
 
 
@@ -47,7 +47,7 @@ def push_mode(mode: TorchFunctionMode) -> None:
     _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
-def without_innermost_mode() -> AbstractContextManager[Any]:
+def without_innermost_mode() -> AbstractContextManager[object]:
     """A context in which the innermost function mode sees nothing."""
     return _pop_mode_temporarily()
 
@@ -61,10 +61,10 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def store_of(module: nn.Module, attribute: str) -> Store:
     """The dict in which a module holds a parameter or buffer.
 
-    To put a tensor there costs a dictionary's time. ``setattr`` would refuse a plain tensor for a parameter, and
-    ``functional_call`` looks for the module of every tensor by its name.
+    Writing a tensor into it is the fastest way to bind one: ``setattr`` refuses a plain tensor for a parameter, and
+    ``functional_call`` searches the module of every tensor by its name.
     """
-    return module._parameters if attribute in module._parameters else module._buffers
+    return module._parameters if attribute in module._parameters else module._buffers  # type: ignore[return-value]
 
 
 def is_parameter(module: nn.Module, attribute: str) -> bool:
@@ -73,12 +73,12 @@ def is_parameter(module: nn.Module, attribute: str) -> bool:
 
 
 def has_only_one_hook_before(module: nn.Module) -> bool:
-    """Whether a single hook, which is ours, sits before the module's forward."""
+    """Whether the skeleton's hook is the only one before the module's forward."""
     return len(module._forward_pre_hooks) == 1
 
 
 def has_only_our_hooks(module: nn.Module) -> bool:
-    """Whether one hook sits before the module's forward and one behind it: those of the skeleton."""
+    """Whether the skeleton's two hooks are the only ones, before and after the module's forward."""
     return len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
 
 
@@ -88,12 +88,12 @@ def is_parametrized(module: nn.Module) -> bool:
 
 
 def operator_name(target: object) -> str:
-    """Name of the operator that a graph's node calls, without its overload; empty for a Python function."""
+    """Name, without its overload, of the operator that is the target of a graph's node; empty for other targets."""
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def refusals_of_export() -> tuple[type[Exception], ...]:
-    """What ``torch.export`` raises where a program does not take the sizes that it was asked for."""
+    """The exceptions of ``torch.export`` for a program that cannot have the dynamic sizes that it was asked for."""
     from torch._dynamo.exc import UserError
     from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
@@ -101,14 +101,14 @@ def refusals_of_export() -> tuple[type[Exception], ...]:
 
 
 LOGGER_OF_ONNX = "torch.onnx._internal.exporter._registration"
-"""Where ``torch.onnx`` says which optional packages it does not find."""
+"""The logger by which ``torch.onnx`` reports optional packages that are not installed."""
 
 SIZE_RANGE = re.compile(r"(\w+) = Dim\('\1'(?:, min=(\d+))?(?:, max=(\d+|oo))?\)")
-"""How ``torch.export`` writes the range that a size may have."""
+"""The range of a size in an error of ``torch.export``: ``n = Dim('n', min=2, max=8)``, where ``oo`` is infinity."""
 
 
 def suggested_fixes(message: str) -> list[str]:
-    """What ``torch.export`` would have instead of the sizes that it was given, line by line.
+    """The lines in which an error of ``torch.export`` suggests other sizes.
 
     Example:
       >>> suggested_fixes("No.\\n\\nSuggested fixes:\\n  n = Dim('n', max=8)\\n  m = 3\\n\\nmore")
@@ -119,7 +119,7 @@ def suggested_fixes(message: str) -> list[str]:
 
 
 def suggested_range(line: str) -> tuple[str, dict[str, int]] | None:
-    """The name of a size and the range that a suggested fix gives it; ``None`` where it says something else.
+    """The name of a size and its range, from a line of :func:`suggested_fixes`; ``None`` for a line of another kind.
 
     Example:
       >>> suggested_range("n = Dim('n', min=2, max=8)"), suggested_range("m = 3")
@@ -128,22 +128,26 @@ def suggested_range(line: str) -> tuple[str, dict[str, int]] | None:
     match = SIZE_RANGE.fullmatch(line)
     if match is None:
         return None
-    name, *ends = match.groups()
-    return name, {key: int(end) for key, end in zip(("min", "max"), ends, strict=True) if end and end != "oo"}
+    name, smallest, largest = match.groups()
+    bounds = {"min": smallest, "max": largest}
+    return name, {key: int(text) for key, text in bounds.items() if text and text != "oo"}
 
 
 def reasons_of_refusal(message: str) -> list[str]:
-    """The reasons that ``torch.export`` lists for a refusal, without explanations; its first line if it lists none."""
+    """The reasons that an error of ``torch.export`` lists, without explanations; its first line where it lists none."""
     head, *rest = message.strip().splitlines()
-    listed = [line.strip().removeprefix("- ").partition(". ")[0].rstrip(".") for line in rest if line.startswith("  - ")]
-    return [reason for reason in listed if "in the specified range" not in reason] or listed or [head]
+    items = (line.strip().removeprefix("- ") for line in rest if line.startswith("  - "))
+    reasons = [item.partition(". ")[0].rstrip(".") for item in items]
+    # that a size is not free "in the specified range" follows from the other reasons, if there are any
+    specific = [reason for reason in reasons if "in the specified range" not in reason]
+    return specific or reasons or [head]
 
 
-def quantized_operators() -> Any:
+def quantized_operators() -> ModuleType:
     """The operators ``quantize_per_tensor``, ``dequantize_per_tensor`` and ``dequantize_per_channel`` of PT2E.
 
-    Inductor's passes for x86 look for operators of these names in the namespace ``quantized_decomposed``. The private module
-    that registers them is to leave torch with ``torch.ao``; where it is gone, they are registered here.
+    Inductor's passes for x86 look for operators of these names in the namespace ``quantized_decomposed``. Torch plans to
+    remove the private module that registers them, together with ``torch.ao``; without it they are registered here.
     """
     try:
         importlib.import_module("torch.ao.quantization.fx._decomposed")
@@ -154,14 +158,16 @@ def quantized_operators() -> Any:
 
 @cache
 def _register_operators() -> torch.library.Library:
-    """Operators with the schemas and the arithmetic of PT2E's; the library lives as long as the process."""
+    """Register operators with the schemas and the arithmetic of PT2E; cached, since they vanish with the library."""
     library = torch.library.Library("quantized_decomposed", "DEF")  # type: ignore[no-untyped-call]
     grid = "int quant_min, int quant_max, ScalarType dtype"
-    real = f"{grid}, *, ScalarType? out_dtype=None"
+    grid_and_output = f"{grid}, *, ScalarType? out_dtype=None"
     define: Callable[[str], None] = library.define
     define(f"quantize_per_tensor(Tensor input, float scale, int zero_point, {grid}) -> Tensor")
-    define(f"dequantize_per_tensor(Tensor input, float scale, int zero_point, {real}) -> Tensor")
-    define(f"dequantize_per_channel(Tensor input, Tensor scales, Tensor? zero_points, int axis, {real}) -> Tensor")
+    define(f"dequantize_per_tensor(Tensor input, float scale, int zero_point, {grid_and_output}) -> Tensor")
+    define(
+        f"dequantize_per_channel(Tensor input, Tensor scales, Tensor? zero_points, int axis, {grid_and_output}) -> Tensor"
+    )
     for operator in (quantize_per_tensor, dequantize_per_tensor, dequantize_per_channel):
         library.impl(operator.__name__, operator, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     return library
@@ -170,7 +176,7 @@ def _register_operators() -> torch.library.Library:
 def quantize_per_tensor(
     input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    """Codes ``clamp(round(x (1 / s)) + z)``."""
+    """Codes ``clamp(round(x * (1 / s)) + z)``, in ``dtype``."""
     return (torch.round(input * (1.0 / scale)) + zero_point).clamp(quant_min, quant_max).to(dtype)
 
 
@@ -184,7 +190,7 @@ def dequantize_per_tensor(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Values ``(q - z) s``."""
+    """Values ``(q - z) * s``; the bounds and the dtype of the codes are not read."""
     return (input.to(out_dtype or torch.float32) - zero_point) * scale
 
 
@@ -199,7 +205,7 @@ def dequantize_per_channel(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Values ``(q - z) s`` with a scale for each index along an axis."""
+    """Values ``(q - z) * s`` with a scale and a zero point for each index along an axis."""
     shape = [-1 if i == axis % input.ndim else 1 for i in range(input.ndim)]
     zeros = 0 if zero_points is None else zero_points.reshape(shape)
     return ((input - zeros) * scales.reshape(shape)).to(out_dtype or torch.float32)

@@ -1,57 +1,83 @@
-"""Plain attributes of modules that hold registered tensors, and what stands for these tensors in a skeleton.
+"""Plain attributes of modules that hold registered tensors, as templates that a run fills in.
 
-A model may keep a parameter in a list, or a second time under another attribute. A template is such an attribute's value
-with names in the place of tensors; a run fills in the tensors that it is given.
+A model may keep a parameter in a list, or a second time under another attribute. A template is the value of such an
+attribute with names instead of tensors; a run replaces the names by the tensors that it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
 from sophq_func.capture.snapshot import OWN
+from sophq_func.core.types import Tree
+
+Template: TypeAlias = Tree
+"""Nested dicts, lists and tuples with a :class:`_Name` for each registered tensor; other objects stay as they are.
+
+Subclasses of these containers count as other objects: not every one can be made from its items.
+"""
 
 
 class _Name(str):
-    """Stands in a template for the parameter or buffer of this name."""
+    """The canonical name of a parameter or buffer, in a template; a class of its own, since a model may hold strings."""
 
 
-def aliases(module: nn.Module, names: Mapping[int, str]) -> list[tuple[str, str, Any]]:
-    """Plain attributes that hold registered tensors: ``(module path, attribute, template)``."""
-    found = []
+class Alias(NamedTuple):
+    """A plain attribute of a module that holds registered tensors.
+
+    Attributes:
+      path: of the module.
+      attribute: name of the attribute.
+      template: value of the attribute.
+    """
+
+    path: str
+    attribute: str
+    template: Template
+
+
+def aliases(module: nn.Module, names: Mapping[int, str]) -> list[Alias]:
+    """Every plain attribute that holds registered tensors; ``names`` has their canonical names, by identity."""
+    result = []
     for path, part in module.named_modules():
         for attribute, value in part.__dict__.items():
-            if attribute not in OWN:
-                template, holds = _template(value, names)
-                found += [(path, attribute, template)] if holds else []
-    return found
+            if attribute in OWN:
+                continue
+            template = _template(value, names)
+            if names_in(template):
+                result.append(Alias(path, attribute, template))
+    return result
 
 
-def _template(value: Any, names: Mapping[int, str]) -> tuple[Any, bool]:
-    """``value`` with a :class:`_Name` for each registered tensor in lists, tuples and dicts; and whether there is one."""
+def _template(value: Tree, names: Mapping[int, str]) -> Template:
+    """``value`` with a :class:`_Name` for each registered tensor in lists, tuples and dicts."""
     if id(value) in names:
-        return _Name(names[id(value)]), True
+        return _Name(names[id(value)])
     if type(value) is dict:
-        items = {key: _template(item, names) for key, item in value.items()}
-        return {key: item for key, (item, _) in items.items()}, any(holds for _, holds in items.values())
+        return {key: _template(item, names) for key, item in value.items()}
     if type(value) in (list, tuple):
-        parts = [_template(item, names) for item in value]
-        return type(value)(item for item, _ in parts), any(holds for _, holds in parts)
-    return value, False
+        return type(value)(_template(item, names) for item in value)
+    return value
 
 
-def names_in(template: Any) -> list[str]:
-    """The parameters and buffers that a template names."""
+def names_in(template: Template) -> list[str]:
+    """The canonical names of the parameters and buffers in a template."""
     if isinstance(template, _Name):
         return [str(template)]
-    parts = template.values() if type(template) is dict else template if type(template) in (list, tuple) else ()
+    if type(template) is dict:
+        parts = list(template.values())
+    elif type(template) in (list, tuple):
+        parts = list(template)
+    else:
+        return []
     return [name for part in parts for name in names_in(part)]
 
 
-def filled(template: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that a template stands for."""
+def filled(template: Template, tensors: Mapping[str, Tensor]) -> Tree:
+    """The value of a template with these tensors, by canonical name."""
     if isinstance(template, _Name):
         return tensors[str(template)]
     if type(template) is dict:

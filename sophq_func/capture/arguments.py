@@ -1,19 +1,28 @@
-"""Names and values of a call's arguments."""
+"""The arguments of a model: a batch as a call, and the names of the tensors in it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import map_named
+from sophq_func.core.types import Args, Kwargs, Tree
 
 
-def as_call(batch: Any, where: str = "calibrate") -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a batch: a tensor, a tuple or list of arguments, or a dict of keywords."""
+def as_call(batch: object, where: str = "calibrate") -> tuple[Args, dict[str, Tree]]:
+    """Positional and keyword arguments of a batch.
+
+    Args:
+      batch: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+      where: the function that an error names.
+
+    Raises:
+      StateError: it is something else.
+    """
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, tuple | list):
@@ -21,15 +30,18 @@ def as_call(batch: Any, where: str = "calibrate") -> tuple[tuple[Any, ...], dict
     if isinstance(batch, Mapping):
         return (), dict(batch)
     allowed = "a tensor, a tuple of arguments or a dict of keyword arguments"
-    raise StateError(explain(where, "this batch is not possible", got=type(batch).__name__, allowed=allowed))
+    fix = "yield (x,) or {'name': x} for each batch, as in model(x) or model(name=x)"
+    raise StateError(
+        explain(where, "this batch is not a call of the model", got=type(batch).__name__, allowed=allowed, fix=fix)
+    )
 
 
 class Arguments(NamedTuple):
-    """Names of a model's arguments.
+    """Names of the arguments of a model's ``forward``.
 
     Attributes:
-      positional: those of ``forward`` that may be given by position.
-      rest: under which name further ones are collected.
+      positional: those that may be given by position.
+      rest: the name of ``*args``, which collects further ones; ``"args"`` where there is none.
     """
 
     positional: tuple[str, ...]
@@ -37,7 +49,7 @@ class Arguments(NamedTuple):
 
 
 def arguments(model: nn.Module) -> Arguments:
-    """Names of the arguments of ``forward``."""
+    """Names of the arguments of ``model.forward``."""
     kinds = inspect.Parameter
     positional, rest = [], "args"
     for name, parameter in inspect.signature(model.forward).parameters.items():
@@ -49,12 +61,10 @@ def arguments(model: nn.Module) -> Arguments:
 
 
 def map_inputs(
-    names: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any], f: Callable[[str, Tensor], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Apply ``f`` to each tensor among a call's arguments, which is told its name."""
-    positional, rest = names
-    args = tuple(
-        map_named(positional[i] if i < len(positional) else f"{rest}.{i - len(positional)}", arg, f)
-        for i, arg in enumerate(args)
-    )
-    return args, {name: map_named(name, arg, f) for name, arg in kwargs.items()}
+    names: Arguments, args: Args, kwargs: Kwargs, f: Callable[[str, Tensor], Tree]
+) -> tuple[Args, dict[str, Tree]]:
+    """Replace each tensor among a call's arguments by ``f(name, tensor)``, with names such as ``x.0`` inside a list."""
+    further = (f"{names.rest}.{i}" for i in range(len(args) - len(names.positional)))
+    by_position = zip((*names.positional, *further), args, strict=False)
+    new_args = tuple(map_named(name, arg, f) for name, arg in by_position)
+    return new_args, {name: map_named(name, arg, f) for name, arg in kwargs.items()}

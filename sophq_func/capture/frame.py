@@ -1,14 +1,14 @@
-"""What happens around one run: the frame that sees each call, and the hooks and the mode that show it.
+"""The frame that sees each call of one run, and the hooks and the function mode that report the calls to it.
 
-Hooks sit on the modules of a skeleton for good and find the run in progress in a slot; the mode is entered for the time
-of the run, and stands aside while torch's own layers compute.
+The hooks are registered once, when a skeleton is made, and find the run in progress in a slot that all of them share. The
+mode is active for the time of the run, and pauses while torch's own layers compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -25,154 +25,172 @@ from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
 from sophq_func.core.modes import is_compiling, now
 from sophq_func.core.operations import called
+from sophq_func.core.types import Args, Kwargs, Output
+
+Function: TypeAlias = Callable[..., Output]
+"""A function of torch."""
 
 
 class Frame:
-    """All state of one run: which module is running, whether it is a leaf, and which parameters are yet to come.
+    """The state of one run, and what happens at each of its calls; subclasses override the methods.
 
-    Subclasses say what happens at each call. ``scope`` is the path of the innermost module that is no leaf.
+    A *leaf* is a module that is called as a whole; a *scope* is any other module, inside which calls are seen one by one.
 
     Attributes:
-      mode: who looked on when the run was prepared.
+      mode: which compiler, transform or derivative was active when the frame was made.
+      scopes: paths of the scopes that are running, outermost first.
+      leaf_depth: how many leaves are running, one inside the other; functions called inside one are not the model's.
+      deferred: parameters whose values are computed when they are read; ``None`` where there are none.
     """
 
     def __init__(self) -> None:
         self.mode = now()
         self.scopes = [""]
-        self.leaves = 0
+        self.leaf_depth = 0
         self.deferred: Deferred | None = None
 
     @property
     def scope(self) -> str:
+        """Path of the innermost scope that is running."""
         return self.scopes[-1]
 
     def aside(self) -> Aside:
-        """A context for calls that the frame makes itself: they are not the model's."""
+        """A context for calls that the frame makes itself, so that they do not count as the model's."""
         return Aside(self)
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        """The run starts; the model's parameters and buffers are these."""
+        """The run starts, with these parameters and buffers."""
 
-    def enter_scope(self, path: str, args: Any, kwargs: Any) -> None:
-        """A module that is no leaf starts."""
+    def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
+        """A scope starts."""
 
-    def leave_scope(self, path: str, args: Any, kwargs: Any, output: Any) -> None:
-        """A module that is no leaf is done; the output is ``None`` where it raised an error, too."""
+    def leave_scope(self, path: str, args: Args, kwargs: Kwargs, output: Output) -> None:
+        """A scope ends; the output is ``None`` where it returned ``None`` or raised an error."""
 
-    def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Operands of a leaf module's call, perhaps replaced."""
+    def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The operands with which a leaf is called: those given, or others."""
         return args, kwargs
 
-    def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Result of a leaf module's call, perhaps replaced."""
+    def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
+        """The result of a leaf's call: the output, or another."""
         return output
 
-    def function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Make the call of a torch function outside leaf modules; ``name`` is canonical."""
+    def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Call a torch function outside leaves; ``name`` is canonical."""
         return func(*args, **kwargs)
 
-    def inner_function(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Make the call of a torch function inside a leaf module."""
+    def inner_function(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Call a torch function inside a leaf."""
         return func(*args, **kwargs)
 
     def looks_inside(self) -> bool:
-        """Whether :meth:`inner_function` wants the calls of the leaf module that starts now."""
+        """Whether :meth:`inner_function` must see the calls inside the leaf that starts now."""
         return True
 
 
 class Aside:
-    """A part of a run in which calls are the frame's own, as they are inside a leaf; left by an error, too."""
+    """A context in which calls are treated as they are inside a leaf: they are not the model's.
+
+    A class, since a context made by a generator takes more than twice as long, and a trace enters one for each leaf.
+    """
 
     def __init__(self, frame: Frame) -> None:
         self._frame = frame
 
     def __enter__(self) -> None:
-        self._frame.leaves += 1
+        self._frame.leaf_depth += 1
 
     def __exit__(self, *error: object) -> None:
-        self._frame.leaves -= 1
+        self._frame.leaf_depth -= 1
 
 
 class Slot:
-    """Where the hooks of one skeleton find the frame of the run in progress, and the mode that shows it functions."""
+    """The mode of the run in progress, from which the hooks of a skeleton reach its frame; ``None`` between runs."""
 
     watch: Watch | None = None
 
 
-class Place:
-    """What a hook needs to know of the module that it sits on."""
+class ModuleInfo:
+    """What the hooks of one module read: its path, whether it is a leaf, and the slot of its skeleton."""
 
     def __init__(self, path: str, leaf: bool, slot: Slot) -> None:
         self.path, self.leaf, self.slot = path, leaf, slot
 
     def watch(self) -> Watch | None:
-        """The mode of the run in progress, unless there is none, or a leaf around this module is running."""
+        """The mode that this module's calls are reported to; ``None`` between runs, and for a scope inside a leaf."""
         watch = self.slot.watch
-        return None if watch is None or (watch.frame.leaves and not self.leaf) else watch
+        return None if watch is None or (watch.frame.leaf_depth and not self.leaf) else watch
 
 
-def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """The hook before a module's forward: what a leaf is called with, perhaps replaced."""
-    place: Place = module._sophq_place  # type: ignore[assignment]
-    watch = place.watch()
+def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    """The hook before a module's forward; returns the operands of a leaf, ``None`` for others."""
+    info: ModuleInfo = module._sophq_info  # type: ignore[assignment]
+    watch = info.watch()
     if watch is None:
         return None
     frame = watch.frame
-    if not place.leaf:
-        frame.scopes.append(place.path)
-        frame.enter_scope(place.path, args, kwargs)
+    if not info.leaf:
+        frame.scopes.append(info.path)
+        frame.enter_scope(info.path, args, kwargs)
         return None
-    frame.leaves += 1
+    frame.leaf_depth += 1
     watch.pause()
-    if frame.leaves == 1:
-        args, kwargs = frame.before_module(place.path, args, kwargs)
-    if frame.deferred is not None and place.path in frame.deferred.readers:
-        frame.deferred.enter(place.path, module)
+    if frame.leaf_depth == 1:  # a leaf inside another is a part of it
+        args, kwargs = frame.before_module(info.path, args, kwargs)
+    if frame.deferred is not None and info.path in frame.deferred.readers:
+        frame.deferred.enter(info.path, module)
     if frame.looks_inside() or not _reads_its_own(module):
         watch.resume()
     return args, kwargs
 
 
-def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """The hook behind a module's forward: the result of a leaf, perhaps replaced.
+def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
+    """The hook after a module's forward; returns the result of a leaf, ``None`` for others.
 
-    Torch calls it when the module raised an error, too, which the model may catch; then there is no output.
+    Torch calls it with ``None`` when the module raised an error, which the model may catch and go on.
     """
-    place: Place = module._sophq_place  # type: ignore[assignment]
-    watch = place.watch()
+    info: ModuleInfo = module._sophq_info  # type: ignore[assignment]
+    watch = info.watch()
     if watch is None:
         return None
     frame = watch.frame
-    if not place.leaf:
+    if not info.leaf:
         frame.scopes.pop()
-        frame.leave_scope(place.path, args, kwargs, output)
+        frame.leave_scope(info.path, args, kwargs, output)
         return None
-    frame.leaves -= 1
+    frame.leaf_depth -= 1
     watch.pause()
-    if frame.deferred is not None and place.path in frame.deferred.readers:
-        frame.deferred.leave(place.path, module)
-    if output is not None and not frame.leaves:
-        output = frame.after_module(place.path, module, args, kwargs, output)
+    if frame.deferred is not None and info.path in frame.deferred.readers:
+        frame.deferred.leave(info.path, module)
+    if output is not None and not frame.leaf_depth:
+        output = frame.after_module(info.path, module, args, kwargs, output)
     watch.resume()
     return output
 
 
 def _reads_its_own(module: nn.Module) -> bool:
-    """Whether the code of a leaf module is torch's, which reads no parameters but its own."""
-    own = type(module).__module__.startswith("torch.nn.modules.") and not is_parametrized(module)
-    return own and has_only_our_hooks(module)
+    """Whether a leaf runs code of torch alone, which reads no parameters but those of the module."""
+    is_of_torch = type(module).__module__.startswith("torch.nn.modules.") and not is_parametrized(module)
+    return is_of_torch and has_only_our_hooks(module)
 
 
-def unwatched() -> AbstractContextManager[Any]:
-    """While a frame computes something of its own, in eager, the mode need not see each function that it calls."""
-    # asked here and not once a run: a model may compile a part of itself
+def unwatched() -> AbstractContextManager[object]:
+    """A context for what a frame computes itself, in eager: the mode does not see the functions that it calls.
+
+    Faster than :meth:`Frame.aside`, with which the mode still sees each function.
+    """
+    # not from the mode that the frame noted when the run began: a model may compile a part of itself
     if is_compiling() or not isinstance(innermost_mode(), Watch):
         return nullcontext()
     return without_innermost_mode()
 
 
 class Watch(TorchFunctionMode):
-    """Shows a frame each torch function that is called outside leaf modules."""
+    """Reports to a frame each torch function that is called.
+
+    While a leaf of torch's own classes computes, the mode is off the stack: a trip through it takes longer than many a
+    function. It must stay on the stack while Dynamo traces, and where a mode of the model lies above it.
+    """
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
@@ -184,25 +202,29 @@ class Watch(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def pause(self) -> None:
-        """See nothing until :meth:`resume`; in eager, and where no mode of the model's own stands before this one."""
+        """See nothing until :meth:`resume`, where that is possible."""
         if not self.paused and not is_compiling() and innermost_mode() is self:
             pop_mode()
             self.paused = True
 
     def resume(self) -> None:
-        """See again."""
+        """See every function again."""
         if self.paused:
             push_mode(self)
             self.paused = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
+    ) -> Output:
         kwargs = kwargs or {}
+        # attributes such as ``shape`` are the same without the value, and reading one must not compute it
         if self.frame.deferred is not None and func.__name__ != "__get__":
             args, kwargs = self.frame.deferred.filled((args, kwargs))
-        if self.frame.leaves:
+        if self.frame.leaf_depth:
             return self.frame.inner_function(func, args, kwargs)
         name = called(func)
         if name in DECOMPOSED:
+            # torch takes a mode off the stack while it handles a call: on it again, it sees the parts
             with self:
                 return DECOMPOSED[name](*args, **kwargs)
         return self.frame.function(name, func, args, kwargs)

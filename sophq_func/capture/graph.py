@@ -1,4 +1,4 @@
-"""What a trace knows: calls, the values they make, and who feeds whom. No tensors."""
+"""The record of a trace: calls, the values that they make, and which call takes which value. No tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, TypeAlias
 from sophq_func.core.operations import family
 
 Class: TypeAlias = type
-"""``type``, where an attribute has that name."""
+"""``type``, in a class with an attribute of that name."""
+
+Option: TypeAlias = Any
+"""Value of a module's plain attribute: a bool, a number, or a tuple of ints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +20,12 @@ class Operand:
     """One tensor that a call takes.
 
     Attributes:
-      role: its argument: ``"0"`` the first, ``"weight"`` by keyword, ``"0.1"`` the second item of a list given first.
+      role: which argument: ``"0"`` the first, ``"weight"`` a keyword, ``"0.1"`` the second item of a list given first.
       slot: its index among all tensors of the call.
-      value: the value that it is; empty for parameters and constants.
-      parameter: canonical name of the parameter that it is.
-      stale: the value made by an in-place operation that wrote into this tensor before; the tensor is used here under a
-        name that it, or a view of it, had before that.
+      value: name of the value that it is; empty for parameters and constants.
+      parameter: canonical name of the parameter that it is; empty for others.
+      stale: name of the value with which an in-place operation has overwritten the memory of this tensor, where the call
+        takes the tensor as the value that it was before; else empty.
     """
 
     role: str
@@ -39,12 +42,12 @@ class Value:
     Attributes:
       name: unique; the call's name, with ``.<index>`` where the call makes several tensors.
       node: name of the call.
-      index: which of its tensors.
+      index: which of the tensors that the call makes.
       floating: whether its dtype is a floating one.
-      shape: of the example.
+      shape: in the example.
       output: whether the model returns it.
       view: whether it shares memory with an operand of its call.
-      overwritten: whether the model returns it under a name that it had before an operation in place.
+      overwritten: whether the model returns it and an in-place operation has written into its memory.
     """
 
     name: str
@@ -62,21 +65,23 @@ class Node:
     """One call, or one input of the model, or (after fusion) a group of calls that is quantized as one.
 
     Attributes:
-      name: ``layer1.0.conv1``, ``layer1.0.add``, ``x``; ``_1``, ``_2`` for further calls. A group has its first name.
+      name: ``layer1.0.conv1``, ``layer1.0.add``, ``x``; with ``_1``, ``_2`` for further calls. A group has the name of its
+        first call.
       kind: ``"input"``, ``"module"`` or ``"function"``.
       path: path of the leaf module called, or of the module in which a function is called.
       paths: every path of that module; more than one where it is registered twice.
       function: canonical name; empty for modules.
       call: how many counted calls of this module, or of this function in this module, came before.
-      counted: whether a floating tensor goes in or comes out; arithmetic on indices differs between ways of running.
+      counted: whether a floating tensor goes in or comes out. Other calls, such as arithmetic on indices, do not count,
+        since a compiled run may leave some out.
       type: class of the leaf module, or of the fused pattern; ``None`` for functions and inputs.
-      operands: the tensors it takes.
-      outputs: names of the values it makes.
+      operands: the tensors that it takes.
+      outputs: names of the values that it makes.
       parameters: canonical names of a leaf module's own tensors, by attribute.
       options: plain attributes of a leaf module that decide about quantization (``groups``, ``eps``, ...).
       members: the calls of a fused group, first to last; empty otherwise.
-      argument: of an input, the model's own name for it.
-      also: names of further inputs of the model that the example gave the same tensor.
+      argument: of an input, the name of the argument of ``forward``.
+      also: names of further inputs for which the example has the same tensor.
     """
 
     name: str
@@ -90,7 +95,7 @@ class Node:
     operands: tuple[Operand, ...] = ()
     outputs: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
     members: tuple[Node, ...] = ()
     argument: str = ""
     also: tuple[str, ...] = ()
@@ -107,28 +112,33 @@ class Node:
 
     @property
     def norm(self) -> Node | None:
-        """The BatchNorm right behind the first member, if the group has one."""
-        return next((m for m in self.members[1:2] if m.operation == "batch_norm"), None)
+        """The BatchNorm that is the second member of a group; ``None`` where there is none."""
+        if len(self.members) < 2 or self.members[1].operation != "batch_norm":
+            return None
+        return self.members[1]
 
     @property
     def operation(self) -> str:
-        """What the call, or a group's first, does: the function's name; of a module that which its class stands for."""
-        lead = self.members[0] if self.members else self
-        return family(lead.type) if lead.kind == "module" and lead.type is not None else lead.function
+        """Canonical name of the function called, of that which a module's class calls, or of a group's first call."""
+        first = self.first
+        if first.kind == "module" and first.type is not None:
+            return family(first.type)
+        return first.function
 
     def is_module(self, *types: Class) -> bool:
-        """Whether it calls a leaf module of one of these classes, or is a group that starts with one."""
-        lead = self.members[0] if self.members else self
-        return lead.kind == "module" and lead.type is not None and issubclass(lead.type, types)
+        """Whether it calls a leaf module of one of these classes, or is a group whose first call does."""
+        first = self.first
+        return first.kind == "module" and first.type is not None and issubclass(first.type, types)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """One call of a module that is no leaf.
+    """One call of a module that is not a leaf.
 
     Attributes:
       path: of the module, the first where it has several.
-      start, stop: the calls made in it are those from ``start`` up to ``stop`` in the order of execution, inputs counted.
+      start: index of the first call made in it, among the nodes of the graph.
+      stop: index behind the last one.
     """
 
     path: str
@@ -143,9 +153,9 @@ class Graph:
       nodes: by name, in execution order, inputs first.
       values: by name.
       modules: class of each module, by path, every path of shared modules included.
-      opaque: paths of modules that the trace was told not to look into.
+      opaque: paths of modules that the user made leaves.
       written: names of inputs that the model writes into.
-      scopes: calls of modules that are no leaves, in the order in which they end.
+      scopes: calls of modules that are not leaves, in the order in which they end.
       shapes: of the parameters and buffers, by canonical name.
     """
 
@@ -174,7 +184,7 @@ class Graph:
         return len(self.nodes)
 
     def users(self, value: str) -> list[tuple[Node, Operand]]:
-        """Each use of a value: the call, and the operand that it is there."""
+        """Each call that takes a value, with the operand that the value is there."""
         return self._users[value]
 
     def producer(self, value: str) -> Node:
@@ -182,10 +192,10 @@ class Graph:
         return self.nodes[self.values[value].node]
 
     def __repr__(self) -> str:
-        lines = [
-            f"{node.name}({', '.join(o.value or o.parameter or '...' for o in node.operands)})"
-            for node in self
-            if node.kind != "input"
-        ]
         inputs = ", ".join(node.name for node in self if node.kind == "input")
-        return "\n".join([f"Graph({inputs}):", *(f"  {line}" for line in lines)])
+        lines = [f"Graph({inputs}):"]
+        for node in self:
+            if node.kind != "input":
+                operands = ", ".join(o.value or o.parameter or "..." for o in node.operands)
+                lines.append(f"  {node.name}({operands})")
+        return "\n".join(lines)

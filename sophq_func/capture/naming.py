@@ -1,4 +1,4 @@
-"""Names of the calls of a run, in the order in which they are made: the same in a trace and in every later run."""
+"""Names of calls, which depend on the order of calls alone: the same in a trace and in every later run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 
 class CallNames:
-    """Gives each call a name that no other has: ``layer1.0.conv1``, ``layer1.0.add``, then ``layer1.0.add_1``.
+    """Gives each call a unique name: ``layer1.0.conv1``, ``layer1.0.add``, then ``layer1.0.add_1``.
 
-    A module's path belongs to the module: its first call has it, and nothing else does. A name that was told stays free
-    until it is taken, since some calls turn out to need none.
+    A module's path names the first call of that module and nothing else. A name is only reserved by :meth:`take`, since
+    some calls turn out to need none.
 
     Args:
       modules: paths of all modules.
@@ -23,10 +23,10 @@ class CallNames:
     def __init__(self, modules: Collection[str]) -> None:
         self._modules = frozenset(path for path in modules if path)
         self._taken: set[str] = set()
-        self._lowest: dict[str, int] = {}
+        self._lowest_free: dict[str, int] = {}
 
     def module(self, path: str) -> str:
-        """Name of the next call of the module at ``path``, or of what stands for an empty path."""
+        """Name of the next call of the module at ``path``; for the whole model, the caller gives another word."""
         return path if path not in self._taken else self._numbered(path)
 
     def function(self, scope: str, function: str) -> str:
@@ -34,20 +34,21 @@ class CallNames:
         return self._numbered(f"{scope}.{function}" if scope else function)
 
     def input(self, argument: str) -> str:
-        """Name of an input of the model."""
+        """Name of the input that is this argument of the model."""
         return self._numbered(argument)
 
     def take(self, name: str) -> str:
-        """The call was made: its name is no longer free."""
+        """Reserve a name for a call that was made."""
         self._taken.add(name)
         return name
 
     def _numbered(self, base: str) -> str:
         """``base``, or the first of ``base_1``, ``base_2``, ... that is free."""
-        number = self._lowest.get(base, 0)  # smaller ones are taken, and stay so
+        # smaller numbers stay taken, so that the search need not begin at 0: a model may call a function thousands of times
+        number = self._lowest_free.get(base, 0)
         name = f"{base}_{number}" if number else base
         while name in self._taken or name in self._modules:
             number += 1
             name = f"{base}_{number}"
-        self._lowest[base] = number
+        self._lowest_free[base] = number
         return name

@@ -1,9 +1,9 @@
-"""Run a model purely, and let a frame see every call that it makes.
+"""Run a model as a pure function, and let a frame see every call that it makes.
 
-A :class:`Skeleton` is a private copy of a model without its weights. Running it with given parameters is a pure
-function; a :class:`Frame` handed to the run sees each call of a leaf module (through hooks) and of a torch function
-outside leaf modules (through a ``TorchFunctionMode``), and may replace operands and results. Python control flow just
-runs. This file is the only caller of ``functional_call``.
+A :class:`Skeleton` is a private copy of a model without its weights. A run of it is a pure function of parameters and
+arguments. A :class:`Frame` that is passed to the run sees each call of a leaf module (by hooks) and of a torch function
+outside leaf modules (by a ``TorchFunctionMode``), and may replace operands and results. Python control flow runs as it
+is. This file is the only caller of ``functional_call``.
 """
 
 from __future__ import annotations
@@ -12,75 +12,85 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sophq_func.capture._torch import READS_ITS_OWN, has_only_one_hook_before, is_parameter, own_tensors, store_of
+from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_parameter, own_tensors, store_of
 from sophq_func.capture.aliases import aliases, filled, names_in
-from sophq_func.capture.frame import Frame, Place, Slot, Watch, enter, leave
+from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
 from sophq_func.capture.lazy import Deferred
-from sophq_func.capture.snapshot import Memory, rebind
+from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.core import modes
 from sophq_func.core.errors import PlanError, StateError, explain, near, raise_all
 from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.types import Args, Kwargs, Output, Tree
+
+Result: TypeAlias = tuple[Output, dict[str, Tensor]]
+"""The output of a run, and the buffers after it."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Classes of ``torch.nn`` that are not leaves even where they have no children."""
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether calls inside ``module`` are its own affair.
+    """Whether ``module`` is seen as one call, without the calls inside.
 
-    A class of torch.nn without child modules, or a subclass of one that keeps its ``forward``. Parametrizations
+    That is a module without children whose ``forward`` is that of a class of torch.nn. Parametrizations
     (``torch.nn.utils.parametrize``) do not count as children.
     """
-    if isinstance(module, CONTAINERS) or any(name != "parametrizations" for name, _ in module.named_children()):
+    has_children = any(name != "parametrizations" for name, _ in module.named_children())
+    if has_children or isinstance(module, CONTAINERS):
         return False
     owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
     return owner is not nn.Module and owner.__module__.startswith("torch.nn.modules.")
 
 
 def params_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers of a model, detached, not copied; one name per tensor (the first), sorted.
+    """All parameters and buffers of a model by sorted name, detached, not copied.
 
-    Non-persistent buffers are included. This dict is what every function of the library calls ``params``.
+    Non-persistent buffers are included; a tensor that has several names is listed once, by the first. This dict is what
+    every function of the library calls ``params``.
+
+    Raises:
+      PlanError: ``model`` is not a ``torch.nn.Module``.
 
     Example:
       >>> list(params_of(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False))))
       ['0.bias', '0.weight', '1.num_batches_tracked', '1.running_mean', '1.running_var']
     """
     if not isinstance(model, nn.Module):
-        raise PlanError(
-            explain("params_of", "this model is not possible", got=type(model).__name__, allowed="a torch.nn.Module")
-        )
+        got, allowed = type(model).__name__, "a torch.nn.Module"
+        raise PlanError(explain("params_of", "the model must be a torch.nn.Module", got=got, allowed=allowed))
     return sorted_dict({name: tensor.detach() for name, tensor in _registered(model).items()})
 
 
 def _registered(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by canonical name: the first of their names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 class Skeleton:
-    """A private copy of a model: its modules and hooks without its weights, ready to be run purely.
+    """A private copy of a model without its weights, whose runs are pure functions.
 
     Attributes:
-      module: the copy; parameters and buffers are on the ``meta`` device.
+      module: the copy, with the model's own hooks; parameters and buffers are on the ``meta`` device.
       root: path of the module that a run calls; empty for the whole model, see :meth:`part`.
       names: canonical names of the parameters and buffers that a run uses.
-      known: canonical names of all parameters and buffers of the whole model.
+      all_names: canonical names of all parameters and buffers of the whole model.
       buffers: those of ``names`` that are buffers.
-      owned: for each module path the canonical names of its own tensors, by attribute.
+      owned: for the first path of each module, the canonical names of its own tensors, by attribute.
       paths: every path of each module, by its first.
-      constants: tensors that are plain attributes of modules, copied; they belong to the skeleton.
+      constants: copies of the tensors that are plain attributes of modules.
     """
 
     def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
         registered = _registered(model)
         by_id = {id(tensor): name for name, tensor in registered.items()}
         self.root = ""
-        self.names = self.known = frozenset(registered)
+        self.names = self.all_names = frozenset(registered)
         self.buffers = frozenset(name for name, _ in model.named_buffers())
         self.owned = {
             path: {attribute: by_id[id(t)] for attribute, t in own_tensors(module)} for path, module in model.named_modules()
@@ -92,18 +102,20 @@ class Skeleton:
         self._aliases = aliases(self.module, names)
         self._tensors = self._named_tensors()
         self._holders = self._holders_by_name()
-        self._rebound: list[tuple[nn.Module, str, Any]] = []
+        self._rebound: list[Binding] = []  # what the model bound anew in an eager run
         self._slot = Slot()
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # reentrant, since a run may start another of the same skeleton
         for path, module in self._module_at.items():
-            module._sophq_place = Place(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
+            module._sophq_info = ModuleInfo(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
-    def __getstate__(self) -> dict[str, Any]:
+    # copied without the lock, which cannot be copied: a copy has its own
+
+    def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
 
@@ -120,11 +132,11 @@ class Skeleton:
         return module
 
     def tensors_of(self, path: str) -> Mapping[str, str]:
-        """Canonical names of the tensors of a module of the whole model, by attribute; empty where there is none."""
+        """Canonical names of the tensors of a module of the whole model, by attribute; empty for an unknown path."""
         return self._owned_in_all.get(path, {})
 
     def part(self, path: str, also: Collection[str] = ()) -> Skeleton:
-        """The same skeleton, of which a run calls only the module at ``path``.
+        """A skeleton of the same modules, of which a run calls only the one at ``path``.
 
         Names and paths stay those of the whole model. Modules and lock are shared, so that one of the two runs at a time.
 
@@ -136,32 +148,32 @@ class Skeleton:
         other._lock = self._lock
         other.root = path
         inside = {id(module) for module in other.entry.modules()}
-        other.owned = {own: names for own, names in self.owned.items() if id(self._module_at[own]) in inside}
-        other.paths = {own: self.paths[own] for own in other.owned}
-        other._aliases = [alias for alias in self._aliases if alias[0] in other.owned]
-        held = {name for names in other.owned.values() for name in names.values()}
-        also_read = {name for _, _, template in other._aliases for name in names_in(template)}
-        other.names = frozenset(held | also_read | set(also))
+        other.owned = {at: names for at, names in self.owned.items() if id(self._module_at[at]) in inside}
+        other.paths = {at: self.paths[at] for at in other.owned}
+        other._aliases = [alias for alias in self._aliases if alias.path in other.owned]
+        in_modules = {name for names in other.owned.values() for name in names.values()}
+        in_aliases = {name for alias in other._aliases for name in names_in(alias.template)}
+        other.names = frozenset(in_modules | in_aliases | set(also))
         other.buffers = self.buffers & other.names
         other._tensors = other._named_tensors()
         other._holders = other._holders_by_name()
         return other
 
     def first_path(self, path: str) -> str | None:
-        """The path by which the library calls the module at ``path``: its first; ``None`` where there is no module."""
+        """The first path of the module at ``path``; ``None`` where there is no module."""
         return next((first for first, paths in self.paths.items() if path in paths), None)
 
-    def stands_in_list(self, path: str) -> bool:
+    def is_list_item(self, path: str) -> bool:
         """Whether the module at a path is an item of a ``ModuleList`` or ``Sequential``."""
-        around, _, _ = path.rpartition(".")
-        return bool(path) and isinstance(self.module.get_submodule(around), nn.ModuleList | nn.Sequential)
+        parent, _, _ = path.rpartition(".")
+        return bool(path) and isinstance(self.module.get_submodule(parent), nn.ModuleList | nn.Sequential)
 
     def altered(self, skipped: Collection[str], biases: Mapping[str, tuple[str, Tensor]]) -> Skeleton:
         """A copy in which some modules return their input, and some layers have a bias.
 
         Args:
           skipped: paths of modules that return their first argument.
-          biases: by path of a layer, the canonical name of its bias and a tensor of its shape.
+          biases: for the path of each layer, the canonical name of its bias, and a tensor of the bias's shape.
         """
         other = copy.deepcopy(self)
         for path in skipped:
@@ -172,6 +184,144 @@ class Skeleton:
         other._tensors = other._named_tensors()
         other._holders = other._holders_by_name()
         return other
+
+    def holders(self, name: str) -> list[tuple[str, str]]:
+        """Path and attribute of each module that holds a parameter or buffer."""
+        return list(self._holders.get(name, ()))
+
+    def check(self, params: Mapping[str, Tensor], where: str) -> None:
+        """Check that ``params`` holds the tensors that a run uses; ``where`` is the function that an error names.
+
+        Raises:
+          StateError: with every parameter that is missing, unknown or not a tensor.
+        """
+        fix = "params = sq.params_of(model)"
+        if not isinstance(params, Mapping):
+            got, allowed = type(params).__name__, "a dict {name: Tensor}"
+            raise StateError(explain(where, "params must be a dict of tensors", got=got, allowed=allowed, fix=fix))
+        problems = []
+        if not self.names <= params.keys() <= self.all_names:
+            missing = sorted(self.names - params.keys())
+            problems += [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
+            for name in sorted(map(str, params.keys() - self.all_names)):
+                hint = near(name, missing or self.names) or "leave it out"
+                problems.append(f"{where}: params hold {name!r}, which is not in the model. Fix: {hint}.")
+        for name, value in params.items():
+            if not isinstance(value, Tensor):
+                sentence, got = f"params[{name!r}] must be a tensor", type(value).__name__
+                problems.append(explain(where, sentence, got=got, allowed="a Tensor", fix=fix))
+        raise_all(problems, StateError)
+
+    def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``params`` with buffers detached, so that no gradient reaches them."""
+        if not modes.may_differentiate():
+            return dict(params)
+        return {**params, **{name: params[name].detach() for name in self.buffers}}
+
+    def registered(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by its canonical name, as tensors on the ``meta`` device."""
+        return _registered(self.module)
+
+    def deferrable(self, path: str, parameter: str) -> bool:
+        """Whether only the forward of the layer at ``path`` reads a parameter, so that :meth:`run` may compute it then."""
+        holders = self._holders[parameter]
+        if [holder for holder, _ in holders] != [path]:
+            return False
+        module = self._module_at[path]
+        # a hook of the model's own could read the parameter
+        is_plain = isinstance(module, READS_ITS_OWN) and is_leaf(module) and has_only_one_hook_before(module)
+        is_aliased = any(parameter in names_in(alias.template) for alias in self._aliases)
+        _, attribute = holders[0]
+        return is_plain and not is_aliased and is_parameter(module, attribute)
+
+    def run(
+        self,
+        frame: Frame | None,
+        params: Mapping[str, Tensor],
+        args: Args,
+        kwargs: Kwargs,
+        later: Mapping[str, Callable[[], Tensor]] | None = None,
+    ) -> Result:
+        """Call the model with ``params``, and report its calls to ``frame``.
+
+        Buffers are cloned, since the model may write into them. In eager a lock lets one thread at a time run a skeleton;
+        nested runs are fine.
+
+        Args:
+          frame: what sees each call; ``None`` for a run without any interception.
+          params: parameters and buffers by canonical name; see :meth:`detached`.
+          args: positional arguments of the model.
+          kwargs: keyword arguments of the model.
+          later: functions that compute :meth:`deferrable` parameters when their layers start; needs a frame.
+
+        Returns:
+          The model's output, and its buffers afterwards.
+        """
+        if frame is not None and later:
+            frame.deferred = Deferred(later, self.owned, params)
+        mode = modes.now() if frame is None else frame.mode
+        if mode.compiling:
+            # Dynamo cannot trace a ``Memory``: put back those attributes that an eager run bound anew
+            result = self._run(self._call, frame, params, args, kwargs)
+            rebind(self._rebound)
+            return result
+        with self._lock:
+            memory = Memory(self.entry.modules())
+            try:
+                return self._run(self._call_bound, frame, params, args, kwargs)
+            finally:
+                # not tensors, such as aliases, which each run binds itself
+                changed = [binding for binding in memory.restore() if not isinstance(binding[2], Tensor)]
+                self._rebound = changed or self._rebound
+
+    def _run(
+        self,
+        call: Callable[[Mapping[str, Tensor], Args, Kwargs], Result],
+        frame: Frame | None,
+        params: Mapping[str, Tensor],
+        args: Args,
+        kwargs: Kwargs,
+    ) -> Result:
+        """A run by one of the two ways to call the model: with aliases filled in, and with the frame's mode active."""
+        now = {**params, **{name: params[name].clone() for name in self.buffers}}
+        for path, attribute, template in self._aliases:
+            self._module_at[path].__dict__[attribute] = filled(template, now)
+        if frame is not None:
+            frame.begin(now)
+        watch = None if frame is None else Watch(frame)
+        outer = self._slot.watch  # of the run around this one
+        self._slot.watch = watch
+        try:
+            with watch or nullcontext():
+                output, buffers = call(now, args, kwargs)
+        finally:
+            self._slot.watch = outer
+        return output, sorted_dict(buffers)
+
+    def _call(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
+        """The model's output with these tensors, and its buffers afterwards; Dynamo can trace it."""
+        tensors = {place: now[name] for place, name in self._tensors.items()}
+        output = functional_call(self.entry, tensors, args, dict(kwargs), tie_weights=False)
+        return output, {name: tensors[place] for place, name in self._tensors.items() if name in self.buffers}
+
+    def _call_bound(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
+        """The same in eager, faster: ``functional_call`` takes longer to find the modules than a small model to run."""
+        places = [(store, attribute, name, store[attribute]) for store, attribute, name in self._places()]
+        for store, attribute, name, _ in places:
+            store[attribute] = now[name]
+        try:
+            output = self.entry(*args, **kwargs)
+            return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
+        finally:
+            for store, attribute, _, empty in places:
+                store[attribute] = empty
+
+    def _places(self) -> Iterator[tuple[Store, str, str]]:
+        """Where each parameter and buffer is held: the dict, the attribute, and the canonical name."""
+        for path, attributes in self.owned.items():
+            module = self._module_at[path]
+            for attribute, name in attributes.items():
+                yield store_of(module, attribute), attribute, name
 
     def _named_tensors(self) -> dict[str, str]:
         """Canonical name of each tensor, by the name that ``functional_call`` has for it in the module that a run calls."""
@@ -184,152 +334,33 @@ class Skeleton:
 
     def _holders_by_name(self) -> dict[str, list[tuple[str, str]]]:
         """Path and attribute of each module that holds a parameter or buffer, by its canonical name."""
-        found: dict[str, list[tuple[str, str]]] = {name: [] for name in self.names}
-        for path, own in self.owned.items():
-            for attribute, name in own.items():
-                found.setdefault(name, []).append((path, attribute))
-        return found
-
-    def holders(self, name: str) -> list[tuple[str, str]]:
-        """Path and attribute of each module that holds a parameter or buffer."""
-        return list(self._holders.get(name, ()))
-
-    def check(self, params: Mapping[str, Tensor], where: str) -> None:
-        """Raise a :class:`StateError` that names every parameter that is missing, unknown or no tensor."""
-        fix = "params = sq.params_of(model)"
-        if not isinstance(params, Mapping):
-            raise StateError(
-                explain(where, "params is not possible", got=type(params).__name__, allowed="a dict {name: Tensor}", fix=fix)
-            )
-        problems = []
-        if not self.names <= params.keys() <= self.known:
-            missing = sorted(self.names - params.keys())
-            problems += [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
-            for name in sorted(map(str, params.keys() - self.known)):
-                hint = near(name, missing or self.names)
-                problems.append(f"{where}: params hold {name!r}, which the model has not. Fix: {hint or 'leave it out'}.")
-        for name, value in params.items():
-            if not isinstance(value, Tensor):
-                problems.append(
-                    explain(
-                        where, f"params[{name!r}] is not possible", got=type(value).__name__, allowed="a Tensor", fix=fix
-                    )
-                )
-        raise_all(problems, StateError)
-
-    def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``params`` with buffers that are constants: no gradient reaches them."""
-        if not modes.may_differentiate():
-            return dict(params)
-        return {**params, **{name: params[name].detach() for name in self.buffers}}
-
-    def registered(self) -> dict[str, Tensor]:
-        """Every parameter and buffer by its canonical name, without numbers: tensors on the ``meta`` device."""
-        return _registered(self.module)
-
-    def deferrable(self, path: str, parameter: str) -> bool:
-        """Whether only the layer at ``path`` holds a parameter, and reads it nowhere but in its own forward."""
-        holders = self._holders[parameter]
-        if [holder for holder, _ in holders] != [path]:
-            return False
-        module = self._module_at[path]
-        plain = isinstance(module, READS_ITS_OWN) and is_leaf(module) and has_only_one_hook_before(module)
-        aliased = any(parameter in names_in(template) for _, _, template in self._aliases)
-        return plain and not aliased and is_parameter(module, holders[0][1])
-
-    def run(
-        self,
-        frame: Frame | None,
-        params: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        later: Mapping[str, Callable[[], Tensor]] | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Call the model with ``params`` while ``frame`` watches; without a frame nothing is intercepted.
-
-        Buffers enter cloned; see :meth:`detached`. In eager one run at a time uses a skeleton; nested runs are fine.
-        ``later`` computes parameters that are :meth:`deferrable`, and wants a frame.
-
-        Returns:
-          The model's output, and its buffers afterwards.
-        """
-        if frame is not None and later:
-            frame.deferred = Deferred(later, self.owned, params)
-        mode = modes.now() if frame is None else frame.mode
-        if mode.compiling:
-            result = self._run(self._call, frame, params, args, kwargs)
-            rebind(self._rebound)
-            return result
-        with self._lock:
-            memory = Memory(self.entry.modules())
-            try:
-                return self._run(self._call_bound, frame, params, args, kwargs)
-            finally:
-                changed = [change for change in memory.restore() if not isinstance(change[2], Tensor)]
-                self._rebound = changed or self._rebound
-
-    def _run(
-        self,
-        call: Callable[..., tuple[Any, dict[str, Tensor]]],
-        frame: Frame | None,
-        params: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> tuple[Any, dict[str, Tensor]]:
-        now = {**params, **{name: params[name].clone() for name in self.buffers}}
-        for path, attribute, template in self._aliases:
-            self._module_at[path].__dict__[attribute] = filled(template, now)
-        if frame is not None:
-            frame.begin(now)
-        watch = None if frame is None else Watch(frame)
-        outer, self._slot.watch = self._slot.watch, watch
-        try:
-            with watch or nullcontext():
-                output, buffers = call(now, args, dict(kwargs))
-        finally:
-            self._slot.watch = outer
-        return output, sorted_dict(buffers)
-
-    def _call(self, now: Mapping[str, Tensor], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        """The model's output with these tensors, and its buffers afterwards, in a way that Dynamo follows."""
-        tensors = {place: now[name] for place, name in self._tensors.items()}
-        output = functional_call(self.entry, tensors, args, kwargs, tie_weights=False)
-        return output, {name: tensors[place] for place, name in self._tensors.items() if name in self.buffers}
-
-    def _call_bound(self, now: Mapping[str, Tensor], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        """The same, for eager: to find where each tensor goes takes ``functional_call`` longer than a small model runs."""
-        places = [(store, attribute, name, store[attribute]) for store, attribute, name in self._places()]
-        for store, attribute, name, _ in places:
-            store[attribute] = now[name]
-        try:
-            output = self.entry(*args, **kwargs)
-            return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
-        finally:
-            for store, attribute, _, empty in places:
-                store[attribute] = empty
-
-    def _places(self) -> Iterator[tuple[dict[str, Any], str, str]]:
-        """Where each parameter and buffer is held: the dict, the attribute, and the canonical name."""
-        for path, own in self.owned.items():
-            module = self._module_at[path]
-            for attribute, name in own.items():
-                yield store_of(module, attribute), attribute, name
+        holders: dict[str, list[tuple[str, str]]] = {name: [] for name in self.names}
+        for path, attributes in self.owned.items():
+            for attribute, name in attributes.items():
+                holders.setdefault(name, []).append((path, attribute))
+        return holders
 
 
 def _all_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Every path of each module, by its first; a module registered twice has two."""
     first = {id(module): path for path, module in model.named_modules()}
-    found: dict[str, list[str]] = {path: [] for path in first.values()}
+    by_first: dict[str, list[str]] = {path: [] for path in first.values()}
     for path, module in model.named_modules(remove_duplicate=False):
-        found[first[id(module)]].append(path)
-    return {path: tuple(paths) for path, paths in found.items()}
+        by_first[first[id(module)]].append(path)
+    return {path: tuple(paths) for path, paths in by_first.items()}
 
 
 def _copy_without_weights(
     model: nn.Module, registered: Mapping[str, Tensor]
 ) -> tuple[nn.Module, list[Tensor], dict[int, str]]:
-    """A deep copy with registered tensors on ``meta``; copies of tensors that are plain attributes; names by identity."""
-    memo: dict[int, Any] = {}
+    """A copy of a model without its weights.
+
+    Returns:
+      A deep copy with registered tensors on ``meta``; its tensors that are plain attributes; and the canonical names of its
+      registered tensors, by identity.
+    """
+    # what ``deepcopy`` finds in its memo, by identity of the original, it takes for the copy
+    memo: dict[int, Tensor] = {}
     for tensor in registered.values():
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
@@ -343,13 +374,11 @@ def _copy_without_weights(
         names = {id(memo[id(tensor)]): name for name, tensor in registered.items()}
         return copy.deepcopy(model, memo), constants, names
     except Exception as error:
-        what = f"a private copy of {type(model).__name__}"
+        sentence = f"{type(model).__name__} cannot be copied, which a pure run needs"
         fix = "give the class whose instance cannot be copied a __deepcopy__"
-        raise PlanError(
-            explain("trace", f"{what} is not possible", because=f"copy.deepcopy says: {error}", fix=fix)
-        ) from error
+        raise PlanError(explain("trace", sentence, because=f"copy.deepcopy says: {error}", fix=fix)) from error
 
 
-def _first_argument(x: Any, *_: Any, **__: Any) -> Any:
+def _first_argument(x: Tree, *_: object, **__: object) -> Tree:
     """The forward of a module that is skipped."""
     return x

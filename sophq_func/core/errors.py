@@ -1,4 +1,4 @@
-"""The errors of the library and the one sentence that all of them speak."""
+"""The exceptions of the library, and the template that every error message follows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from types import FrameType
 
 
 class ConfigError(ValueError):
@@ -21,17 +22,18 @@ class StateError(ValueError):
 
 
 class CheckpointError(StateError):
-    """A file with states is damaged, is no such file, or does not fit the plan: a :class:`StateError` of what is stored."""
+    """A checkpoint is damaged, is not a checkpoint at all, or does not fit the plan."""
 
 
-_NOTHING = object()
+_NOT_GIVEN = object()
+"""Default of ``got``: ``None`` is a value that a user may have given."""
 
 
 def explain(
     where: str,
     sentence: str,
     *,
-    got: object = _NOTHING,
+    got: object = _NOT_GIVEN,
     allowed: object = None,
     because: str = "",
     fix: str = "",
@@ -40,47 +42,70 @@ def explain(
 
     Args:
       where: the site, function or key that is at fault.
-      sentence: what is wrong, without a full stop: ``"3 bits is not possible"``, ``"these batches cannot be observed"``.
+      sentence: what is wrong, without a full stop: ``"weights cannot have 3 bits"``, ``"alpha must be positive"``.
       got: the offending value; left out when not given.
       allowed: what would have been accepted; left out when ``None``.
       because: the chip, op or scheme that forbids it.
       fix: one line of code or configuration.
 
     Example:
-      >>> explain("conv1 weight", "3 bits is not possible", got=3, allowed="4 or 8", because="chip BM1688", fix="bits=4")
-      'conv1 weight: 3 bits is not possible: got 3, allowed 4 or 8 (because chip BM1688). Fix: bits=4.'
+      >>> explain("conv1 weight", "it cannot have 3 bits", got=3, allowed="4 or 8", because="chip BM1688", fix="bits=4")
+      'conv1 weight: it cannot have 3 bits: got 3, allowed 4 or 8 (because chip BM1688). Fix: bits=4.'
     """
-    details = [f"got {got!r}" if got is not _NOTHING else "", f"allowed {allowed}" if allowed is not None else ""]
+    details = []
+    if got is not _NOT_GIVEN:
+        details.append(f"got {got!r}")
+    if allowed is not None:
+        details.append(f"allowed {allowed}")
     text = f"{where}: {sentence}"
-    if any(details):
-        text += ": " + ", ".join(filter(None, details))
+    if details:
+        text += ": " + ", ".join(details)
     if because:
         text += f" (because {because})"
-    return f"{text}. Fix: {fix}." if fix else f"{text}."
+    text += "."
+    if fix:
+        text += f" Fix: {fix}."
+    return text
 
 
 def deprecated(text: str) -> None:
-    """Warn that something has no effect, at the line that called the library."""
-    library, level, frame = __name__.partition(".")[0], 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == library:
-        level, frame = level + 1, frame.f_back
+    """Issue a ``DeprecationWarning`` that points at the user's line, however deep inside the library it arises."""
+    level = 1  # of ``warnings.warn``: 1 is the line that calls it, 2 that of its caller, and so on
+    frame = sys._getframe()
+    while frame.f_back is not None and _is_of_this_library(frame):
+        level += 1
+        frame = frame.f_back
     warnings.warn(text, DeprecationWarning, level)
 
 
+def _is_of_this_library(frame: FrameType) -> bool:
+    """Whether a stack frame runs code of this package."""
+    module: str = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] == __name__.partition(".")[0]
+
+
+SIMILARITY = 0.5
+"""Least similarity of a suggestion, as ``difflib`` counts it.
+
+An abbreviation has little in common with its word: ``sym`` and ``symmetric`` have 0.5, and ``difflib`` wants 0.6.
+"""
+
+
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Text that suggests the names of ``known`` which look most like ``name``; empty when none does.
+    """A question that suggests the names of ``known`` most like ``name``; empty where none is similar.
 
     Example:
       >>> near("minmx", ["minmax", "mse"])
       "did you mean 'minmax'?"
     """
     candidates = sorted(set(known))
-    matches = difflib.get_close_matches(name, candidates, n=count, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+    matches = difflib.get_close_matches(name, candidates, n=count, cutoff=SIMILARITY)
+    suggestions = " or ".join(map(repr, matches))
+    return f"did you mean {suggestions}?" if matches else ""
 
 
 def unknown(where: str, kind: str, name: object, known: Sequence[str]) -> str:
-    """Message for a name that is not among ``known``, with near matches.
+    """Message for a name that is not among ``known``, with suggestions.
 
     Example:
       >>> unknown("quant_dict", "chip", "BM169", ["BM1690"])

@@ -1,7 +1,7 @@
-"""Who is looking at a computation: a compiler, an exporter, a transform, a derivative. The one place that asks torch.
+"""Whether a compiler, an exporter, a transform or autograd is active: the only file that asks torch.
 
-A run asks :func:`now` once. Arithmetic that is used alone, and hooks inside a model that compiles a part of itself, ask
-the single questions, since there the answer may differ from that of the run around them.
+A run of a model calls :func:`now` once. Arithmetic that is used alone, and hooks inside a model that compiles a part of
+itself, call the single predicates, since there the answer may differ from that of the run around them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 
 
 class Mode(NamedTuple):
-    """Who is looking.
+    """What is active at one time.
 
     Attributes:
       compiling: Dynamo or torch.export traces the Python code.
-      exporting: it is torch.export.
+      exporting: torch.export does.
       mapped: a transform of ``torch.func`` is active.
-      differentiating: somebody may ask for a derivative of what is computed now, or maps it.
+      differentiating: a derivative of what is computed now may be asked for; see :func:`may_differentiate`.
     """
 
     compiling: bool
@@ -31,7 +31,7 @@ class Mode(NamedTuple):
 
 
 def now() -> Mode:
-    """Who is looking at what is computed now; compilers can follow the question."""
+    """What is active now; Dynamo can trace the call."""
     return Mode(is_compiling(), torch.compiler.is_exporting(), is_mapped(), may_differentiate())
 
 
@@ -41,12 +41,15 @@ def is_compiling() -> bool:
 
 
 def is_compiled_for_use() -> bool:
-    """Whether a compiler makes a program for inference."""
+    """Whether a compiler, not an exporter, makes a program that no derivative is taken of."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not may_differentiate()
 
 
 def is_compiled_for_training() -> bool:
-    """Whether a compiler makes a program with a backward pass of its own; transforms of ``torch.func`` have none."""
+    """Whether a compiler makes a program with a backward pass.
+
+    Inside transforms of ``torch.func`` the derivative is a part of the forward program.
+    """
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return compiling and torch.is_grad_enabled() and not is_mapped()
 
@@ -57,36 +60,45 @@ def is_mapped() -> bool:
 
 
 def may_differentiate() -> bool:
-    """Whether somebody may ask for a derivative of what is computed now, or maps it; known to compilers, too."""
+    """Whether a derivative of what is computed now may be asked for; Dynamo can trace the call.
+
+    True under any transform of ``torch.func``, since a ``vmap`` may lie inside a ``grad``.
+    """
+    # the level of forward-mode derivatives is -1 outside ``dual_level``
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_mapped()
 
 
 def has_derivative(*tensors: Tensor | None) -> bool:
-    """Whether somebody may ask for a derivative of one of these tensors; if not, autograd need not be told."""
+    """Whether a derivative may be asked for of one of these tensors; if not, an autograd.Function need not be applied."""
     if forward_ad._current_level >= 0 or is_wrapped(*tensors):
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def is_recording(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass is differentiated itself: torch records it, or a transform looks at these tensors."""
+    """Whether the backward pass that is running may be differentiated itself."""
     return torch.is_grad_enabled() or has_derivative(*tensors)
 
 
 def is_wrapped(*tensors: Tensor | None) -> bool:
-    """Whether a transform of ``torch.func`` looks at one of these tensors."""
+    """Whether one of these tensors is a wrapper of ``torch.func``: batched, or of a derivative in progress."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    # the first question is one call, however many tensors there are, and mostly answers no
     return is_mapped() and any(tensor is not None and wrapped(tensor) for tensor in tensors)
 
 
 def is_plain(values: Iterable[Tensor]) -> bool:
-    """Whether numbers can be read: eager, and no tensor is batched, traced, fake or without storage."""
+    """Whether the numbers in all tensors can be read: in eager, and none is batched, traced, fake or on ``meta``."""
     if torch.compiler.is_compiling():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return all(type(v) in (Tensor, torch.nn.Parameter) and not wrapped(v) and not v.is_meta for v in values)
+    for value in values:
+        is_subclass = type(value) not in (Tensor, torch.nn.Parameter)  # a fake or traced tensor, for example
+        if is_subclass or wrapped(value) or value.is_meta:
+            return False
+    return True
 
 
 def writes_into(tensor: Tensor) -> int:
-    """How often a tensor, or what shares its memory, was written into; -1 where torch does not count (inference mode)."""
+    """How often a tensor, or one that shares its memory, was written into; -1 for inference tensors, which do not count."""
     return -1 if tensor.is_inference() else tensor._version

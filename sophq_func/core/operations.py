@@ -1,17 +1,19 @@
-"""One name for each operation, however it is spelled: operator, Tensor method, ``torch`` or ``torch.nn.functional``."""
+"""One canonical name for each operation, whether called as operator, method, module, ``torch`` or ``nn.functional``."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from sophq_func.core.modes import is_compiling
 
-SAME: dict[str, str] = {
+Function = Callable[..., object]
+"""A function of torch, of which only the name matters here."""
+
+SYNONYMS: Mapping[str, str] = {
     "absolute": "abs",
     "clip": "clamp",
     "concat": "cat",
@@ -20,8 +22,11 @@ SAME: dict[str, str] = {
     "expit": "sigmoid",
     "floordiv": "floor_divide",
     "iadd": "add",
+    "ifloordiv": "floor_divide",
     "imatmul": "matmul",
+    "imod": "remainder",
     "imul": "mul",
+    "ipow": "pow",
     "isub": "sub",
     "itruediv": "div",
     "log_sigmoid": "logsigmoid",
@@ -29,145 +34,25 @@ SAME: dict[str, str] = {
     "multiply": "mul",
     "negative": "neg",
     "radd": "add",
-    "ifloordiv": "floor_divide",
-    "imod": "remainder",
-    "ipow": "pow",
     "rdiv": "div",
     "rfloordiv": "floor_divide",
-    "rmod": "remainder",
-    "rpow": "pow",
     "rmatmul": "matmul",
+    "rmod": "remainder",
     "rmul": "mul",
+    "rpow": "pow",
     "rsub": "sub",
     "rtruediv": "div",
     "subtract": "sub",
     "true_divide": "div",
     "truediv": "div",
 }
-"""Spellings that differ by more than underscores."""
-
-
-def canonical_name(name: str) -> str:
-    """The canonical spelling of a function's ``__name__``.
-
-    Example:
-      >>> [canonical_name(n) for n in ("add_", "__radd__", "__itruediv__", "concat", "sigmoid")]
-      ['add', 'add', 'div', 'cat', 'sigmoid']
-    """
-    bare = name.strip("_").removeprefix("linalg_").removeprefix("special_")
-    return SAME.get(bare, bare)
-
-
-def canonical(func: Callable[..., Any] | str) -> str:
-    """The canonical name of a function, a Tensor method, an operator, or of a string that names one of them.
-
-    Example:
-      >>> import operator
-      >>> {canonical(f) for f in (torch.add, torch.Tensor.add_, operator.iadd, "torch.add")}
-      {'add'}
-    """
-    return canonical_name(func.rpartition(".")[2] if isinstance(func, str) else func.__name__)
-
-
-def _all_functions() -> Iterable[Callable[..., Any]]:
-    for functions in torch.overrides.get_overridable_functions().values():
-        yield from functions
-    for place in (torch, torch.nn.functional):
-        yield from (f for name in dir(place) if callable(f := getattr(place, name)) and not isinstance(f, type))
-
-
-def _named() -> list[tuple[Callable[..., Any], str]]:
-    return [(f, f.__name__) for f in _all_functions() if isinstance(getattr(f, "__name__", None), str)]
-
-
-PYTHON: Mapping[str, str] = {name: canonical_name(name) for f, name in _named() if isinstance(f, types.FunctionType)}
-"""Canonical name by the name of a Python function of torch."""
-
-BUILTIN: Mapping[Callable[..., Any], str] = {
-    f: canonical_name(name) for f, name in _named() if not isinstance(f, types.FunctionType | types.MethodWrapperType)
-}
-"""Canonical name by function, for all others: Dynamo looks them up in a table, but does not read their names."""
-
-
-def called(func: Callable[..., Any]) -> str:
-    """The canonical name of a function that a mode sees; ``"get"`` for attributes of tensors, such as ``T``.
-
-    Empty for one unknown to torch, when compiling.
-    """
-    if isinstance(func, types.MethodWrapperType):
-        return "get"
-    name = PYTHON.get(func.__name__) if isinstance(func, types.FunctionType) else BUILTIN.get(func)
-    if name is None:
-        name = "" if is_compiling() else canonical_name(getattr(func, "__name__", ""))
-    return name
-
-
-def operations() -> frozenset[str]:
-    """The canonical names of all functions that torch has."""
-    return frozenset((*PYTHON.values(), *BUILTIN.values()))
-
-
-def is_operation(name: str) -> bool:
-    """Whether a canonical name is one that torch has."""
-    return name in PYTHON.values() or name in BUILTIN.values()
-
-
-def _compact(name: str) -> str:
-    return name.replace("_", "").lower()
-
-
-_FUNCTIONS: Mapping[str, str] = {
-    _compact(name): canonical_name(name)
-    for place in (torch, nn.functional)
-    for name in dir(place)
-    if not name.startswith("_") and not isinstance(getattr(place, name), type) and callable(getattr(place, name))
-}
-
-FAMILIES: Mapping[type, str] = {
-    cls: _FUNCTIONS[_compact(name)]
-    for name, cls in vars(nn).items()
-    if isinstance(cls, type) and issubclass(cls, nn.Module) and _compact(name) in _FUNCTIONS
-} | {
-    nn.BatchNorm1d: "batch_norm",
-    nn.BatchNorm2d: "batch_norm",
-    nn.BatchNorm3d: "batch_norm",
-    nn.InstanceNorm1d: "instance_norm",
-    nn.InstanceNorm2d: "instance_norm",
-    nn.InstanceNorm3d: "instance_norm",
-    nn.Softmax2d: "softmax",
-    nn.Upsample: "interpolate",
-    nn.UpsamplingBilinear2d: "interpolate",
-    nn.UpsamplingNearest2d: "interpolate",
-}
-"""Canonical name of the function that a module class stands for: ``nn.Sigmoid`` is ``sigmoid``, as ``F.sigmoid`` is."""
-
-
-def family(cls: type) -> str:
-    """The canonical name of the operation that modules of a class do; empty where no function does it.
-
-    Example:
-      >>> family(nn.Sigmoid), family(nn.AdaptiveAvgPool2d), family(nn.Transformer)
-      ('sigmoid', 'adaptive_avg_pool2d', '')
-    """
-    return next((FAMILIES[base] for base in cls.__mro__ if base in FAMILIES), "")
-
-
-def hidden_from_compile() -> frozenset[str]:
-    """Canonical names of operations that Dynamo does not show to function modes in one of their spellings.
-
-    They are the Python functions in ``torch.nn.functional`` that cannot be overridden, and Python's ``abs``.
-    """
-    shown = {f for functions in torch.overrides.get_overridable_functions().values() for f in functions}
-    public = (getattr(torch.nn.functional, name) for name in dir(torch.nn.functional) if not name.startswith("_"))
-    hidden = (f for f in public if isinstance(f, types.FunctionType) and f not in shown)
-    return frozenset(("abs", "pad", *(canonical_name(f.__name__) for f in hidden)))
-
+"""Canonical name by other spellings; those with leading or trailing underscores need no entry."""
 
 DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
-
+"""Operations that return their operand unchanged in evaluation."""
 
 ALL = ("*",)
-
+"""In :data:`CONTRACTIONS`: every operand of the function."""
 
 CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "addbmm": ("1", "2", "batch1", "batch2"),
@@ -195,12 +80,13 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "scaled_dot_product_attention": ("0", "1", "2", "query", "key", "value"),
     "tensordot": ("0", "1", "a", "b"),
 }
-"""Which operands of a function are multiplied and summed, by position or name; an embedding multiplies by one-hot rows."""
+"""By canonical name of a function that multiplies and sums: which operands it multiplies, by position or keyword.
 
+An embedding counts, as a product with one-hot rows.
+"""
 
 LAYERS = frozenset(name for name, roles in CONTRACTIONS.items() if "weight" in roles)
-"""The functions among them that modules with a weight call."""
-
+"""Those of :data:`CONTRACTIONS` that layers with a weight call."""
 
 MOVES = frozenset(
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d channel_shuffle chunk clone contiguous detach expand "
@@ -208,3 +94,148 @@ MOVES = frozenset(
     "pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave reshape roll select split squeeze swapaxes t tile "
     "to transpose type_as unbind unflatten unfold unsqueeze view view_as".split()
 )
+"""Operations that move, repeat, select or leave out numbers of their input, but change none; padding adds a constant."""
+
+
+def canonical_name(name: str) -> str:
+    """The canonical spelling of a function's ``__name__``.
+
+    Example:
+      >>> [canonical_name(n) for n in ("add_", "__radd__", "__itruediv__", "concat", "sigmoid")]
+      ['add', 'add', 'div', 'cat', 'sigmoid']
+    """
+    # ``__add__``, ``add_`` and ``add`` are one operation, and so are ``torch.linalg.norm`` and ``torch.norm``
+    bare = name.strip("_").removeprefix("linalg_").removeprefix("special_")
+    return SYNONYMS.get(bare, bare)
+
+
+def canonical(func: Function | str) -> str:
+    """The canonical name of a function, a Tensor method, an operator, or of a string that names one of them.
+
+    Example:
+      >>> import operator
+      >>> {canonical(f) for f in (torch.add, torch.Tensor.add_, operator.iadd, "torch.add")}
+      {'add'}
+    """
+    return canonical_name(func.rpartition(".")[2] if isinstance(func, str) else func.__name__)
+
+
+def _torch_functions() -> Iterable[Function]:
+    """Every function of torch that a function mode can see, and every public one besides."""
+    for functions in torch.overrides.get_overridable_functions().values():
+        yield from functions
+    for module in (torch, torch.nn.functional):
+        members = (getattr(module, name) for name in dir(module))
+        yield from (member for member in members if callable(member) and not isinstance(member, type))
+
+
+def _with_names() -> list[tuple[Function, str]]:
+    """Torch's functions with their ``__name__``, without those that have none."""
+    names = ((function, getattr(function, "__name__", None)) for function in _torch_functions())
+    return [(function, name) for function, name in names if isinstance(name, str)]
+
+
+# Two tables, since Dynamo traces the lookup: it reads the name of a Python function, but not of a builtin, which it can
+# look up as a key. Getters of tensor attributes (method wrappers) need no entry: `called` answers "get" for all of them.
+
+PYTHON: Mapping[str, str] = {
+    name: canonical_name(name) for function, name in _with_names() if isinstance(function, types.FunctionType)
+}
+"""Canonical name by ``__name__``, of functions written in Python."""
+
+BUILTIN: Mapping[Function, str] = {
+    function: canonical_name(name)
+    for function, name in _with_names()
+    if not isinstance(function, types.FunctionType | types.MethodWrapperType)
+}
+"""Canonical name by function, of builtin functions and method descriptors."""
+
+
+def called(func: Function) -> str:
+    """The canonical name of a function that a ``TorchFunctionMode`` sees.
+
+    ``"get"`` for the getter of a tensor's attribute, such as ``T``. Under a compiler, empty for a function that is not
+    torch's.
+    """
+    if isinstance(func, types.MethodWrapperType):
+        return "get"
+    if isinstance(func, types.FunctionType):
+        name = PYTHON.get(func.__name__)
+    else:
+        name = BUILTIN.get(func)
+    if name is not None:
+        return name
+    return "" if is_compiling() else canonical_name(getattr(func, "__name__", ""))
+
+
+def operations() -> frozenset[str]:
+    """Every canonical name of a torch function."""
+    return frozenset((*PYTHON.values(), *BUILTIN.values()))
+
+
+def is_operation(name: str) -> bool:
+    """Whether a canonical name is that of a torch function."""
+    return name in PYTHON.values() or name in BUILTIN.values()
+
+
+def _compact(name: str) -> str:
+    """A spelling in which a class and its function agree: ``AvgPool2d`` and ``avg_pool2d``."""
+    return name.replace("_", "").lower()
+
+
+def _public_functions() -> Mapping[str, str]:
+    """Canonical name by compact name, of the public functions of ``torch`` and ``torch.nn.functional``."""
+    names: dict[str, str] = {}
+    for module in (torch, nn.functional):
+        for name in dir(module):
+            member = getattr(module, name)
+            if callable(member) and not isinstance(member, type) and not name.startswith("_"):
+                names[_compact(name)] = canonical_name(name)
+    return names
+
+
+def _classes_named_like_functions() -> Mapping[type, str]:
+    """Canonical name of its function by class of ``torch.nn``, where the two are named alike."""
+    functions = _public_functions()
+    modules = (cls for cls in vars(nn).values() if isinstance(cls, type) and issubclass(cls, nn.Module))
+    compact = ((cls, _compact(cls.__name__)) for cls in modules)
+    return {cls: functions[name] for cls, name in compact if name in functions}
+
+
+_CLASSES_NAMED_OTHERWISE: Mapping[type, str] = {
+    nn.BatchNorm1d: "batch_norm",
+    nn.BatchNorm2d: "batch_norm",
+    nn.BatchNorm3d: "batch_norm",
+    nn.InstanceNorm1d: "instance_norm",
+    nn.InstanceNorm2d: "instance_norm",
+    nn.InstanceNorm3d: "instance_norm",
+    nn.Softmax2d: "softmax",
+    nn.Upsample: "interpolate",
+    nn.UpsamplingBilinear2d: "interpolate",
+    nn.UpsamplingNearest2d: "interpolate",
+}
+
+FAMILIES: Mapping[type, str] = {**_classes_named_like_functions(), **_CLASSES_NAMED_OTHERWISE}
+"""Canonical name of the function that a module class calls: ``sigmoid`` for ``nn.Sigmoid``, as for ``F.sigmoid``."""
+
+
+def family(cls: type) -> str:
+    """The canonical name of the operation of a module class, or of its nearest base; empty where no function does it.
+
+    Example:
+      >>> family(nn.Sigmoid), family(nn.AdaptiveAvgPool2d), family(nn.Transformer)
+      ('sigmoid', 'adaptive_avg_pool2d', '')
+    """
+    return next((FAMILIES[base] for base in cls.__mro__ if base in FAMILIES), "")
+
+
+def hidden_from_compile() -> frozenset[str]:
+    """Canonical names of operations of which Dynamo hides at least one spelling from function modes.
+
+    These are the Python functions of ``torch.nn.functional`` that cannot be overridden, ``F.pad``, and Python's ``abs``.
+    """
+    overridable = torch.overrides.get_overridable_functions().values()
+    shown = {function for functions in overridable for function in functions}
+    public = (getattr(nn.functional, name) for name in dir(nn.functional) if not name.startswith("_"))
+    hidden = (member for member in public if isinstance(member, types.FunctionType) and member not in shown)
+    return frozenset(("abs", "pad", *(canonical_name(function.__name__) for function in hidden)))

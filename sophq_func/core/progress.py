@@ -9,13 +9,23 @@ V = TypeVar("V")
 
 
 def shown(items: Iterable[V], what: str, progress: bool) -> Iterator[V]:
-    """``items``, with a progress bar on a terminal where ``rich`` is installed."""
-    if progress:
-        try:
-            from rich.console import Console
-            from rich.progress import track
-        except ModuleNotFoundError:
-            progress = False
-    if progress and (console := Console(stderr=True)).is_terminal:
-        return iter(track(items, description=what, console=console, transient=True))
-    return iter(items)
+    """``items`` unchanged, with a progress bar while they are consumed.
+
+    The bar needs the optional package ``rich`` and a terminal; without them the items come without one.
+
+    Args:
+      items: what a loop runs over.
+      what: title of the bar.
+      progress: whether the user wants one.
+    """
+    if not progress:
+        return iter(items)
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ModuleNotFoundError:
+        return iter(items)
+    console = Console(stderr=True)  # standard output belongs to the user's results
+    if not console.is_terminal:
+        return iter(items)
+    return iter(track(items, description=what, console=console, transient=True))

@@ -1,4 +1,4 @@
-"""Trees of tensors that both tree libraries read alike. The only file that imports either of them.
+"""Trees of tensors; the only file that imports a tree library.
 
 ``torch.func`` flattens with ``torch.utils._pytree``, which keeps the order in which a dict was filled; ``optree`` sorts
 keys. Dicts made here are filled in sorted order, so the two agree.
@@ -10,11 +10,13 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import optree
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+from sophq_func.core.types import Tree
 
 V = TypeVar("V")
 
@@ -26,67 +28,79 @@ def sorted_dict(items: Mapping[str, V] | Iterable[tuple[str, V]]) -> dict[str, V
       >>> list(sorted_dict({"b": 1, "a": 2}))
       ['a', 'b']
     """
-    found = dict(items)
-    return {key: found[key] for key in sorted(found)}
+    unsorted = dict(items)
+    return {key: unsorted[key] for key in sorted(unsorted)}
 
 
-def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply ``f`` to corresponding leaves, as ``torch.func`` sees leaves."""
+def tree_map(f: Callable[..., object], tree: Tree, *rest: Tree) -> Tree:
+    """Apply ``f`` to the corresponding leaves of trees of one structure; ``None`` is a leaf."""
     return _pytree.tree_map(f, tree, *rest)
 
 
-def leaves(tree: Any) -> list[Any]:
-    """All leaves, dicts in sorted key order."""
+def leaves(tree: Tree) -> list[Tree]:
+    """All leaves, dicts in sorted key order; ``None`` is a leaf."""
     return optree.tree_leaves(tree, none_is_leaf=True)
 
 
-def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """All leaves, and the function that puts a list of as many leaves back into the same structure."""
-    found, spec = _pytree.tree_flatten(tree)
-    return found, lambda new: _pytree.tree_unflatten(new, spec)
+def flatten(tree: Tree) -> tuple[list[Tree], Callable[[list[Tree]], Tree]]:
+    """All leaves, and a function that puts a list of as many leaves back into the same structure."""
+    items, spec = _pytree.tree_flatten(tree)
+    return items, lambda new: _pytree.tree_unflatten(new, spec)
 
 
-def paths(spec: Any) -> list[str]:
-    """For each leaf of a structure, as ``torch.export`` describes one, its dotted path; empty where it is the only one.
+def paths(spec: _pytree.TreeSpec) -> list[str]:
+    """The dotted path of each leaf of a structure as ``torch.export`` describes it; ``""`` for a tree that is a leaf.
 
     Example:
       >>> paths(_pytree.tree_structure({"a": 1, "b": (2, 3)}))
       ['a', 'b.0', 'b.1']
     """
     tree = _pytree.tree_unflatten(range(spec.num_leaves), spec)
-    found, _ = _pytree.tree_flatten_with_path(tree)
-    return [
-        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
-        for path, _ in found
-    ]
+    with_paths, _ = _pytree.tree_flatten_with_path(tree)
+    return [".".join(map(_step, path)) for path, _ in with_paths]
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    """All tensors of a tree; plain dataclasses are walked too."""
-    found: list[Tensor] = []
+def _step(entry: object) -> str:
+    """One step of a path: the key in a dict, the index in a sequence, or the name of an attribute."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def tensors(tree: Tree) -> list[Tensor]:
+    """All tensors of a tree, those in the fields of plain dataclasses included."""
+    result: list[Tensor] = []
     for leaf in _pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found.extend(t for f in fields(leaf) for t in tensors(getattr(leaf, f.name)))
-    return found
+            result.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):  # an output of Hugging Face, for example
+            for field in fields(leaf):
+                result.extend(tensors(getattr(leaf, field.name)))
+    return result
 
 
-def has_floating(*trees: Any) -> bool:
+def has_floating(*trees: Tree) -> bool:
     """Whether there is a floating tensor in one of the trees."""
     return any(_has_floating(tree) for tree in trees)
 
 
-def _has_floating(tree: Any) -> bool:
+def _has_floating(tree: Tree) -> bool:
     if isinstance(tree, Tensor):
         return tree.is_floating_point()
+    # asked at each call of a model's run: tuples and lists without the cost of a tree library
     if type(tree) is tuple or type(tree) is list:
         return any(_has_floating(item) for item in tree)
     return any(t.is_floating_point() for t in tensors(tree))
 
 
-def map_named(name: str, tree: Any, f: Callable[[str, Tensor], Tensor]) -> Any:
-    """Apply ``f`` to each tensor in nested dicts, lists and tuples, which is told its dotted name.
+def map_named(name: str, tree: Tree, f: Callable[[str, Tensor], Tree]) -> Tree:
+    """Replace each tensor in nested dicts, lists and tuples by ``f(dotted name, tensor)``.
+
+    Args:
+      name: the name of the tree itself.
+      tree: other objects in it stay as they are.
+      f: called with ``"name.key.0"`` and the tensor.
 
     Example:
       >>> import torch
@@ -104,18 +118,18 @@ def map_named(name: str, tree: Any, f: Callable[[str, Tensor], Tensor]) -> Any:
     return tree
 
 
-def copied(tree: Any) -> Any:
-    """A tree whose tensors are copies, so that a later write into one of them does not show here.
+def copied(tree: Tree) -> Tree:
+    """A tree with clones of its tensors, which a later write into the original does not change.
 
     Tensors in lists, tuples, dicts and the attributes of other objects (a cache of keys and values, say) are cloned, with
-    their graph for autograd; modules stay as they are.
+    their autograd graph; modules stay as they are.
 
     Example:
       >>> import torch
-      >>> given = {"x": torch.zeros(2)}
-      >>> kept = copied(given)
-      >>> given["x"] += 1
-      >>> kept
+      >>> original = {"x": torch.zeros(2)}
+      >>> copy = copied(original)
+      >>> original["x"] += 1
+      >>> copy
       {'x': tensor([0., 0.])}
     """
     if isinstance(tree, Tensor):
@@ -124,13 +138,14 @@ def copied(tree: Any) -> Any:
         return type(tree)([copied(item) for item in tree])
     if type(tree) is dict:
         return {key: copied(item) for key, item in tree.items()}
-    memo: dict[int, Any] = {}
+    # ``deepcopy`` itself refuses a tensor that has a graph: it finds clones in the memo instead
+    memo: dict[int, object] = {}
     _clone_into(memo, tree)
     return copy.deepcopy(tree, memo) if memo else tree
 
 
-def _clone_into(memo: dict[int, Any], item: Any) -> None:
-    """Note in ``memo``, as ``deepcopy`` reads it, a clone of each tensor below ``item``, and each module as itself."""
+def _clone_into(memo: dict[int, object], item: object) -> None:
+    """Put into a memo of ``deepcopy``, by identity, a clone of each tensor inside ``item``, and each module as itself."""
     if id(item) in memo or isinstance(item, type | str | bytes | int | float | None):
         return
     if isinstance(item, Tensor):

@@ -1,4 +1,4 @@
-"""Names for things: registries of values, and of factories that a :class:`Spec` describes as data."""
+"""Registries: values by name, and factories whose calls are data, a :class:`Spec`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from sophq_func.core.errors import ConfigError, explain, unknown
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+Option: TypeAlias = Any
+"""Value of an option of a factory: a number, a string, a bool, or a tuple or ``None`` where the factory says so."""
 
 
 class Registry(Generic[T]):
@@ -30,20 +33,20 @@ class Registry(Generic[T]):
         self._canonical: dict[str, str] = {}
 
     def add(self, name: str, value: T, *aliases: str) -> None:
-        """Register ``value``; a name that is taken is refused."""
+        """Register ``value``; raises a :class:`ConfigError` for a name that is taken."""
         for key in (name, *aliases):
             if key in self._canonical:
                 raise ConfigError(
-                    explain(f"{self.kind} {key!r}", "a second registration is not possible", fix="choose another name")
+                    explain(f"{self.kind} {key!r}", "this name is registered already", fix="choose another name")
                 )
             self._canonical[key] = name
         self._values[name] = value
 
     def canonical(self, name: str) -> str:
-        """The canonical spelling of ``name``; :class:`ConfigError` with near matches when there is none."""
+        """The canonical spelling of ``name``; a :class:`ConfigError` with suggestions where there is none."""
         try:
             return self._canonical[name]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError):  # the latter for what cannot be hashed, such as a list
             raise ConfigError(unknown(f"{self.kind}s", self.kind, name, self.spellings())) from None
 
     def get(self, name: str) -> T:
@@ -60,7 +63,8 @@ class Registry(Generic[T]):
 
     def aliases(self, name: str) -> list[str]:
         """Every spelling that leads to ``name``, the canonical one included."""
-        return [key for key, value in self._canonical.items() if value == self.canonical(name)]
+        canonical = self.canonical(name)
+        return [key for key, value in self._canonical.items() if value == canonical]
 
     def __contains__(self, name: object) -> bool:
         return name in self._canonical
@@ -83,23 +87,26 @@ class Spec:
     """
 
     name: str
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Option], ...] = ()
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options)})"
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options)
+        return f"{self.name}({options})"
 
 
 @dataclass(frozen=True)
 class _Factory(Generic[T]):
+    """A function with keyword options, and other spellings of these, ``{foreign: own}``."""
+
     build: Callable[..., T]
     renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 class Factories(Registry[_Factory[T]]):
-    """Registry of functions with keyword options; ``spec`` describes a call, ``build`` makes it."""
+    """Registry of functions with keyword options: ``spec`` describes a call as data, ``build`` makes the call."""
 
     def register(self, name: str, *aliases: str, **renamed: str) -> Callable[[Callable[P, T]], Callable[P, Spec]]:
-        """Decorator: register a factory and leave in its place a function that returns its :class:`Spec`.
+        """Decorator: register a factory, and replace it by a function that returns the :class:`Spec` of a call.
 
         Args:
           name: canonical name.
@@ -119,7 +126,7 @@ class Factories(Registry[_Factory[T]]):
 
         return decorate
 
-    def spec(self, name: str, **options: Any) -> Spec:
+    def spec(self, name: str, **options: Option) -> Spec:
         """Check ``name`` and ``options``, fill in defaults, and return them as data.
 
         Raises:
@@ -127,12 +134,12 @@ class Factories(Registry[_Factory[T]]):
         """
         factory = self.get(name)
         signature = inspect.signature(factory.build)
-        own = {factory.renamed.get(key, key): value for key, value in options.items()}
-        for key in own:
+        by_own_name = {factory.renamed.get(key, key): value for key, value in options.items()}
+        for key in by_own_name:
             if key not in signature.parameters:
                 known = self.options(name) or ["(it has no options)"]
                 raise ConfigError(unknown(f"{self.kind} {name}", "option", key, known))
-        bound = signature.bind(**own)
+        bound = signature.bind(**by_own_name)
         bound.apply_defaults()
         return Spec(self.canonical(name), tuple(sorted(bound.arguments.items())))
 
@@ -142,7 +149,7 @@ class Factories(Registry[_Factory[T]]):
         return [*inspect.signature(factory.build).parameters, *factory.renamed]
 
     def build(self, spec: Spec) -> T:
-        """Make the thing that ``spec`` describes.
+        """Call the factory that ``spec`` names with its options.
 
         Raises:
           ConfigError: unknown name or option.

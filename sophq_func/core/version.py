@@ -1,3 +1,3 @@
-"""The version of the library; that of the package is the same."""
+"""The version of the library, equal to that in ``pyproject.toml``."""
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.pytree import sorted_dict, tree_map
 from sophq_func.numerics.affine import decode, encode, fake_quantize, ste, uncoded, working
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, Decode, FakeQuantize, Grid, QParams
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, Decode, FakeQuantize, GridInForce, QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, positive, qparams_to_range, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
@@ -81,7 +81,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
     )
 
 
-def _decoding(grid: Grid) -> Decode:
+def _decoding(grid: GridInForce) -> Decode:
     """Codes read on the grid that is in force."""
 
     def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:

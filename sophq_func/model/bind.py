@@ -31,8 +31,8 @@ def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantiz
             running[name] = value_quantizer(plan, name)
             continue
         observer, fake = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)
-        if site.parameter not in skeleton.known:
-            hint = near(site.parameter, skeleton.known)
+        if site.parameter not in skeleton.all_names:
+            hint = near(site.parameter, skeleton.all_names)
             raise PlanError(f"{name}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew.")
         norm = _norm(skeleton, site.norm) if site.norm else None
         weights.append(WeightQuantizer(site, config, observer, fake, norm))

@@ -326,7 +326,7 @@ class Quantized:
           [['0.weight_fake_quant'], []]
         """
         if pattern is None:
-            found = parts.blocks(self.plan, self.engine.skeleton.stands_in_list)
+            found = parts.blocks(self.plan, self.engine.skeleton.is_list_item)
         else:
             found = parts.matching(self.plan, pattern)
         return [self.part(path, call) for path, call in found]

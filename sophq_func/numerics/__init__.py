@@ -1,4 +1,4 @@
-"""What the quantization of one tensor is (schemes, contracts, formats), and its arithmetic in every way of running."""
+"""Quantization of one tensor: schemes, contracts and number formats, and the arithmetic, eager and compiled."""
 
 from sophq_func.numerics import affine as affine
 from sophq_func.numerics import blocks as blocks

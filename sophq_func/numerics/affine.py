@@ -1,9 +1,9 @@
 """The arithmetic of uniform grids: ``real = (code - zero_point) * scale``. Written once, here.
 
-Rounding orders differ (semantics.md 4.1, 4.9). *Kernel order* is ``clamp(round(x * (1 / s)) + z)``, *expression order*
-``clamp(round(x / s + z))``; they put exact ties on different sides when ``z`` is odd, and ``x * (1 / s)`` may differ from
-``x / s`` by one unit in the last place. *Quotient order*, ``clamp(round(x / s) + z)``, has the division of the one and the
-ties of the other. Rounding is half to even.
+The code of ``x`` is computed in one of three orders, since sophgo-mq's fake quantizers differ in it. *Kernel order* is
+``clamp(round(x * (1 / s)) + z)``, as in torch's fake-quantize kernels; *expression order* is ``clamp(round(x / s + z))``;
+*quotient order* is ``clamp(round(x / s) + z)``. Rounding is half to even, so that expression order rounds exact ties to
+the other side where ``z`` is odd; and ``x * (1 / s)`` may differ from ``x / s`` by one unit in the last place.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ from torch import Tensor
 
 from sophq_func.core import modes
 from sophq_func.numerics import eager, ranges
-from sophq_func.numerics.compiled import laid_out, recomputed, settled
+from sophq_func.numerics.compiled import keeping_layout, materialized, recomputed
 from sophq_func.numerics.contracts import Codes, QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import Bound, bounds, clamp, expanded_bounds
 from sophq_func.numerics.scheme import QScheme
 
 Order = Literal["kernel", "expression", "quotient"]
+"""In which order a code is computed; see the top of this file."""
 
 
 def ste(x: Tensor, y: Tensor) -> Tensor:
-    """The value of ``y`` with the gradient of ``x`` where that is finite (Bengio et al. 2013, arXiv:1308.3432).
+    """The straight-through estimator: the value of ``y`` with the gradient of ``x`` (arXiv:1308.3432).
+
+    No gradient flows where ``x`` is not finite.
 
     Example:
       >>> x = torch.tensor(0.7, requires_grad=True)
       >>> y = ste(x, x.round()); y.backward(); y.item(), x.grad.item()
       (1.0, 1.0)
     """
+    # inf - inf would be NaN
     finite = torch.where(torch.isfinite(x), x, 0)
     return y.detach() + (finite - finite.detach())
 
 
 def working(x: Tensor) -> Tensor:
-    """``x`` in the dtype in which arithmetic is done: float32 for half types, else its own."""
+    """``x`` in the dtype that codes are computed in: float32 for float16 and bfloat16, else its own."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QScheme) -> Tensor:
-    """Quantize and dequantize in kernel order, no gradient; all three tensors broadcast."""
+    """Quantize and dequantize in kernel order; all three tensors broadcast. No gradient with respect to ``x``."""
     code = (torch.round(x * (1 / scale)) + zero_point).clamp(scheme.qmin, scheme.qmax)
     return (code - zero_point) * scale
 
@@ -63,7 +67,7 @@ def folded(quantize: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor) -> T
 def fake_quantize(
     x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True, factor: Tensor | None = None
 ) -> Tensor:
-    """Quantize and dequantize with the straight-through surrogate of LSQ (arXiv:1902.08153, semantics.md 4.3).
+    """Quantize and dequantize with the straight-through surrogate of LSQ (arXiv:1902.08153).
 
     Forward ``y = s * (clamp(q, n, p) - z)`` with the code ``q`` in the given order. For gradients of any order the
     function is ``y = s * where(n <= q <= p, x / s + c, clamp(q) - z)`` with the constant ``c = q - z - x / s``, so
@@ -75,8 +79,9 @@ def fake_quantize(
       qparams: scale, zero point; ``extras["qmin"]`` and ``extras["qmax"]`` replace the scheme's bounds.
       scheme: the grid; a symmetric one ignores the zero point.
       order: ``"kernel"``, ``"expression"`` or ``"quotient"``, see the top of this file.
-      whole: the zero point is a code, clamped and rounded, straight through both; otherwise any number.
-      factor: quantize as :func:`folded` does; broadcasts against ``x``.
+      whole: the zero point is made a code: clamped to the bounds and rounded, with a straight-through gradient; otherwise
+        it is used as it is.
+      factor: compute ``quantize(x * factor) / factor`` as :func:`folded` does; broadcasts against ``x``.
 
     Returns:
       A tensor like ``x``.
@@ -92,25 +97,27 @@ def fake_quantize(
 def prepared(
     x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True, factor: Tensor | None = None
 ) -> Callable[[], Tensor]:
-    """:func:`fake_quantize` when called; what takes no pass over ``x`` is done before."""
+    """A thunk that returns :func:`fake_quantize`; work that does not touch ``x`` runs eagerly."""
     granularity = scheme.granularity
     work = working(x)
     low, high = expanded_bounds(qparams, scheme, x)
-    scale = expand(settled(qparams.scale), x, granularity)
-    zero = None if scheme.symmetric else expand(settled(_zero_point(qparams, scheme, whole)), x, granularity)
+    scale = expand(materialized(qparams.scale), x, granularity)
+    zero = None
+    if not scheme.symmetric:
+        zero = expand(materialized(_zero_point(qparams, scheme, whole)), x, granularity)
     if whole and eager.fits(work, scale, low, high, factor):
-        grid = eager.Grid(low, high, order == "kernel", order == "expression")
-        y = eager.prepared(work, scale, zero, grid, factor)
+        rounding = eager.Rounding(low, high, reciprocal=order == "kernel", shifted=order == "expression")
+        y = eager.prepared(work, scale, zero, rounding, factor)
         return y if work is x else lambda: y().to(x.dtype)
     if factor is None:
         y = partial(recomputed, _composed, work, work, scale, scale, zero, low, high, order)
     else:
         y = partial(_composed_folded, work, factor, scale, zero, low, high, order)
-    return lambda: laid_out(y().to(x.dtype), granularity)
+    return lambda: keeping_layout(y().to(x.dtype), granularity)
 
 
 def encode(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True) -> Codes:
-    """The codes, int32, of what :func:`fake_quantize` makes of finite ``x``; :func:`decode` reads them.
+    """The codes, int32, of ``fake_quantize(x, ...)``; ``x`` must be finite. The inverse of :func:`decode`.
 
     Example:
       >>> qp = QParams(torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), {})
@@ -120,8 +127,10 @@ def encode(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole:
     work = working(x.detach())
     low, high = expanded_bounds(qparams, scheme, x)
     scale = expand(qparams.scale.detach(), x, scheme.granularity)
-    zero = None if scheme.symmetric else expand(_zero_point(qparams, scheme, whole).detach(), x, scheme.granularity)
-    ratio = work * scale.reciprocal() if order == "kernel" else work / scale
+    zero = None
+    if not scheme.symmetric:
+        zero = expand(_zero_point(qparams, scheme, whole).detach(), x, scheme.granularity)
+    ratio = _ratio(work, scale, order)
     code = clamp(_rounded(ratio, zero, order), low, high)
     return Codes(code.to(torch.int32), {})
 
@@ -129,7 +138,7 @@ def encode(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole:
 def decode(
     codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32, *, whole: bool = True
 ) -> Tensor:
-    """``(code - zero_point) * scale``, computed in float32, or in float64 where that is asked for.
+    """``(code - zero_point) * scale``, computed in float32, or in float64 for that ``dtype``.
 
     Example:
       >>> qp = QParams(torch.tensor(0.5), torch.tensor(3, dtype=torch.int32), {})
@@ -144,82 +153,111 @@ def decode(
 
 
 def uncoded(qparams: QParams, scheme: QScheme, *, whole: bool = True) -> str:
-    """Why an integer grid has no codes; empty where it has some.
+    """Why values on an integer grid have no codes; empty where they have.
 
-    Bounds lie between two codes where a width is being learned; a zero point that is not ``whole`` may be any number.
+    While a bit width is learned, bounds may lie between two codes; a zero point that is not ``whole`` may be any number.
     """
     low, high = bounds(qparams, scheme)
     for bound in (low, high):
         if isinstance(bound, Tensor) and not bool((bound == bound.round()).all()):
-            return "its outermost codes are no whole numbers"
-    zero = qparams.zero_point
-    if whole or scheme.symmetric or scheme.dynamic or bool(((zero == zero.round()) & (zero >= low) & (zero <= high)).all()):
+            return "its outermost codes are not whole numbers"
+    is_code_by_definition = whole or scheme.symmetric or scheme.dynamic
+    if is_code_by_definition:
         return ""
-    return "its zero point is no code: it lies between two, or beyond the outermost"
+    zero = qparams.zero_point
+    is_code = (zero == zero.round()) & (zero >= low) & (zero <= high)
+    if bool(is_code.all()):
+        return ""
+    return "its zero point is not a code: it lies between two, or beyond the outermost"
 
 
 def nearest(y: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-    """The codes of values that lie on the grid already, up to the rounding of ``code * scale``."""
+    """The codes of values ``y`` that lie on the grid already, up to the rounding of ``code * scale``.
+
+    In float64, so that the quotient is nearer to its code than to a tie.
+    """
     scale = expand(qparams.scale.detach(), y, scheme.granularity).double()
     level = (y.detach().double() / scale).round()
     if not scheme.symmetric:
         level = level + expand(_zero_point(qparams, scheme, True).detach().double(), y, scheme.granularity)
-    return Codes(clamp(level, *expanded_bounds(qparams, scheme, y)).to(torch.int32), {})
+    low, high = expanded_bounds(qparams, scheme, y)
+    return Codes(clamp(level, low, high).to(torch.int32), {})
 
 
 def _composed_folded(
     x: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
 ) -> Tensor:
-    """The composition with a factor folded in, and ``x`` where that is 0."""
+    """:func:`_composed` with a factor folded in, and ``x`` where the factor is 0."""
     dead, safe = ranges.guarded(factor)
-    safe = settled(safe)
-    y = recomputed(_composed, x, x * safe, scale, settled(scale / safe), zero, low, high, order)
+    safe = materialized(safe)
+    y = recomputed(_composed, x, x * safe, scale, materialized(scale / safe), zero, low, high, order)
     return torch.where(dead, x, y)
 
 
 def _composed(
-    x: Tensor, seen: Tensor, scale: Tensor, unit: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
+    x: Tensor, scaled: Tensor, scale: Tensor, step: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
 ) -> Tensor:
-    """The same as a composition of functions of torch: for small tensors, transforms and compilers.
+    """:func:`fake_quantize` as a composition of torch functions: for small tensors, transforms and compilers.
 
-    ``seen / scale`` is rounded, and codes are steps of ``unit``: with a factor ``f`` folded in ``x f`` and ``s / f``,
-    without one ``x`` and ``s``. The value is ``unit L`` with the constant level ``L = clamp(q) - z``; terms that are 0
-    carry the derivatives, so that no compiler computes for the value what only a derivative needs.
+    The value is ``step L`` with the constant level ``L = clamp(q) - z``. Terms that are 0 carry the derivatives, so that a
+    compiler computes nothing for the value that only a derivative needs.
+
+    Args:
+      x: the tensor.
+      scaled: what is divided by ``scale`` and rounded: ``x``, or ``x f`` with a factor ``f`` folded in.
+      scale: the scale ``s``.
+      step: distance of two neighbouring outputs: ``s``, or ``s / f``.
+      zero: the zero point; ``None`` means 0.
+      low, high: outermost codes.
+      order: in which order the code is computed.
     """
-    differentiable = modes.may_differentiate()
-    step, base, raw, center = unit, scale, seen, zero
-    if differentiable:
-        step, base, raw, center = unit.detach(), scale.detach(), seen.detach(), None if zero is None else zero.detach()
-    ratio = raw * base.reciprocal() if order == "kernel" else raw / base
-    code = _rounded(ratio, center, order)
+    if not modes.may_differentiate():
+        clamped = clamp(_rounded(_ratio(scaled, scale, order), zero, order), low, high)
+        return step * (clamped if zero is None else clamped - zero)
+    fixed_step = step.detach()
+    fixed_zero = None if zero is None else zero.detach()
+    ratio = _ratio(scaled.detach(), scale.detach(), order)
+    code = _rounded(ratio, fixed_zero, order)
     clamped = clamp(code, low, high)
-    level = clamped if center is None else clamped - center
-    if not differentiable:
-        return step * level
+    level = clamped if fixed_zero is None else clamped - fixed_zero
     inside = clamped == code
-    if zero is not None and center is not None:  # which moves what is outside
-        level = level - torch.where(inside, 0, zero - center)
+    if zero is not None and fixed_zero is not None:
+        # dy/dz = -s outside: the zero point moves the outermost values; inside it cancels
+        level = level - torch.where(inside, 0, zero - fixed_zero)
+    # y = step L + (x - const(x)) + (step - const(step)) slope: the last two terms are 0, and give dy/dx = 1 inside and
+    # dy/ds = slope, which is L - x / s inside and L outside
     within = torch.where(inside, x, 0)
     slope = level - torch.where(inside, ratio, 0)
-    return torch.addcmul(torch.addcmul(within - within.detach(), step, level), unit - step, slope)
+    return torch.addcmul(torch.addcmul(within - within.detach(), fixed_step, level), step - fixed_step, slope)
 
 
 def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:
-    """``y``, what became of ``x``, where ``extras["enabled"]`` of the qparams is on or missing; a floating mask mixes."""
+    """``y``, the quantized ``x``, where ``extras["enabled"]`` of the qparams is on or missing, and ``x`` elsewhere.
+
+    A floating mask ``m`` in [0, 1] mixes the two: ``x + m (y - x)``.
+    """
     mask = qparams.extras.get("enabled")
     if mask is None:
         return y
     return torch.where(mask, y, x) if mask.dtype == torch.bool else torch.lerp(x, y, mask.to(x.dtype))
 
 
+def _ratio(x: Tensor, scale: Tensor, order: Order) -> Tensor:
+    """The quotient that is rounded, without a zero point."""
+    return x * scale.reciprocal() if order == "kernel" else x / scale
+
+
 def _rounded(ratio: Tensor, zero: Tensor | None, order: Order) -> Tensor:
-    """The code, not clamped, of a quotient."""
+    """The code of a quotient, before clamping."""
     if zero is None:
         return ratio.round()
     return (ratio + zero).round() if order == "expression" else ratio.round() + zero
 
 
 def _zero_point(qparams: QParams, scheme: QScheme, whole: bool) -> Tensor:
-    """The zero point; a whole one clamped to the grid and rounded, straight through both."""
+    """The zero point in the dtype of the scale; a whole one clamped and rounded with a straight-through gradient."""
     zero = qparams.zero_point.to(qparams.scale.dtype)
-    return ste(zero, clamp(zero, *bounds(qparams, scheme)).round()) if whole else zero
+    if not whole:
+        return zero
+    low, high = bounds(qparams, scheme)
+    return ste(zero, clamp(zero, low, high).round())

@@ -1,4 +1,4 @@
-"""The tables of the 4-, 6- and 8-bit data types (semantics.md 4.13), and how to look one up by name.
+"""The values of the 4-, 6- and 8-bit data types of sophgo-mq, by name.
 
 NF4 is that of QLoRA (arXiv:2305.14314), AF4 that of Yoshida 2023 (arXiv:2306.06965).
 """
@@ -12,7 +12,11 @@ from sophq_func.numerics.formats import E2M1, E2M3, E3M2, Codebook, codebook
 
 
 def _nf8() -> Codebook:
-    """Quantiles of the normal distribution, the outermost one at 1 (arXiv:2305.14314, there for 4 bits)."""
+    """Quantiles of the normal distribution divided by the outermost: NF4 of arXiv:2305.14314 with 8 bits.
+
+    128 values above 0 and 127 below, evenly spaced in probability. The outermost probability is as the paper's: the mean
+    of ``1 - 1 / (2 * 255)`` and ``1 - 1 / (2 * 256)``, so that no quantile is infinite.
+    """
     normal, offset = statistics.NormalDist(), (2 - 1 / 510 - 1 / 512) / 2
     upper = [normal.inv_cdf(offset + (0.5 - offset) * i / 128) for i in range(128)]
     lower = [-normal.inv_cdf(offset + (0.5 - offset) * i / 127) for i in range(127)]
@@ -39,14 +43,16 @@ CODEBOOKS = {
     "nf4": codebook(NF4),
     "nf8": _nf8(),
 }
-"""By the ``data_type`` of sophgo-mq. ``fp4`` and ``fp4_e2m1_bnb`` are twelve times the FP4 of bitsandbytes.
+"""Codebook by the ``data_type`` of sophgo-mq.
+
+``fp4`` and ``fp4_e2m1_bnb`` are the values of bitsandbytes' FP4 times twelve; a scale takes the factor up.
 
 Differs from sophgo-mq: ``fp4_e2m1`` has 0.5 as in OCP MX v1.0, not 0.0625.
 """
 
 
 def codebook_named(where: str, data_type: str, allowed: tuple[str, ...] = tuple(CODEBOOKS)) -> Codebook:
-    """The table of a ``data_type``; a :class:`ConfigError` of ``where`` if it is not among ``allowed``."""
+    """The codebook of a ``data_type``; raises a :class:`ConfigError` that names ``where`` if it is not ``allowed``."""
     if data_type not in allowed:
         raise ConfigError(unknown(where, "data_type", data_type, allowed))
     return CODEBOOKS[data_type]

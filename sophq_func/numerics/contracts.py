@@ -1,12 +1,12 @@
-"""The two kinds of pieces, as NamedTuples of pure functions, the state they share, and their registries.
+"""Observers and fake quantizers: NamedTuples of pure functions, the values they exchange, and their registries.
 
-The text of each protocol is the contract; ``tests/contracts`` holds its laws over everything registered.
+The docstring of each protocol is its contract; ``tests/contracts`` checks the contracts for everything registered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from sophq_func.core.registry import Factories
 from sophq_func.numerics.formats import Format
 from sophq_func.numerics.scheme import QScheme
 
-State = Any
-"""An observer's state: a NamedTuple of tensors, each of a shape and dtype that no update changes."""
+State: TypeAlias = Any
+"""An observer's state: a NamedTuple of tensors, each of a shape and dtype that no update changes.
+
+Each observer has a NamedTuple of its own, which its functions alone read.
+"""
 
 
 class QParams(NamedTuple):
@@ -35,31 +38,41 @@ class QParams(NamedTuple):
 
 
 class InitState(Protocol):
-    """A neutral state for tensors like ``x``, whose values are not looked at."""
+    """The state before any tensor: of the shapes that tensors like ``x`` need, whose values are not read."""
 
     def __call__(self, x: Tensor, scheme: QScheme) -> State: ...
 
 
 class Update(Protocol):
-    """The state after one more tensor; an empty tensor leaves it as it is. No gradient flows into statistics."""
+    """The state after one more tensor; an empty tensor does not change it. No gradient flows into the state."""
 
     def __call__(self, state: State, x: Tensor, scheme: QScheme) -> State: ...
 
 
 class Merge(Protocol):
-    """The state of two shards of data: associative, ``init`` neutral; ``StateError`` where there is no such law."""
+    """The state that both data sets together would give: associative, and ``init`` is neutral.
+
+    Raises a ``StateError`` where the statistic depends on the order of the data.
+    """
 
     def __call__(self, a: State, b: State) -> State: ...
 
 
 class Resolve(Protocol):
-    """Scale and zero point from a state; NaN where a statistic is not finite."""
+    """Scale and zero point from a state; the scale is NaN where a statistic is not finite."""
 
     def __call__(self, state: State, scheme: QScheme) -> QParams: ...
 
 
 class Observer(NamedTuple):
-    """A statistic of tensors: ``init``, ``update``, ``merge``, and ``qparams`` to read it."""
+    """A statistic of tensors, and how to read scale and zero point from it.
+
+    Attributes:
+      init: see :class:`InitState`.
+      update: see :class:`Update`.
+      merge: see :class:`Merge`.
+      qparams: see :class:`Resolve`.
+    """
 
     init: InitState
     update: Update
@@ -68,39 +81,42 @@ class Observer(NamedTuple):
 
 
 class InitQParams(Protocol):
-    """Add what a fake quantizer needs to the qparams of an observer; ``x`` is the weight, or gives shape and dtype."""
+    """The qparams of an observer, with what the fake quantizer adds to them (learned extras, for example).
+
+    ``x`` is the weight, or, for an activation, a tensor of its shape and dtype.
+    """
 
     def __call__(self, qparams: QParams, x: Tensor, scheme: QScheme) -> QParams: ...
 
 
 class Apply(Protocol):
-    """``x`` as the grid represents it, in the dtype of ``x``; ``noise`` holds uniform numbers shaped like ``x``."""
+    """``x`` quantized and dequantized, in the dtype of ``x``; ``noise`` is uniform in [0, 1) and shaped like ``x``."""
 
     def __call__(self, x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor: ...
 
 
 class Prepare(Protocol):
-    """``apply(x * factor) / factor``, and ``x`` where the factor is 0, when the result is called.
+    """A thunk that returns ``apply(x * factor) / factor``, and ``x`` where the factor is 0.
 
-    What takes no pass over ``x`` is done before. The factor broadcasts against ``x``; ``None`` stands for 1.
+    Work that does not touch ``x`` runs eagerly. The factor broadcasts against ``x``; ``None`` means 1.
     """
 
     def __call__(self, x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]: ...
 
 
-class Grid(Protocol):
-    """The qparams with the scale and zero point in force, where learned extras decide them."""
+class GridInForce(Protocol):
+    """The qparams with the scale and zero point that ``apply`` rounds by, where learned extras determine these."""
 
     def __call__(self, qparams: QParams, scheme: QScheme) -> QParams: ...
 
 
 class Codes(NamedTuple):
-    """A tensor as codes, and what was found in that tensor to read them by.
+    """A tensor as codes, and the parts of its grid that were computed from the tensor itself.
 
     Attributes:
-      values: shaped like the tensor. Integers; or numbers of float8, float16 or bfloat16, which are their own codes.
-      parts: by sorted name, what the qparams do not hold: ``"exponent"``, uint8, the biased power of two of each block, or
-        ``"block_scale"``, float8; with a dynamic scheme ``"scale"`` and ``"zero_point"``.
+      values: shaped like the tensor: integers, or numbers of float8, float16 or bfloat16, which are their own codes.
+      parts: by sorted name, what decoding needs beside the qparams: of each block ``"exponent"``, uint8, the biased power
+        of two, or ``"block_scale"``, float8; with a dynamic scheme ``"scale"`` and ``"zero_point"``.
     """
 
     values: Tensor
@@ -108,27 +124,28 @@ class Codes(NamedTuple):
 
 
 class Encode(Protocol):
-    """The codes of what ``apply`` makes of ``x``, which is finite. No gradient."""
+    """The codes of ``apply(x)``; ``x`` must be finite. No gradient."""
 
     def __call__(self, x: Tensor, qparams: QParams, scheme: QScheme) -> Codes: ...
 
 
 class Decode(Protocol):
-    """What codes stand for, in ``dtype``: ``decode(encode(x, ...), ..., x.dtype)`` equals ``apply(x, ...)``.
+    """The values of codes, in ``dtype``: ``decode(encode(x, ...), ..., x.dtype)`` equals ``apply(x, ...)``.
 
-    -0.0 and 0.0, which are equal, may have one code.
+    -0.0 and 0.0, which are equal, may share a code.
     """
 
     def __call__(self, codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor: ...
 
 
 class Uncoded(Protocol):
-    """Why values have no codes with these qparams, which are read; empty where they have some."""
+    """Why values have no codes with these qparams; empty where they have. Reads the numbers in the qparams."""
 
     def __call__(self, qparams: QParams, scheme: QScheme) -> str: ...
 
 
 NO_CODES = "its values are not codes times a scale"
+"""The reason of fake quantizers whose values lie on no grid, or on one that ``encode`` cannot find."""
 
 
 def never_coded(qparams: QParams, scheme: QScheme) -> str:
@@ -141,13 +158,13 @@ def always_coded(qparams: QParams, scheme: QScheme) -> str:
     return ""
 
 
-def stored(qparams: QParams, scheme: QScheme) -> QParams:
-    """Scale and zero point as they are: the :class:`Grid` of most."""
+def as_stored(qparams: QParams, scheme: QScheme) -> QParams:
+    """Scale and zero point unchanged: the :class:`GridInForce` of fake quantizers without such extras."""
     return qparams
 
 
 def kept(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
-    """The qparams as they are: the :class:`InitQParams` of a fake quantizer that needs nothing more."""
+    """The qparams unchanged: the :class:`InitQParams` of a fake quantizer that adds nothing."""
     return qparams
 
 
@@ -158,23 +175,23 @@ class FakeQuantize(NamedTuple):
       init: see :class:`InitQParams`.
       apply: see :class:`Apply`.
       learnable: fields of the qparams that may be learned: ``"scale"``, ``"zero_point"``, or names of extras.
-      integer: codes are integers times the scale of ``grid``, so that it can round a bias.
+      integer: values are integers times the scale of ``grid``, so that this scale can also round a bias.
       noise: ``apply`` needs uniform numbers in [0, 1) shaped like ``x``: its ``noise`` argument, or ``extras["noise"]``
         of the qparams. Where both are missing it raises a ``StateError``; ``q.with_noise`` provides them.
-      grid: see :class:`Grid`.
-      scales_bias: that scale rounds a bias although codes are no integers.
-      prepare: see :class:`Prepare`; given where it costs fewer passes over ``x`` than that sentence.
+      grid: see :class:`GridInForce`.
+      scales_bias: the scale of ``grid`` rounds a bias although the codes of values are not integers.
+      prepare: see :class:`Prepare`; given where it takes fewer passes over ``x`` than ``apply(x * factor) / factor``.
       resizable: codes lie between bounds that ``extras["qmin"]`` and ``extras["qmax"]`` may move after ``init``, so that
-        :func:`sophq_func.with_bits` can give it another bit width.
-      bits: what a stored code takes, its share of the scales of a block included; ``None``: the scheme's.
+        :func:`sophq_func.with_bits` can change the bit width.
+      bits: size of a stored code, its share of the scales of a block included; ``None`` means the scheme's bits.
       scaled: the scale of the qparams must be stored with the codes.
-      encode: see :class:`Encode`; ``None``: no values of it have codes, or none that it can name itself.
-      decode: see :class:`Decode`; ``None``: as ``encode``.
+      encode: see :class:`Encode`; ``None`` where values have no codes, or none that ``encode`` could find.
+      decode: see :class:`Decode`; ``None`` exactly where ``encode`` is.
       uncoded: see :class:`Uncoded`; where it gives a reason, ``encode`` must not be called.
-      element: what a code stands for before scales: its index in the values of a format, a number of this floating type,
-        or, where it is ``None``, an integer.
-      block_size: so many elements along the last axis share a part of the codes; 0: no parts by blocks.
-      local: what becomes of an element depends on elements that share its scale or its block, and on no others.
+      element: how a code is read before scaling: as an index into the values of a format, as a number of a floating
+        dtype, or, where this is ``None``, as an integer.
+      block_size: how many elements along the last axis share one entry of ``Codes.parts``; 0 where none do.
+      local: the result for an element depends on the elements of its scale or block alone.
     """
 
     init: InitQParams
@@ -182,7 +199,7 @@ class FakeQuantize(NamedTuple):
     learnable: tuple[str, ...] = ()
     integer: bool = True
     noise: bool = False
-    grid: Grid = stored
+    grid: GridInForce = as_stored
     scales_bias: bool = False
     prepare: Prepare | None = None
     resizable: bool = True
@@ -197,4 +214,7 @@ class FakeQuantize(NamedTuple):
 
 
 OBSERVERS: Factories[Observer] = Factories("observer")
+"""Every observer, by the name that a config uses; each file of ``observers`` registers its own."""
+
 FAKE_QUANTIZERS: Factories[FakeQuantize] = Factories("fake quantizer")
+"""Every fake quantizer, by the name that a config uses; each file of ``fake_quantize`` registers its own."""

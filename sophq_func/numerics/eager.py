@@ -1,15 +1,20 @@
-"""Fake quantization as one ``autograd.Function``, for large tensors in eager: few passes over memory, no kept mask.
+"""Fake quantization as one ``autograd.Function``, for large tensors in eager: few passes over memory, no saved mask.
 
-It computes what the composition in :mod:`sophq_func.numerics.affine` computes, forward and all derivatives. With the
-mask ``m`` of codes inside ``[low, high]``, the output ``y`` and its gradient ``g``: ``gx = m g``,
-``gs = sum((y - m x) g) / s``,
-``gz = -s sum((1 - m) g)``, each sum over the elements that share a scale. Mask and codes are found again from ``x``: a
-code is inside where the quotient ``v`` lies between ``low - 1/2`` and ``high + 1/2``; a bound itself is rounded to the
-even neighbour, and so is inside where its integer is even.
+It computes what the composition in :mod:`sophq_func.numerics.affine` computes: the value and all derivatives. Let ``m`` be
+the mask of codes inside ``[low, high]``, ``y`` the output and ``g`` its gradient. Then, with each sum over the elements
+that share a scale::
 
-With a factor ``d`` folded in it is ``Q(x d) / d``, rounded in that order, and ``x`` where ``d`` is 0: a grid of step
-``r = s / d``, which takes the place of ``s`` in every derivative. Autograd knows that quotient; ``s`` and ``d``
-themselves enter as constants.
+    gx = m g
+    gs = sum((y - m x) g) / s
+    gz = -s sum((1 - m) g)
+
+Mask and codes are recomputed in backward from the quotient ``v`` of ``x`` and the scale. A code is inside iff ``v`` lies
+between ``low - 1/2`` and ``high + 1/2``; these bounds are ties, which round to even, so that a bound is inside iff its
+integer is even.
+
+With a factor ``d`` folded in, the output is ``Q(x d) / d``, and ``x`` where ``d`` is 0. That is a grid of step
+``r = s / d``, which takes the place of ``s`` in every derivative. Autograd differentiates ``r``; ``s`` and ``d``
+themselves enter the function as constants.
 """
 
 from __future__ import annotations
@@ -19,32 +24,42 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from sophq_func.core.modes import has_derivative, is_compiling, is_recording, is_wrapped
+from sophq_func.core.types import Args
 from sophq_func.numerics.ranges import guarded
 
 LARGE = 2**14
-"""From how many elements on it is used; below, the composition costs less than the call."""
+"""Smallest size for which the Function pays; below it, call overhead dominates."""
 
 BLOCK = 2**17
-"""How many elements a CPU works on at once: what passes over them after the first finds them in the cache."""
+"""Elements that a CPU processes at once: 512 KiB of float32 stay in a second-level cache from one pass to the next."""
 
 BACKWARD_BLOCK = 2**16
-"""The same where five tensors are in use at once."""
+"""The same for the backward pass, which has five tensors in use at once: with 2 ** 17 it took a third longer."""
+
+_Bound: TypeAlias = Any
+"""A bound of the codes: an int or a tensor of shape ``()``. Both bounds are of one kind, as ``Tensor.clamp`` requires."""
+
+F = TypeVar("F")
 
 
-class Grid(NamedTuple):
-    """What is not differentiated: bounds of the codes, and whether the quotient is ``x * (1 / s)``, and holds ``z``.
+class Rounding(NamedTuple):
+    """How a quotient becomes a code; nothing of it is differentiated.
 
-    Both bounds are ints or, where they are data, tensors of shape ``()``.
+    Attributes:
+      low: the smallest code, an int or, where it is data, a tensor of shape ``()``.
+      high: the largest code, of the same kind.
+      reciprocal: the quotient is ``x * (1 / s)`` instead of ``x / s``.
+      shifted: the zero point is added before rounding instead of after.
     """
 
-    low: Any
-    high: Any
+    low: _Bound
+    high: _Bound
     reciprocal: bool
     shifted: bool
 
@@ -54,23 +69,34 @@ class Point(NamedTuple):
 
     Attributes:
       x: the tensor.
-      ratio: the step ``r`` of the grid in ``x``: the scale, divided by the factor.
-      zero: the zero point.
-      unit: the scale ``s``, or ``1 / s`` where the quotient is a product; a constant.
-      factor: what is folded in, 1 where it is 0; a constant.
-      dead: where it is 0; a constant.
+      step: the step ``r = s / d`` of the grid in ``x``: the scale, divided by the factor where there is one.
+      zero: the zero point; ``None`` means 0.
+      divisor: the scale ``s``, or ``1 / s`` where the quotient is a product; a constant.
+      factor: the factor ``d``, with 1 where it is 0; a constant.
+      dead: the mask where the factor is 0; a constant.
     """
 
     x: Tensor
-    ratio: Tensor
+    step: Tensor
     zero: Tensor | None
-    unit: Tensor
+    divisor: Tensor
     factor: Tensor | None = None
     dead: Tensor | None = None
 
 
+class _Context(Protocol):
+    """What the functions use of autograd's context, and the rounding that they keep there."""
+
+    saved_tensors: tuple[Tensor, ...]
+    rounding: Rounding
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def save_for_forward(self, *tensors: Tensor | None) -> None: ...
+
+
 def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, factor: Tensor | None = None) -> bool:
-    """Whether the function serves these tensors: eager, large, of torch's own type and one floating type."""
+    """Whether :func:`prepared` takes these tensors: eager, large, no subclasses, of one floating dtype."""
     floats = (x, scale) if factor is None else (x, scale, factor)
     return (
         not is_compiling()
@@ -83,53 +109,68 @@ def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, factor
 
 
 def _is_constant(bound: Tensor | int) -> bool:
-    """Whether a bound is the same everywhere, and nothing is differentiated or mapped along it."""
+    """Whether a bound is the same for all elements, and neither differentiated nor mapped."""
     return isinstance(bound, int) or not (bound.ndim or bound.requires_grad or is_wrapped(bound))
 
 
 def prepared(
-    x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: Tensor | None = None
+    x: Tensor, scale: Tensor, zero: Tensor | None, rounding: Rounding, factor: Tensor | None = None
 ) -> Callable[[], Tensor]:
-    """``s (clamp(q, low, high) - z)`` when called; scale, zero point and factor broadcast against ``x``."""
-    constant = scale.detach()
-    unit = constant.reciprocal() if grid.reciprocal else constant
-    point = Point(x, scale, zero, unit)
+    """A thunk that returns ``s (clamp(q, low, high) - z)``; scale, zero point and factor broadcast against ``x``."""
+    fixed_scale = scale.detach()
+    divisor = fixed_scale.reciprocal() if rounding.reciprocal else fixed_scale
+    point = Point(x, scale, zero, divisor)
     if factor is not None:
         dead, safe = guarded(factor)
-        point = Point(x, scale / safe, zero, unit, safe.detach(), dead)
-    return partial(_FakeQuantize.apply if has_derivative(*point) else _FakeQuantize.forward, *point, grid)
+        point = Point(x, scale / safe, zero, divisor, safe.detach(), dead)
+    # without derivatives, ``apply`` would only cost the time of its call
+    function = _FakeQuantize.apply if has_derivative(*point) else _FakeQuantize.forward
+    return partial(function, *point, rounding)
 
 
-def _quotient(p: Point, grid: Grid, out: Tensor | None = None) -> Tensor:
-    """What is rounded, in a fresh tensor or in ``out``."""
+def _quotient(p: Point, rounding: Rounding, out: Tensor | None = None) -> Tensor:
+    """The number that is rounded, in a new tensor or in ``out``."""
     x = p.x if p.factor is None else torch.mul(p.x, p.factor, out=out)
-    v = torch.mul(x, p.unit, out=out) if grid.reciprocal else torch.div(x, p.unit, out=out)
-    return v if p.zero is None or not grid.shifted else torch.add(v, p.zero, out=out)
+    v = torch.mul(x, p.divisor, out=out) if rounding.reciprocal else torch.div(x, p.divisor, out=out)
+    return v if p.zero is None or not rounding.shifted else torch.add(v, p.zero, out=out)
 
 
-def _is_inside(v: Tensor, p: Point, grid: Grid) -> Tensor:
+def _is_inside(v: Tensor, p: Point, rounding: Rounding) -> Tensor:
     """The mask of quotients whose codes lie inside the bounds."""
-    if p.zero is None or grid.shifted:
-        return (v >= _bound(grid.low, -1, v.dtype)) & (v <= _bound(grid.high, 1, v.dtype))
-    return (v >= _bounds(grid.low - p.zero, -1)) & (v <= _bounds(grid.high - p.zero, 1))
+    if p.zero is None or rounding.shifted:
+        return (v >= _last_inside(rounding.low, -1, v.dtype)) & (v <= _last_inside(rounding.high, 1, v.dtype))
+    lowest, highest = _last_inside_of(rounding.low - p.zero, -1), _last_inside_of(rounding.high - p.zero, 1)
+    return (v >= lowest) & (v <= highest)
 
 
-def _bound(code: int | Tensor, side: int, dtype: torch.dtype) -> float | Tensor:
-    """The outermost quotient that is rounded to a code; ``side`` is 1 above it and -1 below."""
-    return _bounds(code.to(dtype), side) if isinstance(code, Tensor) else _inner_limit(code, side, dtype)
+def _last_inside(code: int | Tensor, side: int, dtype: torch.dtype) -> float | Tensor:
+    """The outermost quotient that is rounded to the outermost code; ``side`` is 1 above and -1 below."""
+    return _last_inside_of(code.to(dtype), side) if isinstance(code, Tensor) else _last_inside_int(code, side, dtype)
 
 
 @cache
-def _inner_limit(code: int, side: int, dtype: torch.dtype) -> float:
+def _last_inside_int(code: int, side: int, dtype: torch.dtype) -> float:
     tie = torch.tensor(code + side / 2, dtype=dtype)
-    return float(tie if code % 2 == 0 else torch.nextafter(tie, tie * 0 - side * math.inf))
+    if code % 2 == 0:
+        return float(tie)
+    inwards = torch.tensor(-side * math.inf, dtype=dtype)
+    return float(torch.nextafter(tie, inwards))
 
 
-def _bounds(codes: Tensor, side: int) -> Tensor:
-    """The same for codes in a tensor; one that is not whole is no tie."""
+def _last_inside_of(codes: Tensor, side: int) -> Tensor:
+    """The same for outermost codes in a tensor, which may lie between two integers."""
     whole = codes.floor() if side > 0 else codes.ceil()
     tie = whole + side / 2
-    return torch.where(whole.remainder(2) == 0, tie, torch.nextafter(tie, torch.full_like(tie, -side * math.inf)))
+    inwards = torch.full_like(tie, -side * math.inf)
+    return torch.where(whole.remainder(2) == 0, tie, torch.nextafter(tie, inwards))
+
+
+@cache
+def _first_outside_int(code: int, side: int, dtype: torch.dtype) -> float:
+    """The innermost quotient beyond the outermost code: the neighbour of :func:`_last_inside`."""
+    inside = torch.tensor(_last_inside_int(code, side, dtype), dtype=dtype)
+    outwards = torch.tensor(side * math.inf, dtype=dtype)
+    return float(torch.nextafter(inside, outwards))
 
 
 def _sum_like(value: Tensor, like: Tensor) -> Tensor:
@@ -138,121 +179,128 @@ def _sum_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _blocks(size: int, like: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Corresponding parts, of about ``size`` elements, of tensors that broadcast against the first; views.
+    """Corresponding views, of about ``size`` elements, of ``like`` and of tensors that broadcast against it.
 
-    They are cut along the first axis.
+    They are cut along the first axis; tensors of shape ``()`` or of length 1 along it are passed whole to each block.
     """
     count = round(like.numel() / size)
     whole: list[Any] = [like, *tensors]
+    # a GPU has no use for blocks: each would be a kernel of its own
     if count <= 1 or not like.is_cpu:
         return iter((tuple(whole),))
-    wide = [i for i, t in enumerate(whole) if t is not None and t.ndim]
-    if all(whole[i].shape == like.shape and whole[i].is_contiguous() for i in wide):
-        for i in wide:
+    with_axes = [i for i, t in enumerate(whole) if t is not None and t.ndim]
+    # where all are contiguous and alike, the first axis, which may be short, need not be the one to cut
+    if all(whole[i].shape == like.shape and whole[i].is_contiguous() for i in with_axes):
+        for i in with_axes:
             whole[i] = whole[i].view(-1)
     length = len(whole[0])
-    cut = [i for i in wide if len(whole[i]) != 1 or length == 1]
-    return zip(*[t.chunk(count) if i in cut else repeat(t) for i, t in enumerate(whole)], strict=False)  # the first is cut
+    cut = [i for i in with_axes if len(whole[i]) != 1 or length == 1]
+    parts = [t.chunk(count) if i in cut else repeat(t) for i, t in enumerate(whole)]
+    return zip(*parts, strict=False)  # not strict, since a repeated tensor has no end; ``like`` is cut and has one
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Sums of blocks as one: side by side where the scales were cut, too."""
+    """The sums of all blocks as the sum that ``like`` has: side by side where ``like`` was cut, too, else added up."""
     if len(parts) == 1:
         return parts[0].reshape(like.shape)
-    split = sum(part.numel() for part in parts) == like.numel()
-    return (torch.cat(parts) if split else torch.stack(parts).sum(0)).reshape(like.shape)
+    was_cut = sum(part.numel() for part in parts) == like.numel()
+    joined = torch.cat(parts) if was_cut else torch.stack(parts).sum(0)
+    return joined.reshape(like.shape)
 
 
-@cache
-def _outside(code: int, side: int, dtype: torch.dtype) -> float:
-    """The innermost quotient beyond a bound: the neighbour of :func:`_bound`."""
-    bound = torch.tensor(_inner_limit(code, side, dtype), dtype=dtype)
-    return float(torch.nextafter(bound, torch.tensor(side * math.inf, dtype=dtype)))
-
-
-def _gradient_parts(g: Tensor, p: Point, grid: Grid, out: Tensor, room: Sequence[Tensor]) -> Tensor:
-    """Writes ``m g`` to ``out`` and returns ``g dy/dr`` in the second tensor of ``room``; both are overwritten."""
-    v, level = room
-    _quotient(p, grid, out=v)
+def _gradient_parts(g: Tensor, p: Point, rounding: Rounding, out: Tensor, scratch: Sequence[Tensor]) -> Tensor:
+    """Write ``m g`` to ``out``, and return ``g dy/dr`` in the second of two ``scratch`` tensors."""
+    v, level = scratch
+    _quotient(p, rounding, out=v)
     torch.round(v, out=level)
-    if p.zero is not None and not grid.shifted:
+    if p.zero is not None and not rounding.shifted:
         level.add_(p.zero)
-    level.clamp_(grid.low, grid.high)
-    if p.zero is None and isinstance(grid.low, int) and isinstance(grid.high, int):
-        limits = _outside(grid.low, -1, v.dtype), _outside(grid.high, 1, v.dtype)
-        masked = torch.ops.aten.hardtanh_backward.grad_input  # its first argument where the second lies between, else 0
+    level.clamp_(rounding.low, rounding.high)
+    if p.zero is None and isinstance(rounding.low, int) and isinstance(rounding.high, int):
+        # one pass instead of the four of two comparisons, their conjunction and a selection: this kernel returns its first
+        # argument where the second lies strictly between the limits, and 0 elsewhere
+        limits = _first_outside_int(rounding.low, -1, v.dtype), _first_outside_int(rounding.high, 1, v.dtype)
+        masked = torch.ops.aten.hardtanh_backward.grad_input
         masked(g, v, *limits, grad_input=out)
         level.sub_(masked(v, v, *limits, grad_input=v))
     else:
-        inside = _is_inside(v, p, grid)
+        inside = _is_inside(v, p, rounding)
         torch.where(inside, g, g.new_zeros(()), out=out)
-        level.sub_(_center(v, inside, p, grid))
+        level.sub_(_subtrahend(v, inside, p, rounding))
     return level.mul_(g)
 
 
-def _center(v: Tensor, inside: Tensor, p: Point, grid: Grid) -> Tensor:
-    """What is subtracted from a code to have ``dy/dr``."""
-    if p.zero is None or grid.shifted:
+def _subtrahend(v: Tensor, inside: Tensor, p: Point, rounding: Rounding) -> Tensor:
+    """The number to subtract from the code for ``dy/dr``: ``x / r + z`` inside the bounds, and ``z`` outside."""
+    if p.zero is None or rounding.shifted:  # here ``v`` is ``x / r + z``
         return torch.where(inside, v, 0 if p.zero is None else p.zero)
     return torch.where(inside, v, 0) + p.zero
 
 
-def _levels(p: Point, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The mask, and ``dy/dr``, which varies with the zero point alone, and only where the code is outside."""
+def _mask_and_slope(p: Point, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """The mask ``dy/dx``, and the slope ``dy/dr``: constants, but for the zero point in the slope of codes outside."""
     fixed = Point._make(None if t is None else t.detach() for t in p)
-    v = _quotient(fixed, grid)
-    inside = _is_inside(v, fixed, grid)
-    code = v.round() if grid.shifted or fixed.zero is None else v.round() + fixed.zero
-    level = code.clamp(grid.low, grid.high) - _center(v, inside, fixed, grid)
-    if p.dead is not None:
-        inside, level = inside | p.dead, torch.where(p.dead, 0, level)
+    v = _quotient(fixed, rounding)
+    inside = _is_inside(v, fixed, rounding)
+    code = v.round() if rounding.shifted or fixed.zero is None else v.round() + fixed.zero
+    slope = code.clamp(rounding.low, rounding.high) - _subtrahend(v, inside, fixed, rounding)
+    if p.dead is not None:  # there y = x
+        inside, slope = inside | p.dead, torch.where(p.dead, 0, slope)
     if p.zero is not None and fixed.zero is not None:
-        level = level - torch.where(inside, 0, p.zero - fixed.zero)
-    return inside, level
+        # a term that is 0: for second derivatives, the slope outside is the bound less the zero point
+        slope = slope - torch.where(inside, 0, p.zero - fixed.zero)
+    return inside, slope
 
 
-def _rounded(v: Tensor, p: Point, grid: Grid) -> Tensor:
-    """The output from the quotient."""
-    code = v.round() if grid.shifted or p.zero is None else v.round() + p.zero
-    code = code.clamp(grid.low, grid.high)
-    return (code if p.zero is None else code - p.zero) * p.ratio
+def _output(v: Tensor, p: Point, rounding: Rounding) -> Tensor:
+    """The output from the quotient ``v``, in new tensors, as transforms need it."""
+    code = v.round() if rounding.shifted or p.zero is None else v.round() + p.zero
+    code = code.clamp(rounding.low, rounding.high)
+    return (code if p.zero is None else code - p.zero) * p.step
 
 
-def _round(v: Tensor, p: Point, grid: Grid) -> None:
+def _write_output(v: Tensor, p: Point, rounding: Rounding) -> None:
     """The same, written over the quotient."""
     v.round_()
     if p.zero is None:
-        v.clamp_(grid.low, grid.high)
-    elif grid.shifted:
-        v.clamp_(grid.low, grid.high).sub_(p.zero)
+        v.clamp_(rounding.low, rounding.high)
+    elif rounding.shifted:
+        v.clamp_(rounding.low, rounding.high).sub_(p.zero)
     else:
-        v.add_(p.zero).clamp_(grid.low, grid.high).sub_(p.zero)
-    v.mul_(p.ratio)
+        v.add_(p.zero).clamp_(rounding.low, rounding.high).sub_(p.zero)
+    v.mul_(p.step)
 
 
-def _left_alone(x: Tensor, y: Tensor, dead: Tensor | None) -> Tensor:
-    """``y``, into which those elements of ``x`` are written that a factor of 0 leaves alone; mostly there are none."""
+def _with_dead(x: Tensor, y: Tensor, dead: Tensor | None) -> Tensor:
+    """``y``, with the elements of ``x`` where the factor is 0; may write into ``y``.
+
+    Mostly the factor is that of a BatchNorm, one a channel, and few or none are 0: only these channels are copied, where
+    ``torch.where`` would read and write the whole tensor.
+    """
     if dead is None:
         return y
     axes = [axis for axis, size in enumerate(dead.shape) if size > 1]
     if len(axes) != 1 or not x.is_cpu or is_wrapped(x, y, dead):
         return torch.where(dead, x, y)
-    rows = dead.reshape(-1).nonzero().reshape(-1)
-    return y.index_copy_(axes[0], rows, x.index_select(axes[0], rows)) if len(rows) else y
+    channels = dead.reshape(-1).nonzero().reshape(-1)
+    if len(channels) == 0:
+        return y
+    return y.index_copy_(axes[0], channels, x.index_select(axes[0], channels))
 
 
-def _positional(forward: Any) -> Any:
-    """A ``forward`` that is only called with all its arguments in order.
+def _positional(forward: F) -> F:
+    """Give a ``forward`` that is always called with all arguments, in order, a signature of ``*args``.
 
-    To fill in defaults ``Function.apply`` binds the arguments to its signature, and finds that out, too, at every call; in
-    this one there is nothing to bind.
+    At each call ``Function.apply`` reads the signature of ``forward`` and binds the arguments to it, to fill in defaults:
+    a third of the time of a forward on a small tensor. To ``*args`` nothing has to be bound.
     """
-    forward.__signature__ = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+    signature = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The output; see the top of this file for the gradient."""
+    """The fake-quantized tensor; see the top of this file for its gradient. Arguments: a :class:`Point`, a rounding."""
 
     generate_vmap_rule = True
 
@@ -260,47 +308,51 @@ class _FakeQuantize(torch.autograd.Function):
     @_positional
     def forward(
         x: Tensor,
-        ratio: Tensor,
+        step: Tensor,
         zero: Tensor | None,
-        unit: Tensor,
+        divisor: Tensor,
         factor: Tensor | None,
         dead: Tensor | None,
-        grid: Grid,
+        rounding: Rounding,
     ) -> Tensor:
-        p = Point(x, ratio, zero, unit, factor, dead)
+        p = Point(x, step, zero, divisor, factor, dead)
         if is_wrapped(*p):
-            return _left_alone(x, _rounded(_quotient(p, grid), p, grid), dead)
+            return _with_dead(x, _output(_quotient(p, rounding), p, rounding), dead)
         y = torch.empty_like(x)
-        for own, *rest in _blocks(BLOCK, y, *p):
-            cut = Point(*rest)
-            _round(_quotient(cut, grid, out=own), cut, grid)
-        return _left_alone(x, y, dead)
+        for y_block, *point in _blocks(BLOCK, y, *p):
+            block = Point(*point)
+            _write_output(_quotient(block, rounding, out=y_block), block, rounding)
+        return _with_dead(x, y, dead)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: _Context, inputs: Args, output: Tensor) -> None:
         _save(ctx, inputs)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         p = Point(*ctx.saved_tensors)
-        again = is_recording(g, *p)
-        gx, gr, gz = (_Backward.apply if again else _Backward.forward)(g, *p, ctx.grid)  # type: ignore[no-untyped-call]
-        return gx, gr, None if p.zero is None else gz, None, None, None, None
+        function = _Backward.apply if is_recording(g, *p) else _Backward.forward
+        gx, gr, gz = function(g, *p, ctx.rounding)  # type: ignore[no-untyped-call]
+        return gx, gr, None if p.zero is None else gz, *(None,) * 4  # of the constants
 
     @staticmethod
-    def jvp(ctx: Any, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: _Context, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
         p = Point(*ctx.saved_tensors)
-        inside, level = _levels(p, ctx.grid)
+        inside, slope = _mask_and_slope(p, ctx.rounding)
         tangent = torch.zeros_like(p.x) if tx is None else torch.where(inside, tx, 0)
         if tr is not None:
-            tangent = tangent + level * tr
+            tangent = tangent + slope * tr
         if tz is not None:
-            tangent = tangent - torch.where(inside, 0, p.ratio * tz)
+            tangent = tangent - torch.where(inside, 0, p.step * tz)
         return tangent
 
 
 class _Backward(torch.autograd.Function):
-    """The gradient, a function of its own, so that it stays fast where torch keeps a graph for the next derivative."""
+    """The gradient ``(gx, gr, gz)``, and its own derivatives.
+
+    A function of its own, so that the gradient stays fast where torch records it for the next derivative. Arguments: ``g``,
+    a :class:`Point`, a rounding. Without a zero point ``gz`` is zeros, since a function must return tensors.
+    """
 
     generate_vmap_rule = True
 
@@ -309,68 +361,78 @@ class _Backward(torch.autograd.Function):
     def forward(
         g: Tensor,
         x: Tensor,
-        ratio: Tensor,
+        step: Tensor,
         zero: Tensor | None,
-        unit: Tensor,
+        divisor: Tensor,
         factor: Tensor | None,
         dead: Tensor | None,
-        grid: Grid,
+        rounding: Rounding,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p = Point(x, ratio, zero, unit, factor, dead)
+        p = Point(x, step, zero, divisor, factor, dead)
         if is_wrapped(g, *p):
-            inside, level = _levels(p, grid)
+            inside, slope = _mask_and_slope(p, rounding)
             gx = torch.where(inside, g, 0)
-            gz = torch.zeros_like(ratio) if zero is None else _sum_like((gx - g) * ratio, zero)
-            return gx, _sum_like(level * g, ratio), gz
-        gx, to_ratio, to_zero = torch.empty_like(x), [], []
-        room: list[Tensor] = []
-        for gc, own, *rest in _blocks(BACKWARD_BLOCK, g, gx, *p):
-            cut = Point(*rest)
-            if not room or room[0].shape != own.shape:
-                room = [torch.empty_like(own), torch.empty_like(own)]
-            terms = _gradient_parts(gc, cut, grid, own, room)
-            to_ratio.append(terms.clone() if terms.shape == cut.ratio.shape else _sum_like(terms, cut.ratio))
-            if cut.zero is not None:
-                outer = own - gc if cut.dead is None else (own - gc).masked_fill_(cut.dead, 0)
-                to_zero.append(_sum_like(outer * cut.ratio, cut.zero))
-        gr = _joined(to_ratio, ratio)
-        gz = torch.zeros_like(ratio) if zero is None else _joined(to_zero, zero)
-        return _left_alone(g, gx, dead), gr if dead is None else gr.masked_fill(dead, 0), gz
+            gz = torch.zeros_like(step) if zero is None else _sum_like((gx - g) * step, zero)
+            return gx, _sum_like(slope * g, step), gz
+        gx = torch.empty_like(x)
+        step_sums: list[Tensor] = []
+        zero_sums: list[Tensor] = []
+        scratch: list[Tensor] = []
+        for g_block, gx_block, *point in _blocks(BACKWARD_BLOCK, g, gx, *p):
+            block = Point(*point)
+            if not scratch or scratch[0].shape != gx_block.shape:  # of the first block, and of a shorter last one
+                scratch = [torch.empty_like(gx_block), torch.empty_like(gx_block)]
+            terms = _gradient_parts(g_block, block, rounding, gx_block, scratch)
+            # cloned where there is nothing to add up: the next block overwrites the scratch tensors
+            step_sums.append(terms.clone() if terms.shape == block.step.shape else _sum_like(terms, block.step))
+            if block.zero is not None:
+                minus_outside = gx_block - g_block  # -(1 - m) g
+                if block.dead is not None:
+                    minus_outside.masked_fill_(block.dead, 0)
+                zero_sums.append(_sum_like(minus_outside * block.step, block.zero))
+        gr = _joined(step_sums, step)
+        gz = torch.zeros_like(step) if zero is None else _joined(zero_sums, zero)
+        if dead is not None:
+            gr = gr.masked_fill(dead, 0)
+        return _with_dead(g, gx, dead), gr, gz
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: _Context, inputs: Args, output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs)
 
     @staticmethod
-    def backward(ctx: Any, ggx: Tensor, ggr: Tensor, ggz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        g, *rest = ctx.saved_tensors
-        p = Point(*rest)
-        inside, level = _levels(p, ctx.grid)
-        to_g = torch.where(inside, ggx, 0) + level * ggr
+    def backward(ctx: _Context, ggx: Tensor, ggr: Tensor, ggz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g, *point = ctx.saved_tensors
+        p = Point(*point)
+        inside, slope = _mask_and_slope(p, ctx.rounding)
+        to_g = torch.where(inside, ggx, 0) + slope * ggr
         if p.zero is None:
             return to_g, *(None,) * 7
-        outer = torch.where(inside, 0, g)
-        to_g = to_g - torch.where(inside, 0, p.ratio * ggz)
-        to_ratio, to_zero = -_sum_like(outer * ggz, p.ratio), -_sum_like(outer * ggr, p.zero)
-        return to_g, None, to_ratio, to_zero, *(None,) * 4
+        g_outside = torch.where(inside, 0, g)
+        to_g = to_g - torch.where(inside, 0, p.step * ggz)
+        to_step, to_zero = -_sum_like(g_outside * ggz, p.step), -_sum_like(g_outside * ggr, p.zero)
+        return to_g, None, to_step, to_zero, *(None,) * 4
 
     @staticmethod
-    def jvp(ctx: Any, tg: Any, tx: Any, tr: Any, tz: Any, *_: None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        g, *rest = ctx.saved_tensors
-        p = Point(*rest)
+    def jvp(  # type: ignore[override]
+        ctx: _Context, tg: Tensor | None, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None
+    ) -> tuple[Tensor, ...]:
+        g, *point = ctx.saved_tensors
+        p = Point(*point)
         tg = torch.zeros_like(g) if tg is None else tg
-        inside, level = _levels(p, ctx.grid)
-        to_ratio = _sum_like(level * tg, p.ratio)
+        inside, slope = _mask_and_slope(p, ctx.rounding)
+        to_step = _sum_like(slope * tg, p.step)
         if p.zero is None:
-            return torch.where(inside, tg, 0), to_ratio, torch.zeros_like(p.ratio)
-        tr, tz = (torch.zeros_like(like) if t is None else t for t, like in ((tr, p.ratio), (tz, p.zero)))
-        outer, moved = torch.where(inside, 0, g), torch.where(inside, 0, tg)
-        to_zero = -_sum_like(outer * tr + moved * p.ratio, p.zero)
-        return torch.where(inside, tg, 0), to_ratio - _sum_like(outer * tz, p.ratio), to_zero
+            return torch.where(inside, tg, 0), to_step, torch.zeros_like(p.step)
+        tr = torch.zeros_like(p.step) if tr is None else tr
+        tz = torch.zeros_like(p.zero) if tz is None else tz
+        g_outside, tg_outside = torch.where(inside, 0, g), torch.where(inside, 0, tg)
+        to_zero = -_sum_like(g_outside * tr + tg_outside * p.step, p.zero)
+        return torch.where(inside, tg, 0), to_step - _sum_like(g_outside * tz, p.step), to_zero
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """Keep what a derivative needs; not the output, into which a model may write."""
-    *tensors, ctx.grid = inputs
+def _save(ctx: _Context, inputs: Args) -> None:
+    """Keep what a derivative needs. Not the output: a model may write into it, which would spoil a saved tensor."""
+    *tensors, ctx.rounding = inputs
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)

@@ -1,10 +1,10 @@
-"""Number formats as values: what they can represent, and rounding to it.
+"""Number formats: which values they can represent, and rounding to the nearest of these.
 
-A :class:`Format` has a largest value, a list of all values, and ``round``, which has no gradient. Made by :func:`int_`,
-:func:`float_` and :func:`codebook`; the names of the OCP standards are constants.
+A :class:`Format` has a largest value, a list of all values, and ``round``, which has no gradient. :func:`int_`,
+:func:`float_` and :func:`codebook` make one; those of the OCP standards are constants at the end of this file.
 
 Source: OCP 8-bit Floating Point Specification (OFP8), revision 1.0; OCP Microscaling Formats (MX), version 1.0; IEEE 754
-binary16; bfloat16. Half to even, except in codebooks.
+binary16; bfloat16. Rounding is half to even, except in codebooks.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Format(Protocol):
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """The nearest value, in the dtype of ``x``; NaN stays NaN. No gradient.
 
-        With ``noise``, uniform in [0, 1) and shaped like ``x``, stochastic: of the two neighbours the upper one with a
-        probability that makes the expectation ``x`` (arXiv:1502.02551).
+        With ``noise``, uniform in [0, 1) and shaped like ``x``, rounding is stochastic: to one of the two neighbours of
+        ``x``, with probabilities that make ``x`` the expectation (arXiv:1502.02551).
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Integer:
-    """Multiples of ``step`` by integers of some bits; made by :func:`int_`."""
+    """Integers of ``bits`` bits times ``step``; made by :func:`int_`."""
 
     bits: int
     signed: bool
@@ -55,26 +55,31 @@ class Integer:
     @property
     def largest(self) -> float:
         """``step`` times the largest integer."""
-        return self.step * ((1 << self.bits - self.signed) - 1)
+        value_bits = self.bits - 1 if self.signed else self.bits
+        return self.step * ((1 << value_bits) - 1)
 
     @property
     def smallest(self) -> float:
         """``step`` times the most negative integer, or 0."""
-        return self.step * (self.narrow - (1 << self.bits - 1)) if self.signed else 0.0
+        if not self.signed:
+            return 0.0
+        lowest = -(1 << self.bits - 1)
+        return self.step * (lowest + 1 if self.narrow else lowest)
 
     def values(self) -> Tensor:
         """Every value once, ascending, float64."""
-        return torch.arange(self.smallest / self.step, self.largest / self.step + 1, dtype=torch.float64) * self.step
+        first, last = self.smallest / self.step, self.largest / self.step
+        return torch.arange(first, last + 1, dtype=torch.float64) * self.step
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Half to even and saturating; see :class:`Format`."""
+        """Round half to even, and saturate; see :class:`Format`."""
         code = _whole(_wide(x) / self.step, noise)
         return (code * self.step).clamp(self.smallest, self.largest).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Float:
-    """Sign, exponent and mantissa, with subnormals; made by :func:`float_`."""
+    """Binary floating point with subnormals; made by :func:`float_`, which describes the fields."""
 
     exponent_bits: int
     mantissa_bits: int
@@ -84,47 +89,61 @@ class Float:
 
     @property
     def bias(self) -> int:
-        """What is added to the exponent in a code."""
+        """What is added to an exponent to store it as an unsigned field."""
         return (1 << self.exponent_bits - 1) - 1
 
     @property
     def smallest_exponent(self) -> int:
-        """That of the smallest normal number."""
+        """The exponent of the smallest normal number, and of all subnormal ones."""
         return 1 - self.bias
 
     @property
     def largest(self) -> float:
-        """The largest finite value: the uppermost code, below those for infinity and NaN."""
-        exponent = (1 << self.exponent_bits) - 1 - self.bias - (not self.finite_only)
-        reserved = self.finite_only and self.nan
-        return math.ldexp((2 << self.mantissa_bits) - 1 - reserved, exponent - self.mantissa_bits)
+        """The largest finite value: that of the uppermost code which is not infinity or NaN."""
+        field = (1 << self.exponent_bits) - 1
+        if not self.finite_only:
+            field -= 1  # all ones are infinity and NaN, as in IEEE 754
+        mantissa = (2 << self.mantissa_bits) - 1  # all ones, behind the leading one
+        if self.finite_only and self.nan:
+            mantissa -= 1  # the uppermost code alone is NaN, as in E4M3
+        return math.ldexp(mantissa, field - self.bias - self.mantissa_bits)
 
     def values(self) -> Tensor:
         """Every finite value once, ascending, float64; one zero."""
         codes = torch.arange(1 << self.exponent_bits + self.mantissa_bits)
-        field, mantissa = codes >> self.mantissa_bits, codes & (1 << self.mantissa_bits) - 1
-        normal = torch.where(field > 0, mantissa + (1 << self.mantissa_bits), mantissa).double()
+        field, stored = codes >> self.mantissa_bits, codes & (1 << self.mantissa_bits) - 1
+        # normal numbers have a leading one; subnormal ones, of field 0, have none, and the exponent of field 1
+        mantissa = torch.where(field > 0, stored + (1 << self.mantissa_bits), stored).double()
         exponent = field.clamp(min=1) - self.bias - self.mantissa_bits
-        found = normal * torch.exp2(exponent.double())
-        found = found[found <= self.largest]
-        return torch.cat([-found.flip(0)[:-1], found])
+        magnitudes = mantissa * torch.exp2(exponent.double())
+        magnitudes = magnitudes[magnitudes <= self.largest]
+        negative = -magnitudes.flip(0)[:-1]  # without -0.0
+        return torch.cat([negative, magnitudes])
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Half to even; beyond the largest value saturating, or infinite, or NaN in formats without infinity."""
+        """Round half to even; see :class:`Format`.
+
+        Beyond the largest value it saturates, or gives infinity, or NaN in formats without infinity.
+        """
+        # a format of 8 exponent bits scales by up to 2 ** 136, which overflows float32
         work = _wide(x) if self.exponent_bits < 6 else x.detach().double()
-        size = torch.where(work.isfinite(), work, 0).abs()
-        exponent = (torch.frexp(size).exponent - 1).clamp(min=self.smallest_exponent)
-        digits = exponent - self.mantissa_bits
-        found = torch.ldexp(_whole(torch.ldexp(work, -digits), noise), digits)
+        magnitude = torch.where(work.isfinite(), work, 0).abs()
+        exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=self.smallest_exponent)
+        # rounding happens at the last bit of the mantissa, which is scaled to 1
+        last_bit = exponent - self.mantissa_bits
+        rounded = torch.ldexp(_whole(torch.ldexp(work, -last_bit), noise), last_bit)
         if self.saturate:
-            return found.clamp(-self.largest, self.largest).to(x.dtype)
-        beyond = torch.full_like(found, torch.nan) if self.finite_only else torch.copysign(_infinity(found), found)
-        return torch.where(found.abs() > self.largest, beyond, found).to(x.dtype)
+            return rounded.clamp(-self.largest, self.largest).to(x.dtype)
+        if self.finite_only:
+            beyond = torch.full_like(rounded, torch.nan)
+        else:
+            beyond = torch.copysign(torch.full_like(rounded, torch.inf), rounded)
+        return torch.where(rounded.abs() > self.largest, beyond, rounded).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Any values, ascending; made by :func:`codebook`."""
+    """A table of values, ascending; made by :func:`codebook`."""
 
     entries: tuple[float, ...]
 
@@ -138,30 +157,38 @@ class Codebook:
         return torch.tensor(self.entries, dtype=torch.float64)
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The nearest entry, of two equally near ones the lower; saturating; see :class:`Format`.
+        """Round to the nearest entry, of two equally near ones to the lower, and saturate; see :class:`Format`.
 
         Entries and the midpoints between them are float32, as in sophgo-mq.
         """
-        work, table = _wide(x).contiguous(), torch.tensor(self.entries, dtype=torch.float32, device=x.device)
-        if noise is None:
-            middle = ((table[1:] + table[:-1]) / 2).to(work.dtype)
-            found = table[torch.bucketize(work, middle)].to(work.dtype)
-        else:
-            table = table.to(work.dtype)
-            below = torch.bucketize(work, table[1:-1], right=True)
-            down, up = table[below], table[below + 1]
-            found = torch.where((work - down) / (up - down) > noise, up, down)
-        return torch.where(work.isnan(), work, found).to(x.dtype)
+        work = _wide(x).contiguous()  # ``bucketize`` warns of strided tensors
+        table = torch.tensor(self.entries, dtype=torch.float32, device=x.device)
+        rounded = self._nearest(work, table) if noise is None else self._stochastic(work, table.to(work.dtype), noise)
+        # ``bucketize`` puts NaN behind the last entry
+        return torch.where(work.isnan(), work, rounded).to(x.dtype)
+
+    def _nearest(self, work: Tensor, table: Tensor) -> Tensor:
+        midpoints = ((table[1:] + table[:-1]) / 2).to(work.dtype)
+        return table[torch.bucketize(work, midpoints)].to(work.dtype)
+
+    def _stochastic(self, work: Tensor, table: Tensor, noise: Tensor) -> Tensor:
+        # without the outermost entries, so that what lies beyond them is between the last two
+        index = torch.bucketize(work, table[1:-1], right=True)
+        lower, upper = table[index], table[index + 1]
+        return torch.where((work - lower) / (upper - lower) > noise, upper, lower)
 
 
 def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 1.0) -> Integer:
-    """Integers of ``bits`` bits times ``step``; saturating.
+    """The format of integers of ``bits`` bits times ``step``; saturating.
 
     Args:
-      bits: width.
+      bits: width, 1 to 24: float32 holds integers up to ``2 ** 24`` exactly.
       signed: two's complement; otherwise from 0.
       narrow: without the most negative code.
-      step: distance of two values; MXINT8 has ``2 ** -6``.
+      step: distance of two neighbouring values; MXINT8 has ``2 ** -6``.
+
+    Raises:
+      ConfigError: ``bits`` is out of range.
 
     Example:
       >>> int_(4).round(torch.tensor([2.5, 9.0, -9.0]))
@@ -183,6 +210,9 @@ def float_(
       nan: with ``finite_only``: the uppermost code is NaN, as in E4M3; otherwise a number, as in E2M1.
       saturate: what is too large becomes the largest value; otherwise infinity or NaN.
 
+    Raises:
+      ConfigError: a number of bits is out of range, or numbers that are too large can become neither infinity nor NaN.
+
     Example:
       >>> float_(2, 1, finite_only=True, nan=False).values()[7:].tolist()
       [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -192,37 +222,36 @@ def float_(
     _check("float_", "exponent_bits", exponent_bits, range(2, 9))
     _check("float_", "mantissa_bits", mantissa_bits, range(1, 11))
     if not saturate and finite_only and not nan:
-        fix = "saturate=True"
-        raise ConfigError(
-            explain("float_", "saturate=False is not possible", because="the format has neither infinity nor NaN", fix=fix)
-        )
+        because = "with finite_only=True and nan=False it has neither infinity nor NaN"
+        raise ConfigError(explain("float_", "the format must saturate", because=because, fix="saturate=True"))
     return Float(
         exponent_bits=exponent_bits, mantissa_bits=mantissa_bits, finite_only=finite_only, nan=nan, saturate=saturate
     )
 
 
 def codebook(values: list[float] | tuple[float, ...]) -> Codebook:
-    """A format of any values: nearest, of two equally near ones the lower; saturating.
+    """The format of a table of values. Rounds to the nearest, of two equally near ones to the lower; saturating.
 
     Args:
       values: two or more distinct finite numbers, in any order.
+
+    Raises:
+      ConfigError: fewer than two numbers, or some that are equal or not finite.
 
     Example:
       >>> codebook([-1.0, 0.0, 0.5, 4.0]).round(torch.tensor([0.25, 2.3, -9.0]))
       tensor([ 0.,  4., -1.])
     """
     entries = tuple(sorted(map(float, values)))
-    if len(set(entries)) < 2 or len(set(entries)) < len(entries) or not all(map(math.isfinite, entries)):
-        raise ConfigError(
-            explain(
-                "codebook", "this table is not possible", got=list(values), allowed="two or more distinct finite numbers"
-            )
-        )
+    distinct = len(set(entries)) == len(entries)
+    if len(entries) < 2 or not distinct or not all(map(math.isfinite, entries)):
+        allowed = "two or more distinct finite numbers"
+        raise ConfigError(explain("codebook", "values cannot be a table", got=list(values), allowed=allowed))
     return Codebook(entries)
 
 
 def code_bits(form: Format) -> int:
-    """How many bits tell the values of a format apart.
+    """The number of bits of an index into the values of a format.
 
     Example:
       >>> code_bits(E2M1), code_bits(MXINT8)
@@ -232,7 +261,7 @@ def code_bits(form: Format) -> int:
 
 
 def value_table(form: Format, device: torch.device | str = "cpu") -> Tensor:
-    """The values of a format, ascending, float32: what the codes of :func:`indices` point to.
+    """The values of a format, ascending, float32: the table that :func:`indices` indexes.
 
     Example:
       >>> value_table(E2M1)[8:].tolist()
@@ -242,30 +271,34 @@ def value_table(form: Format, device: torch.device | str = "cpu") -> Tensor:
 
 
 def indices(form: Format, x: Tensor) -> Tensor:
-    """The index, uint8, of the value that each element is rounded to; of formats of at most 256 values.
+    """The index into :func:`value_table`, uint8, of the value that each element is rounded to.
+
+    For formats of at most 256 values.
 
     Example:
       >>> indices(E2M1, torch.tensor([-9.0, 0.0, 0.6]))
       tensor([0, 7, 8], dtype=torch.uint8)
     """
     table = value_table(form, x.device)
-    middle = ((table[1:] + table[:-1]) / 2).to(x.dtype)
-    return torch.bucketize(form.round(x).contiguous(), middle).to(torch.uint8)
+    # rounded numbers may differ from the table's by the precision of ``x``: midpoints tell them apart all the same
+    midpoints = ((table[1:] + table[:-1]) / 2).to(x.dtype)
+    return torch.bucketize(form.round(x).contiguous(), midpoints).to(torch.uint8)
 
 
 def shared_exponent(amax: Tensor, element: Format) -> Tensor:
-    """The exponent of the E8M0 scale of a block: ``floor(log2 amax)`` less that of the largest element (MX v1.0, 6.3).
+    """The exponent of a block's E8M0 scale: ``floor(log2(amax)) - floor(log2(largest element))`` (OCP MX v1.0, 6.3).
 
     Example:
       >>> shared_exponent(torch.tensor([0.9, 448.0]), E4M3)
       tensor([-9,  0], dtype=torch.int32)
     """
-    largest = math.frexp(element.largest)[1] - 1
-    return (torch.frexp(amax).exponent - 1 - largest).clamp(-127, 127)
+    # ``frexp`` returns a mantissa in [0.5, 1): its exponent is one above that of the leading bit
+    of_largest = math.frexp(element.largest)[1] - 1
+    return (torch.frexp(amax).exponent - 1 - of_largest).clamp(-127, 127)  # what E8M0 can hold
 
 
 def _wide(x: Tensor) -> Tensor:
-    """``x`` without gradient, half types as float32."""
+    """``x`` without gradient, float16 and bfloat16 as float32."""
     x = x.detach()
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -278,23 +311,19 @@ def _whole(code: Tensor, noise: Tensor | None) -> Tensor:
     return down + (code - down > noise).to(code.dtype)
 
 
-def _infinity(like: Tensor) -> Tensor:
-    return torch.full_like(like, torch.inf)
-
-
 def _check(where: str, name: str, value: object, allowed: range) -> None:
+    # a bool is an int, and would pass as 0 or 1
     if value not in allowed or isinstance(value, bool):
-        raise ConfigError(
-            explain(where, f"{name} is not possible", got=value, allowed=f"{allowed.start}..{allowed.stop - 1}")
-        )
+        bounds = f"{allowed.start}..{allowed.stop - 1}"
+        raise ConfigError(explain(where, f"{name} must be an int in {bounds}", got=value, allowed=bounds))
 
 
 def round_to_float8(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest value of a float8 type, saturating at its largest finite value; NaN stays NaN. No gradient.
 
-    float64 is rounded to float32 on the way.
+    float64 is rounded to float32 first, and then again.
 
-    Differs from sophgo-mq: subnormals lie on the grid of the standard and are not flushed, NaN is kept.
+    Differs from sophgo-mq: subnormals are those of the standard, and NaN is kept.
 
     Example:
       >>> round_to_float8(torch.tensor([0.0049, 1.1, 1000.0]), torch.float8_e4m3fn)
@@ -305,9 +334,9 @@ def round_to_float8(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest value of ``dtype``; what is beyond its largest value becomes infinite.
+    """The nearest value of ``dtype``, infinite beyond its largest; the gradient is 1, as of torch's casts.
 
-    The gradient is 1, rounded to ``dtype`` on its way, as torch's own casts do.
+    The gradient, too, is rounded to ``dtype``.
 
     Example:
       >>> round_to_dtype(torch.tensor([1.001, 70000.0]), torch.float16)
@@ -315,6 +344,8 @@ def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     return x.to(dtype).to(x.dtype)
 
+
+# The formats of the OCP standards.
 
 E4M3 = float_(4, 3, finite_only=True)
 E5M2 = float_(5, 2)

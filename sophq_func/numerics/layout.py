@@ -1,4 +1,7 @@
-"""Granularity and shapes: which elements of a tensor share a scale."""
+"""Granularity as shapes: which elements of a tensor share a scale.
+
+A tensor is *scale-shaped* where its shape is that of the scales: ``()`` per tensor, ``(C,)`` per channel, and so on.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,31 @@ from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGro
 
 
 def rows(x: Tensor, granularity: Granularity) -> Tensor:
-    """``x`` rearranged so that a reduction over the last axis has the shape of the scale; a view where it can be."""
+    """``x`` rearranged so that a reduction over the last axis is scale-shaped; a view where possible."""
     if isinstance(granularity, PerTensor):
         return x.reshape(-1)
     if isinstance(granularity, PerToken):
         return x if x.ndim else x.reshape(1)
     if isinstance(granularity, PerBlock):
-        (high, wide), across = blocks(x, granularity), granularity.columns
-        return x.reshape(high, granularity.rows, wide, across).transpose(1, 2).reshape(high, wide, granularity.rows * across)
+        high, wide = blocks(x, granularity)
+        tiles = x.reshape(high, granularity.rows, wide, granularity.columns).transpose(1, 2)
+        return tiles.reshape(high, wide, granularity.rows * granularity.columns)
     axis = channel_axis(x, granularity)
-    flat = x.movedim(axis, 0).reshape(x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :]))
+    channels, length = x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :])
+    flat = x.movedim(axis, 0).reshape(channels, length)  # not -1, which an empty tensor leaves open
     if isinstance(granularity, PerChannel):
         return flat
-    if flat.shape[1] % granularity.size:
-        allowed = f"a divisor of {flat.shape[1]}, the length of a channel"
+    if length % granularity.size:
         where = f"tensor of shape {tuple(x.shape)}"
-        raise StateError(explain(where, f"{granularity!s} is not possible", got=granularity.size, allowed=allowed))
-    return flat.reshape(flat.shape[0], flat.shape[1] // granularity.size, granularity.size)
+        sentence = f"its channels of {length} elements cannot be cut into groups by {granularity}"
+        raise StateError(
+            explain(where, sentence, got=granularity.size, allowed=f"a divisor of {length}", fix="PerChannel()")
+        )
+    return flat.reshape(channels, length // granularity.size, granularity.size)
 
 
 def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
-    """A scale-shaped ``value`` in a shape that broadcasts against ``x``."""
+    """A scale-shaped ``value`` reshaped, and repeated where need be, so that it broadcasts against ``x``."""
     if value.ndim == 0 or isinstance(granularity, PerTensor):
         return value
     if isinstance(granularity, PerToken):
@@ -55,24 +62,28 @@ def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
 def _check_shape(value: Tensor, expected: list[int], x: Tensor, granularity: Granularity) -> None:
     if list(value.shape) != expected:
         allowed = f"{tuple(expected)} for {granularity} on a tensor of shape {tuple(x.shape)}"
-        raise StateError(explain("qparams", "this shape is not possible", got=tuple(value.shape), allowed=allowed))
+        fix = "use the qparams of this model and plan"
+        raise StateError(
+            explain("qparams", "their shape does not fit the tensor", got=tuple(value.shape), allowed=allowed, fix=fix)
+        )
 
 
 def blocks(x: Tensor, granularity: PerBlock) -> tuple[int, int]:
-    """How many blocks of ``granularity`` lie along the first axis of ``x``, and along the others flattened."""
+    """How many blocks lie along the first axis of ``x``, and how many along its other axes, flattened."""
     high, wide = (x.shape[0], math.prod(x.shape[1:])) if x.ndim else (1, 1)
     if high % granularity.rows or wide % granularity.columns:
-        allowed = f"divisors of {high} and {wide}"
-        where, got = f"tensor of shape {tuple(x.shape)}", (granularity.rows, granularity.columns)
-        raise StateError(explain(where, f"{granularity!s} is not possible", got=got, allowed=allowed))
+        where = f"tensor of shape {tuple(x.shape)}"
+        sentence = f"its {high} by {wide} elements cannot be cut into blocks by {granularity}"
+        got = (granularity.rows, granularity.columns)
+        raise StateError(explain(where, sentence, got=got, allowed=f"divisors of {high} and {wide}", fix="PerChannel()"))
     return high // granularity.rows, wide // granularity.columns
 
 
 def channel_axis(x: Tensor, granularity: PerChannel | PerGroup) -> int:
-    """The axis of ``granularity`` in ``x``, counted from the front."""
-    axis = granularity.axis or 0
+    """The channel axis in ``x``, counted from the front; 0 where the granularity has none."""
+    axis = 0 if granularity.axis is None else granularity.axis
     if not -x.ndim <= axis < x.ndim:
-        raise StateError(
-            explain(f"tensor of shape {tuple(x.shape)}", "this axis is not possible", got=axis, fix="PerTensor()")
-        )
+        where, sentence = f"tensor of shape {tuple(x.shape)}", "it does not have the channel axis"
+        allowed = f"{-x.ndim}..{x.ndim - 1}" if x.ndim else "no axis: the tensor is a scalar"
+        raise StateError(explain(where, sentence, got=axis, allowed=allowed, fix="PerTensor()"))
     return axis % x.ndim

@@ -1,4 +1,4 @@
-"""Fake quantizers made from their specs."""
+"""Building a fake quantizer from its spec, with dynamic schemes added to it."""
 
 from __future__ import annotations
 
@@ -13,37 +13,44 @@ from sophq_func.numerics.scheme import QScheme
 
 
 def build(spec: Spec) -> FakeQuantize:
-    """The fake quantizer that ``spec`` describes; with a dynamic scheme it takes the range from the tensor at hand."""
-    made = FAKE_QUANTIZERS.build(spec)
+    """The fake quantizer that ``spec`` describes, for static and dynamic schemes.
+
+    The registered functions quantize by the qparams that they are given. With a dynamic scheme, the functions returned
+    here compute scale and zero point from the tensor first.
+    """
+    static = FAKE_QUANTIZERS.build(spec)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return made.apply(x, in_force(made, x, qparams, scheme), scheme, noise)
+        return static.apply(x, in_force(static, x, qparams, scheme), scheme, noise)
 
-    if made.encode is None or made.decode is None:
-        return made._replace(apply=apply)
-    own_encode, own_decode = made.encode, made.decode
+    if static.encode is None or static.decode is None:
+        return static._replace(apply=apply)
+    static_encode, static_decode = static.encode, static.decode
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        own = in_force(made, x, qparams, scheme)
-        codes = own_encode(x, own, scheme)
+        current = in_force(static, x, qparams, scheme)
+        codes = static_encode(x, current, scheme)
         if not scheme.dynamic:
             return codes
-        made_here = {name: extra for name, extra in own.extras.items() if extra is not qparams.extras.get(name)}
-        found = {"scale": own.scale, "zero_point": own.zero_point, **made_here}
-        return codes._replace(parts=sorted_dict({**codes.parts, **found}))
+        # what was computed from ``x`` is stored with the codes: decoding does not see ``x``
+        computed = {name: extra for name, extra in current.extras.items() if extra is not qparams.extras.get(name)}
+        computed |= {"scale": current.scale, "zero_point": current.zero_point}
+        return codes._replace(parts=sorted_dict({**codes.parts, **computed}))
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         if scheme.dynamic:
             extras = dict(codes.parts)
-            qparams = QParams(extras.pop("scale"), extras.pop("zero_point"), sorted_dict({**qparams.extras, **extras}))
-        return own_decode(codes, qparams, scheme, dtype)
+            scale, zero_point = extras.pop("scale"), extras.pop("zero_point")
+            qparams = QParams(scale, zero_point, sorted_dict({**qparams.extras, **extras}))
+        return static_decode(codes, qparams, scheme, dtype)
 
-    return made._replace(apply=apply, encode=encode, decode=decode)
+    return static._replace(apply=apply, encode=encode, decode=decode)
 
 
-def in_force(made: FakeQuantize, x: Tensor, qparams: QParams, scheme: QScheme) -> QParams:
-    """The qparams themselves, or with a dynamic scheme those of the range of ``x``."""
+def in_force(fake: FakeQuantize, x: Tensor, qparams: QParams, scheme: QScheme) -> QParams:
+    """The qparams that quantize ``x``: those given, or with a dynamic scheme those of the range of ``x``."""
     if not scheme.dynamic:
         return qparams
-    found = range_to_qparams(*min_max(x, scheme.granularity), scheme, limits=bounds(qparams, scheme))
-    return made.init(QParams(found.scale, found.zero_point, qparams.extras), x, scheme)
+    lo, hi = min_max(x, scheme.granularity)
+    scale, zero_point, _ = range_to_qparams(lo, hi, scheme, limits=bounds(qparams, scheme))
+    return fake.init(QParams(scale, zero_point, qparams.extras), x, scheme)

@@ -11,24 +11,24 @@ from sophq_func.numerics.layout import expand, rows
 from sophq_func.numerics.scheme import Granularity, PerTensor, QScheme
 
 EPS = torch.finfo(torch.float32).eps
-"""Smallest scale of an integer grid, 2 ** -23."""
-
+"""Smallest scale of an integer grid, 2 ** -23: that of torch's observers and of sophgo-mq. It bounds ``x / scale``."""
 
 Bound = Tensor | int
+"""An outermost code: an int, or a tensor where it is data, as while a bit width is learned."""
 
 
 def no_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """The range of nothing, ``(inf, -inf)``, float32, for each scale that ``x`` has."""
+    """The empty range ``(inf, -inf)``, float32, scale-shaped: neutral for the minimum and the maximum."""
     empty = torch.full(rows(x, granularity).shape[:-1], torch.inf, dtype=torch.float32, device=x.device)
     return empty, -empty
 
 
 def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value for each scale, float32, no gradient; ``(inf, -inf)`` of an empty tensor."""
+    """Smallest and largest value for each scale, float32; ``(inf, -inf)`` for an empty tensor. No gradient."""
     if x.numel() == 0:
         return no_range(x, granularity)
     if isinstance(granularity, PerTensor):
-        lo, hi = torch.aminmax(x.detach())
+        lo, hi = torch.aminmax(x.detach())  # one pass over memory; along an axis it is slower than two
         return lo.float(), hi.float()
     flat = rows(x.detach(), granularity)
     return flat.amin(-1).float(), flat.amax(-1).float()
@@ -37,7 +37,7 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
 def range_to_qparams(
     lo: Tensor, hi: Tensor, scheme: QScheme, *, pot_scale: bool | None = None, limits: tuple[Bound, Bound] | None = None
 ) -> QParams:
-    """Scale and zero point whose grid covers ``[lo, hi]`` and 0 (semantics.md 3.1).
+    """Scale and zero point whose grid covers ``[lo, hi]`` and 0.
 
     With ``m- = min(lo, 0)``, ``m+ = max(hi, 0)``: symmetric ``s = max(-m-, m+) / ((qmax - qmin) / 2)``; affine
     ``s = (m+ - m-) / (qmax - qmin)``, ``z = clamp(qmin - round(m- / s), qmin, qmax)``; ``s`` is at least 2 ** -23.
@@ -46,8 +46,8 @@ def range_to_qparams(
       lo: lower bounds, float32, scale-shaped.
       hi: upper bounds, same shape.
       scheme: the grid.
-      pot_scale: instead of the scheme's.
-      limits: smallest and largest code, instead of the scheme's.
+      pot_scale: replaces that of the scheme.
+      limits: smallest and largest code, replacing those of the scheme.
 
     Returns:
       :class:`QParams` shaped like ``lo``; the scale is NaN where a bound is not finite.
@@ -66,9 +66,13 @@ def range_to_qparams(
         scale = torch.maximum(-lo, hi) / (steps / 2)
     else:
         width = hi - lo
+        # the width of a finite range may overflow float32: then divide first
         scale = torch.where(torch.isinf(width), hi / steps - lo / steps, width / steps)
     scale = scale.clamp(min=EPS)
-    if scheme.pot_scale if pot_scale is None else pot_scale:
+    if pot_scale is None:
+        pot_scale = scheme.pot_scale
+    if pot_scale:
+        # 2 ** 127 is float32's largest power of two
         scale = torch.exp2(torch.log2(scale).round().clamp(max=127))
     if scheme.symmetric:
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
@@ -79,7 +83,7 @@ def range_to_qparams(
 
 
 def qparams_to_range(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
-    """The range that was handed to :func:`range_to_qparams`, as far as scale and zero point remember it."""
+    """The range that the grid covers: the inverse of :func:`range_to_qparams`, up to rounding and the least scale."""
     low, high = bounds(qparams, scheme)
     if scheme.symmetric:
         half = qparams.scale * ((high - low) / 2)
@@ -89,21 +93,25 @@ def qparams_to_range(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]
 
 
 def positive(scale: Tensor) -> Tensor:
-    """The scale in force, ``max(|s|, 2 ** -23)``; its gradient is the sign of ``s``, straight through the floor."""
+    """The scale to round by, ``max(|s|, 2 ** -23)``, of a learned scale ``s``.
+
+    The gradient is the sign of ``s``, also where the maximum is ``2 ** -23``, so that a scale can leave the floor.
+    """
     if not modes.may_differentiate():
         return scale.abs().clamp(min=EPS)
+    # not ``abs``, whose gradient at 0 is 0: the scale could not leave it
     size = torch.where(scale < 0, -scale, scale)
     constant = size.detach()
     return size + (constant.clamp(min=EPS) - constant)
 
 
 def bounds(qparams: QParams, scheme: QScheme) -> tuple[Bound, Bound]:
-    """Smallest and largest code: tensors of ``extras`` where they are data, else the scheme's numbers."""
+    """Smallest and largest code: ``"qmin"`` and ``"qmax"`` of ``extras`` where these exist, else the scheme's."""
     return qparams.extras.get("qmin", scheme.qmin), qparams.extras.get("qmax", scheme.qmax)
 
 
 def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound, Bound]:
-    """The same; tensors in a shape that broadcasts against ``x``."""
+    """:func:`bounds`, tensors among them in a shape that broadcasts against ``x``."""
     low, high = bounds(qparams, scheme)
     if isinstance(low, Tensor):
         low = expand(low, x, scheme.granularity)
@@ -113,7 +121,10 @@ def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound
 
 
 def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
-    """A constant between bounds that may be tensors; a code on a bound does not move with it."""
+    """A code, which has no gradient, clamped to bounds that may be tensors.
+
+    A bound that is a tensor has the gradient of the codes beyond it, and none of codes that equal it.
+    """
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (torch.as_tensor(b, dtype=code.dtype, device=code.device) for b in (low, high))
         return torch.where(code > high, high, torch.where(code < low, low, code))
@@ -121,6 +132,6 @@ def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
 
 
 def guarded(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a factor is 0, and the factor with 1 there, to divide by."""
+    """The mask where a factor is 0, and the factor with 1 in these places, to divide by."""
     dead = factor == 0
     return dead, factor.masked_fill(dead, 1)

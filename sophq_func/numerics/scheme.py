@@ -1,14 +1,17 @@
-"""Frozen values that say *what* a quantizer is: granularity, scheme, observer, fake quantizer."""
+"""Frozen values that describe a quantizer: granularity, scheme, and the config of which they are a part."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from sophq_func.core.errors import ConfigError, explain, unknown
-from sophq_func.core.registry import Spec
+from sophq_func.core.registry import Option, Spec
+
+Data: TypeAlias = Any
+"""What JSON can hold: dicts with string keys, lists, strings, numbers, booleans and ``None``."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class PerTensor:
 class PerChannel:
     """One scale for each index along ``axis``: ``(O, I, H, W)`` with ``axis=0`` has a scale of shape ``(O,)``.
 
-    Without an axis it is that of a weight's output channels, which a plan knows; alone, it is 0.
+    ``None`` means the axis of a weight's output channels, which the plan fills in; outside a plan it means 0.
     """
 
     axis: int | None = None
@@ -33,9 +36,9 @@ class PerChannel:
 class PerGroup:
     """One scale for each ``size`` consecutive elements of a channel.
 
-    ``axis`` is the channel axis, as in :class:`PerChannel`; what is left of the tensor is flattened in its own order and
-    cut into groups. ``(O, I)`` with ``axis=0, size=32`` has a scale of shape ``(O, I // 32)``; ``(O, I, H, W)`` one of
-    shape ``(O, I * H * W // 32)``. The size must divide the channel.
+    ``axis`` is the channel axis, as in :class:`PerChannel`; the other axes are flattened in their order and cut into
+    groups. ``(O, I)`` with ``axis=0, size=32`` has a scale of shape ``(O, I // 32)``; ``(O, I, H, W)`` one of shape
+    ``(O, I * H * W // 32)``. The size must divide the number of elements of a channel.
     """
 
     axis: int | None = None
@@ -44,57 +47,67 @@ class PerGroup:
     def __post_init__(self) -> None:
         _check_axis(self)
         if not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(explain("PerGroup", "this size is not possible", got=self.size, allowed="an int >= 1"))
+            raise ConfigError(explain("PerGroup", "size must be a positive int", got=self.size, allowed="an int >= 1"))
 
 
 @dataclass(frozen=True)
 class PerBlock:
     """One scale for each block of ``rows`` by ``columns`` elements.
 
-    The tensor is seen as a matrix: its first axis, and the others flattened. ``(O, I)`` with ``rows=128, columns=128`` has
-    a scale of shape ``(O // 128, I // 128)``. The block must divide the matrix.
+    The tensor is viewed as a matrix: its first axis, and the others flattened. ``(O, I)`` with ``rows=128, columns=128``
+    has a scale of shape ``(O // 128, I // 128)``. Rows and columns must divide the matrix.
     """
 
     rows: int = 128
     columns: int = 128
 
     def __post_init__(self) -> None:
-        for size in (self.rows, self.columns):
+        for name, size in (("rows", self.rows), ("columns", self.columns)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigError(explain("PerBlock", "this size is not possible", got=size, allowed="an int >= 1"))
+                raise ConfigError(explain("PerBlock", f"{name} must be a positive int", got=size, allowed="an int >= 1"))
 
 
 @dataclass(frozen=True)
 class PerToken:
     """One scale for each row along the last axis: ``(B, T, C)`` has a scale of shape ``(B, T)``.
 
-    Tokens come and go, so that no statistic of one outlives its tensor: it needs ``QScheme(dynamic=True)``.
+    Token scales cannot be carried over to another tensor, hence ``QScheme(dynamic=True)``.
     """
 
 
 def _check_axis(granularity: PerChannel | PerGroup) -> None:
     if not isinstance(granularity.axis, int | None):
         where = type(granularity).__name__
-        raise ConfigError(explain(where, "this axis is not possible", got=granularity.axis, allowed="an int, or None"))
+        raise ConfigError(explain(where, "axis must be an int", got=granularity.axis, allowed="an int or None"))
 
 
 Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
+"""Which elements of a tensor share a scale."""
+
 GRANULARITIES: Mapping[str, type[Granularity]] = {
     cls.__name__: cls for cls in (PerTensor, PerChannel, PerGroup, PerBlock, PerToken)
 }
+"""By name, as JSON and error messages have it."""
 
 
 def as_bits(value: object, where: str) -> int:
-    """A bit width from an int or a string of digits, checked to lie in 2..16.
+    """A bit width from an int or a string of digits, as the dictionaries of sophgo-mq have it.
+
+    Args:
+      value: the bit width, 2 to 16.
+      where: the class or key that an error names.
+
+    Raises:
+      ConfigError: no whole number, or not in 2..16.
 
     Example:
       >>> as_bits("8", "a_qscheme")
       8
     """
-    number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
-    if isinstance(number, bool) or not isinstance(number, int) or not 2 <= number <= 16:
-        raise ConfigError(explain(where, "this bit width is not possible", got=value, allowed="2..16", fix="bits=8"))
-    return number
+    bits = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
+        raise ConfigError(explain(where, "bits must be an int from 2 to 16", got=value, allowed="2..16", fix="bits=8"))
+    return bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +117,10 @@ class QScheme:
     Attributes:
       bits: width of the codes, 2..16.
       symmetric: the zero point is 0 and codes are signed; otherwise (affine) codes start at 0.
-      symmetric_range: leave out the most negative code, so that the grid is symmetric too.
+      symmetric_range: leave out the most negative code, so that codes are symmetric about 0; for symmetric grids.
       pot_scale: scales are powers of two, ``2 ** round(log2(scale))``.
       granularity: per tensor, channel, group, block or token.
       dynamic: scale and zero point are computed from the tensor at hand instead of from observed statistics.
-
-    Source: semantics of ``QuantizeScheme`` (semantics.md 1.3).
 
     Example:
       >>> s = QScheme(bits=4, granularity=PerChannel(0))
@@ -128,12 +139,13 @@ class QScheme:
         object.__setattr__(self, "bits", as_bits(self.bits, "QScheme"))
         for name in ("symmetric", "symmetric_range", "pot_scale", "dynamic"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    explain("QScheme", f"{name} is not possible", got=getattr(self, name), allowed="True or False")
-                )
+                got = getattr(self, name)
+                raise ConfigError(explain("QScheme", f"{name} must be a bool", got=got, allowed="True or False"))
         if not isinstance(self.granularity, Granularity):
-            allowed = " or ".join(GRANULARITIES)
-            raise ConfigError(explain("QScheme", "this granularity is not possible", got=self.granularity, allowed=allowed))
+            sentence, allowed = "granularity must be an instance of a granularity class", " or ".join(GRANULARITIES)
+            raise ConfigError(
+                explain("QScheme", sentence, got=self.granularity, allowed=allowed, fix="granularity=PerTensor()")
+            )
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             because = "the scale of a token is computed from that token"
             raise ConfigError(
@@ -141,33 +153,47 @@ class QScheme:
             )
 
     def __repr__(self) -> str:
-        changed = (f.name for f in fields(self) if f.name == "bits" or getattr(self, f.name) != f.default)
-        return f"QScheme({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
+        shown = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "bits" or value != field.default:  # the width always, other fields where they differ
+                shown[field.name] = value
+        return f"QScheme({_spelled(shown)})"
 
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        return int(self.symmetric_range) - (1 << self.bits - 1) if self.symmetric else 0
+        if not self.symmetric:
+            return 0
+        lowest = -(1 << self.bits - 1)
+        return lowest + 1 if self.symmetric_range else lowest
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return (1 << self.bits - self.symmetric) - 1
+        value_bits = self.bits - 1 if self.symmetric else self.bits
+        return (1 << value_bits) - 1
+
+
+def _spelled(values: Mapping[str, object]) -> str:
+    """Keyword arguments as Python writes them."""
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 SCHEME_FIELDS = tuple(f.name for f in fields(QScheme))
+"""Names of the fields of a :class:`QScheme`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Everything that one quantizer is told.
+    """The settings of one quantizer.
 
     Attributes:
       scheme: the grid.
-      observer: which statistic gives the range, as returned by ``sq.observers.*``.
-      fake_quantize: which arithmetic quantizes, as returned by ``sq.fake_quantize.*``.
-      observe_only: it has a state and qparams like all others, but values pass unchanged.
-      optional: a run that does not reach the value is accepted.
+      observer: the statistic that gives the range, as returned by ``sq.observers.*``.
+      fake_quantize: the arithmetic, as returned by ``sq.fake_quantize.*``.
+      observe_only: the quantizer has a state and qparams like all others, but leaves values unchanged.
+      optional: a run that does not reach the quantized value is no error.
     """
 
     scheme: QScheme
@@ -188,46 +214,55 @@ FIELD_TYPES: Mapping[str, type] = {
     "observe_only": bool,
     "optional": bool,
 }
+"""Type of each field of a :class:`QuantizerConfig`."""
 
 
 def _check_field(where: str, name: str, value: object) -> None:
     """Raise a :class:`ConfigError` for a field of a :class:`QuantizerConfig` of the wrong type."""
     cls = FIELD_TYPES[name]
     if not isinstance(value, cls):
-        raise ConfigError(explain(where, f"this {name} is not possible", got=value, allowed=f"a {cls.__name__}"))
+        raise ConfigError(explain(where, f"{name} must be a {cls.__name__}", got=value, allowed=f"a {cls.__name__}"))
 
 
 OVERRIDE_FIELDS = (*SCHEME_FIELDS, *(f.name for f in fields(QuantizerConfig)))
+"""The names that :func:`override` takes."""
 
 
 @dataclass(frozen=True)
 class Override:
-    """Some fields of a :class:`QuantizerConfig`; made by :func:`override`."""
+    """New values for some fields of a :class:`QuantizerConfig` or of its scheme; made by :func:`override`."""
 
-    values: tuple[tuple[str, Any], ...]
+    values: tuple[tuple[str, Option], ...]
 
     def names(self) -> list[str]:
         """Names of the fields that it sets; a whole scheme sets each of its fields."""
-        return [field for name, _ in self.values for field in (SCHEME_FIELDS if name == "scheme" else (name,))]
+        names: list[str] = []
+        for name, _ in self.values:
+            names.extend(SCHEME_FIELDS if name == "scheme" else (name,))
+        return names
 
     def __call__(self, config: QuantizerConfig) -> QuantizerConfig:
         """``config`` with these fields replaced."""
         values = dict(self.values)
-        scheme = replace(values.pop("scheme", config.scheme), **{k: values.pop(k) for k in SCHEME_FIELDS if k in values})
-        return replace(config, scheme=scheme, **values)
+        scheme = values.pop("scheme", config.scheme)
+        of_scheme = {name: values.pop(name) for name in SCHEME_FIELDS if name in values}
+        return replace(config, scheme=replace(scheme, **of_scheme), **values)
 
     def __repr__(self) -> str:
-        return f"override({', '.join(f'{k}={v!r}' for k, v in self.values)})"
+        return f"override({_spelled(dict(self.values))})"
 
 
-def override(**values: Any) -> Override:
-    """Fields of a scheme or of a quantizer's config to change, leaving the others as they are.
+def override(**values: Option) -> Override:
+    """Change some fields of a scheme or of a quantizer's config, and leave the others as they are.
 
     Args:
       **values: fields of :class:`QScheme` (``bits=4``) or of :class:`QuantizerConfig` (``observer=...``).
 
+    Returns:
+      A function from a :class:`QuantizerConfig` to a changed one.
+
     Raises:
-      ConfigError: an unknown field.
+      ConfigError: an unknown field, or a value of the wrong type.
 
     Example:
       >>> override(bits=4)
@@ -243,26 +278,31 @@ def override(**values: Any) -> Override:
     return Override(tuple(sorted(values.items())))
 
 
-def to_data(value: Any) -> Any:
-    """A config as JSON-able data; :func:`config_from_data` is the inverse for a :class:`QuantizerConfig`."""
+def to_data(value: object) -> Data:
+    """A config, or a value in one, as data for JSON; :func:`config_from_data` reads a :class:`QuantizerConfig` back."""
     if isinstance(value, Spec):
         return {"name": value.name, "options": dict(value.options)}
     if isinstance(value, Granularity):
         return {"name": type(value).__name__, **dataclasses.asdict(value)}
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_data(getattr(value, f.name)) for f in fields(value)}
     return value
 
 
-def config_from_data(data: Mapping[str, Any]) -> QuantizerConfig:
-    """Read a config back from what :func:`to_data` wrote."""
+def config_from_data(data: Mapping[str, Data]) -> QuantizerConfig:
+    """The config that :func:`to_data` wrote."""
     scheme = dict(data["scheme"])
     granularity = dict(scheme.pop("granularity"))
     cls = GRANULARITIES[granularity.pop("name")]
-    specs = {k: Spec(data[k]["name"], tuple(sorted(data[k]["options"].items()))) for k in ("observer", "fake_quantize")}
     return QuantizerConfig(
         scheme=QScheme(granularity=cls(**granularity), **scheme),
+        observer=_spec_from_data(data["observer"]),
+        fake_quantize=_spec_from_data(data["fake_quantize"]),
         observe_only=data["observe_only"],
         optional=data["optional"],
-        **specs,
     )
+
+
+def _spec_from_data(data: Mapping[str, Data]) -> Spec:
+    options: Mapping[str, Option] = data["options"]
+    return Spec(data["name"], tuple(sorted(options.items())))

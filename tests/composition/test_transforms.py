@@ -69,7 +69,7 @@ def turned(weight: Tensor) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "expanded"])
 def test_inductor_reads_weights_of_any_layout(layout: str) -> None:
-    """Compiled for use, weights are viewed by strides; see ``affine.laid_out``."""
+    """Compiled for use, weights are viewed by strides; see ``compiled.keeping_layout``."""
     torch.manual_seed(0)
     model, x = Layouts().eval(), torch.randn(2, 8, 9, 9)
     model = model.to(memory_format=torch.channels_last) if layout == "channels last" else model

@@ -87,7 +87,7 @@ def test_bounds_that_are_data(name: str) -> None:
         if name not in UNCODED and not why:
             assert_reads_back(fq, sample(1), qparams, scheme)
         if name not in UNCODED and why:
-            assert why == "its zero point is no code: it lies between two, or beyond the outermost"
+            assert why == "its zero point is not a code: it lies between two, or beyond the outermost"
     between = own._replace(extras=sorted_dict(own.extras | {"qmin": torch.tensor(0.0), "qmax": torch.tensor(6.5)}))
     assert reason(fq, between, scheme) != ""
 

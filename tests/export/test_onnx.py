@@ -255,7 +255,7 @@ REFUSED = {
     "logarithms": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.nnie())), "its codes stand for logarithms"),
     "offset": (
         sq.QuantConfig(activation=sq.override(symmetric=False, fake_quantize=FQ.lsq_plus())),
-        "its zero point is no code",
+        "its zero point is not a code",
     ),
     "dorefa": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.dorefa())), "0 lies between two of its codes"),
     "soft": (sq.QuantConfig(weight=sq.override(fake_quantize=FQ.adaround("soft"))), "its rounding is soft"),

@@ -316,11 +316,11 @@ def test_shared_exponents_are_exact_at_powers_of_two() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: float_(1, 2), "float_: exponent_bits is not possible: got 1, allowed 2..8"),
-        (lambda: float_(4, 11), "float_: mantissa_bits is not possible: got 11, allowed 1..10"),
+        (lambda: float_(1, 2), "float_: exponent_bits must be an int in 2..8: got 1, allowed 2..8"),
+        (lambda: float_(4, 11), "float_: mantissa_bits must be an int in 1..10: got 11, allowed 1..10"),
         (lambda: float_(2, 1, finite_only=True, nan=False, saturate=False), "neither infinity nor NaN"),
-        (lambda: int_(True), "int_: bits is not possible: got True"),
-        (lambda: codebook([1.0]), "codebook: this table is not possible"),
+        (lambda: int_(True), "int_: bits must be an int in 1..24: got True"),
+        (lambda: codebook([1.0]), "codebook: values cannot be a table"),
         (lambda: codebook([1.0, 1.0, 2.0]), "two or more distinct finite numbers"),
         (lambda: codebook([1.0, math.inf]), "two or more distinct finite numbers"),
     ],
