@@ -116,7 +116,7 @@ def clip_std(std_scale: float = 2.6) -> Observer:
     Args:
       std_scale: how many standard deviations are kept on either side of the mean, > 0.
 
-    Differs from sophgo-mq: it clips, as its name says; there the wider of the two ranges is taken.
+    Differs from sophgo-mq: it clips, as its name says; there the wider bound is taken on either side.
 
     Example:
       >>> import sophq_func as sq
