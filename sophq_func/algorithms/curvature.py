@@ -1,13 +1,13 @@
 """Curvature of a loss by Hessian-vector products: the trace and the top eigenvalue of each weight's Hessian.
 
 The loss is any function of a flat dict of tensors: params of a float or of a quantized model, or the scales that
-``q.split`` gives. Of a quantized model it is the Hessian of the surrogate, whose codes inside the range are constants.
+``q.split`` gives. For a quantized model it is the Hessian of the surrogate, whose codes inside the range are constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +17,14 @@ from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, 
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict
 
-Tensors = Mapping[str, Tensor]
-Loss = Callable[[dict[str, Tensor]], Tensor]
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""Tensors by name."""
+
+Loss: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
+"""From a dict like the params to a scalar."""
+
+Product: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""From vectors to their products with a Hessian, both shaped like the params that they name."""
 
 
 class HessianTrace(NamedTuple):
@@ -34,12 +40,12 @@ class HessianTrace(NamedTuple):
 
 
 class TopEigenvalue(NamedTuple):
-    """The eigenvalue of largest magnitude of one tensor's Hessian, as power iteration found it.
+    """The eigenvalue of largest magnitude of one tensor's Hessian, as power iteration estimates it.
 
     Attributes:
       value: ``v H v``, of shape ``()``; it keeps its sign.
       vector: ``v``, of length 1, shaped like the tensor; a later call may start from it.
-      residual: ``|H v - value v|``, of shape ``()``: some eigenvalue is at most as far from ``value``.
+      residual: ``|H v - value v|``, of shape ``()``: some eigenvalue is no farther than this from ``value``.
     """
 
     value: Tensor
@@ -56,14 +62,14 @@ def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: t
       params: the tensors that give shapes, dtypes and devices.
       names: which of them.
       samples: how many signs for each element.
-      generator: the source of randomness; its state moves on.
+      generator: the source of randomness; its state advances.
 
     Returns:
       ``{name: Tensor}``, sorted; shape ``(samples, *shape)``.
 
     Raises:
       ConfigError: ``samples`` below 1.
-      StateError: a name that is unknown or names no floating tensor, no generator.
+      StateError: a name that is unknown or names no floating tensor; a generator that is none.
 
     Example:
       >>> noise = rademacher({"w": torch.zeros(2)}, ["w"], 3, torch.Generator().manual_seed(0))
@@ -72,19 +78,20 @@ def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: t
     """
     if isinstance(names, str):
         raise StateError(
-            explain("rademacher", "these names is not possible", got=names, allowed="a list of names", fix=f"[{names!r}]")
+            explain("rademacher", "names must be a list", got=names, allowed="a list of names", fix=f"[{names!r}]")
         )
     _check_count("rademacher", "samples", samples)
     if not isinstance(generator, torch.Generator):
         got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
         raise StateError(
-            explain("rademacher", "this generator is not possible", got=got, allowed="a torch.Generator", fix=fix)
+            explain("rademacher", "generator must be a torch.Generator", got=got, allowed="a torch.Generator", fix=fix)
         )
     chosen = sorted(set(names))
     _check_names("rademacher", chosen, params)
     signs = {}
     for name in chosen:
         shape = (samples, *params[name].shape)
+        # on the generator's device, which may be another than that of the params
         bits = torch.randint(0, 2, shape, generator=generator, device=generator.device)
         signs[name] = (2 * bits - 1).to(params[name])
     return signs
@@ -120,29 +127,32 @@ def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: in
     _check_vectors("hessian_trace", noise, params, batched=True)
     product = _hessian("hessian_trace", loss, params, sorted(noise))
 
-    def forms(signs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: (signs[name] * found).sum() for name, found in product(signs).items()}
+    def quadratic_forms(signs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: (signs[name] * image).sum() for name, image in product(signs).items()}
 
-    found = vmap(forms, chunk_size=chunk_size)(sorted_dict(noise))
-    return {name: _mean(values) for name, values in found.items()}
+    samples = vmap(quadratic_forms, chunk_size=chunk_size)(sorted_dict(noise))
+    return {name: _mean_and_error(values) for name, values in samples.items()}
 
 
-def _mean(values: Tensor) -> HessianTrace:
+def _mean_and_error(values: Tensor) -> HessianTrace:
+    """The mean of some samples and its standard error, from their unbiased variance."""
     count, mean = len(values), values.mean()
-    return HessianTrace(mean, ((values - mean).square().sum() / (count - 1) / count).sqrt())
+    # a tensor divided by 0 samples less one is NaN, as promised for a single one
+    variance = (values - mean).square().sum() / (count - 1)
+    return HessianTrace(mean, (variance / count).sqrt())
 
 
 def top_eigenvalue(loss: Loss, params: Tensors, start: Tensors, steps: int = 20) -> dict[str, TopEigenvalue]:
     """The eigenvalue of largest magnitude of each tensor's Hessian, the other tensors being constants.
 
     Power iteration ``v <- H v / |H v|``, as HAWQ ranks layers (Dong et al., arXiv:1905.03696). The error falls as
-    ``|second / first| ** (2 steps)``; the residual tells how far it has come.
+    ``|second / first| ** (2 steps)`` for the two largest eigenvalues; the residual bounds what is left.
 
     Args:
       loss: from a dict like ``params`` to a scalar.
       params: where to take the Hessian.
-      start: ``{name: Tensor}``, the vectors to start from, shaped like the params; not 0. One of :func:`rademacher`'s
-        samples will do, or the ``vector`` of an earlier call.
+      start: ``{name: Tensor}``, the vectors to start from, shaped like the params; not 0. For example one of
+        :func:`rademacher`'s samples, or the ``vector`` of an earlier call.
       steps: how many Hessian-vector products for each tensor; one more gives the value.
 
     Returns:
@@ -160,54 +170,65 @@ def top_eigenvalue(loss: Loss, params: Tensors, start: Tensors, steps: int = 20)
     """
     _check_count("top_eigenvalue", "steps", steps)
     _check_vectors("top_eigenvalue", start, params, batched=False)
-    return {name: _iterated(loss, params, name, start[name], steps) for name in sorted(start)}
+    return {name: _power_iteration(loss, params, name, start[name], steps) for name in sorted(start)}
 
 
-def _iterated(loss: Loss, params: Tensors, name: str, start: Tensor, steps: int) -> TopEigenvalue:
+def _power_iteration(loss: Loss, params: Tensors, name: str, start: Tensor, steps: int) -> TopEigenvalue:
     """Power iteration on one tensor's Hessian."""
     product = _hessian("top_eigenvalue", loss, params, [name])
     vector = start / start.norm()
     for _ in range(steps):
         image = product({name: vector})[name]
         length = image.norm()
+        # H v = 0: v is an eigenvector of the eigenvalue 0, and stays
         vector = torch.where(length == 0, vector, image / torch.where(length == 0, 1, length))
     image = product({name: vector})[name]
     value = (vector * image).sum()
     return TopEigenvalue(value, vector, (image - value * vector).norm())
 
 
-def _hessian(where: str, loss: Loss, params: Tensors, names: list[str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """Multiplication with the Hessian in the tensors named: reverse over reverse, the inner pass made once."""
+def _hessian(where: str, loss: Loss, params: Tensors, names: list[str]) -> Product:
+    """Multiplication with the Hessian in the tensors named.
+
+    Reverse mode over reverse mode: the Hessian is symmetric, so ``v^T H`` of a vector-Jacobian product of the gradient is
+    ``H v``, and the gradient itself is computed once for all vectors.
+    """
 
     def value(chosen: dict[str, Tensor]) -> Tensor:
-        found = loss({name: chosen.get(name, tensor) for name, tensor in params.items()})
-        if not isinstance(found, Tensor) or found.ndim:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        result = loss({name: chosen.get(name, tensor) for name, tensor in params.items()})
+        if not isinstance(result, Tensor) or result.ndim:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise StateError(
-                explain(where, "this loss is not possible", got=got, allowed="a scalar tensor", fix="loss.mean()")
+                explain(where, "loss must return a scalar", got=got, allowed="a scalar tensor", fix="loss.mean()")
             )
-        return found
+        return result
 
-    pull = vjp(grad(value), {name: params[name] for name in names})[1]
-    return lambda vectors: dict(pull(vectors)[0])
+    pull_back = vjp(grad(value), {name: params[name] for name in names})[1]
+
+    def product(vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+        (images,) = pull_back(vectors)
+        return dict(images)
+
+    return product
 
 
 def _check_names(where: str, names: Iterable[str], params: Tensors) -> None:
-    known = sorted(name for name, tensor in params.items() if tensor.is_floating_point())
-    raise_all([unknown(where, "floating tensor", name, known) for name in names if name not in known], StateError)
+    floating = sorted(name for name, tensor in params.items() if tensor.is_floating_point())
+    problems = [unknown(where, "floating tensor", name, floating) for name in names if name not in floating]
+    raise_all(problems, StateError)
 
 
-def _check_count(where: str, what: str, count: Any) -> None:
+def _check_count(where: str, what: str, count: object) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ConfigError(explain(where, f"{what} is not possible", got=count, allowed="a whole number from 1"))
+        raise ConfigError(explain(where, f"{what} must be a positive int", got=count, allowed="an int >= 1"))
 
 
 def _check_vectors(where: str, vectors: Tensors, params: Tensors, batched: bool) -> None:
-    """Vectors are shaped like the params that they name, with a common first axis where they are batched."""
+    """Raise unless vectors are shaped like the params that they name, behind a common first axis where ``batched``."""
     if not isinstance(vectors, Mapping) or not vectors:
         fix = "sq.rademacher(params, names, samples, generator)"
         raise StateError(
-            explain(where, "these vectors is not possible", got=vectors, allowed="a dict {name: Tensor}", fix=fix)
+            explain(where, "these vectors cannot be used", got=vectors, allowed="a dict {name: Tensor}", fix=fix)
         )
     _check_names(where, vectors, params)
     problems = []
@@ -215,17 +236,10 @@ def _check_vectors(where: str, vectors: Tensors, params: Tensors, batched: bool)
     for name, vector in vectors.items():
         like = params[name]
         if vector.shape != samples + like.shape or vector.dtype != like.dtype or 0 in samples:
-            allowed = f"{like.dtype} {('samples',) * batched + tuple(like.shape)}"
-            problems.append(
-                explain(
-                    where,
-                    f"the vector of {name!r} is not possible",
-                    got=f"{vector.dtype} {tuple(vector.shape)}",
-                    allowed=allowed,
-                )
-            )
+            got = f"{vector.dtype} {tuple(vector.shape)}"
+            shape = ("samples", *like.shape) if batched else tuple(like.shape)
+            sentence = f"the vector of {name!r} does not fit"
+            problems.append(explain(where, sentence, got=got, allowed=f"{like.dtype} {shape}"))
         elif not batched and is_plain([vector]) and not bool(vector.any()):
-            problems.append(
-                explain(where, f"a start of 0 for {name!r} is not possible", because="the Hessian leaves 0 where it is")
-            )
+            problems.append(explain(where, f"a start of 0 for {name!r} leads nowhere", because="a Hessian maps 0 to 0"))
     raise_all(problems, StateError)

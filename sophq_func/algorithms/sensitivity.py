@@ -1,14 +1,15 @@
-"""Single measures: how well each quantizer represents what it is there for, and what it costs the loss."""
+"""One measure for each quantizer: how well it represents its values, and what it costs the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
 from sophq_func.numerics.contracts import QParams
@@ -28,11 +29,16 @@ class Fidelity(NamedTuple):
 
 
 def fidelity(
-    q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+    q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /, *args: object, **kwargs: object
 ) -> dict[str, Fidelity]:
     """Range and signal-to-quantization-noise ratio at each quantizer, on the values that reach it in the quantized model.
 
-    What quantizers before it did counts as signal: each is judged for its own noise.
+    Errors of the quantizers before it belong to those values: each is measured for its own noise alone.
+
+    Args:
+      q: a quantized model.
+      params, qparams: see :meth:`Quantized.apply`.
+      *args, **kwargs: arguments of the model.
 
     Returns:
       ``{quantizer name: Fidelity}``, sorted.
@@ -45,11 +51,12 @@ def fidelity(
       >>> bool(fidelity(q, params, q.calibrate(params, [x]), x)["weight_fake_quant"].sqnr_db > 30)
       True
     """
-    found = {}
+    measured = {}
     for name, (before, after) in q.capture(params, qparams, *args, **kwargs).items():
-        ratio = before.float().square().sum() / (after - before).float().square().sum()
-        found[name] = Fidelity(before.amin(), before.amax(), 10 * ratio.log10())
-    return sorted_dict(found)
+        signal = before.float().square().sum()
+        noise = (after - before).float().square().sum()
+        measured[name] = Fidelity(before.amin(), before.amax(), 10 * (signal / noise).log10())
+    return sorted_dict(measured)
 
 
 class Sensitivity(NamedTuple):
@@ -72,16 +79,16 @@ def sensitivity(
     q: Quantized,
     params: Mapping[str, Tensor],
     qparams: Mapping[str, QParams],
-    batch: Any,
-    loss: Callable[[Any], Tensor],
+    batch: Tensor | Args | Kwargs,
+    loss: Callable[[Output], Tensor],
     *,
     how: str = "auto",
     progress: bool = True,
 ) -> dict[str, Sensitivity]:
-    """What each quantizer costs the loss: on alone, in a model that is float otherwise; and off alone.
+    """The cost of each quantizer: the loss where it alone is on, with all others off, and where it alone is off.
 
     One sweep over one-hot masks and their complements, ``2 n + 2`` runs for ``n`` quantizers, without gradients. The loss
-    is measured, not approximated; what two quantizers do together is only in ``saved``.
+    is measured, not approximated; the joint effect of several quantizers shows only in ``saved``.
 
     Args:
       q: a quantized model whose weights are not frozen.
@@ -107,23 +114,26 @@ def sensitivity(
       'weight_fake_quant'
     """
     if q.frozen:
-        because, fix = "its weights cannot be switched", "use the q that was frozen"
-        raise StateError(explain("sensitivity", "a frozen model is not possible", because=because, fix=fix))
+        because, fix = "its weights cannot be switched between float and quantized", "use the q that was frozen"
+        raise StateError(explain("sensitivity", "a frozen model cannot be measured", because=because, fix=fix))
     on, off = enabled(qparams, True), enabled(qparams, False)
     names = [name for name in sorted(qparams) if name in q.plan and not q.plan[name].observe_only]
     alone = [{**off, name: on[name]} for name in names]
     without = [{**on, name: off[name]} for name in names]
 
-    def measured(output: Any) -> Tensor:
-        found = loss(output)
-        if not isinstance(found, Tensor):
-            fix = "return a tensor from loss"
-            raise StateError(
-                explain("sensitivity", "this loss is not possible", got=type(found).__name__, allowed="a tensor", fix=fix)
-            )
-        return found
+    def checked_loss(output: Output) -> Tensor:
+        result = loss(output)
+        if not isinstance(result, Tensor):
+            got, fix = type(result).__name__, "return a tensor from loss"
+            raise StateError(explain("sensitivity", "loss must return a tensor", got=got, allowed="a tensor", fix=fix))
+        return result
 
-    found = q.sweep(params, [off, *alone, on, *without], batch, reduce=measured, how=how, progress=progress)
-    none, all_ = found[0], found[len(names) + 1]
-    pairs = zip(names, found[1:], found[len(names) + 2 :], strict=False)
-    return {name: Sensitivity(only, rest, only - none, all_ - rest) for name, only, rest in pairs}
+    settings = [off, *alone, on, *without]
+    losses = q.sweep(params, settings, batch, reduce=checked_loss, how=how, progress=progress)
+    count = len(names)
+    loss_off, losses_alone = losses[0], losses[1 : count + 1]
+    loss_on, losses_without = losses[count + 1], losses[count + 2 :]
+    measured = {}
+    for name, alone_loss, without_loss in zip(names, losses_alone, losses_without, strict=True):
+        measured[name] = Sensitivity(alone_loss, without_loss, alone_loss - loss_off, loss_on - without_loss)
+    return measured

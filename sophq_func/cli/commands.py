@@ -1,4 +1,4 @@
-"""``python -m sophq_func``: look at plans and checkpoints, compare them, report, and export."""
+"""The commands of ``python -m sophq_func``: inspect, diff, report, export."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor, nn
 
 from sophq_func.capture.skeleton import params_of
 from sophq_func.checkpoint.io import load
 from sophq_func.core.errors import ConfigError, explain, unknown
+from sophq_func.core.types import Args, Kwargs
 from sophq_func.export import onnx, tables
 from sophq_func.model.build import build
 from sophq_func.model.quantized import Quantized
@@ -48,8 +49,15 @@ Errors are one line on stderr, with exit code 2; --traceback shows where they co
 """
 
 
-class Given(NamedTuple):
-    """What a file holds; a plan alone has no numbers."""
+Batch: TypeAlias = Tensor | Args | Kwargs
+"""A tensor, a tuple of positional arguments, or a dict of keyword arguments of a model."""
+
+Command: TypeAlias = Callable[[argparse.Namespace], int]
+"""From the parsed options to the exit code."""
+
+
+class Contents(NamedTuple):
+    """The contents of a file; of a plan alone there are no numbers."""
 
     plan: Plan
     qparams: Mapping[str, QParams] | None = None
@@ -57,8 +65,17 @@ class Given(NamedTuple):
     metadata: Mapping[str, str] = {}
 
 
+class Ready(NamedTuple):
+    """A model that is ready to run: arguments of ``q.apply``, and the batches of the user's function."""
+
+    q: Quantized
+    params: Mapping[str, Tensor]
+    qparams: Mapping[str, QParams]
+    batches: list[Batch]
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser whose errors are one line, where argparse prints the usage as well."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}. Fix: {self.prog} --help.\n")
@@ -73,26 +90,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       0; 1 where ``diff`` finds a difference; 2 for an error, which is one line on stderr.
     """
-    given = _parser().parse_args(argv)
+    options = _parser().parse_args(argv)
     try:
-        code: int = given.run(given)
+        code: int = options.run(options)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, such as head, has enough
+    except BrokenPipeError:
+        # the reader, such as head, stopped reading; Python flushes stdout once more at exit, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if given.traceback:
+        if options.traceback:
             raise
-        sys.stderr.write(f"sophq_func {given.command}: {_one_line(error)}\n")
+        sys.stderr.write(f"sophq_func {options.command}: {_one_line(error)}\n")
         return 2
 
 
 def _one_line(error: Exception) -> str:
-    """An error in one line; of those that this library and the system raise the text alone, of others the class, too."""
+    """The text of an error in one line, behind the name of its class unless this library or the system raised it."""
+    # str() of a KeyError is the repr of its text
     text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
     line = " ".join(str(text).split())
-    return line if isinstance(error, ValueError | KeyError | OSError) and line else f"{type(error).__name__}: {line}"
+    is_expected = isinstance(error, ValueError | KeyError | OSError)
+    return line if is_expected and line else f"{type(error).__name__}: {line}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,31 +121,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace], int], told: str, example: str) -> argparse.ArgumentParser:
-        name, sentence = example.partition(" ")[0], f"{told[0].upper()}{told[1:]}."
-        made = commands.add_parser(name, help=told, description=sentence, epilog=f"example: {parser.prog} {example}")
-        made.set_defaults(run=run)
-        return made
+    def command(run: Command, summary: str, example: str) -> argparse.ArgumentParser:
+        """A command, named by the first word of its example."""
+        name = example.partition(" ")[0]
+        description = f"{summary[0].upper()}{summary[1:]}."
+        added = commands.add_parser(name, help=summary, description=description, epilog=f"example: {parser.prog} {example}")
+        added.set_defaults(run=run)
+        return added
 
-    one = command(_inspect, "show what is quantized how, where, and why", "inspect plan.json --tree")
-    one.add_argument("file", metavar="FILE", help="a plan or a checkpoint")
-    part = one.add_mutually_exclusive_group()
-    part.add_argument("--name", metavar="QUANTIZER", help="everything about one quantizer, with dots or underscores")
-    part.add_argument("--tree", action="store_true", help="the quantizers nested by module")
-    two = command(_diff, "compare two plans; exit code 1 where they differ", "diff before.json after.json")
-    two.add_argument("before", metavar="A", help="a plan or a checkpoint")
-    two.add_argument("after", metavar="B", help="a plan or a checkpoint")
-    told = command(_report, "say which quantizer makes the error of the output", "report demo:make plan.json")
-    _add_model(told)
-    told.add_argument("--html", metavar="PATH", help="write a page with pictures")
-    told.add_argument("--csv", metavar="PATH", help="write the rows as CSV")
-    out = command(
-        _export, "write ONNX, or the tables that the compilers of chips take", "export demo:make plan.json net.onnx"
-    )
-    _add_model(out)
-    out.add_argument("target", metavar="TARGET", help="net.onnx; or a folder for tables, which must be there")
-    out.add_argument("--name", default="sophq_func", help="what the names of tables begin with (default: %(default)s)")
-    out.add_argument("--float", action="store_true", help="beside tables: write the float ONNX file, too; needs batches")
+    inspect = command(_inspect, "show what is quantized how, where, and why", "inspect plan.json --tree")
+    inspect.add_argument("file", metavar="FILE", help="a plan or a checkpoint")
+    view = inspect.add_mutually_exclusive_group()
+    view.add_argument("--name", metavar="QUANTIZER", help="everything about one quantizer, with dots or underscores")
+    view.add_argument("--tree", action="store_true", help="the quantizers nested by module")
+
+    diff = command(_diff, "compare two plans; exit code 1 where they differ", "diff before.json after.json")
+    diff.add_argument("before", metavar="A", help="a plan or a checkpoint")
+    diff.add_argument("after", metavar="B", help="a plan or a checkpoint")
+
+    summary = "say which quantizer makes the error of the output"
+    reporting = command(_report, summary, "report demo:make plan.json")
+    _add_model(reporting)
+    reporting.add_argument("--html", metavar="PATH", help="write a page with pictures")
+    reporting.add_argument("--csv", metavar="PATH", help="write the rows as CSV")
+
+    summary = "write ONNX, or the tables that the compilers of chips take"
+    exporting = command(_export, summary, "export demo:make plan.json net.onnx")
+    _add_model(exporting)
+    exporting.add_argument("target", metavar="TARGET", help="net.onnx; or a folder for tables, which must be there")
+    prefix = "what the names of tables begin with (default: %(default)s)"
+    exporting.add_argument("--name", default="sophq_func", help=prefix)
+    with_float = "beside tables: write the float ONNX file, too; needs batches"
+    exporting.add_argument("--float", action="store_true", help=with_float)
     return parser
 
 
@@ -135,124 +162,144 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a checkpoint; or a plan, which is calibrated on the batches")
 
 
-def _inspect(given: argparse.Namespace) -> int:
-    found = _read(given.file)
-    if given.name:
-        return _say(found.plan.explain(given.name))
-    if given.tree:
-        return _say(str(found.plan.tree()))
-    lines = [repr(found.plan), *(f"{key}: {value}" for key, value in sorted(found.metadata.items()))]
-    lines += ["", found.plan.table()]
-    if found.qparams is not None:
-        lines += ["", "calibrated:", *(_scales(name, found.qparams[name]) for name in found.plan if name in found.qparams)]
+def _inspect(options: argparse.Namespace) -> int:
+    contents = _read(options.file)
+    plan = contents.plan
+    if options.name:
+        return _say(plan.explain(options.name))
+    if options.tree:
+        return _say(str(plan.tree()))
+    lines = [repr(plan)]
+    lines += [f"{key}: {value}" for key, value in sorted(contents.metadata.items())]
+    lines += ["", plan.table()]
+    if contents.qparams is not None:
+        lines += ["", "calibrated:"]
+        lines += [_qparams_line(name, contents.qparams[name]) for name in plan if name in contents.qparams]
     return _say("\n".join(lines))
 
 
-def _scales(name: str, qparams: QParams) -> str:
+def _qparams_line(name: str, qparams: QParams) -> str:
+    """Scale and zero point of a quantizer; of several scales the smallest, the largest and the number."""
     scale, zero = qparams.scale, qparams.zero_point
-    steps = f"scale {float(scale.min()):.6g}" + (f" to {float(scale.max()):.6g}, {scale.numel()}" if scale.ndim else "")
-    shift = f", zero point {float(zero.min()):g} to {float(zero.max()):g}" if bool((zero != 0).any()) else ""
-    return f"  {name}  {steps}{shift}"
+    text = f"  {name}  scale {float(scale.min()):.6g}"
+    if scale.ndim:
+        text += f" to {float(scale.max()):.6g}, {scale.numel()}"
+    if bool((zero != 0).any()):
+        text += f", zero point {float(zero.min()):g} to {float(zero.max()):g}"
+    return text
 
 
-def _diff(given: argparse.Namespace) -> int:
-    found = _read(given.before).plan.diff(_read(given.after).plan)
-    _say(str(found))
-    return int(bool(found))
+def _diff(options: argparse.Namespace) -> int:
+    before, after = _read(options.before).plan, _read(options.after).plan
+    difference = before.diff(after)
+    _say(str(difference))
+    return 1 if difference else 0
 
 
-def _report(given: argparse.Namespace) -> int:
-    made: Report = report(*_ready(given))
-    _show(made)
-    if given.html:
-        _say(f"written: {made.to_html(given.html)}")
-    if given.csv:
-        _say(f"written: {made.to_csv(given.csv)}")
+def _report(options: argparse.Namespace) -> int:
+    ready = _ready(options)
+    result = report(ready.q, ready.params, ready.qparams, ready.batches)
+    _show(result)
+    if options.html:
+        _say(f"written: {result.to_html(options.html)}")
+    if options.csv:
+        _say(f"written: {result.to_csv(options.csv)}")
     return 0
 
 
-def _export(given: argparse.Namespace) -> int:
-    q, params, qparams, batches = _ready(given)
-    to_onnx = given.target.endswith(".onnx")
-    if to_onnx and given.float:
+def _export(options: argparse.Namespace) -> int:
+    q, params, qparams, batches = _ready(options)
+    target = options.target
+    to_onnx = target.endswith(".onnx")
+    if to_onnx and options.float:
         because = "it goes beside tables, and this target is a quantized ONNX file"
-        raise ConfigError(explain(given.target, "--float is not possible", because=because, fix="a folder as the target"))
-    if (to_onnx or given.float) and not batches:
-        raise ConfigError(explain(given.source, "no batches is not possible", because="ONNX is made from an example"))
+        raise ConfigError(explain(target, "--float cannot be used", because=because, fix="a folder as the target"))
+    if (to_onnx or options.float) and not batches:
+        because, fix = "ONNX is made from an example", "return model, [batch]"
+        raise ConfigError(explain(options.source, "there are no batches", because=because, fix=fix))
     if to_onnx:
-        onnx(q, params, qparams, batches[0], given.target)
-        return _say(f"written: {given.target}")
-    example = batches[0] if given.float else None
-    for path in filter(None, tables(q, params, qparams, given.target, example_args=example, name=given.name)):
+        onnx(q, params, qparams, batches[0], target)
+        return _say(f"written: {target}")
+    example = batches[0] if options.float else None
+    written = tables(q, params, qparams, target, example_args=example, name=options.name)
+    for path in filter(None, written):  # a file that was not asked for has no path
         _say(f"written: {path}")
     return 0
 
 
-def _ready(given: argparse.Namespace) -> tuple[Quantized, Mapping[str, Tensor], Mapping[str, QParams], list[Any]]:
+def _ready(options: argparse.Namespace) -> Ready:
     """The model of a function with the plan of a file; what the file lacks comes from the model and its batches."""
-    found = _read(given.file)
-    model, batches = _made(given.source)
-    q = build(model, found.plan).eval()
-    params = found.params if found.params is not None else params_of(model)
-    return q, params, found.qparams if found.qparams is not None else q.calibrate(params, batches), batches
+    contents = _read(options.file)
+    model, batches = _call(options.source)
+    q = build(model, contents.plan).eval()
+    params, qparams = contents.params, contents.qparams
+    if params is None:
+        params = params_of(model)
+    if qparams is None:
+        qparams = q.calibrate(params, batches)
+    return Ready(q, params, qparams, batches)
 
 
-def _made(source: str) -> tuple[nn.Module, list[Any]]:
-    """What ``MODULE:FUNCTION`` returns."""
-    module, _, name = source.partition(":")
-    if not module or not name:
-        raise ConfigError(
-            explain("MODULE:FUNCTION", "this source is not possible", got=source, fix="demo:make, for make() in demo.py")
-        )
+def _call(source: str) -> tuple[nn.Module, list[Batch]]:
+    """Import the function of ``MODULE:FUNCTION`` and call it."""
+    module_name, _, name = source.partition(":")
+    if not module_name or not name:
+        fix = "demo:make, for make() in demo.py"
+        raise ConfigError(explain("MODULE:FUNCTION", "this source names no function", got=source, fix=fix))
+    # as python -m does, so that a file in the current folder is found
     sys.path.insert(0, "")
     try:
-        found = importlib.import_module(module)
+        module = importlib.import_module(module_name)
     finally:
         sys.path.remove("")
-    if not callable(getattr(found, name, None)):
-        functions = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(unknown(module, "function", name, functions or ["(it has none)"]))
-    result = getattr(found, name)()
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(unknown(module_name, "function", name, functions or ["(it has none)"]))
+    result = function()
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
-        got, allowed = type(result).__name__, "a tuple (model, batches)"
-        raise ConfigError(
-            explain(source, "this result is not possible", got=got, allowed=allowed, fix="return model, [batch, ...]")
-        )
-    return result[0], list(result[1])
+        got, allowed, fix = type(result).__name__, "a tuple (model, batches)", "return model, [batch, ...]"
+        raise ConfigError(explain(source, "this result is no model with batches", got=got, allowed=allowed, fix=fix))
+    model, batches = result
+    return model, list(batches)
 
 
-def _read(path: str) -> Given:
-    """A plan from JSON, or a checkpoint: a safetensors file, which begins with the length of its header."""
+def _read(path: str) -> Contents:
+    """The contents of a plan in JSON, or of a checkpoint."""
     source = Path(path)
+    # a safetensors file begins with the length of its header in 8 bytes, and the header, which is JSON
     with source.open("rb") as file:
         start = file.read(9)
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < source.stat().st_size:
-        return _checkpoint(path)
+    header_size = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header_size < source.stat().st_size:
+        return _read_checkpoint(path)
     try:
-        return Given(Plan.from_json(source.read_text(encoding="utf-8")))
+        return Contents(Plan.from_json(source.read_text(encoding="utf-8")))
     except ValueError as error:
         because = " ".join(str(error).split())
-        raise ConfigError(explain(path, "reading a plan or a checkpoint is not possible", because=because)) from error
+        raise ConfigError(explain(path, "this file is neither a plan nor a checkpoint", because=because)) from error
 
 
-def _checkpoint(path: str) -> Given:
-    """A checkpoint with a plan."""
-    found = load(path)
-    if found.plan is None:
-        raise ConfigError(explain(path, "reading a plan is not possible", because="the checkpoint was saved without one"))
-    return Given(found.plan, found.qparams, found.params, found.metadata)
+def _read_checkpoint(path: str) -> Contents:
+    """The contents of a checkpoint with a plan."""
+    checkpoint = load(path)
+    if checkpoint.plan is None:
+        because, fix = "the checkpoint was saved without one", "sq.save(path, plan=q.plan, ...)"
+        raise ConfigError(explain(path, "there is no plan to read", because=because, fix=fix))
+    return Contents(checkpoint.plan, checkpoint.qparams, checkpoint.params, checkpoint.metadata)
 
 
-def _show(made: Report) -> None:
-    """In colors on a terminal, where rich is installed; else as text."""
+def _show(result: Report) -> None:
+    """Write a report in colors on a terminal, where the package ``rich`` is installed; else as plain text."""
     if sys.stdout.isatty() and importlib.util.find_spec("rich"):
         from rich.console import Console
 
-        Console().print(made)
+        Console().print(result)
     else:
-        _say(made.table())
+        _say(result.table())
 
 
 def _say(text: str) -> int:
+    """Write a line to stdout; returns the exit code of success."""
     sys.stdout.write(f"{text}\n")
     return 0

@@ -1,6 +1,4 @@
-"""Rounding with a surrogate gradient, one file a family. Each name returns a :class:`~sophq_func.core.registry.Spec`."""
-
-from typing import Any
+"""Fake quantizers: rounding with a surrogate gradient. Each name returns a :class:`~sophq_func.core.registry.Spec`."""
 
 from sophq_func.fake_quantize._blocks import mxfp4, mxfp6, mxfp8, mxint8, nvfp4
 from sophq_func.fake_quantize._float import bf16, e4m3, e5m2, fp16
@@ -43,12 +41,12 @@ __all__ = [
 ]
 
 
-def fake_quantizer(name: str, **options: Any) -> FakeQuantize:
-    """A fake quantizer to use alone, by short or reference name.
+def fake_quantizer(name: str, **options: object) -> FakeQuantize:
+    """A fake quantizer to use alone, by its short name or its name in sophgo-mq.
 
     Args:
       name: ``"fixed"``, ``"LearnableFakeQuantize"``, ...
-      **options: the factory's options by own or reference name.
+      **options: options of the fake quantizer, by their names here or in sophgo-mq.
 
     Raises:
       ConfigError: unknown name or option.

@@ -1,4 +1,4 @@
-"""Blocks that share a scale of few bits: OCP MX, and NVFP4. All gradients pass straight through."""
+"""Formats whose blocks of elements share a scale of 8 bits: OCP MX and NVFP4. All gradients pass straight through."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
 
+E8M0_BIAS = 127
+"""An E8M0 code is the exponent of the block's power of two plus this (OCP Microscaling Formats v1.0, 5.4.1)."""
+
+LEAST_SCALE = EPS**2
+"""The float32 scale of a tensor is at least 2 ** -46: a tensor of zeros divides by this instead of 0.
+
+It is so far below the values of a model that it changes no other scale.
+"""
+
 
 @FAKE_QUANTIZERS.register("mxfp8")
 def mxfp8(element: str = "e4m3", block_size: int = 32) -> FakeQuantize:
@@ -34,8 +43,8 @@ def mxfp8(element: str = "e4m3", block_size: int = 32) -> FakeQuantize:
 
     ``y = Q(x / X) * X``, ``X = 2 ** (floor(log2 amax) - e)`` of each block along the last axis, the exponent clamped to
     E8M0's -127..127, ``e`` that of the element's largest value; elements are rounded half to even and saturate. A last
-    block may be shorter, as if padded with zeros. Dynamic by nature: observer and scheme play no part. NaN stays NaN,
-    infinities saturate, neither counts in ``amax``. Gradient 1 to ``x``.
+    block may be shorter, as if padded with zeros. The scales come from the tensor at hand; observer and scheme are not
+    used. NaN stays NaN, infinities saturate, neither counts in ``amax``. Gradient 1 to ``x``.
 
     Args:
       element: ``"e4m3"`` or ``"e5m2"``.
@@ -123,30 +132,32 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         scale = torch.maximum(-lo, hi) / (E2M1.largest * E4M3.largest)
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
-    def step(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
-        return expand(qparams.scale.detach().abs().clamp(min=EPS**2), like, scheme.granularity)
+    def expanded_scale(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return expand(qparams.scale.detach().abs().clamp(min=LEAST_SCALE), like, scheme.granularity)
 
     def divided(unit: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks divided by their shared scale, and that scale, ``(..., blocks, 1)``."""
         blocks = to_blocks(unit, block_size)
         shared = E4M3.round(block_amax(blocks) / E2M1.largest)
-        return blocks / torch.where(shared == 0, 1, shared), shared
+        divisor = torch.where(shared == 0, 1, shared)  # a block whose scale rounds to 0 becomes 0, not NaN
+        return blocks / divisor, shared
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        scale = step(x, qparams, scheme)
+        scale = expanded_scale(x, qparams, scheme)
         unit = working(x).detach() / scale
         elements, shared = divided(unit)
-        return ste(x, (from_blocks(E2M1.round(elements) * shared, unit) * scale).to(x.dtype))
+        quantized = from_blocks(E2M1.round(elements) * shared, unit) * scale
+        return ste(x, quantized.to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        elements, shared = divided(working(x).detach() / step(x, qparams, scheme))
+        elements, shared = divided(working(x).detach() / expanded_scale(x, qparams, scheme))
         block_scale = shared.squeeze(-1).to(torch.float8_e4m3fn)
         return Codes(from_blocks(indices(E2M1, elements), x), {"block_scale": block_scale})
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         unit = _by_blocks(E2M1, codes.values, codes.parts["block_scale"].to(wide), block_size)
-        return (unit * step(unit, qparams, scheme)).to(dtype)
+        return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
 
     return FakeQuantize(
         init,
@@ -163,9 +174,10 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
 
 
 def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int) -> FakeQuantize:
+    """A format of OCP MX: blocks of ``elements[element]`` that share a power of two."""
     if element not in elements:
         raise ConfigError(
-            explain(where, "this element is not possible", got=element, allowed=" or ".join(map(repr, elements)))
+            explain(where, "this element format is not offered", got=element, allowed=" or ".join(map(repr, elements)))
         )
     _check_size(where, block_size)
     form = elements[element]
@@ -174,7 +186,8 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         work = working(x).detach()
         blocks = to_blocks(work, block_size)
         scale = torch.exp2(shared_exponent(block_amax(blocks), form).to(work.dtype))
-        return ste(x, from_blocks(form.round(blocks / scale) * scale, work).to(x.dtype))
+        quantized = from_blocks(form.round(blocks / scale) * scale, work)
+        return ste(x, quantized.to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         blocks = to_blocks(working(x).detach(), block_size)
@@ -204,11 +217,11 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
 
 
 def _by_blocks(form: Format, codes: Tensor, scale: Tensor, size: int) -> Tensor:
-    """The values of a format that codes point to, times the scale ``(..., blocks)`` of their blocks."""
+    """Values from the codes of a format and the scales ``(..., blocks)`` of their blocks, in the dtype of the scales."""
     unit = value_table(form, codes.device)[codes.long()].to(scale.dtype)
     return from_blocks(to_blocks(unit, size) * scale.unsqueeze(-1), unit)
 
 
 def _check_size(where: str, size: object) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(explain(where, "block_size is not possible", got=size, allowed="an int >= 1"))
+        raise ConfigError(explain(where, "block_size must be a positive int", got=size, allowed="an int >= 1"))

@@ -7,26 +7,35 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.affine import ste, working
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
 from sophq_func.numerics.formats import round_to_dtype, round_to_float8
 from sophq_func.numerics.layout import expand, rows
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
 
-SCALING = ("max", "mean", "none")
+SCALINGS = ("max", "mean", "none")
+
+SMALLEST_MEAN = 1e-5
+"""With ``scaling="mean"`` the scale of a tensor whose mean magnitude is no larger is 1, as in sophgo-mq."""
+
+LEAST_SCALE = EPS**2
+"""Scales are at least 2 ** -46: a tensor of zeros divides by this instead of 0.
+
+It is so far below the values of a model that it changes no other scale.
+"""
 
 
 @FAKE_QUANTIZERS.register("e4m3", "E4M3FakeQuantize", scaling_method="scaling")
 def e4m3(scaling: str = "max") -> FakeQuantize:
-    """OCP FP8 E4M3: 3 mantissa bits, largest value 448, saturating (OFP8 rev. 1.0; semantics.md 4.11).
+    """OCP FP8 E4M3: 3 mantissa bits, largest value 448, saturating (OFP8 rev. 1.0).
 
     ``y = E4M3(x / s) * s``; gradient 1 to ``x`` everywhere, none to ``s``. The scale comes from the observer, or with
-    ``QScheme(dynamic=True)`` from the tensor at hand. ``bits`` of the scheme plays no part.
+    ``QScheme(dynamic=True)`` from the tensor at hand. ``bits`` of the scheme is not used.
 
     Args:
-      scaling: ``"max"``: ``s = amax / 448``; ``"none"``: ``s = 1``; ``"mean"``: of the tensor that ``init`` is shown, a
-        weight or with a dynamic scheme the tensor at hand, ``s = mean |x| / 2 ** -9``, the smallest subnormal, or 1 where
-        the mean is at most 1e-5.
+      scaling: ``"max"``: ``s = amax / 448``; ``"none"``: ``s = 1``; ``"mean"``: ``s = mean |x| / 2 ** -9``, the smallest
+        subnormal, or 1 where the mean is at most 1e-5, of the tensor that ``init`` takes: a weight, or with a dynamic
+        scheme the tensor at hand.
 
     Differs from sophgo-mq: the scale multiplies (there it is the reciprocal), has no jump at small ranges, and is
     calibrated; values below the smallest normal are rounded on the grid of the standard; per channel works.
@@ -60,7 +69,7 @@ def e5m2(scaling: str = "none") -> FakeQuantize:
 
 @FAKE_QUANTIZERS.register("fp16", "Fp16FakeQuantize")
 def fp16() -> FakeQuantize:
-    """IEEE half precision: cast and back (semantics.md 4.12).
+    """IEEE half precision: cast and back.
 
     Beyond 65504 the value is infinite; the gradient is 1, itself cast. The observed scale rounds biases only.
 
@@ -76,7 +85,7 @@ def fp16() -> FakeQuantize:
 
 @FAKE_QUANTIZERS.register("bf16", "BF16FakeQuantize")
 def bf16() -> FakeQuantize:
-    """bfloat16: cast and back (semantics.md 4.12); the gradient is 1, itself cast.
+    """bfloat16: cast and back; the gradient is 1, itself cast.
 
     Example:
       >>> import sophq_func as sq
@@ -87,10 +96,10 @@ def bf16() -> FakeQuantize:
 
 
 def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
-    if scaling not in SCALING:
-        raise ConfigError(
-            explain("FP8", "this scaling is not possible", got=scaling, allowed=" or ".join(map(repr, SCALING)))
-        )
+    """FP8 numbers of the type ``element``, times a scale."""
+    if scaling not in SCALINGS:
+        allowed = " or ".join(map(repr, SCALINGS))
+        raise ConfigError(explain("FP8", "this scaling is not known", got=scaling, allowed=allowed))
     smallest = torch.finfo(element).smallest_normal * torch.finfo(element).eps
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
@@ -100,25 +109,27 @@ def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
             scale = torch.where(scale.isnan(), scale, 1.0)
         elif scaling == "mean" and x.numel():
             mean = rows(x.detach(), scheme.granularity).float().abs().mean(-1)
-            scale = torch.where(scale.isnan() | (mean > 1e-5), mean / smallest + 0 * scale, 1.0)
+            # adding 0 * scale keeps the NaN of an observer that saw nothing, or values that are not finite
+            of_mean = mean / smallest + 0 * scale
+            scale = torch.where(scale.isnan() | (mean > SMALLEST_MEAN), of_mean, 1.0)
         elif scheme.pot_scale:
             scale = torch.exp2(torch.log2(scale).ceil())
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
-    def step(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
-        return expand(qparams.scale.detach().abs().clamp(min=EPS**2), like, scheme.granularity)
+    def expanded_scale(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return expand(qparams.scale.detach().abs().clamp(min=LEAST_SCALE), like, scheme.granularity)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        work, scale = working(x), step(x, qparams, scheme)
+        work, scale = working(x), expanded_scale(x, qparams, scheme)
         return ste(x, (round_to_float8(work / scale, element) * scale).to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        unit = working(x.detach()) / step(x, qparams, scheme)
+        unit = working(x.detach()) / expanded_scale(x, qparams, scheme)
         return Codes(round_to_float8(unit, element).to(element), {})
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         unit = codes.values.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return (unit * step(unit, qparams, scheme)).to(dtype)
+        return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
 
     return FakeQuantize(
         init,
@@ -134,8 +145,7 @@ def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
 
 
 def _cast(element: torch.dtype) -> FakeQuantize:
-    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
-        return qparams
+    """Rounding to the floating type ``element``, without a scale."""
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return round_to_dtype(x, element)
@@ -147,7 +157,7 @@ def _cast(element: torch.dtype) -> FakeQuantize:
         return codes.values.to(dtype)
 
     return FakeQuantize(
-        init,
+        kept,
         apply,
         integer=False,
         resizable=False,

@@ -1,8 +1,7 @@
-"""Weights quantized column by column, each error made up for by the columns that follow (GPTQ)."""
+"""Weights quantized column by column, where later columns compensate for the error of each (GPTQ)."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +18,22 @@ from sophq_func.numerics.ranges import EPS
 from sophq_func.numerics.scheme import QScheme
 
 FP4_TABLES = ("nf4", "fp4", "fp4_e2m1", "fp4_e2m1_bnb")
+"""The tables of sophgo-mq's quantizer of this name."""
+
+WHOLE_ROW = -1
+"""The ``group_size`` of one scale for each row; taken anew where a block of columns begins, as in sophgo-mq."""
+
+EACH_COLUMN = -2
+"""The ``group_size`` of one scale for each column."""
+
+FROM_QPARAMS = 0
+"""The ``group_size`` that takes scale, zero point and bounds from the qparams."""
+
+LEAST_SCALE = EPS**2
+"""Scales of a table are at least 2 ** -46: a row or group of zeros divides by this instead of 0.
+
+It is so far below the weights of a model that it changes no other scale.
+"""
 
 
 @FAKE_QUANTIZERS.register("gptq", "GPTQFakeQuantize", actorder="act_order")
@@ -30,14 +45,15 @@ def gptq(
     act_order: bool = False,
     quantile: float = 1.0,
 ) -> FakeQuantize:
-    """Quantize a weight so that the layer's output changes least (GPTQ, arXiv:2210.17323; semantics.md 4.14).
+    """Quantize a weight so that the layer's output changes least (GPTQ, arXiv:2210.17323).
 
-    ``extras["hessian"]``, ``(in, in)``, is that of the layer's inputs, from :func:`hessian_update`; ``in`` is what one
-    output channel of the weight holds. With ``H`` damped and ``U`` the upper Cholesky factor of its inverse, ``H^-1 = U^T
-    U``: for each column ``j``, ``e = (w_j - Q(w_j)) / U_jj``, and every later column loses ``e U_j``. Later blocks of
-    columns get their share when a block is done. Without ``extras["hessian"]`` it is :func:`fixed`.
+    ``extras["hessian"]``, ``(in, in)``, is the Hessian of the layer's squared output error, from :func:`hessian_update`;
+    ``in`` is the number of elements of one output channel. With ``H`` damped and ``U`` the upper Cholesky factor of its
+    inverse, ``H^-1 = U^T U``: for each column ``j``, ``e = (w_j - Q(w_j)) / U_jj``, and ``e U_j`` is subtracted from every
+    later column. Columns of later blocks are updated once for each block. Without ``extras["hessian"]`` it is
+    :func:`fixed`.
 
-    The solution takes as many steps as there are columns, in every call: quantize once, and use the result as weight.
+    Every call solves anew, in as many steps as there are columns: quantize once, and use the result as the weight.
     Gradient with a Hessian: 1 to ``x``, none to the rest.
 
     Args:
@@ -45,8 +61,9 @@ def gptq(
       group_size: columns for each scale ``max|W| * quantile / max(table)`` of a row, taken when the group begins, from
         the weight as the block before left it; -1: the whole row, when a block begins; -2: one scale for each column; 0:
         scale, zero point and bounds of the qparams.
-      block_size: columns after which later blocks are updated; plays no part in the result but for group scales.
-      percdamp: damping, as a share of the mean of the diagonal; a Hessian that is singular even so gives NaN.
+      block_size: columns of a block, 128 in the paper; it changes the result only through the scales of groups.
+      percdamp: damping, as a share of the mean of the diagonal, 0.01 in the paper; the result is NaN where the damped
+        Hessian is still singular.
       act_order: columns with the largest diagonal first.
       quantile: share of the maximum that the largest entry stands for.
 
@@ -74,7 +91,7 @@ def gptqfp4(data_type: str = "nf4", block_size: int = 128, percdamp: float = 0.0
       percdamp: as in :func:`gptq`.
       act_order: as in :func:`gptq`.
 
-    Differs from sophgo-mq: the upper Cholesky factor, without which nothing is made up for; solved from the Hessian as
+    Differs from sophgo-mq: the upper Cholesky factor, without which no error is compensated; solved from the Hessian as
     given, not damped again by every call; E2M1 has 0.5.
 
     Example:
@@ -83,22 +100,25 @@ def gptqfp4(data_type: str = "nf4", block_size: int = 128, percdamp: float = 0.0
       gptqfp4(act_order=False, block_size=128, data_type='nf4', percdamp=0.01)
     """
     codebook_named("gptqfp4", data_type, FP4_TABLES)
-    return _gptq("gptqfp4", data_type, -1, block_size, percdamp, act_order, 1.0)
+    return _gptq("gptqfp4", data_type, WHOLE_ROW, block_size, percdamp, act_order, 1.0)
 
 
 def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Tensor, Tensor | int]:
     """The Hessian of a layer's squared output error, and the number of samples in it, after one more batch of inputs.
 
-    ``H <- H N / (N + t) + 2 / (N + t) X^T X``, ``N <- N + t`` for a batch of ``t`` samples (semantics.md 4.14).
+    ``H <- H N / (N + t) + 2 / (N + t) X^T X``, ``N <- N + t`` for a batch of ``t`` samples.
 
     Args:
-      hessian: ``(in, in)``, at first zeros.
+      hessian: ``(in, in)``, zeros before the first batch.
       count: number of samples so far, an int or a tensor of shape ``()``.
-      x: inputs, ``(..., in)``; the first axis counts samples, two axes are one sample. Of a convolution the patches:
-        ``F.unfold(x, ...).transpose(1, 2)``.
+      x: inputs, ``(..., in)``; the first axis counts samples, an input of two axes is one sample. For a convolution its
+        patches, ``F.unfold(x, ...).transpose(1, 2)``.
 
     Returns:
-      New Hessian and count; a constant.
+      The new Hessian, a constant, and the new count.
+
+    Raises:
+      StateError: a Hessian whose shape does not fit the inputs.
 
     Example:
       >>> hessian_update(torch.zeros(1, 1), 0, torch.tensor([[1.0], [2.0]]))
@@ -107,7 +127,7 @@ def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Ten
     if hessian.ndim != 2 or hessian.shape != (x.shape[-1], x.shape[-1]):
         allowed = f"({x.shape[-1]}, {x.shape[-1]}) for inputs of shape {tuple(x.shape)}"
         raise StateError(
-            explain("hessian_update", "a Hessian of this shape is not possible", got=tuple(hessian.shape), allowed=allowed)
+            explain("hessian_update", "a Hessian of this shape does not fit", got=tuple(hessian.shape), allowed=allowed)
         )
     if x.numel() == 0:
         return hessian.detach(), count
@@ -120,21 +140,20 @@ def _gptq(
     where: str, data_type: str, group_size: int, block_size: int, percdamp: float, act_order: bool, quantile: float
 ) -> FakeQuantize:
     table = codebook_named(where, data_type)
-    for name, value in (("group_size", group_size), ("block_size", block_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < (-2 if name == "group_size" else 1):
-            allowed = "an int >= -2" if name == "group_size" else "an int >= 1"
-            raise ConfigError(explain(where, f"{name} is not possible", got=value, allowed=allowed))
+    _check_int(where, "group_size", group_size, least=EACH_COLUMN)
+    _check_int(where, "block_size", block_size, least=1)
     if isinstance(percdamp, bool) or not isinstance(percdamp, int | float) or percdamp < 0:
-        raise ConfigError(explain(where, "percdamp is not possible", got=percdamp, allowed="a number >= 0"))
+        raise ConfigError(explain(where, "percdamp must not be negative", got=percdamp, allowed="a number >= 0"))
     if not isinstance(act_order, bool):
-        raise ConfigError(explain(where, "act_order is not possible", got=act_order, allowed="True or False"))
+        raise ConfigError(explain(where, "act_order must be a bool", got=act_order, allowed="True or False"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         constant = tree_map(torch.Tensor.detach, qparams)
         if "hessian" not in qparams.extras:
             return fake_quantize(x, constant, scheme, "kernel")
         problem = _problem(working(x).detach(), constant.extras["hessian"], percdamp, act_order)
-        rounding = _Integers(constant, scheme) if group_size == 0 else _Scaled(table, group_size, quantile)
+        integers = group_size == FROM_QPARAMS
+        rounding = _Integers(constant, scheme) if integers else _Scaled(table, group_size, quantile)
         return ste(x, _solve(problem, rounding, block_size).reshape(x.shape).to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
@@ -143,19 +162,17 @@ def _gptq(
         return affine.nearest(apply(working(x.detach()), qparams, scheme), qparams, scheme)
 
     def uncoded(qparams: QParams, scheme: QScheme) -> str:
-        if "hessian" in qparams.extras and group_size != 0:
-            return "its scales are found column by column, and not kept"
+        if "hessian" in qparams.extras and group_size != FROM_QPARAMS:
+            return "its scales are computed column by column, and not kept"
         return affine.uncoded(qparams, scheme)
 
-    shared = 32 / {-1: block_size, -2: math.inf}.get(group_size, group_size) if group_size else 0
-    bits = code_bits(table) + shared if group_size else None
     return FakeQuantize(
         kept,
         apply,
         integer=False,
         resizable=False,
-        bits=bits,
-        scaled=group_size == 0,
+        bits=_bits(table, group_size, block_size),
+        scaled=group_size == FROM_QPARAMS,
         encode=encode,
         decode=affine.decode,
         uncoded=uncoded,
@@ -163,70 +180,90 @@ def _gptq(
     )
 
 
+def _check_int(where: str, name: str, value: object, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(explain(where, f"{name} must be an int from {least} up", got=value, allowed=f"an int >= {least}"))
+
+
+def _bits(table: Codebook, group_size: int, block_size: int) -> float | None:
+    """Stored bits of a code and its share of a scale of 32 bits; ``None``, those of the scheme, without a table."""
+    if group_size == FROM_QPARAMS:
+        return None
+    if group_size == EACH_COLUMN:
+        return float(code_bits(table))  # a column is as long as there are output channels: its scale costs next to nothing
+    columns = block_size if group_size == WHOLE_ROW else group_size
+    return code_bits(table) + 32 / columns
+
+
 class _Problem(NamedTuple):
-    """What is solved: the weight as ``(out, in)``, the factor ``U``, and where each column goes and came from."""
+    """The weight ``(out, in)``, the factor ``U`` ``(in, in)``, and what undoes a sorting of the columns, or ``None``."""
 
     weight: Tensor
     factor: Tensor
-    back: Tensor | None
+    unsort: Tensor | None
 
 
 def _problem(weight: Tensor, hessian: Tensor, percdamp: float, act_order: bool) -> _Problem:
-    """Dead columns cleared, the Hessian damped, inverted and factored; columns sorted where that is asked for."""
+    """The problem to solve: dead columns cleared, columns sorted for ``act_order``, the Hessian damped and factored."""
     weight = weight.reshape(weight.shape[0], -1)
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         allowed = f"({weight.shape[1]}, {weight.shape[1]}), the inputs of one output channel"
-        raise StateError(
-            explain("gptq", "a Hessian of this shape is not possible", got=tuple(hessian.shape), allowed=allowed)
-        )
+        raise StateError(explain("gptq", "a Hessian of this shape does not fit", got=tuple(hessian.shape), allowed=allowed))
+    # an input that was always 0 does not reach the output: its column becomes 0, and a 1 makes the Hessian invertible
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     weight = torch.where(dead, 0, weight)
     diagonal = torch.where(dead, 1, diagonal)
     hessian = hessian + torch.diag(dead.to(hessian.dtype))
-    back = None
+    unsort = None
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-        weight, back = weight.index_select(1, order), torch.argsort(order)
+        unsort = torch.argsort(order)
+        weight = weight.index_select(1, order)
         hessian = hessian.index_select(0, order).index_select(1, order)
-    damped = hessian + percdamp * diagonal.mean() * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    damped = hessian + percdamp * diagonal.mean() * identity
     inverse = torch.cholesky_inverse(_cholesky(damped))
-    return _Problem(weight, _cholesky(inverse, upper=True).to(weight.dtype), back)
+    return _Problem(weight, _cholesky(inverse, upper=True).to(weight.dtype), unsort)
 
 
 def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
-    """The Cholesky factor, NaN where there is none."""
-    found = torch.linalg.cholesky_ex(matrix, upper=upper)
-    return torch.where(found.info == 0, found.L, torch.nan)
+    """The Cholesky factor; NaN where the matrix is not positive definite, for an error would need its numbers."""
+    result = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return torch.where(result.info == 0, result.L, torch.nan)
 
 
 class _Rounding(Protocol):
     """How one column is rounded."""
 
-    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
-        """The scale of column ``j``; ``weight`` as it was when the block began at ``start``, ``before`` the last scale."""
+    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, previous: Tensor) -> Tensor:
+        """The scale of column ``j``.
+
+        ``weight`` is as it was when the block began at the column ``start``, ``column`` as it is now; ``previous`` is the
+        scale of the column before.
+        """
 
     def round(self, column: Tensor, scale: Tensor) -> Tensor:
         """The column on its grid."""
 
 
 class _Scaled(NamedTuple):
-    """A table times scales of groups of columns."""
+    """The entries of a table, times scales of groups of columns."""
 
     table: Codebook
     group_size: int
     quantile: float
 
-    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
-        if self.group_size == -2:
+    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, previous: Tensor) -> Tensor:
+        if self.group_size == EACH_COLUMN:
             amax = column.abs().amax()
-        elif self.group_size == -1 and j == start:
+        elif self.group_size == WHOLE_ROW and j == start:
             amax = weight.abs().amax(1)
         elif self.group_size > 0 and j % self.group_size == 0:
             amax = weight[:, j : j + self.group_size].abs().amax(1)
         else:
-            return before
-        return (amax * self.quantile / self.table.largest).clamp(min=EPS**2)
+            return previous
+        return (amax * self.quantile / self.table.largest).clamp(min=LEAST_SCALE)
 
     def round(self, column: Tensor, scale: Tensor) -> Tensor:
         return self.table.round(column / scale) * scale
@@ -238,27 +275,35 @@ class _Integers(NamedTuple):
     qparams: QParams
     scheme: QScheme
 
-    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, before: Tensor) -> Tensor:
-        return before
+    def scale(self, j: int, start: int, weight: Tensor, column: Tensor, previous: Tensor) -> Tensor:
+        return previous
 
     def round(self, column: Tensor, scale: Tensor) -> Tensor:
         return fake_quantize(column, self.qparams, self.scheme, "kernel")
 
 
 def _solve(problem: _Problem, rounding: _Rounding, block_size: int) -> Tensor:
-    """Column by column over all rows at once: round, and take ``(w - q) / U_jj * U_j`` off the columns that follow."""
+    """Round column after column, in all rows at once, and subtract ``(w - q) / U_jj * U_j`` from the columns that follow.
+
+    Inside a block each column is updated after every column before it, since it must be final when its turn comes. Later
+    blocks can wait: one matrix product for each block updates them, instead of a pass over the weight for each column.
+    """
     weight, factor = problem.weight, problem.factor
-    found, scale = [], weight.new_ones(())
+    quantized: list[Tensor] = []
+    scale = weight.new_ones(())
     for start in range(0, weight.shape[1], block_size):
         stop = min(start + block_size, weight.shape[1])
-        rest, errors = weight[:, start:stop], []
+        rest = weight[:, start:stop]
+        errors = []
         for j in range(start, stop):
             column = rest[:, 0]
             scale = rounding.scale(j, start, weight, column, scale)
-            found.append(rounding.round(column, scale))
-            errors.append((column - found[-1]) / factor[j, j])
-            rest = rest[:, 1:] - errors[-1][:, None] * factor[j, j + 1 : stop]
+            rounded = rounding.round(column, scale)
+            error = (column - rounded) / factor[j, j]
+            quantized.append(rounded)
+            errors.append(error)
+            rest = rest[:, 1:] - error[:, None] * factor[j, j + 1 : stop]
         later = weight[:, stop:] - torch.stack(errors, 1) @ factor[start:stop, stop:]
         weight = torch.cat([weight[:, :stop], later], 1)
-    solved = torch.stack(found, 1)
-    return solved if problem.back is None else solved.index_select(1, problem.back)
+    solved = torch.stack(quantized, 1)
+    return solved if problem.unsort is None else solved.index_select(1, problem.unsort)

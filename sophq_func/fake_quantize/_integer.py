@@ -12,7 +12,8 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.modes import may_differentiate
 from sophq_func.core.pytree import tree_map
-from sophq_func.numerics.affine import Order, decode, encode, fake_quantize, prepared, uncoded
+from sophq_func.numerics import affine
+from sophq_func.numerics.affine import Order, fake_quantize, prepared
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.ranges import positive
 from sophq_func.numerics.scheme import PerTensor, QScheme
@@ -20,7 +21,7 @@ from sophq_func.numerics.scheme import PerTensor, QScheme
 
 @FAKE_QUANTIZERS.register("fixed", "FixedFakeQuantize")
 def fixed() -> FakeQuantize:
-    """Scale and zero point are constants: ``y = (clamp(round(x * (1 / s)) + z, n, p) - z) * s`` (semantics.md 4.2).
+    """Scale and zero point are constants: ``y = (clamp(round(x * (1 / s)) + z, n, p) - z) * s``.
 
     Gradient: 1 to ``x`` where the code is inside ``[n, p]``, else 0; none to scale and zero point.
 
@@ -38,17 +39,24 @@ def fixed() -> FakeQuantize:
     def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
         return prepared(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel", factor=factor)
 
-    return FakeQuantize(kept, apply, prepare=prepare, encode=partial(encode, order="kernel"), decode=decode, uncoded=uncoded)
+    return FakeQuantize(
+        kept,
+        apply,
+        prepare=prepare,
+        encode=partial(affine.encode, order="kernel"),
+        decode=affine.decode,
+        uncoded=affine.uncoded,
+    )
 
 
 @FAKE_QUANTIZERS.register("learnable", "LearnableFakeQuantize", "lsq")
 def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
-    """Learned step size, and zero point where the scheme is affine (LSQ, arXiv:1902.08153; semantics.md 4.3).
+    """Learned step size, and zero point where the scheme is affine (LSQ, arXiv:1902.08153).
 
     Forward as :func:`fixed` per tensor; per channel and per group in expression order, ``round(x / s + z)``. Gradients
     as :func:`sophq_func.numerics.affine.fake_quantize` states, those of scale and zero point times
     ``g = 1 / sqrt(numel(x) / scales * p)``; per channel and per group this may turn the scale in the forward into a
-    neighbouring float, as in sophgo-mq. The scale in force is ``max(|s|, 2 ** -23)``, straight through the floor.
+    neighbouring float, as in sophgo-mq. The scale applied is ``max(|s|, 2 ** -23)``, straight through the floor.
 
     Args:
       use_grad_scaling: multiply the gradients of scale and zero point by ``g``; else ``g = 1``.
@@ -61,14 +69,7 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
       >>> sq.fake_quantizer("LearnableFakeQuantize", use_grad_scaling=False).learnable
       ('scale', 'zero_point')
     """
-
-    if not isinstance(use_grad_scaling, bool):
-        raise ConfigError(
-            explain("learnable", "use_grad_scaling is not possible", got=use_grad_scaling, allowed="True or False")
-        )
-
-    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
-        return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
+    _check_grad_scaling("learnable", use_grad_scaling)
 
     def order_of(scheme: QScheme) -> Order:
         return "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
@@ -77,9 +78,10 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
         """Scale and zero point as the forward sees them; of ``x`` only the number of elements matters."""
         scale, zero_point = positive(qparams.scale), qparams.zero_point
         if use_grad_scaling:
-            less, scaled = _grad_factor(x, qparams, scheme), SCALE_GRAD[order_of(scheme)]
-            scale = scaled(scale, less)
-            zero_point = scaled(zero_point, less) if zero_point.is_floating_point() else zero_point
+            factor, scale_grad = _grad_factor(x, qparams, scheme), SCALE_GRAD[order_of(scheme)]
+            scale = scale_grad(scale, factor)
+            if zero_point.is_floating_point():
+                zero_point = scale_grad(zero_point, factor)
         return QParams(scale, zero_point, qparams.extras)
 
     def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
@@ -88,20 +90,20 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         return prepare(x, None, qparams, scheme)()
 
-    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return encode(x, in_force(x, qparams, scheme), scheme, order_of(scheme))
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return affine.encode(x, in_force(x, qparams, scheme), scheme, order_of(scheme))
 
-    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
-        return decode(codes, in_force(codes.values, qparams, scheme), scheme, dtype)
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return affine.decode(codes, in_force(codes.values, qparams, scheme), scheme, dtype)
 
     return FakeQuantize(
-        init,
+        _with_float_zero_point,
         apply,
         ("scale", "zero_point"),
         prepare=prepare,
-        encode=own_encode,
-        decode=own_decode,
-        uncoded=uncoded,
+        encode=encode,
+        decode=decode,
+        uncoded=affine.uncoded,
     )
 
 
@@ -109,9 +111,9 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
 def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
     """Learned step size and offset (LSQ+, arXiv:2004.09576).
 
-    ``y = s (clamp(round(x / s + z), n, p) - z)``, the paper's with ``z = -beta / s`` for its offset ``beta``: a real
-    number, neither rounded nor clamped, so that 0 need not be on the grid; :func:`learnable` rounds it. A symmetric scheme
-    has no offset. Gradients as :func:`sophq_func.numerics.affine.fake_quantize` states, ``z`` itself in
+    ``y = s (clamp(round(x / s + z), n, p) - z)``, the paper's formula with ``z = -beta / s`` for its offset ``beta``. Here
+    ``z`` is a real number, neither rounded nor clamped, so that 0 need not be on the grid; :func:`learnable` rounds it. A
+    symmetric scheme has no offset. Gradients as :func:`sophq_func.numerics.affine.fake_quantize` states, ``z`` itself in
     the place of the rounded one, those of scale and zero point times the factor of :func:`learnable`.
 
     Args:
@@ -123,40 +125,58 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
       >>> fq.apply(torch.tensor([0.0, 1.2]), sq.QParams(torch.tensor(1.0), torch.tensor(0.25), {}), scheme)
       tensor([-0.2500,  0.7500])
     """
-    if not isinstance(use_grad_scaling, bool):
-        raise ConfigError(
-            explain("lsq_plus", "use_grad_scaling is not possible", got=use_grad_scaling, allowed="True or False")
-        )
-
-    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
-        return qparams if scheme.symmetric else qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
+    _check_grad_scaling("lsq_plus", use_grad_scaling)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         scale, zero_point = positive(qparams.scale), qparams.zero_point
         if use_grad_scaling:
             factor = _grad_factor(x, qparams, scheme)
             scale = _scale_grad(scale, factor)
-            zero_point = _scale_grad(zero_point, factor) if zero_point.is_floating_point() else zero_point
+            if zero_point.is_floating_point():
+                zero_point = _scale_grad(zero_point, factor)
         return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, "expression", whole=False)
 
-    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "expression", whole=False)
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return affine.encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "expression", whole=False)
 
-    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
-        return decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return affine.decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
 
     return FakeQuantize(
-        init, apply, ("scale", "zero_point"), encode=own_encode, decode=own_decode, uncoded=partial(uncoded, whole=False)
+        _with_float_zero_point,
+        apply,
+        ("scale", "zero_point"),
+        encode=encode,
+        decode=decode,
+        uncoded=partial(affine.uncoded, whole=False),
     )
 
 
+def _check_grad_scaling(where: str, use_grad_scaling: object) -> None:
+    if not isinstance(use_grad_scaling, bool):
+        raise ConfigError(explain(where, "use_grad_scaling must be a bool", got=use_grad_scaling, allowed="True or False"))
+
+
+def _with_float_zero_point(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+    """The qparams with a zero point that can be learned; a symmetric scheme has none to learn."""
+    if scheme.symmetric:
+        return qparams
+    return qparams._replace(zero_point=qparams.zero_point.to(torch.float32))
+
+
 def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float:
-    """``1 / sqrt(elements per scale * qmax)``, a constant; for derivatives a tensor: forward AD widens numbers."""
+    """LSQ's factor of gradients, ``1 / sqrt(elements per scale * qmax)``, a constant.
+
+    A Python number where nothing is differentiated; a tensor in the dtype of the scale where something may be, because
+    forward AD widens the dtype of a tangent that is multiplied by a number.
+    """
     elements = max(x.numel(), 1) / max(qparams.scale.numel(), 1)
     if "qmax" in qparams.extras:
         return torch.rsqrt(elements * qparams.extras["qmax"].detach().to(qparams.scale.dtype))
-    product = elements * scheme.qmax  # while exporting, elements may be a symbol
-    factor = 1 / (math.sqrt(product) if isinstance(product, float) else torch.sym_sqrt(product))
+    product = elements * scheme.qmax
+    # in an export for batches of any size the number of elements is a symbol, which math.sqrt does not take
+    root = math.sqrt(product) if isinstance(product, float) else torch.sym_sqrt(product)
+    factor = 1 / root
     if isinstance(factor, float) and not may_differentiate():
         return factor
     return torch.full((), factor, dtype=qparams.scale.dtype, device=x.device)
@@ -171,9 +191,9 @@ def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
-    """The same as the sum of two parts, which may round to a neighbour of ``value``.
+    """The same as the sum ``value * factor + (value - value * factor)``, which may round to a neighbour of ``value``.
 
-    Recorded numbers of sophgo-mq show this rounding where it decides an exact tie: with ``s = amax / 127.5`` the extreme
+    sophgo-mq computes it so, and the rounding shows where it decides an exact tie: with ``s = amax / 127.5`` the extreme
     of every channel is one.
     """
     part = value * factor

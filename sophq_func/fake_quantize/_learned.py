@@ -9,16 +9,23 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.pytree import sorted_dict, tree_map
-from sophq_func.numerics.affine import decode, encode, fake_quantize, ste, uncoded, working
+from sophq_func.numerics import affine
+from sophq_func.numerics.affine import fake_quantize, ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, Decode, FakeQuantize, GridInForce, QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, positive, qparams_to_range, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
 
+LOST_BITS = 2.0**-22
+"""More than the relative error of a range that went through a scale and back, of a few roundings of 2 ** -24 each.
+
+The range is made smaller by so much, so that an observed power of two does not round up to the next one.
+"""
+
 
 @FAKE_QUANTIZERS.register("pact", "PACTFakeQuantize")
 def pact(alpha: float = 6.0) -> FakeQuantize:
-    """Clip at a learned bound, then quantize the clipped range (PACT, arXiv:1805.06085; semantics.md 4.4).
+    """Clip at a learned bound, then quantize the clipped range (PACT, arXiv:1805.06085).
 
     ``y = Q(clip(x, l, alpha))``; ``l`` is ``-alpha`` where the scheme is symmetric, else ``extras["n_alpha"]``, at first
     ``-alpha``, or 0 where the observer saw nothing below 0. ``Q`` is :func:`fixed` with the grid of ``[l, alpha]``, which
@@ -29,10 +36,10 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
     ``n_alpha`` 1 where ``x < n_alpha``.
 
     Args:
-      alpha: first bound.
+      alpha: initial bound, > 0.
 
-    Differs from sophgo-mq: clips always, not only while observing; the gradient of ``alpha`` is not lost where the bound
-    is rounded to a code beyond the grid; works per channel and per group.
+    Differs from sophgo-mq: clips always, not only while observing; ``alpha`` has its gradient also where the bound is
+    rounded to a code beyond the grid; works per channel and per group.
 
     Example:
       >>> import sophq_func as sq
@@ -42,20 +49,21 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
       tensor([-4.,  2.,  2.])
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ConfigError(explain("pact", "alpha is not possible", got=alpha, allowed="a number above 0"))
+        raise ConfigError(explain("pact", "alpha must be a positive number", got=alpha, allowed="a number above 0"))
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
-        first = {"alpha": torch.full_like(qparams.scale, alpha)}
+        learned = {"alpha": torch.full_like(qparams.scale, alpha)}
         if not scheme.symmetric:
             lo, _ = qparams_to_range(qparams, scheme)
-            first["n_alpha"] = torch.where(lo < 0, -first["alpha"], 0.0)
-        found = grid(qparams._replace(extras=sorted_dict(qparams.extras | first)), scheme)
-        return found._replace(scale=torch.where(qparams.scale.isnan(), qparams.scale, found.scale))
+            learned["n_alpha"] = torch.where(lo < 0, -learned["alpha"], 0.0)
+        initial = grid(qparams._replace(extras=sorted_dict(qparams.extras | learned)), scheme)
+        # the grid does not depend on the observed scale, but one that is NaN must stay visible
+        return initial._replace(scale=torch.where(qparams.scale.isnan(), qparams.scale, initial.scale))
 
     def grid(qparams: QParams, scheme: QScheme) -> QParams:
         lo, hi = _clip(qparams, scheme)
-        found = range_to_qparams(lo.detach(), hi.detach(), scheme, limits=bounds(qparams, scheme))
-        return found._replace(extras=qparams.extras)
+        of_range = range_to_qparams(lo.detach(), hi.detach(), scheme, limits=bounds(qparams, scheme))
+        return of_range._replace(extras=qparams.extras)
 
     def clip(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
         work = working(x)
@@ -67,31 +75,31 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
         constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
         return ste(clipped, fake_quantize(clipped.detach(), constant, scheme, "kernel")).to(x.dtype)
 
-    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return encode(clip(x.detach(), qparams, scheme), grid(qparams, scheme), scheme, "kernel")
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return affine.encode(clip(x.detach(), qparams, scheme), grid(qparams, scheme), scheme, "kernel")
 
     return FakeQuantize(
         init,
         apply,
         ("alpha", "n_alpha"),
         grid=grid,
-        encode=own_encode,
+        encode=encode,
         decode=_decoding(grid),
-        uncoded=uncoded,
+        uncoded=affine.uncoded,
     )
 
 
 def _decoding(grid: GridInForce) -> Decode:
-    """Codes read on the grid that is in force."""
+    """A :class:`Decode` that reads codes on the grid that the learned extras give."""
 
-    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
-        return decode(codes, grid(qparams, scheme), scheme, dtype)
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return affine.decode(codes, grid(qparams, scheme), scheme, dtype)
 
-    return own_decode
+    return decode
 
 
 def _clip(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
-    """The bounds in force: ``alpha`` by its size, ``n_alpha`` not above 0."""
+    """The bounds that are applied: ``max(|alpha|, 2 ** -23)``, and ``n_alpha`` clamped to at most 0."""
     hi = positive(qparams.extras["alpha"])
     if scheme.symmetric:
         return -hi, hi
@@ -101,18 +109,18 @@ def _clip(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
 
 @FAKE_QUANTIZERS.register("tqt", "TqtFakeQuantize")
 def tqt() -> FakeQuantize:
-    """A learned threshold whose step is a power of two (TQT, arXiv:1903.08066; semantics.md 4.6).
+    """A learned threshold whose step is a power of two (TQT, arXiv:1903.08066).
 
-    ``extras["log2_t"]``, at first the base-2 logarithm of the observed range, is learned. ``s = 2 ** ceil(log2_t) /
-    2 ** (b - 1)``, ``2 ** b`` in the divisor where the scheme is affine; then :func:`fixed`, whose half to even is the
-    paper's. Affine grids keep the zero point of the first step.
+    ``extras["log2_t"]``, initially the base-2 logarithm of the observed range, is learned. ``s = 2 ** ceil(log2_t) /
+    2 ** (b - 1)``, ``2 ** b`` in the divisor where the scheme is affine; then as :func:`fixed`, which rounds half to even
+    as the paper does. Affine grids keep the zero point of the initial scale.
 
     Gradient, eq. (7) and (8) of the paper, ceil straight-through: that of
     :func:`sophq_func.numerics.affine.fake_quantize` to ``x``, and ``s ln(2)`` times that to the scale to
     ``log2_t``: ``s ln(2) (round(x / s) - x / s)`` inside, ``s ln(2) n`` and ``s ln(2) p`` beyond.
 
     Differs from sophgo-mq: the threshold is learned; no kind of tensor has to be set first; one rounding for all kinds;
-    small scales do not jump to 1; affine, per channel and per group work.
+    small scales are not replaced by 1; affine, per channel and per group work.
 
     Example:
       >>> import sophq_func as sq
@@ -125,31 +133,32 @@ def tqt() -> FakeQuantize:
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
         width = torch.maximum(-lo, hi) if scheme.symmetric else hi - lo
-        # the range lost its last bits on the way through a scale; a power of two shall not become the next one
-        start = torch.log2(width * (1 - 2.0**-22)).clamp(max=128)
-        found = grid(qparams._replace(extras=sorted_dict({**qparams.extras, "log2_t": start})), scheme)
+        log2_t = torch.log2(width * (1 - LOST_BITS)).clamp(max=128)  # 128: a width that overflowed is infinite
+        initial = grid(qparams._replace(extras=sorted_dict({**qparams.extras, "log2_t": log2_t})), scheme)
         if scheme.symmetric:
-            return found
-        zero_point = clamp(scheme.qmin - torch.round(lo / found.scale), scheme.qmin, scheme.qmax)
-        return found._replace(zero_point=torch.where(zero_point.isnan(), 0, zero_point).to(torch.int32))
+            return initial
+        zero_point = clamp(scheme.qmin - torch.round(lo / initial.scale), scheme.qmin, scheme.qmax)
+        return initial._replace(zero_point=torch.where(zero_point.isnan(), 0, zero_point).to(torch.int32))
 
     def grid(qparams: QParams, scheme: QScheme) -> QParams:
-        threshold, bits = qparams.extras["log2_t"], _bits(*bounds(qparams, scheme))
-        exponent = ste(threshold, threshold.ceil()) - (bits - int(scheme.symmetric))
+        log2_t = qparams.extras["log2_t"]
+        low, high = bounds(qparams, scheme)
+        sign_bits = 1 if scheme.symmetric else 0
+        exponent = ste(log2_t, log2_t.ceil()) - (_bits(low, high) - sign_bits)
         return qparams._replace(scale=torch.exp2(exponent.clamp(min=math.log2(EPS), max=127)))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        found = grid(qparams, scheme)
-        return fake_quantize(x, found._replace(zero_point=found.zero_point.detach()), scheme, "kernel")
+        learned = grid(qparams, scheme)
+        return fake_quantize(x, learned._replace(zero_point=learned.zero_point.detach()), scheme, "kernel")
 
-    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return encode(x, grid(qparams, scheme), scheme, "kernel")
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return affine.encode(x, grid(qparams, scheme), scheme, "kernel")
 
-    return FakeQuantize(init, apply, ("log2_t",), grid=grid, encode=own_encode, decode=_decoding(grid), uncoded=uncoded)
+    return FakeQuantize(init, apply, ("log2_t",), grid=grid, encode=encode, decode=_decoding(grid), uncoded=affine.uncoded)
 
 
 def _bits(low: Bound, high: Bound) -> Tensor | int:
-    """How many bits the codes from ``low`` to ``high`` take."""
+    """How many bits the codes from ``low`` to ``high`` take; a tensor where a bound is one."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.log2(torch.as_tensor(high - low + 1)).ceil()
     return (high - low).bit_length()

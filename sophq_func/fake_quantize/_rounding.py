@@ -7,15 +7,19 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.numerics.affine import decode, encode, fake_quantize, uncoded, working
+from sophq_func.numerics import affine
+from sophq_func.numerics.affine import fake_quantize, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import clamp, expanded_bounds, positive
 from sophq_func.numerics.scheme import QScheme
 
 GAMMA, ZETA = -0.1, 1.1
+"""The ends to which AdaRound stretches its sigmoid before clamping, as in the paper: 0 and 1 are reached exactly."""
+
 ROUNDINGS = ("soft", "hard")
 QUANT_TYPES = (None, "param", "input", "tensor")
+"""What a tensor is to its layer: a weight for the first two, an activation for the others."""
 
 
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
@@ -32,21 +36,21 @@ def rectified_sigmoid(alpha: Tensor) -> Tensor:
 
 @FAKE_QUANTIZERS.register("adaround", "AdaRoundFakeQuantize")
 def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuantize:
-    """Weights rounded up or down as is learned for each element (AdaRound, arXiv:2004.10568; semantics.md 4.8).
+    """Weights rounded up or down, which is learned for each element (AdaRound, arXiv:2004.10568).
 
-    ``y = (clamp(floor(x / s) + h + z, n, p) - z) s``. ``init`` is shown the weight and makes ``extras["alpha"]``, shaped
-    like it, so that with ``h = rectified_sigmoid(alpha)`` the weight comes back as it is, inside the grid. ``"soft"``
-    uses this ``h``, ``"hard"`` 1 where ``alpha >= 0`` and else 0. Without ``extras["alpha"]`` it is :func:`fixed`.
+    ``y = (clamp(floor(x / s) + h + z, n, p) - z) s``. ``init`` takes the weight and adds ``extras["alpha"]``, shaped
+    like it, such that ``h = rectified_sigmoid(alpha)`` reproduces the weight inside the grid. ``"soft"`` uses this ``h``,
+    ``"hard"`` 1 where ``alpha >= 0`` and else 0. Without ``extras["alpha"]`` it is :func:`fixed`.
 
     Gradient: soft: to ``alpha`` by ordinary differentiation, 0 where ``h`` or the code is clamped; none to ``x`` and
     scale. Hard: none.
 
     Args:
       rounding: ``"soft"`` to learn, ``"hard"`` to use what was learned.
-      quant_type: ``"param"`` or ``None``: a weight. ``"input"`` or ``"tensor"``, which a plan fills in for activations:
-        there is nothing to learn for each element, ``init`` makes no ``alpha``.
+      quant_type: ``"param"`` or ``None``: a weight. ``"input"`` or ``"tensor"``, which a plan sets for activations:
+        there is nothing to learn for each element, and ``init`` adds no ``alpha``.
 
-    Differs from sophgo-mq: the scale has a floor; the second way of rounding is an option.
+    Differs from sophgo-mq: the scale has a floor; hard rounding is an option.
 
     Example:
       >>> import sophq_func as sq
@@ -59,20 +63,17 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
       tensor([ 1., -1.])
     """
     if rounding not in ROUNDINGS:
-        raise ConfigError(
-            explain("adaround", "this rounding is not possible", got=rounding, allowed=" or ".join(map(repr, ROUNDINGS)))
-        )
+        allowed = " or ".join(map(repr, ROUNDINGS))
+        raise ConfigError(explain("adaround", "this rounding is not known", got=rounding, allowed=allowed))
     if quant_type not in QUANT_TYPES:
-        raise ConfigError(
-            explain(
-                "adaround", "this quant_type is not possible", got=quant_type, allowed="'param', 'input', 'tensor' or None"
-            )
-        )
+        allowed = "'param', 'input', 'tensor' or None"
+        raise ConfigError(explain("adaround", "this quant_type is not known", got=quant_type, allowed=allowed))
+    is_weight = quant_type in (None, "param")
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         ratio = working(x).detach() / expand(positive(qparams.scale), x, scheme.granularity)
-        rest = (ratio - ratio.floor()).float()
-        alpha = -torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
+        fraction = (ratio - ratio.floor()).float()
+        alpha = -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)  # rectified_sigmoid(alpha) == fraction
         return qparams._replace(extras=sorted_dict({**qparams.extras, "alpha": alpha}))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
@@ -88,7 +89,7 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
         if alpha.shape != x.shape:
             allowed, fix = f"that of the weight, {tuple(x.shape)}", "qparams = fq.init(qparams, weight, scheme)"
             raise StateError(
-                explain("adaround", "alpha of this shape is not possible", got=tuple(alpha.shape), allowed=allowed, fix=fix)
+                explain("adaround", "alpha of this shape does not fit", got=tuple(alpha.shape), allowed=allowed, fix=fix)
             )
         granularity = scheme.granularity
         low, high = expanded_bounds(qparams, scheme, x)
@@ -99,36 +100,35 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
         inside = (level >= low) & (level <= high)
         return torch.where(inside, level, clamp(level.detach(), low, high)), zero, scale
 
-    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         if "alpha" not in qparams.extras:
-            return encode(x, qparams, scheme, "kernel")
+            return affine.encode(x, qparams, scheme, "kernel")
         return Codes(rounded(x, qparams, scheme)[0].detach().to(torch.int32), {})
 
-    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         if "alpha" not in qparams.extras:
-            return decode(codes, qparams, scheme, dtype)
-        return decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
+            return affine.decode(codes, qparams, scheme, dtype)
+        return affine.decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
 
-    def own_uncoded(qparams: QParams, scheme: QScheme) -> str:
-        if rounding == "soft" and weight and not _is_hard(qparams, scheme):
-            return "its rounding is soft: between two codes, as long as it is learned"
-        return uncoded(qparams, scheme, whole="alpha" not in qparams.extras)
+    def uncoded(qparams: QParams, scheme: QScheme) -> str:
+        if rounding == "soft" and is_weight and not _is_hard(qparams, scheme):
+            return "its rounding is soft: while it is learned, values lie between two codes"
+        return affine.uncoded(qparams, scheme, whole="alpha" not in qparams.extras)
 
-    weight = quant_type in (None, "param")
     return FakeQuantize(
-        init if weight else kept,
+        init if is_weight else kept,
         apply,
-        ("alpha",) if weight else (),
-        resizable=not weight,
-        encode=own_encode,
-        decode=own_decode,
-        uncoded=own_uncoded,
+        ("alpha",) if is_weight else (),
+        resizable=not is_weight,  # alpha was made for the steps of one bit width
+        encode=encode,
+        decode=decode,
+        uncoded=uncoded,
     )
 
 
 def _is_hard(qparams: QParams, scheme: QScheme) -> bool:
-    """Whether what was learned rounds each element all the way; without anything learned, it does."""
-    if scheme.dynamic:  # alpha is made anew from each tensor, to give that tensor back
+    """Whether the learned rounding of each element is exactly 0 or 1; also where there is no ``alpha``."""
+    if scheme.dynamic:  # alpha is made anew from each tensor, such that it reproduces the tensor
         return False
     if "alpha" not in qparams.extras:
         return True
@@ -138,16 +138,16 @@ def _is_hard(qparams: QParams, scheme: QScheme) -> bool:
 
 @FAKE_QUANTIZERS.register("qdrop", "QDropFakeQuantize")
 def qdrop(prob: float = 1.0) -> FakeQuantize:
-    """Quantize each element with a probability, else let it pass (QDrop, arXiv:2203.05740; semantics.md 4.9).
+    """Quantize each element with a probability, else leave it as it is (QDrop, arXiv:2203.05740).
 
     ``q = (clamp(round(x / s) + z, n, p) - z) s``; ``y = q`` where ``noise < prob``, else ``x``. Gradients as
     :func:`sophq_func.numerics.affine.fake_quantize` states where quantized, without LSQ's factor; 1 to ``x``
     where not. The zero point is a constant.
 
     Args:
-      prob: probability to quantize; at 1 no noise is needed.
+      prob: probability to quantize, in [0, 1]; at 1 no noise is needed.
 
-    Differs from sophgo-mq: the scale has a floor; works per channel; the random numbers are given.
+    Differs from sophgo-mq: the scale has a floor; works per channel; the random numbers are an argument.
 
     Example:
       >>> import sophq_func as sq
@@ -157,28 +157,32 @@ def qdrop(prob: float = 1.0) -> FakeQuantize:
       tensor([1.0000, 1.2000])
     """
     if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0 <= prob <= 1:
-        raise ConfigError(explain("qdrop", "prob is not possible", got=prob, allowed="a number from 0 to 1"))
+        raise ConfigError(explain("qdrop", "prob must lie in [0, 1]", got=prob, allowed="a number from 0 to 1"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        found = qparams._replace(scale=positive(qparams.scale), zero_point=qparams.zero_point.detach())
-        y = fake_quantize(x, found, scheme, "quotient")
-        return y if prob == 1 else torch.where(uniform("qdrop", qparams, noise) < prob, y, x)
+        applied = qparams._replace(scale=positive(qparams.scale), zero_point=qparams.zero_point.detach())
+        quantized = fake_quantize(x, applied, scheme, "quotient")
+        if prob == 1:
+            return quantized
+        return torch.where(uniform("qdrop", qparams, noise) < prob, quantized, x)
 
-    def own_encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "quotient")
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        return affine.encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "quotient")
 
-    def own_decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
-        return decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype)
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        return affine.decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype)
 
-    def own_uncoded(qparams: QParams, scheme: QScheme) -> str:
-        return "it rounds at random" if prob < 1 else uncoded(qparams, scheme)
+    def uncoded(qparams: QParams, scheme: QScheme) -> str:
+        return "it rounds at random" if prob < 1 else affine.uncoded(qparams, scheme)
 
-    return FakeQuantize(kept, apply, ("scale",), noise=prob < 1, encode=own_encode, decode=own_decode, uncoded=own_uncoded)
+    return FakeQuantize(kept, apply, ("scale",), noise=prob < 1, encode=encode, decode=decode, uncoded=uncoded)
 
 
 def uniform(where: str, qparams: QParams, noise: Tensor | None) -> Tensor:
-    """The noise that was given, as an argument or else in ``extras``; :class:`StateError` where there is none."""
-    if noise is None and "noise" not in qparams.extras:
+    """The argument ``noise``, or else that of ``extras``; :class:`StateError` where there is neither."""
+    if noise is not None:
+        return noise
+    if "noise" not in qparams.extras:
         fix = "qparams = q.with_noise(params, qparams, generator, *args), or apply(..., noise=torch.rand_like(x))"
-        raise StateError(explain(where, "quantizing without noise is not possible", fix=fix))
-    return qparams.extras["noise"] if noise is None else noise
+        raise StateError(explain(where, "quantizing at random needs noise", fix=fix))
+    return qparams.extras["noise"]

@@ -15,17 +15,26 @@ from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
 
-LEAST = EPS**2
-"""Smallest scale of a table."""
+LEAST_SCALE = EPS**2
+"""Scales are at least 2 ** -46: a tensor or a group of zeros divides by this instead of 0.
+
+It is so far below the values of a model that it changes no other scale.
+"""
+
+OCTAVE = 16
+"""Values for each power of two on the logarithmic grid of NNIE."""
+
+LARGEST_CODE = 127
+"""The largest code of NNIE on either side of 0: seven bits beside the sign."""
 
 
 @FAKE_QUANTIZERS.register("fp4", "FP4FakeQuantize")
 def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
-    """The nearest entry of a table, times a scale (semantics.md 4.13; OCP MX v1.0 and arXiv:2305.14314 for tables).
+    """The nearest entry of a table, times a scale (OCP MX v1.0 and arXiv:2305.14314 for tables).
 
     ``y = T(x / s) * s`` with ``s = amax * quantile / max(table)``; of two equally near entries the lower. ``amax`` is the
     observer's, for each scale of the scheme's granularity, or with ``QScheme(dynamic=True)`` that of the tensor at hand.
-    ``bits`` of the scheme plays no part. Gradient 1 to ``x`` everywhere, none to ``s``.
+    ``bits`` of the scheme is not used. Gradient 1 to ``x`` everywhere, none to ``s``.
 
     Args:
       data_type: ``"fp4_e2m1"``, ``"fp4"`` (also ``"fp4_e2m1_bnb"``), ``"fp6_e3m2"``, ``"fp6_e2m3"``, ``"nf4"``, ``"af4"``,
@@ -49,23 +58,23 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
         lo, hi = qparams_to_range(qparams, scheme)
         scale = torch.maximum(-lo, hi) * quantile / table.largest
         if scheme.pot_scale:
-            scale = torch.exp2(torch.log2(scale).ceil().clamp(max=127))
+            scale = torch.exp2(torch.log2(scale).ceil().clamp(max=127))  # 2 ** 128 is infinite
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
 
-    def step(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
-        return expand(qparams.scale.detach().abs().clamp(min=LEAST), like, scheme.granularity)
+    def expanded_scale(like: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
+        return expand(qparams.scale.detach().abs().clamp(min=LEAST_SCALE), like, scheme.granularity)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        scale = step(x, qparams, scheme)
+        scale = expanded_scale(x, qparams, scheme)
         return ste(x, (table.round(working(x) / scale) * scale).to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return Codes(indices(table, working(x.detach()) / step(x, qparams, scheme)), {})
+        return Codes(indices(table, working(x.detach()) / expanded_scale(x, qparams, scheme)), {})
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         unit = value_table(table, codes.values.device)[codes.values.long()]
         unit = unit.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return (unit * step(unit, qparams, scheme)).to(dtype)
+        return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
 
     return FakeQuantize(
         init,
@@ -84,11 +93,11 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
 def fpxgroup(
     data_type: str = "fp6_e3m2", group_size: int = 128, double_quant: bool = False, quantile: float = 1.0
 ) -> FakeQuantize:
-    """As :func:`fp4`, with a scale for each run of ``group_size`` elements of the flattened tensor (semantics.md 4.13).
+    """As :func:`fp4`, with a scale for each run of ``group_size`` elements of the flattened tensor.
 
-    ``s = amax * quantile / max(table)`` of the group at hand: dynamic by nature, the observer and the scheme play no
-    part. NaN and infinities do not count. Groups may straddle rows; the last one may be shorter. For scales that are
-    calibrated, use :func:`fp4` with ``PerGroup``. Gradient 1 to ``x``.
+    ``s = amax * quantile / max(table)`` of the group at hand; the observer and the scheme are not used. NaN and
+    infinities do not count. Groups may straddle rows; the last one may be shorter. For scales that are calibrated, use
+    :func:`fp4` with ``PerGroup``. Gradient 1 to ``x``.
 
     Args:
       data_type: as in :func:`fp4`.
@@ -96,7 +105,7 @@ def fpxgroup(
       double_quant: the scales themselves are rounded to FP8 E4M3, ``E4M3(s m) / m`` with ``m = 448 / max(s)``.
       quantile: share of ``amax`` that the largest entry stands for.
 
-    Differs from sophgo-mq: options instead of environment variables; the shape comes back; the gradient passes; the size
+    Differs from sophgo-mq: options instead of environment variables; the shape is kept; the gradient passes; the size
     need not divide the tensor.
 
     Example:
@@ -109,9 +118,9 @@ def fpxgroup(
     table = codebook_named("fpxgroup", data_type)
     _check_quantile("fpxgroup", quantile)
     if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise ConfigError(explain("fpxgroup", "group_size is not possible", got=group_size, allowed="an int"))
+        raise ConfigError(explain("fpxgroup", "group_size must be an int", got=group_size, allowed="an int"))
     if not isinstance(double_quant, bool):
-        raise ConfigError(explain("fpxgroup", "double_quant is not possible", got=double_quant, allowed="True or False"))
+        raise ConfigError(explain("fpxgroup", "double_quant must be a bool", got=double_quant, allowed="True or False"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if x.numel() == 0:
@@ -120,27 +129,28 @@ def fpxgroup(
         amax = torch.where(groups.isfinite(), groups, 0).abs().amax(-1, keepdim=True)
         scale = amax * quantile / table.largest
         if double_quant:
-            multiplier = E4M3.largest / scale.amax().clamp(min=LEAST)
+            multiplier = E4M3.largest / scale.amax().clamp(min=LEAST_SCALE)
             scale = E4M3.round(scale * multiplier) / multiplier
-        quantized = table.round(groups / scale.clamp(min=LEAST)) * scale
+        quantized = table.round(groups / scale.clamp(min=LEAST_SCALE)) * scale
         return ste(x, from_blocks(quantized, x.reshape(-1)).reshape(x.shape).to(x.dtype))
 
     def uncoded(qparams: QParams, scheme: QScheme) -> str:
-        return "its groups run over the ends of rows, with scales that are found anew in each tensor"
+        return "its groups run over the ends of rows, with scales that are computed anew from each tensor"
 
-    shared = (8 if double_quant else 32) / group_size if group_size > 0 else 0
-    bits = code_bits(table) + shared
+    scale_bits = 8 if double_quant else 32  # FP8 E4M3 or float32
+    scale_share = scale_bits / group_size if group_size > 0 else 0
+    bits = code_bits(table) + scale_share
     return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False, uncoded=uncoded, local=False)
 
 
 @FAKE_QUANTIZERS.register("nnie", "NNIEFakeQuantize")
 def nnie() -> FakeQuantize:
-    """A logarithmic grid of 16 values for each power of two, 128 values up to the largest, and 0 (semantics.md 4.10).
+    """A logarithmic grid of 16 values for each power of two, 128 values up to the largest, and 0.
 
     With ``M`` the largest magnitude the observer saw, ``k = round(16 log2 M) - 127``: positive values are ``2 ** ((c + k) /
-    16)`` with ``c = clamp(round(16 log2 x - k), 0, 127)``, negative ones the same with ``c`` from 1. What is not beyond
-    half of the smallest is 0, but exactly half of the smallest positive one stays. ``scale`` holds ``M``. Gradient 1 to
-    ``x``. ``bits`` of the scheme plays no part.
+    16)`` with ``c = clamp(round(16 log2 x - k), 0, 127)``, negative ones the same with ``c`` from 1. Values up to half of
+    the smallest magnitude become 0, but exactly half of the smallest positive one stays as it is. ``scale`` holds ``M``.
+    Gradient 1 to ``x``. ``bits`` of the scheme is not used.
 
     Differs from sophgo-mq: float32 throughout; per channel works; the state is not rewritten by the forward.
 
@@ -159,13 +169,17 @@ def nnie() -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         work = working(x).detach()
-        largest = expand(qparams.scale.detach().abs().clamp(min=LEAST), x, scheme.granularity)
-        shift = torch.round(16 * torch.log2(largest)) - 127
-        negative = (work < 0).to(work.dtype)
-        code = torch.maximum((16 * torch.log2(work.abs()) - shift).round().clamp(max=127), negative)
-        size, edge = _sixteenths(code + shift), _sixteenths(shift - 16 + negative)
-        found = torch.where(work.abs() > edge, torch.copysign(size, work), torch.where(work == edge, work, 0))
-        return ste(x, torch.where(work.isnan(), work, found + 0 * shift).to(x.dtype))
+        largest = expand(qparams.scale.detach().abs().clamp(min=LEAST_SCALE), x, scheme.granularity)
+        shift = torch.round(OCTAVE * torch.log2(largest)) - LARGEST_CODE
+        least_code = (work < 0).to(work.dtype)  # 1 for negative values: code 0 of that side is taken by the value 0
+        code = (OCTAVE * torch.log2(work.abs()) - shift).round().clamp(max=LARGEST_CODE)
+        code = torch.maximum(code, least_code)
+        magnitude = _sixteenths(code + shift)
+        edge = _sixteenths(shift - OCTAVE + least_code)  # half of the smallest magnitude
+        below_edge = torch.where(work == edge, work, 0)
+        quantized = torch.where(work.abs() > edge, torch.copysign(magnitude, work), below_edge)
+        # adding 0 * shift keeps the NaN of a scale that is not finite
+        return ste(x, torch.where(work.isnan(), work, quantized + 0 * shift).to(x.dtype))
 
     def uncoded(qparams: QParams, scheme: QScheme) -> str:
         return "its codes stand for logarithms, not for multiples of a scale"
@@ -174,13 +188,17 @@ def nnie() -> FakeQuantize:
 
 
 def _sixteenths(exponent: Tensor) -> Tensor:
-    """``2 ** (exponent / 16)`` of whole numbers, the same bits wherever an element stands; anything of NaN."""
+    """``2 ** (exponent / 16)`` of whole numbers; any number for NaN and infinities.
+
+    A table of 16 powers instead of ``torch.exp2``, which may round differently in a vector of elements and at its end.
+    """
     whole = torch.where(exponent.isfinite(), exponent, 0)
-    octave = (whole / 16).floor()
-    steps = torch.tensor([2 ** (i / 16) for i in range(16)], dtype=exponent.dtype, device=exponent.device)
-    return torch.ldexp(steps[(whole - 16 * octave).long()], octave)
+    octave = (whole / OCTAVE).floor()
+    powers = [2 ** (i / OCTAVE) for i in range(OCTAVE)]
+    table = torch.tensor(powers, dtype=exponent.dtype, device=exponent.device)
+    return torch.ldexp(table[(whole - OCTAVE * octave).long()], octave)
 
 
 def _check_quantile(where: str, quantile: object) -> None:
     if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
-        raise ConfigError(explain(where, "quantile is not possible", got=quantile, allowed="a number above 0, at most 1"))
+        raise ConfigError(explain(where, "quantile must lie in (0, 1]", got=quantile, allowed="a number above 0, at most 1"))

@@ -1,6 +1,4 @@
-"""Statistics of tensors that give ranges, one file a family. Each name returns a :class:`~sophq_func.core.registry.Spec`."""
-
-from typing import Any
+"""Observers: statistics of tensors that give scales. Each name returns a :class:`~sophq_func.core.registry.Spec`."""
 
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import is_plain
@@ -37,15 +35,15 @@ __all__ = [
 ]
 
 
-def observer(name: str, **options: Any) -> Observer:
-    """An observer to use alone, by short or reference name.
+def observer(name: str, **options: object) -> Observer:
+    """An observer to use alone, by its short name or its name in sophgo-mq.
 
-    Its ``qparams`` refuses statistics that are not finite, when numbers can be read (eager, plain tensors); inside a
-    transform they give NaN.
+    Its ``qparams`` raises a ``StateError`` for statistics that are not finite, where their numbers can be read: in eager
+    mode, of plain tensors. Inside a transform of ``torch.func`` or a compiled function the scale is NaN instead.
 
     Args:
       name: ``"minmax"``, ``"EMAMinMaxObserver"``, ...
-      **options: the factory's options by own or reference name.
+      **options: options of the observer, by their names here or in sophgo-mq.
 
     Raises:
       ConfigError: unknown name or option.
@@ -54,19 +52,19 @@ def observer(name: str, **options: Any) -> Observer:
       >>> observer("EMAMinMaxObserver", ema_ratio=0.9).update
       <function ema_minmax.<locals>.update at ...>
     """
-    made = OBSERVERS.build(OBSERVERS.spec(name, **options))
+    built = OBSERVERS.build(OBSERVERS.spec(name, **options))
 
     def qparams(state: State, scheme: QScheme) -> QParams:
-        result = made.qparams(state, scheme)
+        result = built.qparams(state, scheme)
         if is_plain(tensors(state)) and bool(result.scale.isnan().any()):
             raise StateError(
                 explain(
                     f"observer {name!r}",
-                    "qparams is not possible",
+                    "this state gives no scale",
                     got=state,
                     allowed="finite statistics of at least one value",
                 )
             )
         return result
 
-    return made._replace(qparams=qparams)
+    return built._replace(qparams=qparams)

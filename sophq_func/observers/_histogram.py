@@ -1,4 +1,4 @@
-"""The range of least squared error over a histogram of all tensors, found by walking in from both ends."""
+"""The range of least squared error over a histogram of all tensors, searched from the full range inwards."""
 
 from __future__ import annotations
 
@@ -13,105 +13,43 @@ from sophq_func.numerics.ranges import min_max, no_range, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._options import check, unmergeable
 
-FINER = 16
-"""Into how many parts a bin is split before it moves to another histogram."""
+PARTS = 16
+"""How many parts a bin is split into before it moves to a histogram of a wider range, as in PyTorch's observer.
+
+Each part goes whole into one bin of the new histogram; more parts misplace less.
+"""
 
 STEPS = 100_000
-"""Each step of the walk leaves out so small a part of the mass."""
+"""One step of the search leaves out one of so many equal parts of all counts: 1e-5, as in PyTorch's observer."""
 
-AT_ONCE = 2**16
-"""How many bins of all ranges of the walk are looked at together."""
+BINS_AT_ONCE = 2**16
+"""How many bins of candidate ranges are scored at a time.
+
+A temporary tensor of them takes 256 KiB in float32, and the half dozen that :func:`squared_error` needs stay in the cache
+of a core. Measured on a CPU with 2 MiB: smaller pieces, below 2**14, and larger ones, from 2**20, take two times as long.
+"""
 
 
 class HistogramState(NamedTuple):
-    """Extremes, float32, scale-shaped, and what lies in each of the equal bins between, float32, ``(*shape, bins)``."""
+    """The extremes and a histogram of all values seen.
+
+    Attributes:
+      lo, hi: float32, scale-shaped; ``(inf, -inf)`` before the first tensor.
+      counts: float32, ``(*scale shape, bins)``: values in each of the equal bins of ``[lo, hi]``, fractions once split.
+    """
 
     lo: Tensor
     hi: Tensor
     counts: Tensor
 
 
-def places(values: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
-    """The number of the bin that each value of the last axis lies in, of ``bins`` equal ones; halves do not overflow."""
-    start, width = (lo / 2).unsqueeze(-1), (hi / 2 - lo / 2).unsqueeze(-1)
-    place = (values / 2 - start) / torch.where(width > 0, width, 1) * bins
-    return place.nan_to_num(0).clamp(0, bins - 1).to(torch.int64)
-
-
-def histogram_of(flat: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
-    """How many values of the last axis lie in each of ``bins`` equal bins of ``[lo, hi]``, float32."""
-    empty = torch.zeros((*flat.shape[:-1], bins), dtype=torch.float32, device=flat.device)
-    return empty.scatter_add(-1, places(flat, lo, hi, bins), torch.ones_like(flat))
-
-
-def stretch(state: HistogramState, lo: Tensor, hi: Tensor) -> Tensor:
-    """The counts of ``state`` in the bins of a wider range, each bin cut into :data:`FINER` parts at its places."""
-    bins = state.counts.shape[-1]
-    parts = (state.counts / FINER).repeat_interleave(FINER, dim=-1)
-    share = (torch.arange(bins * FINER, device=parts.device) + 0.5) / (bins * FINER)
-    middle = state.lo.unsqueeze(-1) * (1 - share) + state.hi.unsqueeze(-1) * share
-    moved = torch.zeros_like(state.counts).scatter_add(-1, places(middle, lo, hi, bins), parts)
-    return torch.where(((lo == state.lo) & (hi == state.hi)).unsqueeze(-1), state.counts, moved)
-
-
-def walk(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last bin of every range on the way in, and whether the way is that long; ``(bins,)`` each.
-
-    A step leaves out one more part of the mass: on the left if that takes away more bins than on the right would, else
-    on the right. With the gains ``g`` (bins that a step takes away) of either side, step ``a`` of the left comes before
-    step ``b`` of the right just when ``min g_left[:a + 1] > min g_right[:b + 1]``, for the step with the smaller gain
-    waits until the other side has less to offer. Both minima fall, so the walk merges two sorted lists, without a loop.
-    """
-    bins, mass, steps = counts.shape[-1], counts.cumsum(0), torch.arange(STEPS + 1, device=counts.device)
-    share = steps.double() / STEPS
-    left = torch.searchsorted(mass, (share * mass[-1]).float()).clamp(max=bins - 1)
-    right = (torch.searchsorted(mass, ((1 - share) * mass[-1]).float(), right=True) - 1).clamp(min=0)
-    gain_left, gain_right = (side.diff().abs().cummin(0).values for side in (left, right))
-    when = steps[:-1] + torch.searchsorted(-gain_right, -gain_left, right=True)
-    marks = torch.zeros(STEPS + 2, dtype=torch.int64, device=counts.device)
-    taken = marks.scatter_add(0, (when + 1).clamp(max=STEPS + 1), torch.ones_like(when)).cumsum(0)[:-1]
-    first, last = left[taken], right[steps - taken]
-    moved = (first.diff() != 0) | (last.diff() != 0)
-    slot = torch.nn.functional.pad(moved.cumsum(0), (1, 0)).clamp(max=bins - 1)
-    first, last = (torch.zeros_like(slot[:bins]).scatter(0, slot, side) for side in (first, last))
-    return first, torch.maximum(first, last), steps[:bins] <= slot[-1]
-
-
-def squared_error(counts: Tensor, first: Tensor, last: Tensor, levels: int) -> Tensor:
-    """What ``levels`` equal cells over the bins ``first`` to ``last`` lose, for each such pair, up to a common factor.
-
-    The mass of a bin is spread evenly; every point is drawn to the middle of its cell, or of the outermost cell. With
-    cells of width ``D``, a bin ``[u, v]`` loses ``integral (t - middle) ** 2``: whole cells give ``D ** 3 / 12``, and
-    ``c ** 3 / 3`` is what lies between a middle and a point at the distance ``c``.
-    """
-    edges = torch.arange(counts.shape[-1] + 1, device=counts.device, dtype=torch.float32)
-    point = edges - first.unsqueeze(-1)
-    cell = ((last - first + 1).float() / levels).unsqueeze(-1)
-    index = (point / cell).floor().clamp(0, levels - 1)
-    distance = point - (index + 0.5) * cell
-    lost = index * (cell * cell * cell / 12) + distance * distance * distance / 3
-    return (lost.diff(dim=-1) * counts).sum(-1)
-
-
-def least_error(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The range where the walk in from ``[lo, hi]`` first meets a larger error."""
-    first, last, there = walk(counts)
-    pieces = max(1, AT_ONCE // counts.shape[-1])
-    parts = zip(torch.split(first, pieces), torch.split(last, pieces), strict=True)
-    errors = torch.cat([squared_error(counts, begin, end, levels) for begin, end in parts])
-    better = there[1:] & ((errors[1:] <= errors[:-1]) | (torch.arange(len(errors) - 1, device=errors.device) == 0))
-    stop = better.long().cumprod(0).sum().unsqueeze(0)
-    start, width = lo / 2, (hi / 2 - lo / 2) / counts.shape[-1]
-    return 2 * (start + width * first[stop].squeeze(0)), 2 * (start + width * (last[stop].squeeze(0) + 1))
-
-
 @OBSERVERS.register("histogram", "HistogramObserver")
 def histogram(bins: int = 2048, levels: int = 256) -> Observer:
     """A range of little squared error over the histogram of all tensors, as PyTorch's ``HistogramObserver`` searches it.
 
-    From the full range it walks in, leaving out 1e-5 of the mass at a time on the side where that takes away more bins,
-    until the error of ``levels`` equal cells grows. Not mergeable: a histogram of another range is stretched, by
-    splitting its bins, and the result depends on the order.
+    The search starts at the full range and leaves out 1e-5 of all values at a time, on the side where that removes more
+    bins, until the error of ``levels`` equal cells grows. Not mergeable: when the range grows, the bins of the histogram
+    are split among those of the new one, and the result depends on the order.
 
     Args:
       bins: bins between the smallest and the largest value.
@@ -139,14 +77,119 @@ def histogram(bins: int = 2048, levels: int = 256) -> Observer:
             return state
         least, most = min_max(x, scheme.granularity)
         lo, hi = torch.minimum(state.lo, least), torch.maximum(state.hi, most)
-        fresh = histogram_of(rows(x.detach(), scheme.granularity).float(), lo, hi, bins)
-        return HistogramState(lo, hi, fresh + stretch(state, lo, hi))
+        added = histogram_of(rows(x.detach(), scheme.granularity).float(), lo, hi, bins)
+        return HistogramState(lo, hi, added + stretch(state, lo, hi))
 
     def qparams(state: HistogramState, scheme: QScheme) -> QParams:
-        each = zip(state.lo.reshape(-1), state.hi.reshape(-1), state.counts.reshape(-1, bins), strict=True)
-        found = torch.stack([torch.stack(least_error(lo, hi, counts, levels)) for lo, hi, counts in each])
-        lo, hi = found.T.reshape(2, *state.lo.shape)
+        # one scale at a time: a search holds about a dozen tensors of STEPS numbers, 10 MB
+        each_scale = zip(state.lo.reshape(-1), state.hi.reshape(-1), state.counts.reshape(-1, bins), strict=True)
+        ranges = [torch.stack(least_error(lo, hi, counts, levels)) for lo, hi, counts in each_scale]
+        lo, hi = torch.stack(ranges).T.reshape(2, *state.lo.shape)
         finite = torch.isfinite(state.lo) & torch.isfinite(state.hi)
         return range_to_qparams(torch.where(finite, lo, torch.nan), torch.where(finite, hi, torch.nan), scheme)
 
     return Observer(init, update, unmergeable("histogram", "bins are split where the range grows"), qparams)
+
+
+def histogram_of(flat: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
+    """How many values of the last axis lie in each of ``bins`` equal bins of ``[lo, hi]``, float32."""
+    empty = torch.zeros((*flat.shape[:-1], bins), dtype=torch.float32, device=flat.device)
+    return empty.scatter_add(-1, bin_index(flat, lo, hi, bins), torch.ones_like(flat))
+
+
+def bin_index(values: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
+    """The index, int64, of the bin of each value of the last axis, of ``bins`` equal bins of ``[lo, hi]``."""
+    # halves, because hi - lo itself may overflow
+    start, half_width = (lo / 2).unsqueeze(-1), (hi / 2 - lo / 2).unsqueeze(-1)
+    divisor = torch.where(half_width > 0, half_width, 1)
+    place = (values / 2 - start) / divisor * bins
+    return place.nan_to_num(0).clamp(0, bins - 1).to(torch.int64)
+
+
+def stretch(state: HistogramState, lo: Tensor, hi: Tensor) -> Tensor:
+    """The counts of ``state`` in the bins of a wider range ``[lo, hi]``.
+
+    Each bin is cut into :data:`PARTS` equal parts, and each part goes to the new bin that its middle lies in.
+    """
+    bins = state.counts.shape[-1]
+    parts = (state.counts / PARTS).repeat_interleave(PARTS, dim=-1)
+    share = (torch.arange(bins * PARTS, device=parts.device) + 0.5) / (bins * PARTS)
+    middle = state.lo.unsqueeze(-1) * (1 - share) + state.hi.unsqueeze(-1) * share
+    moved = torch.zeros_like(state.counts).scatter_add(-1, bin_index(middle, lo, hi, bins), parts)
+    same_range = (lo == state.lo) & (hi == state.hi)
+    return torch.where(same_range.unsqueeze(-1), state.counts, moved)
+
+
+def least_error(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The last range, narrowing ``[lo, hi]`` as :func:`narrowing` says, before the error of ``levels`` cells grows.
+
+    Args:
+      lo, hi: the range of the histogram, shape ``()``.
+      counts: one histogram, ``(bins,)``.
+      levels: number of equal cells.
+    """
+    bins = counts.shape[-1]
+    first, last, exists = narrowing(counts)
+    pieces = max(1, BINS_AT_ONCE // bins)
+    parts = zip(torch.split(first, pieces), torch.split(last, pieces), strict=True)
+    errors = torch.cat([squared_error(counts, part_first, part_last, levels) for part_first, part_last in parts])
+    not_worse = errors[1:] <= errors[:-1]
+    # as in PyTorch's observer, the full range is never the answer where there is a narrower one
+    is_first_step = torch.arange(bins - 1, device=errors.device) == 0
+    goes_on = exists[1:] & (not_worse | is_first_step)
+    stop = goes_on.long().cumprod(0).sum().unsqueeze(0)
+    # halves, because hi - lo itself may overflow
+    start, width = lo / 2, (hi / 2 - lo / 2) / bins
+    return 2 * (start + width * first[stop].squeeze(0)), 2 * (start + width * (last[stop].squeeze(0) + 1))
+
+
+def narrowing(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every range of bins on the way inwards, the full one first: its first and last bin, and whether there are so many.
+
+    Each step leaves out one more of :data:`STEPS` parts of all counts: on the left if that removes more bins than on the
+    right would, else on the right. With ``g`` the numbers of bins that the steps of a side remove, step ``a`` of the left
+    comes before step ``b`` of the right exactly when ``min g_left[:a + 1] > min g_right[:b + 1]``: a step that removes few
+    bins holds up those behind it until the other side has less to offer. Both minima fall, so the order of all steps is a
+    merge of two sorted lists, which needs no loop.
+
+    Args:
+      counts: one histogram, ``(bins,)``.
+
+    Returns:
+      ``first, last, exists``, each ``(bins,)``: ranges differ from one to the next, so that there are at most ``bins``.
+    """
+    bins = counts.shape[-1]
+    mass = counts.cumsum(0)
+    steps = torch.arange(STEPS + 1, device=counts.device)
+    share = steps.double() / STEPS
+    # the bin where each side is after 0, 1, ... steps of its own
+    left = torch.searchsorted(mass, (share * mass[-1]).float()).clamp(max=bins - 1)
+    right = (torch.searchsorted(mass, ((1 - share) * mass[-1]).float(), right=True) - 1).clamp(min=0)
+    gain_left = left.diff().abs().cummin(0).values
+    gain_right = right.diff().abs().cummin(0).values
+    # when step a of the left is taken: after a steps of the left, and the steps of the right whose gain is no smaller
+    when = steps[:-1] + torch.searchsorted(-gain_right, -gain_left, right=True)
+    marks = torch.zeros(STEPS + 2, dtype=torch.int64, device=counts.device)
+    steps_left = marks.scatter_add(0, (when + 1).clamp(max=STEPS + 1), torch.ones_like(when)).cumsum(0)[:-1]
+    first, last = left[steps_left], right[steps - steps_left]
+    # keep one of each run of equal ranges
+    changed = (first.diff() != 0) | (last.diff() != 0)
+    slot = torch.nn.functional.pad(changed.cumsum(0), (1, 0)).clamp(max=bins - 1)
+    first, last = (torch.zeros_like(slot[:bins]).scatter(0, slot, side) for side in (first, last))
+    return first, torch.maximum(first, last), steps[:bins] <= slot[-1]
+
+
+def squared_error(counts: Tensor, first: Tensor, last: Tensor, levels: int) -> Tensor:
+    """The squared error of ``levels`` equal cells over the bins ``first`` to ``last``, for each pair, up to a common factor.
+
+    The counts of a bin are spread evenly over it; every point is rounded to the middle of its cell, or of the outermost
+    cell. A bin ``[u, v]`` has the error ``integral (t - middle) ** 2``, the difference of an antiderivative at ``v`` and
+    ``u``: ``D ** 3 / 12`` for each whole cell of width ``D``, and ``c ** 3 / 3`` at the distance ``c`` from a middle.
+    """
+    edges = torch.arange(counts.shape[-1] + 1, device=counts.device, dtype=torch.float32)
+    point = edges - first.unsqueeze(-1)
+    cell = ((last - first + 1).float() / levels).unsqueeze(-1)
+    index = (point / cell).floor().clamp(0, levels - 1)
+    distance = point - (index + 0.5) * cell
+    integral = index * (cell * cell * cell / 12) + distance * distance * distance / 3
+    return (integral.diff(dim=-1) * counts).sum(-1)

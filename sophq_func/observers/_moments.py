@@ -1,4 +1,4 @@
-"""Ranges and steps from means and standard deviations: of the last tensor, or of all of them."""
+"""Ranges and scales from the mean and the standard deviation of the last tensor, and exact powers of two."""
 
 from __future__ import annotations
 
@@ -16,14 +16,30 @@ from sophq_func.observers._minmax import MinMaxState, init_min_max, range_qparam
 from sophq_func.observers._mse import search_range
 from sophq_func.observers._options import check, check_positive, unmergeable
 
-LAST = "only the last tensor counts"
+LAST_ONLY = "only the last tensor counts"
 """Why the statistic of one tensor has no merge."""
 
 LARGEST = torch.finfo(torch.float32).max
+"""Bounds and scales saturate here instead of becoming infinite, so that infinity always means a value that was."""
+
+WIDEST_ZERO_POINT = 2.0**30
+"""Zero points saturate at this magnitude, which int32 still holds after a bound of the grid is added."""
+
+SPREAD = 3
+"""The standard deviations on either side of the mean that LSQ+ covers (arXiv:2004.09576, section 3.3)."""
+
+MANTISSA_BITS, EXPONENT_BIAS = 23, 127
+"""Of a float32: the exponent stands above 23 bits of mantissa, with 127 added."""
+
+LEAST_EXPONENT = -126
+"""That of the smallest normal float32; smaller numbers have no exponent of their own to read off the bits."""
 
 
 class StepState(NamedTuple):
-    """What gives a step, and the range, of the last tensor; float32, scale-shaped; infinite at first."""
+    """The magnitude that a scale is made of, and the range, of the last tensor.
+
+    All float32, scale-shaped; infinite before the first tensor.
+    """
 
     size: Tensor
     lo: Tensor
@@ -37,16 +53,21 @@ def exponent(size: Tensor) -> Tensor:
       >>> exponent(torch.tensor([0.0, 0.75, 4.0])).tolist()
       [-126, -1, 2]
     """
-    return (size.float().abs().view(torch.int32).bitwise_right_shift(23) - 127).clamp(min=-126)
+    bits = size.float().abs().view(torch.int32)
+    return (bits.bitwise_right_shift(MANTISSA_BITS) - EXPONENT_BIAS).clamp(min=LEAST_EXPONENT)
 
 
 def power(exponent: Tensor) -> Tensor:
     """``2 ** exponent``, float32, exactly, for exponents in -126..127."""
-    return (exponent.clamp(-126, 127).to(torch.int32) + 127).bitwise_left_shift(23).view(torch.float32)
+    biased = exponent.clamp(LEAST_EXPONENT, 127).to(torch.int32) + EXPONENT_BIAS
+    return biased.bitwise_left_shift(MANTISSA_BITS).view(torch.float32)
 
 
 def in_units(x: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:
-    """The rows of ``x`` as multiples of a power of two near their largest size, and that unit: no sum overflows then."""
+    """The rows of ``x`` divided by a unit, and the unit: a power of two near the largest magnitude of the row.
+
+    No sum of the quotients or of their squares overflows, and dividing by a power of two does not round.
+    """
     lo, hi = min_max(x, scheme.granularity)
     unit = power(exponent(torch.maximum(-lo, hi)))
     return rows(x.detach(), scheme.granularity).float() / unit.unsqueeze(-1), unit
@@ -61,37 +82,41 @@ def mean_and_std(x: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:
 
 
 def latest(before: Tensor, now: Tensor) -> Tensor:
-    """The new statistic, but NaN once any was not finite."""
+    """The statistic ``now``; NaN if it is not finite, or if one before was not."""
     return torch.where(before.isnan() | ~torch.isfinite(now), torch.nan, now)
 
 
 def init_step(x: Tensor, scheme: QScheme) -> StepState:
-    """The state of nothing seen."""
+    """The state before the first tensor."""
     lo, hi = no_range(x, scheme.granularity)
-    return StepState(lo, lo.clone(), hi)
+    return StepState(lo, lo.clone(), hi)  # clone: no two tensors of a state share memory
 
 
-def step_qparams(scale: Tensor, lo: Tensor, scheme: QScheme) -> QParams:
-    """A given step, kept within [2 ** -23, the largest float32], and ``z = qmin - round(lo / s)``; NaN stays."""
+def scale_qparams(scale: Tensor, lo: Tensor, scheme: QScheme) -> QParams:
+    """A given scale, clamped to [2 ** -23, the largest float32], and ``z = qmin - round(lo / s)``.
+
+    ``pot_scale`` rounds the scale to a power of two. It is NaN where ``lo`` is not finite.
+    """
     scale = torch.where(torch.isfinite(lo), scale.clamp(EPS, LARGEST), torch.nan)
     if scheme.pot_scale:
-        scale = torch.exp2(torch.log2(scale).round().clamp(max=127))
+        scale = torch.exp2(torch.log2(scale).round().clamp(max=127))  # 2 ** 128 is infinite
     if scheme.symmetric:
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), {})
-    zero = scheme.qmin - torch.round(torch.where(torch.isfinite(lo), lo / scale, 0)).clamp(-(2.0**30), 2.0**30)
-    return QParams(scale, zero.to(torch.int32), {})
+    steps_to_lo = torch.round(torch.where(torch.isfinite(lo), lo / scale, 0))
+    zero_point = scheme.qmin - steps_to_lo.clamp(-WIDEST_ZERO_POINT, WIDEST_ZERO_POINT)
+    return QParams(scale, zero_point.to(torch.int32), {})
 
 
 @OBSERVERS.register("clip_std", "ClipStdObserver")
 def clip_std(std_scale: float = 2.6) -> Observer:
-    """The last tensor's ``mean +- k * std``, where its extremes lie farther out; ``k = std_scale``, unbiased ``std``.
+    """The range ``mean +- k * std`` of the last tensor, within its extremes; ``k = std_scale``, ``std`` unbiased.
 
     ``lo = max(mean - k std, min x)``, ``hi = min(mean + k std, max x)``. Not mergeable: only the last tensor counts.
 
     Args:
-      std_scale: how many standard deviations are kept.
+      std_scale: how many standard deviations are kept on either side of the mean, > 0.
 
-    Differs from sophgo-mq: it clips, as its name says; there the extremes of both, range and tensor, widen the range.
+    Differs from sophgo-mq: it clips, as its name says; there the wider bound is taken on either side.
 
     Example:
       >>> import sophq_func as sq
@@ -105,21 +130,23 @@ def clip_std(std_scale: float = 2.6) -> Observer:
     def update(state: MinMaxState, x: Tensor, scheme: QScheme) -> MinMaxState:
         if x.numel() == 0:
             return state
-        (lo, hi), (mean, std) = min_max(x, scheme.granularity), mean_and_std(x, scheme)
-        least, most = torch.maximum(mean - std_scale * std, lo), torch.minimum(mean + std_scale * std, hi)
-        return MinMaxState(latest(state.lo, least), latest(state.hi, most))
+        lo, hi = min_max(x, scheme.granularity)
+        mean, std = mean_and_std(x, scheme)
+        clipped_lo = torch.maximum(mean - std_scale * std, lo)
+        clipped_hi = torch.minimum(mean + std_scale * std, hi)
+        return MinMaxState(latest(state.lo, clipped_lo), latest(state.hi, clipped_hi))
 
-    return Observer(init_min_max, update, unmergeable("clip_std", LAST), range_qparams)
+    return Observer(init_min_max, update, unmergeable("clip_std", LAST_ONLY), range_qparams)
 
 
 @OBSERVERS.register("lsq", "LSQObserver")
 def lsq() -> Observer:
-    """The first step of LSQ (arXiv:1902.08153): ``s = 2 mean |x| / sqrt(qmax)`` of the last tensor.
+    """The initial scale of LSQ (arXiv:1902.08153): ``s = 2 mean |x| / sqrt(qmax)`` of the last tensor.
 
     Affine: ``z = qmin - round(min x / s)``, which may lie beyond the grid (a fake quantizer clamps it). Not mergeable:
     only the last tensor counts.
 
-    Differs from sophgo-mq: the step is at least 2 ** -23; there a tensor of zeros has the step 0.
+    Differs from sophgo-mq: the scale is at least 2 ** -23; there a tensor of zeros has the scale 0.
 
     Example:
       >>> import sophq_func as sq
@@ -139,14 +166,14 @@ def lsq() -> Observer:
 
     def qparams(state: StepState, scheme: QScheme) -> QParams:
         scale = state.size * (2 / math.sqrt(scheme.qmax))
-        return step_qparams(torch.where(torch.isfinite(state.size), scale, torch.nan), state.lo, scheme)
+        return scale_qparams(torch.where(torch.isfinite(state.size), scale, torch.nan), state.lo, scheme)
 
-    return Observer(init_step, update, unmergeable("lsq", LAST), qparams)
+    return Observer(init_step, update, unmergeable("lsq", LAST_ONLY), qparams)
 
 
 @OBSERVERS.register("lsq_plus", "LSQPlusObserver")
 def lsq_plus(rule: str = "paper") -> Observer:
-    """The first step of LSQ+ (arXiv:2004.09576, section 3.3), from the last tensor.
+    """The initial scale and offset of LSQ+ (arXiv:2004.09576, section 3.3), from the last tensor.
 
     Symmetric: ``s = max(|mean - 3 std|, |mean + 3 std|) / 2 ** (bits - 1)``. Affine: the range of least squared error
     (among the candidates of ``mse``), and its ``s`` and ``z``. Not mergeable: only the last tensor counts.
@@ -155,7 +182,7 @@ def lsq_plus(rule: str = "paper") -> Observer:
       rule: ``"paper"``, or ``"reference"``: ``s = max(|mean - 3 std|, |mean + 3 std|) / (qmax - qmin + 1)`` and
         ``z = qmin - round(min / s)`` where ``min >= 0``, else ``qmin``, with ``min`` over the whole tensor.
 
-    Differs from sophgo-mq: the rule of the paper; sophgo-mq halves the step, drops the zero point where it is needed,
+    Differs from sophgo-mq: the rule of the paper; sophgo-mq halves the scale, drops the zero point where it is needed,
     and cannot select this observer by name. ``rule="reference"`` gives its numbers.
 
     Example:
@@ -171,7 +198,7 @@ def lsq_plus(rule: str = "paper") -> Observer:
         if x.numel() == 0:
             return state
         mean, std = mean_and_std(x, scheme)
-        size = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()).clamp(max=LARGEST)
+        size = torch.maximum((mean - SPREAD * std).abs(), (mean + SPREAD * std).abs()).clamp(max=LARGEST)
         size = torch.where(torch.isfinite(mean), size, torch.nan)
         if rule == "reference":
             lo, hi = (bound.expand(mean.shape) for bound in min_max(x, PerTensor()))
@@ -184,8 +211,10 @@ def lsq_plus(rule: str = "paper") -> Observer:
     def qparams(state: StepState, scheme: QScheme) -> QParams:
         if rule == "paper" and not scheme.symmetric:
             return range_to_qparams(state.lo, state.hi, scheme)
-        codes = scheme.qmax - scheme.qmin + 1 if rule == "reference" else 2 ** (scheme.bits - 1)
-        lo = state.lo.clamp(min=0) if rule == "reference" else state.lo
-        return step_qparams(state.size / codes, lo, scheme)
+        if rule == "paper":
+            return scale_qparams(state.size / 2 ** (scheme.bits - 1), state.lo, scheme)
+        codes = scheme.qmax - scheme.qmin + 1
+        # a range that begins at 0 has the zero point qmin, which sophgo-mq takes wherever min < 0
+        return scale_qparams(state.size / codes, state.lo.clamp(min=0), scheme)
 
-    return Observer(init_step, update, unmergeable("lsq_plus", LAST), qparams)
+    return Observer(init_step, update, unmergeable("lsq_plus", LAST_ONLY), qparams)

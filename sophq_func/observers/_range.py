@@ -1,4 +1,4 @@
-"""Symmetric ranges from the largest or the typical size, and a range that is known beforehand."""
+"""Symmetric ranges from the largest magnitude or the root mean square, and a range that is given."""
 
 from __future__ import annotations
 
@@ -16,17 +16,10 @@ from sophq_func.observers._options import check, check_positive, is_number
 
 
 class RootState(NamedTuple):
-    """Root of the mean square, float32, and the number of elements it is the mean of, int64; both scale-shaped."""
+    """The root mean square so far, float32, and the number of its elements, int64; both scale-shaped."""
 
     root: Tensor
     seen: Tensor
-
-
-def merge_roots(a: RootState, b: RootState) -> RootState:
-    """The root mean square of both together; ``hypot`` neither overflows nor underflows."""
-    seen = a.seen + b.seen
-    weights = [(state.seen / seen.clamp(min=1)).float().sqrt() for state in (a, b)]
-    return RootState(torch.hypot(a.root * weights[0], b.root * weights[1]), seen)
 
 
 @OBSERVERS.register("absmax")
@@ -36,7 +29,7 @@ def absmax(factor: float = 1.0) -> Observer:
     Mergeable. A factor below 1 clips.
 
     Args:
-      factor: share of the largest size, > 0.
+      factor: multiple of the largest magnitude, > 0.
 
     Example:
       >>> import sophq_func as sq
@@ -51,8 +44,8 @@ def absmax(factor: float = 1.0) -> Observer:
         if x.numel() == 0:
             return state
         lo, hi = min_max(x, scheme.granularity)
-        size = torch.maximum(-lo, hi)
-        bound = torch.where(torch.isfinite(size), (factor * size).clamp(max=LARGEST), torch.nan)
+        largest = torch.maximum(-lo, hi)
+        bound = torch.where(torch.isfinite(largest), (factor * largest).clamp(max=LARGEST), torch.nan)
         return widen(state, -bound, bound)
 
     return Observer(init_min_max, update, merge_min_max, range_qparams)
@@ -77,16 +70,17 @@ def rms(factor: float = 4.0) -> Observer:
     check_positive("rms", "factor", factor)
 
     def init(x: Tensor, scheme: QScheme) -> RootState:
-        nothing = torch.zeros_like(no_range(x, scheme.granularity)[0])
-        return RootState(nothing, nothing.to(torch.int64))
+        lo, _ = no_range(x, scheme.granularity)
+        root = torch.zeros_like(lo)
+        return RootState(root, root.to(torch.int64))
 
     def update(state: RootState, x: Tensor, scheme: QScheme) -> RootState:
         if x.numel() == 0:
             return state
         flat, unit = in_units(x, scheme)
         root = flat.square().mean(-1).sqrt() * unit
-        seen = torch.full_like(state.seen, flat.shape[-1])
-        return merge_roots(state, RootState(torch.where(torch.isfinite(root), root, torch.nan), seen))
+        finite_root = torch.where(torch.isfinite(root), root, torch.nan)
+        return merge_roots(state, RootState(finite_root, torch.full_like(state.seen, flat.shape[-1])))
 
     def qparams(state: RootState, scheme: QScheme) -> QParams:
         bound = torch.where(state.seen > 0, (factor * state.root).clamp(max=LARGEST), torch.nan)
@@ -95,12 +89,19 @@ def rms(factor: float = 4.0) -> Observer:
     return Observer(init, update, merge_roots, qparams)
 
 
+def merge_roots(a: RootState, b: RootState) -> RootState:
+    """The root mean square of the elements of both."""
+    seen = a.seen + b.seen
+    weight_a, weight_b = ((state.seen / seen.clamp(min=1)).float().sqrt() for state in (a, b))
+    # hypot, because a square may overflow or underflow
+    return RootState(torch.hypot(a.root * weight_a, b.root * weight_b), seen)
+
+
 @OBSERVERS.register("fixed_range")
 def fixed_range(lo: float = -1.0, hi: float = 1.0) -> Observer:
-    """The range ``[lo, hi]``, whatever the tensors hold: for softmax, sigmoid, tanh, and for what a chip prescribes.
+    """The range ``[lo, hi]``, whatever the tensors hold: for softmax, sigmoid, tanh, and for ranges a chip prescribes.
 
-    Mergeable. As with every observer a range is there once something was observed, and values that are not finite
-    leave none.
+    Mergeable. As with every observer, there is no range before the first tensor, nor after values that are not finite.
 
     Args:
       lo: lower bound. A grid holds 0 in any case: above 0, it begins at 0.
@@ -113,14 +114,15 @@ def fixed_range(lo: float = -1.0, hi: float = 1.0) -> Observer:
       >>> obs.qparams(obs.update(obs.init(x, scheme), x, scheme), scheme).scale
       tensor(0.0039)
     """
-    known = is_number(lo) and is_number(hi) and -LARGEST <= lo < hi <= LARGEST
-    check("fixed_range", "range", (lo, hi), "finite numbers lo < hi", ok=known)
+    good = is_number(lo) and is_number(hi) and -LARGEST <= lo < hi <= LARGEST
+    check("fixed_range", "range", (lo, hi), "finite numbers lo < hi", ok=good)
 
     def update(state: MinMaxState, x: Tensor, scheme: QScheme) -> MinMaxState:
         if x.numel() == 0:
             return state
         least, most = min_max(x, scheme.granularity)
         finite = torch.isfinite(least) & torch.isfinite(most)
-        return widen(state, torch.where(finite, lo, torch.nan), torch.where(finite, hi, torch.nan))
+        bound_lo, bound_hi = torch.where(finite, lo, torch.nan), torch.where(finite, hi, torch.nan)
+        return widen(state, bound_lo, bound_hi)
 
     return Observer(init_min_max, update, merge_min_max, range_qparams)

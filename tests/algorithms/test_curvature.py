@@ -262,8 +262,8 @@ PARAMS = {"w": torch.ones(2), "count": torch.zeros((), dtype=torch.int64)}
         (("w", 2, GENERATOR), sq.StateError, r"got 'w', allowed a list of names. Fix: \['w'\]"),
         ((["wight", "w"], 2, GENERATOR), sq.StateError, "'wight' is not known. Fix: use one of w"),
         ((["count"], 2, GENERATOR), sq.StateError, "floating tensor 'count' is not known"),
-        ((["w"], 0, GENERATOR), sq.ConfigError, "samples is not possible: got 0"),
-        ((["w"], 2.0, GENERATOR), sq.ConfigError, "samples is not possible: got 2.0"),
+        ((["w"], 0, GENERATOR), sq.ConfigError, "samples must be a positive int: got 0"),
+        ((["w"], 2.0, GENERATOR), sq.ConfigError, "samples must be a positive int: got 2.0"),
         ((["w"], 2, 0), sq.StateError, "allowed a torch.Generator"),
     ],
 )
@@ -297,8 +297,8 @@ def test_samples_must_be_as_many_for_all() -> None:
 @pytest.mark.parametrize(
     ("start", "steps", "error", "message"),
     [
-        ({"w": torch.ones(2)}, 0, sq.ConfigError, "steps is not possible: got 0"),
-        ({"w": torch.ones(2)}, True, sq.ConfigError, "steps is not possible: got True"),
+        ({"w": torch.ones(2)}, 0, sq.ConfigError, "steps must be a positive int: got 0"),
+        ({"w": torch.ones(2)}, True, sq.ConfigError, "steps must be a positive int: got True"),
         ({"w": torch.zeros(2)}, 3, sq.StateError, "a start of 0 for 'w'"),
         ({"w": torch.ones(3)}, 3, sq.StateError, r"got 'torch.float32 \(3,\)', allowed torch.float32 \(2,\)"),
     ],

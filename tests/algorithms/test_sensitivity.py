@@ -91,7 +91,7 @@ def test_masks_of_before_are_replaced_and_nothing_changes() -> None:
     ("change", "message"),
     [
         ({"frozen": True}, "a frozen model"),
-        ({"loss": lambda out: 1.0}, "this loss is not possible: got 'float'"),
+        ({"loss": lambda out: 1.0}, "loss must return a tensor: got 'float'"),
         ({"qparams": {}}, "not calibrated"),
         ({"how": "fast"}, "'fast'"),
     ],

@@ -239,7 +239,7 @@ def test_merging_shards_equals_observing_them_in_turn_or_is_refused(name: str, s
     else:
         forward, backward = seen(name, scheme, 0, 1, 2), seen(name, scheme, 2, 1, 0)
         assert any(not torch.equal(f, b) for f, b in zip(forward, backward, strict=True))
-        with pytest.raises(sq.StateError, match=f"{name}: merge is not possible"):
+        with pytest.raises(sq.StateError, match=f"{name}: states of this observer cannot be merged"):
             observer.merge(a, b)
 
 

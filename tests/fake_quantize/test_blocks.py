@@ -199,10 +199,12 @@ def test_blocks_compile_and_map_over_examples(name: str) -> None:
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4"])
 @pytest.mark.parametrize("size", [0, -1, 1.5, True])
 def test_impossible_block_sizes_are_refused(name: str, size: object) -> None:
-    with pytest.raises(sq.ConfigError, match=f"{name}: block_size is not possible: got {size}, allowed an int >= 1"):
+    with pytest.raises(sq.ConfigError, match=f"{name}: block_size must be a positive int: got {size}, allowed an int >= 1"):
         sq.fake_quantizer(name, block_size=size)
 
 
 def test_unknown_elements_are_refused() -> None:
-    with pytest.raises(sq.ConfigError, match="mxfp6: this element is not possible: got 'e4m3', allowed 'e3m2' or 'e2m3'"):
+    with pytest.raises(
+        sq.ConfigError, match="mxfp6: this element format is not offered: got 'e4m3', allowed 'e3m2' or 'e2m3'"
+    ):
         sq.fake_quantizer("mxfp6", element="e4m3")

@@ -211,10 +211,10 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"group_size": -3}, "gptq: group_size is not possible: got -3, allowed an int >= -2"),
-        ({"block_size": 0}, "gptq: block_size is not possible: got 0, allowed an int >= 1"),
-        ({"percdamp": -1}, "gptq: percdamp is not possible"),
-        ({"actorder": 1}, "gptq: act_order is not possible: got 1, allowed True or False"),
+        ({"group_size": -3}, "gptq: group_size must be an int from -2 up: got -3, allowed an int >= -2"),
+        ({"block_size": 0}, "gptq: block_size must be an int from 1 up: got 0, allowed an int >= 1"),
+        ({"percdamp": -1}, "gptq: percdamp must not be negative"),
+        ({"actorder": 1}, "gptq: act_order must be a bool: got 1, allowed True or False"),
         ({"data_type": "int5"}, "gptq: data_type 'int5' is not known, did you mean 'int4'"),
     ],
 )

@@ -30,7 +30,7 @@ def test_dropping_needs_noise_and_says_who_provides_it() -> None:
     fq, x = sq.fake_quantizer("qdrop", prob=0.5), sample(0)
     assert fq.noise
     assert not sq.fake_quantizer("qdrop").noise
-    with pytest.raises(sq.StateError, match=r"qdrop: quantizing without noise .* Fix: qparams = q\.with_noise\("):
+    with pytest.raises(sq.StateError, match=r"qdrop: quantizing at random needs noise.* Fix: qparams = q\.with_noise\("):
         fq.apply(x, scaled(0.3), SCHEME)
 
 
@@ -177,17 +177,17 @@ def test_the_mean_scaling_of_float8_puts_the_mean_on_the_smallest_subnormal() ->
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("pact", {"alpha": 0}, "pact: alpha is not possible: got 0, allowed a number above 0"),
-        ("pact", {"alpha": math.inf}, "pact: alpha is not possible"),
-        ("dsq", {"alpha": 1.0}, "dsq: alpha is not possible: got 1.0, allowed a number between 0 and 1"),
-        ("dorefa", {"mapping": "linear"}, "dorefa: this mapping is not possible: got 'linear', allowed 'paper' or 'tanh'"),
-        ("qdrop", {"prob": 1.5}, "qdrop: prob is not possible: got 1.5, allowed a number from 0 to 1"),
-        ("qdrop", {"prob": True}, "qdrop: prob is not possible"),
-        ("lsq_plus", {"use_grad_scaling": 1}, "lsq_plus: use_grad_scaling is not possible"),
-        ("fp4", {"quantile": 0.0}, "fp4: quantile is not possible: got 0.0, allowed a number above 0, at most 1"),
-        ("fpxgroup", {"quantile": 2}, "fpxgroup: quantile is not possible"),
-        ("fpxgroup", {"group_size": 1.5}, "fpxgroup: group_size is not possible: got 1.5, allowed an int"),
-        ("fpxgroup", {"double_quant": 1}, "fpxgroup: double_quant is not possible"),
+        ("pact", {"alpha": 0}, "pact: alpha must be a positive number: got 0, allowed a number above 0"),
+        ("pact", {"alpha": math.inf}, "pact: alpha must be a positive number"),
+        ("dsq", {"alpha": 1.0}, "dsq: alpha must lie between 0 and 1: got 1.0, allowed a number between 0 and 1"),
+        ("dorefa", {"mapping": "linear"}, "dorefa: this mapping is not known: got 'linear', allowed 'paper' or 'tanh'"),
+        ("qdrop", {"prob": 1.5}, r"qdrop: prob must lie in \[0, 1\]: got 1.5, allowed a number from 0 to 1"),
+        ("qdrop", {"prob": True}, r"qdrop: prob must lie in \[0, 1\]"),
+        ("lsq_plus", {"use_grad_scaling": 1}, "lsq_plus: use_grad_scaling must be a bool"),
+        ("fp4", {"quantile": 0.0}, r"fp4: quantile must lie in \(0, 1\]: got 0.0, allowed a number above 0, at most 1"),
+        ("fpxgroup", {"quantile": 2}, r"fpxgroup: quantile must lie in \(0, 1\]"),
+        ("fpxgroup", {"group_size": 1.5}, "fpxgroup: group_size must be an int: got 1.5, allowed an int"),
+        ("fpxgroup", {"double_quant": 1}, "fpxgroup: double_quant must be a bool"),
         ("tqt", {"alpha": 1}, "fake quantizer tqt: option 'alpha' is not known"),
     ],
 )

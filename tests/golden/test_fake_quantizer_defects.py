@@ -248,7 +248,7 @@ def test_where_the_reference_fails_the_mean_of_nothing_gives_a_scale_of_one(name
         ("FP4FakeQuantize", {"data_type": "fp5"}, "fp4: data_type 'fp5' is not known"),
         ("FPXGROUPFakeQuantize", {"data_type": "fp5"}, "fpxgroup: data_type 'fp5' is not known"),
         ("GPTQFP4FakeQuantize", {"data_type": "nf8"}, "gptqfp4: data_type 'nf8' is not known"),
-        ("AdaRoundFakeQuantize", {"rounding": "cubic"}, "adaround: this rounding is not possible"),
+        ("AdaRoundFakeQuantize", {"rounding": "cubic"}, "adaround: this rounding is not known"),
     ],
 )
 def test_where_the_reference_fails_an_unknown_option_is_named(name: str, options: dict[str, str], message: str) -> None:

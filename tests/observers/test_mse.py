@@ -155,7 +155,7 @@ def test_cut_in_pieces_vmapped_and_compiled_it_is_the_same(
     batched = torch.vmap(lambda x: torch.stack(_mse.search_range(x, scheme, 2.0)))(xs)
     assert_same(batched, torch.stack([torch.stack(e) for e in expected]))
     assert_same(compiled(lambda x: _mse.search_range(x, scheme, 2.0))(xs[0]), expected[0])
-    monkeypatch.setattr(_mse, "IN_CACHE", 1000)
+    monkeypatch.setattr(_mse, "CPU_ELEMENTS", 1000)
     assert_same([_mse.search_range(x, scheme, 2.0) for x in xs], expected)
 
 

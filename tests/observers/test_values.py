@@ -58,9 +58,9 @@ def test_the_quantile_lies_in_the_bin_of_a_plain_count(seed: int, size: int, bin
 
 @many
 @given(seed=seeds, size=st.integers(1, 3000), share=st.floats(0, 1))
-def test_the_nth_largest_size_is_that_of_a_sort(seed: int, size: int, share: float) -> None:
+def test_the_nth_largest_magnitude_is_that_of_a_sort(seed: int, size: int, share: float) -> None:
     x, rank = numbers(seed, 2, size), 1 + int(share * (size - 1))
-    assert_same(_quantile.nth_largest_size(x, rank), x.abs().sort(descending=True).values[:, rank - 1])
+    assert_same(_quantile.nth_largest_magnitude(x, rank), x.abs().sort(descending=True).values[:, rank - 1])
 
 
 @many
@@ -149,8 +149,10 @@ def plain_walk(counts: Tensor) -> list[tuple[int, int]]:
 def test_the_walk_is_the_one_step_by_step(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_histogram, "STEPS", 300)
     counts = torch.histc(numbers(seed, 4000, power=1.0 + seed / 2), 64)
-    first, last, there = _histogram.walk(counts)
-    ours = [pair for pair, real in zip(zip(first.tolist(), last.tolist(), strict=True), there.tolist(), strict=True) if real]
+    first, last, exists = _histogram.narrowing(counts)
+    ours = [
+        pair for pair, real in zip(zip(first.tolist(), last.tolist(), strict=True), exists.tolist(), strict=True) if real
+    ]
     plain = plain_walk(counts)
     half = len(plain) // 2  # where both ends meet, the step-by-step walk stops moving; the search has ended long before
     assert half > 4
