@@ -26,17 +26,28 @@ from sophq_func.planning.plan import Plan
 
 
 class Quantized:
-    """A model and a plan, frozen. Every method is a pure function; ``params`` and states are dicts of tensors.
+    """A quantized model. Every method is a pure function; ``params`` and states are dicts of tensors.
 
-    Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`.
-    Attributes cannot be set. ``params``, ``ostate`` and ``qparams`` are positional-only; all further arguments go to
-    the model.
+    Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`. It holds no
+    weights, and its attributes cannot be set. ``params``, ``ostate`` and ``qparams`` are positional-only; all further
+    arguments go to the model.
 
     Attributes:
-      plan: the :class:`~sophq_func.planning.plan.Plan`.
-      training: the training flag of the model at hand, see :meth:`train` and :meth:`eval`.
-      frozen: weights come as they are, see :meth:`freeze`.
-      engine: what runs it, for code that converts or exports the model.
+      plan: the :class:`~sophq_func.planning.plan.Plan`: which quantizers there are, and where.
+      training: whether the model's modules are in training mode, see :meth:`train` and :meth:`eval`.
+      frozen: whether weights are used as they are given, not quantized, see :meth:`freeze`.
+      engine: the :class:`~sophq_func.model.engine.Engine` that runs the model, for code that converts or exports it.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+      >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> ostate = q.init(params)
+      >>> _, ostate = q.observe(params, ostate, x)
+      >>> qparams = q.qparams(params, ostate)
+      >>> q.apply(params, qparams, x).shape
+      torch.Size([4, 3])
     """
 
     plan: Plan
@@ -80,11 +91,11 @@ class Quantized:
         return type(self.engine.skeleton.entry).__name__
 
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
-        """Observer states before any batch: weights are observed here, activations start neutral.
+        """Observer states before any batch: those of weights have seen their weight, those of activations nothing.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
-          ostate: states to keep for activations; weights are observed anew all the same.
+          ostate: states from which those of activations are taken instead; weights are observed anew.
 
         Returns:
           ``{quantizer name: state}``, sorted.
@@ -97,23 +108,43 @@ class Quantized:
     def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Output, OState]:
         """Run the float model and update the observers of activations.
 
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          ostate: from :meth:`init` or an earlier call.
+          *args, **kwargs: of the model.
+
         Returns:
           The model's output, and the new states.
+
+        Raises:
+          StateError: names that are missing or unknown; the run makes other calls than the examples.
         """
         return calibrate.observe(self.engine, params, ostate, args, kwargs)
 
     def observe_quantized(
         self, params: Params, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> tuple[Output, OState]:
-        """Run the quantized model and update the observers of activations with what it sees before each quantizer.
+        """Run the quantized model, and update the observers of activations with the values before they are rounded.
+
+        Args:
+          params, ostate: see :meth:`observe`.
+          qparams: see :meth:`apply`.
+          *args, **kwargs: of the model.
 
         Returns:
           The model's output, and the new states.
+
+        Raises:
+          StateError: see :meth:`observe`.
         """
         return calibrate.observe_quantized(self.engine, params, ostate, qparams, args, kwargs)
 
     def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
         """Scales and zero points from observer states.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          ostate: from :meth:`init` and :meth:`observe`.
 
         Returns:
           ``{quantizer name: QParams}``, sorted.
@@ -132,16 +163,35 @@ class Quantized:
           batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
           progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
 
+        Returns:
+          ``{quantizer name: QParams}``, sorted.
+
         Raises:
           StateError: no batches, a value that no batch reached, or data with NaN or infinity.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3), torch.tensor([[-1.0, 2.54]])
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> qparams = q.calibrate(sq.params_of(model), [x], progress=False)
+          >>> sorted(qparams) == sorted(q.plan)
+          True
         """
         return calibrate.calibrate(self.engine, params, batches, progress)
 
     def apply(self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
         """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.
 
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          qparams: from :meth:`calibrate` or :meth:`qparams`.
+          *args, **kwargs: of the model.
+
         Returns:
           What the model returns. Updates of buffers are dropped.
+
+        Raises:
+          StateError: names that are missing or unknown; the run makes other calls than the examples.
         """
         return apply.apply(self.engine, params, qparams, args, kwargs)
 
@@ -150,36 +200,50 @@ class Quantized:
     ) -> tuple[Output, dict[str, Tensor]]:
         """:meth:`apply`, and the params with new buffers (BatchNorm statistics).
 
+        Args:
+          params, qparams, *args, **kwargs: see :meth:`apply`.
+
         Returns:
-          What the model returns; all params, with the buffers as the run left them.
+          What the model returns; and all params, with the buffers as the run left them.
+
+        Raises:
+          StateError: see :meth:`apply`.
         """
         return apply.apply_and_update(self.engine, params, qparams, args, kwargs)
 
     def capture(
         self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """What each quantizer sees in a run of the quantized model, and what it makes of it.
+        """Each quantizer's tensor in a run of the quantized model, before and after quantization.
 
-        Weights are shown as the layer holds them, with the BatchNorm divided out again. Of a quantizer that only observes
-        it is shown what it would make.
+        Weights are in the layer's layout, with the BatchNorm divided out again. For a quantizer that only observes, the
+        second tensor is what it would return.
+
+        Args:
+          params, qparams, *args, **kwargs: see :meth:`apply`.
 
         Returns:
           ``{quantizer name: (before, after)}``, sorted.
+
+        Raises:
+          StateError: see :meth:`apply`.
         """
         return apply.capture(self.engine, params, qparams, args, kwargs)
 
     def tap(self, at: str | Collection[str], stop: bool = False) -> tap.Tapped:
-        """A function that runs the model and also returns what it called on the way, where no quantizer sits, too.
+        """A function that runs the model, and returns its output and the calls of modules and functions that it made.
+
+        A call can be named whether or not a quantizer sits there.
 
         Args:
           at: paths of modules, names of values (``"layer1.0.add"``, an input's name) and globs; one or several.
-          stop: end the run behind the last of them; the output is ``None`` then. A compiled run goes on to its end.
+          stop: end the run after the last of them; the output is ``None`` then. A compiled run goes on to its end.
 
         Returns:
-          ``tapped(params, qparams, *args, **kwargs) -> (output, seen)``. ``seen`` holds for each name the calls in the
-          order of execution, each a ``Call(args, kwargs, output)`` of copies: inputs as the call was given them, the
-          output on its grid where it has one. A module that was not called has an empty list. With ``qparams=None`` the
-          float model runs.
+          ``tapped(params, qparams, *args, **kwargs) -> (output, seen)``. ``seen`` is a dict from each name to a list of
+          its calls in the order of execution, each a ``Call(args, kwargs, output)`` of copies: arguments as the call
+          received them, the output quantized where a quantizer sits. A module that was not called has an empty list.
+          With ``qparams=None`` the float model runs.
 
         Raises:
           ConfigError: a name that fits nothing.
@@ -196,17 +260,20 @@ class Quantized:
         return tap.tap(self.engine, at, stop)
 
     def part(self, path: str, call: int = 0) -> Quantized:
-        """One module of the model as a quantized model of its own, with the decisions and the names of the whole.
+        """One module of the model as a quantized model of its own, with the configs and names of the whole plan.
 
-        It takes the whole params and qparams, or at least those that it needs, and uses its own. A value that another
-        module makes is quantized there and not here: what the part is given is what :meth:`tap` sees it called with.
+        Its methods take the params and qparams of the whole model, or at least those of the part. An input of the part is
+        quantized by the module that makes it, so not here: call the part with the arguments that :meth:`tap` returns.
 
         Args:
           path: of the module.
           call: which of its calls, from 0, where the model calls it several times.
 
+        Returns:
+          The part. ``part("")`` of a whole model is that model.
+
         Raises:
-          PlanError: the model has no such module, or the examples do not call it so often.
+          PlanError: the model has no such module, the examples make fewer calls of it, or this is a part already.
 
         Example:
           >>> import torch, sophq_func as sq
@@ -221,10 +288,15 @@ class Quantized:
         return Quantized(skeleton, plan, self.frozen, self.plan)
 
     def blocks(self, pattern: str | None = None) -> list[Quantized]:
-        """The parts of the model at the modules that a glob fits, none inside another, in execution order.
+        """The :meth:`part` at each module that a glob fits, none inside another, in execution order.
 
-        Without a pattern: the residual blocks (the smallest module around ``x + f(x)`` or ``g(x) + f(x)``, and of those
-        the outermost), and beside them the modules that stand in a ``ModuleList`` or ``Sequential`` and are no leaves.
+        Args:
+          pattern: a glob of module paths. ``None``: the residual blocks (the smallest module around ``x + f(x)`` or
+            ``g(x) + f(x)``, and of those the outermost), and outside of them the items of each ``ModuleList`` or
+            ``Sequential`` that are not single layers.
+
+        Returns:
+          The parts; several of a module that the model calls several times.
 
         Raises:
           ConfigError: the pattern fits no module that the example calls.
@@ -243,29 +315,50 @@ class Quantized:
     ) -> QParamsDict:
         """The qparams with uniform numbers in [0, 1) under ``extras["noise"]`` of each quantizer that needs them.
 
-        One run without quantization tells the shapes; the numbers are drawn in the order of the quantizers' names, so the
-        same generator state gives the same noise. A run with other shapes needs other noise.
+        The shapes come from one run without quantization. The numbers are drawn in the order of the quantizers' names, so
+        the same generator state gives the same noise. A run with other shapes needs other noise.
 
         Args:
           params, qparams: see :meth:`apply`.
-          generator: the source of randomness; its state moves on.
+          generator: the source of randomness; its state changes.
           *args, **kwargs: of the model.
 
+        Returns:
+          ``{quantizer name: QParams}``, sorted.
+
         Raises:
-          StateError: see :meth:`apply`; ``generator`` is none.
+          StateError: see :meth:`apply`; ``generator`` is not a ``torch.Generator``.
         """
         return noise.with_noise(self.engine, params, qparams, generator, args, kwargs)
 
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What is learned, and the rest, both flat: ``{"<quantizer>.<field>": Tensor}``. :func:`merge` is the inverse.
+        """The leaves of qparams that can be learned, and the rest; :func:`sophq_func.merge` is the inverse.
 
-        Learned are the floating fields that a fake quantizer names: not the zero point of a symmetric scheme, nothing of
-        a quantizer that only observes or whose scheme is dynamic.
+        Learnable are the floating fields that the fake quantizer names in ``learnable``, except for the zero point of a
+        symmetric scheme, and for quantizers that only observe, have a dynamic scheme, or belong to frozen weights.
+
+        Args:
+          qparams: of every quantizer.
+
+        Returns:
+          Two flat dicts ``{"<quantizer>.<field>": Tensor}``, sorted.
+
+        Raises:
+          StateError: names that are missing or unknown.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+          >>> lsq = sq.override(fake_quantize=sq.fake_quantize.learnable())
+          >>> q = sq.quantize(model, sq.QuantConfig(weight=lsq, activation=None), example_args=(x,))
+          >>> learnable, rest = q.split(q.calibrate(sq.params_of(model), [x], progress=False))
+          >>> list(learnable)
+          ['weight_fake_quant.scale']
         """
         return flat.split(self.engine, qparams)
 
     def train(self) -> Quantized:
-        """The same plan with the model's training flag set; a new object.
+        """The same model and plan with all modules in training mode; a new object.
 
         Raises:
           StateError: the weights are frozen.
@@ -276,19 +369,32 @@ class Quantized:
         return self._with(self.engine.skeleton.in_mode(True), frozen=False)
 
     def eval(self) -> Quantized:
-        """The same plan with the model's training flag cleared; a new object."""
+        """The same model and plan with all modules in evaluation mode; a new object."""
         return self._with(self.engine.skeleton.in_mode(False), self.frozen)
 
     def freeze(self, params: Params, qparams: Mapping[str, QParams], /) -> tuple[Quantized, dict[str, Tensor]]:
         """Quantize the weights once, for inference.
 
+        Args:
+          params, qparams: see :meth:`apply`.
+
         Returns:
-          A quantized model that takes weights as they are, and params with weights on their grids and biases rounded,
+          A quantized model that uses weights as they are given; and params with weights quantized and biases rounded,
           detached. With the same qparams, whose entries for weights no longer matter, outputs are the same bit for bit.
 
         Raises:
-          StateError: names that are missing or unknown; the model is in training mode, where BatchNorm folds into
-            weights what it has just seen.
+          StateError: names that are missing or unknown; the model is in training mode, in which the statistics that are
+            folded into weights change with each batch.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3).eval(), torch.randn(4, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> params = sq.params_of(model)
+          >>> qparams = q.calibrate(params, [x], progress=False)
+          >>> frozen, baked = q.freeze(params, qparams)
+          >>> torch.equal(frozen.apply(baked, qparams, x), q.apply(params, qparams, x))
+          True
         """
         self.engine.check(params, qparams, "freeze", "qparams")
         if self.training:
@@ -308,7 +414,7 @@ class Quantized:
         how: str = "auto",
         progress: bool = True,
     ) -> Tree:
-        """One batch under many settings, without gradients.
+        """Run one batch under many settings of the qparams, without gradients.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
@@ -316,7 +422,7 @@ class Quantized:
           batch: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
           reduce: what to keep of an output, such as a loss; by default all of it.
           how: ``"loop"`` runs one setting after the other, and quantizes a weight once for settings that agree on it.
-            ``"vmap"`` runs chunks of them as one. ``"compile"`` is a loop over one compiled function, worth the wait where
+            ``"vmap"`` runs chunks of them as one. ``"compile"`` is a loop over one compiled function; compiling pays where
             settings are many. ``"auto"`` is ``"vmap"`` for a model so small that calling torch costs more than arithmetic,
             if torch can map it, else ``"loop"``.
           progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
@@ -325,14 +431,17 @@ class Quantized:
           What ``reduce`` returns, each tensor with a new first axis, one entry a setting.
 
         Raises:
-          StateError: no settings; see :meth:`apply`.
+          StateError: no settings, an unknown ``how``; see :meth:`apply`.
         """
         return sweep.sweep(self.engine, params, settings, batch, reduce, how, progress)
 
     def weights_seen(self, params: Params, /) -> dict[str, tuple[Tensor, QScheme]]:
-        """Each weight as its quantizer sees it, and the scheme for it as it lies there.
+        """Each weight as its quantizer sees it, and the scheme with axes of that layout.
 
-        With the BatchNorm folded in; of grouped deconvolutions, output channels first.
+        The BatchNorm is folded in; the weights of grouped deconvolutions have output channels first.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
 
         Returns:
           ``{quantizer name: (weight, scheme)}``, sorted.
@@ -341,5 +450,14 @@ class Quantized:
         return sorted_dict({weight.site.quantizer: (weight.seen(params), weight.scheme) for weight in self.engine.weights})
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
-        """``x`` as the quantizer ``name`` represents it, also where it only observes."""
+        """``x`` quantized and dequantized by one quantizer, also where it only observes.
+
+        Args:
+          name: of the quantizer, dotted or underscored.
+          x: a tensor like those that it quantizes in the model.
+          qparams: its entry of the qparams.
+
+        Raises:
+          KeyError: the plan has no such quantizer.
+        """
         return apply.quantize_value(self.engine, name, x, qparams)

@@ -48,8 +48,8 @@ def report(
     """Range, clipping, noise and size at each quantizer, and its share of the error of the model's output.
 
     The share is measured by switching on one quantizer at a time, in a model that is float otherwise: ``n + 3`` runs of each
-    batch for ``n`` quantizers, without gradients. What quantizers do only together is in no share; ``report.sqnr_db`` is
-    measured with all of them on.
+    batch for ``n`` quantizers, without gradients. The other three: in float, with all on, and to see the values.
+    What quantizers do only together is in no share; ``report.sqnr_db`` is measured with all of them on.
 
     Args:
       q: a quantized model in eval mode, whose weights are not frozen.
