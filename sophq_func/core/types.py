@@ -1,4 +1,4 @@
-"""Names for the types of a model's arguments and output, and of trees: whatever a user's model takes and returns."""
+"""Names for what passes through the library without being looked into: arguments, outputs, trees."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 Args: TypeAlias = tuple[Any, ...]
-"""Positional arguments of a model, module or function."""
+"""Positional arguments of a model or of a torch function: tensors, trees of tensors, or anything else."""
 
 Kwargs: TypeAlias = Mapping[str, Any]
-"""Keyword arguments of a model, module or function."""
+"""Keyword arguments of the same, by name."""
 
 Output: TypeAlias = Any
-"""What a model, module or function returns."""
+"""What a model, a module or a torch function returns: a tensor, a tree of tensors, or anything else."""
 
 Tree: TypeAlias = Any
-"""Nested containers of tensors and other leaves, as :mod:`sophq_func.core.pytree` reads them."""
+"""Nested tuples, lists and dicts, or a single leaf: a tensor or anything else."""

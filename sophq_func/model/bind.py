@@ -8,12 +8,13 @@ from typing import TypeAlias
 import torch
 
 from sophq_func.capture.skeleton import Skeleton
+from sophq_func.config.site import WeightSite
 from sophq_func.core.errors import PlanError, near
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Norm, WeightQuantizer
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS
-from sophq_func.numerics.scheme import QScheme
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
 Quantizers: TypeAlias = Mapping[str, WeightQuantizer | RunQuantizer]
@@ -31,21 +32,23 @@ def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantiz
     """
     weights, running = [], {}
     for name in plan:
-        if plan.site(name).parameter:
-            weights.append(weight_quantizer(skeleton, plan, name))
+        site = plan.site(name)
+        if isinstance(site, WeightSite):
+            weights.append(weight_quantizer(skeleton, site, plan[name]))
         else:
             running[name] = value_quantizer(plan, name)
     return tuple(weights), running
 
 
-def weight_quantizer(skeleton: Skeleton, plan: Plan, name: str) -> WeightQuantizer:
+def weight_quantizer(skeleton: Skeleton, site: WeightSite, config: QuantizerConfig) -> WeightQuantizer:
     """The quantizer of a weight."""
-    site, config = plan.site(name), plan[name]
     observer = OBSERVERS.build(config.observer)
     fake_quantize = pieces.build(config.fake_quantize)
     if site.parameter not in skeleton.known:
         hint = near(site.parameter, skeleton.known)
-        raise PlanError(f"{name}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew.")
+        raise PlanError(
+            f"{site.quantizer}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew."
+        )
     norm = _norm(skeleton, site.norm) if site.norm else None
     return WeightQuantizer(site, config, observer, fake_quantize, norm)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import leaves
@@ -65,9 +65,9 @@ def _complaint(name: str, site: Site, statistics: Sequence[Tensor]) -> str:
     """Why the statistics of one observer are not finite."""
     sentence, allowed = "no scale can be computed", "finite numbers"
     if any(bool(tensor.isnan().any()) for tensor in statistics):
-        source = site.parameter or f"what reaches {site.value or site.path}"
+        source = site.parameter if isinstance(site, WeightSite) else f"what reaches {site.value or site.path}"
         return explain(name, sentence, got="NaN in the data", allowed=allowed, fix=f"look at {source}")
-    if site.parameter:
+    if isinstance(site, WeightSite):
         fix = f"look at {site.parameter}"
         return explain(name, sentence, got="infinity in the weight", allowed=allowed, fix=fix)
     fix = "q.calibrate(params, batches) with finite batches"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.operations import hidden_from_compile
 from sophq_func.planning.plan import Plan
 
@@ -43,7 +43,7 @@ class Schedule:
     """
 
     def __init__(self, plan: Plan) -> None:
-        sites = [plan.site(name) for name in plan if not plan.site(name).parameter]
+        sites = [site for site in map(plan.site, plan) if not isinstance(site, WeightSite)]
         self.inputs = {site.argument: site.quantizer for site in sites if site.argument}
         self.same = {repeated: site.argument for site in sites for repeated in site.also}
         self.shared = {site.quantizer for site in sites if site.more}

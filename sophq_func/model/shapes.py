@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.config.site import WeightSite
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer
@@ -32,6 +33,9 @@ MOST_AXES = 64
 memory."""
 
 FIX = "calibrate with a model of this plan"
+
+UNMAKEABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What making a quantizer may raise where a damaged plan names options or shapes that cannot be."""
 
 
 class Leaf(NamedTuple):
@@ -92,13 +96,7 @@ def expected(plan: Plan, weights: Mapping[str, Tensor] | None = None) -> dict[st
     for name in plan:
         try:
             expected[name] = _expected(plan, name, weights or {})
-        except (
-            ArithmeticError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # whatever a damaged plan causes
+        except UNMAKEABLE as error:
             problems.append(f"{name}: no quantizer can be made of its config: {error}")
     raise_all(problems, StateError)
     return expected
@@ -108,20 +106,20 @@ def _expected(plan: Plan, name: str, weights: Mapping[str, Tensor]) -> Expected:
     """What one quantizer has: read off a state and qparams that it makes of an empty tensor."""
     site, config = plan.site(name), plan[name]
     observer, fake_quantize = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)
-    quantizer: WeightQuantizer | RunQuantizer
-    if site.parameter:
-        quantizer = WeightQuantizer(site, config, observer, fake_quantize)
-    else:
-        quantizer = RunQuantizer(site, config, observer, fake_quantize)
-    scheme = quantizer.scheme
     empty = torch.empty((), device="meta")
-    if not site.parameter:
-        x = quantizer.seen({"": empty})  # the params tell it the device
-    elif site.parameter in weights:
-        x = quantizer.seen({site.parameter: empty.expand(weights[site.parameter].shape)})
+    sized = True
+    if not isinstance(site, WeightSite):
+        scheme = config.scheme
+        params = {"": empty}  # of which a value's quantizer reads the device
+        x = RunQuantizer(site, config, observer, fake_quantize).seen(params)
     else:
-        x = empty.expand(_some_shape(scheme.granularity))
-    sized = not site.parameter or site.parameter in weights
+        weight = WeightQuantizer(site, config, observer, fake_quantize)
+        scheme = weight.scheme
+        sized = site.parameter in weights
+        if sized:
+            x = weight.seen({site.parameter: empty.expand(weights[site.parameter].shape)})
+        else:
+            x = empty.expand(_some_shape(scheme.granularity))
     state = observer.init(x, scheme)
     scale, _ = no_range(x, scheme.granularity)
     qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), {})

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.numerics.affine import folded, switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
 from sophq_func.numerics.ranges import positive
@@ -60,7 +60,7 @@ class WeightQuantizer:
       norm: the BatchNorm that is folded into the weight; ``None`` without.
     """
 
-    site: Site
+    site: WeightSite
     config: QuantizerConfig
     observer: Observer
     fake_quantize: FakeQuantize
