@@ -19,7 +19,9 @@ def part(engine: Engine, path: str, call: int) -> tuple[Skeleton, Plan]:
     if first is None:
         known = [spelling for spellings in skeleton.paths.values() for spelling in spellings if spelling]
         raise PlanError(unknown("part", "module", path, known))
-    plan = parts.part(engine.plan, first, call, skeleton.part(first).names)
+    parameters = skeleton.part(first).names
+    plan = parts.part(engine.plan, first, call, parameters)
+    # which BatchNorms are folded is known from the plan only, which needs the parameters first
     return skeleton.part(first, _folded_into(engine, plan)), plan
 
 

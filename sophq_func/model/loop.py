@@ -31,7 +31,8 @@ class Loop:
       skeleton: the model without its weights.
       schedule: at which calls quantizers act.
       arguments: names of the model's arguments.
-      copied: names of the arguments that are cloned first, because the model writes into them; ``None``: all.
+      copied: names of the arguments that are cloned first, because the model writes into them; ``None``: all, where it is
+        not known which.
     """
 
     skeleton: Skeleton
@@ -59,7 +60,7 @@ class Loop:
           effect: what happens to a planned value.
           args, kwargs: of the model.
           later: parameters that are computed when their layer starts. They need a schedule or a runner.
-          watch: makes the runner; by default one that applies the effect and does nothing else.
+          watch: makes the runner, which sees each call; by default one that applies the effect and does nothing else.
 
         Returns:
           The model's output, and its buffers afterwards.

@@ -79,17 +79,26 @@ class WeightQuantizer:
     def seen_part(
         self, params: Params, axis: int = 0, start: int = 0, length: int | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """A part of :meth:`seen` along ``axis``, computed in ``dtype``; without a length all of it.
+        """A part of :meth:`seen`, so that a large weight need not be converted whole.
 
         A grouped deconvolution, whose weight is rearranged to be seen, has no parts.
+
+        Args:
+          params: of the model.
+          axis, start, length: which part, as of ``Tensor.narrow``; without a length the whole weight.
+          dtype: in which it is computed; ``None``: the weight's.
         """
         weight = params[self.site.parameter]
-        weight = arranged(weight, self.site) if length is None else weight.narrow(axis, start, length)
-        weight = weight if dtype is None else weight.to(dtype)
+        if length is None:
+            weight = arranged(weight, self.site)
+        else:
+            weight = weight.narrow(axis, start, length)
+        if dtype is not None:
+            weight = weight.to(dtype)
         if self.norm is None:
             return weight
         factor = self._along(self.norm.factor(params), weight)
-        if length is not None and factor.shape[axis] > 1:
+        if length is not None and factor.shape[axis] > 1:  # cut along the output channels
             factor = factor.narrow(axis, start, length)
         return weight * factor
 

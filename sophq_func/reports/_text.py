@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 BAR = 12
 """Characters of the bar for a share of 1."""
 
+RIGHT = frozenset(("share", "SQNR", "cosine", "clipped"))
+"""Columns of numbers, which are aligned on the right."""
+
+HOT = 2
+"""From how many times the even share on a quantizer is marked."""
 
 UNITS = ("KiB", "MiB", "GiB", "TiB")
 """Of sizes, each 1024 of the one before."""
@@ -146,12 +151,6 @@ COLUMNS: dict[str, Callable[[ReportRow], str]] = {
 }
 """The columns of a table, from left to right: the heading, and the cell of a row."""
 
-RIGHT = frozenset(("share", "SQNR", "cosine", "clipped"))
-"""Columns of numbers, which are aligned on the right."""
-
-HOT = 2
-"""From how many times the even share on a quantizer is marked."""
-
 
 def table(report: Report) -> str:
     """Rows in columns, the headline above: with lines between them where rich is installed, else plain."""
@@ -180,16 +179,17 @@ def rich_table(report: Report) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, caption=Text(summary(report)), title=Text(headline(report)))
+    result = Table(box=SIMPLE_HEAD, pad_edge=False, caption=Text(summary(report)), title=Text(headline(report)))
     for name in COLUMNS:
-        made.add_column(name, no_wrap=True, justify="right" if name in RIGHT else "left")
+        result.add_column(name, no_wrap=True, justify="right" if name in RIGHT else "left")
     for row in report.rows:
         cells = [Text(cell(row)) for cell in COLUMNS.values()]
         if is_hot(row, report):
-            cells[0].stylize("bold red")
-            cells[1].stylize("red")
-        made.add_row(*cells)
-    return made
+            name_cell, bar_cell, *_ = cells
+            name_cell.stylize("bold red")
+            bar_cell.stylize("red")
+        result.add_row(*cells)
+    return result
 
 
 def is_hot(row: ReportRow, report: Report) -> bool:
