@@ -9,7 +9,7 @@ from html import escape
 from sophq_func.reports._row import ReportRow
 
 WIDTH, HEIGHT = 220, 40
-"""Of a histogram, in the units of its view box; the style sheet draws it as large."""
+"""Of a histogram, in the units of its view box; the style sheet gives it the same size in pixels."""
 
 COLUMNS_HEIGHT, LABEL_HEIGHT = 90, 24
 """Of the overview, in pixels: the columns, and the text above the tallest."""
