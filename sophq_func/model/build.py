@@ -61,7 +61,7 @@ def quantize(
 
     Args:
       model: any ``nn.Module``; it is not changed.
-      config: what is asked for.
+      config: how values and weights are quantized, and where.
       example_args: positional arguments of one call of the model, a tuple or a single tensor.
       example_kwargs: keyword arguments of that call.
       examples: instead, several calls ``[(args, kwargs), ...]``; the plan is the union of their traces.

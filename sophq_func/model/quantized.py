@@ -19,6 +19,7 @@ from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Output, Tree
 from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
 from sophq_func.model.engine import Engine, OState, QParamsDict
+from sophq_func.model.tap import Tapped
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.scheme import QScheme
@@ -230,7 +231,7 @@ class Quantized:
         """
         return apply.capture(self.engine, params, qparams, args, kwargs)
 
-    def tap(self, at: str | Collection[str], stop: bool = False) -> tap.Tapped:
+    def tap(self, at: str | Collection[str], stop: bool = False) -> Tapped:
         """A function that runs the model, and returns its output and the calls of modules and functions that it made.
 
         A call can be named whether or not a quantizer sits there.

@@ -33,6 +33,7 @@ MOST_AXES = 64
 memory."""
 
 FIX = "calibrate with a model of this plan"
+"""The fix in errors about states that belong to another plan."""
 
 UNMAKEABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 """What making a quantizer may raise where a damaged plan names options or shapes that cannot be."""
