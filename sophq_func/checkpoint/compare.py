@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sophq_func.capture.skeleton import params_of
 from sophq_func.config.site import Site
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.shapes import Leaf, expected, front_axes, is_shaped, qparams_misfits, state_misfits
@@ -29,7 +28,7 @@ def differences(
     found = [] if plan is None else list(_of_plans(plan, here))
     if plan is None and qparams is not None:
         found += _of_names(qparams, here)
-    weights = params_of(q.engine.skeleton.module) if isinstance(q, Quantized) else {}
+    weights = q.engine.empty_params() if isinstance(q, Quantized) else {}
     wanted = {} if qparams is None and ostate is None else expected(here, weights)
     found += qparams_misfits(qparams or {}, wanted) + state_misfits(ostate or {}, wanted)
     if params is not None and isinstance(q, Quantized):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sophq_func.capture.arguments import as_call
 from sophq_func.capture.frame import unwatched
-from sophq_func.capture.trace import retrace
 from sophq_func.core.pytree import has_floating, tensors
 from sophq_func.export._capture import captured, output_names
 from sophq_func.export._linear import LinearGrid
@@ -58,7 +57,7 @@ def float_file(
     made = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False)
     for name, weight in _clipped(q, params, qparams).items():
         made.get_buffer(made.names[name]).copy_(weight)
-    graph = retrace(q.engine.skeleton, params, args, kwargs, q.engine.loop.arguments)
+    graph = q.engine.retrace(params, args, kwargs)
     calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
     made.watch = partial(_Marking, calls)
     with quiet():

@@ -88,10 +88,10 @@ def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> 
     Without a file, tensors are called as the plan calls values.
 
     Raises:
-      ConfigError: a name for a quantizer that the plan has not, a quantizer whose op type is not known.
+      ConfigError: a name for a quantizer that is not in the plan, a quantizer whose op type is not known.
     """
     unknown = [name for name in names if name not in plan]
-    raise_all([f"tables: names has {name!r}, which the plan has not; {near(name, plan)}." for name in unknown])
+    raise_all([f"tables: names has {name!r}, which is not in the plan; {near(name, plan)}." for name in unknown])
     found, problems = {}, []
     for name in plan:
         find = _weight_op if plan.site(name).role == "weight" else _op

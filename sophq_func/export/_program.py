@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.arguments import map_inputs
-from sophq_func.capture.skeleton import Skeleton
 from sophq_func.codes import Refusal, Stored, share_on, stored_form
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
-from sophq_func.model.loop import Watch
+from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged, round_biases
@@ -77,12 +76,12 @@ class Program(nn.Module):
       watch: makes the runner of a run, where it shall do more than to act on values.
     """
 
-    watch: Watch | None = None
+    watch: MakeRunner | None = None
 
-    def __init__(self, skeleton: Skeleton, q: Quantized, params: Params, found: Found, target: Target) -> None:
+    def __init__(self, loop: Loop, q: Quantized, params: Params, found: Found, target: Target) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
-        self._loop = q.engine.loop.on(skeleton)
+        self._loop = loop
         self._found, self._target = found, target
         self._plain = sorted(params.keys() - found.stored.keys())
         for name in self._plain:
@@ -190,7 +189,7 @@ def program(
     q.engine.check(params, qparams, where, "qparams")
     with torch.no_grad():
         found, problems = _activations(q, qparams, target)
-        tensors = dict(round_biases(q.engine.acting, params, q.engine.steps(qparams)))  # of frozen ones they are
+        tensors = dict(round_biases(q.engine.acting, params, q.engine.effective(qparams)))  # of frozen ones they are
         for weight in _acting(q):
             result = _stored(weight, params, qparams[weight.site.quantizer], target, q.frozen)
             if isinstance(result, str):
@@ -206,8 +205,8 @@ def program(
         fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
         texts = [explain(name, f"{where} is not possible", because=why, fix=fix) for name, why in problems.items()]
         raise_all([] if simulate else texts, ConfigError)
-        skeleton = _with_folded_biases(q, tensors, found, target.stores_biases)
-    return Program(skeleton, q, tensors, found, target)
+        loop = _with_folded_biases(q, tensors, found, target.stores_biases)
+    return Program(loop, q, tensors, found, target)
 
 
 def _check(where: str, q: Quantized) -> None:
@@ -276,8 +275,8 @@ def _folded_weight(q: Quantized, weight: WeightQuantizer, params: Params, qparam
     return arranged(switched(seen, on_grid, qparams), weight.site)
 
 
-def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, stores: bool) -> Skeleton:
-    """The skeleton with BatchNorms that do nothing and layers that have their bias, which goes into ``tensors``.
+def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, stores: bool) -> Loop:
+    """The loop in which BatchNorms do nothing and layers have their bias, which goes into ``tensors``.
 
     A bias that is rounded is stored as int32 on its grid, where the target ``stores`` biases.
     """
@@ -293,7 +292,7 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, 
             biases[site.path] = name, tensors[name]
         if stores and site.source in found.grids and site.parameter in found.stored and name in tensors:
             found.stored[name] = _stored_bias(tensors[name], found.stored[site.parameter].grid, found.grids[site.source])
-    return q.engine.skeleton.altered(skipped, biases)
+    return q.engine.altered(skipped, biases)
 
 
 def _stored_bias(bias: Tensor, weight: LinearGrid, source: LinearGrid) -> LinearCodes:

@@ -27,9 +27,6 @@ from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
 
-E8M0_BIAS = 127
-"""An E8M0 code is the exponent of the block's power of two plus this (OCP Microscaling Formats v1.0, 5.4.1)."""
-
 LEAST_SCALE = EPS**2
 """The float32 scale of a tensor is at least 2 ** -46: a tensor of zeros divides by this instead of 0.
 

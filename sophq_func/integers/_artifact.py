@@ -143,7 +143,7 @@ class Artifact:
     def _parameters(self, given: Given) -> dict[str, Tensor]:
         """What the model runs with: real numbers for what the executor has no integers for."""
         found, device = {}, next((t.device for t in self._tensors.values()), None)
-        for name, empty in self._q.engine.skeleton.registered().items():
+        for name, empty in self._q.engine.empty_params().items():
             if name in given.wholes:
                 found[name] = given.wholes[name].real(torch.float32)
             elif name in self._metadata["weights"]:

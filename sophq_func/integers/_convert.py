@@ -78,7 +78,7 @@ class _Conversion:
     def __init__(self, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> None:
         small = {name for weight in q.engine.weights for name in _beside(weight)}  # weights are widened slice by slice
         self.params = {name: _wide(p) if name in small else p.detach() for name, p in params.items()}
-        self.q, self.qparams = q, q.engine.steps({name: qparams[name] for name in q.plan})
+        self.q, self.qparams = q, q.engine.effective({name: qparams[name] for name in q.plan})
         self.problems: list[str] = []
         self.on = {name for name in q.plan if self._is_on(name)}
         self.tensors: dict[str, Tensor] = {}
@@ -192,7 +192,7 @@ class _Conversion:
 
     def _owners(self, parameter: str) -> int:
         """How many layers' bias a parameter is."""
-        return sum(parameter in own.values() for own in self.q.engine.skeleton.owned.values()) if parameter else 0
+        return len({path for path, _ in self.q.engine.holders(parameter)})
 
     def _bias(self, weight: WeightQuantizer, found: Stored, key: str, source: str) -> None:
         """The folded bias: int32 where the plan rounds it, else real."""
@@ -251,10 +251,9 @@ class _Conversion:
             if weight.norm:
                 behind.setdefault(weight.site.norm, []).append(weight.site.parameter)
         lone = {re.sub(r"_\d+$", "", call.name) for call in self.q.plan.calls} | {call.name for call in self.q.plan.calls}
-        owned = self.q.engine.skeleton.owned
         paths = {norm for norm, layers in behind.items() if self.weights.keys() >= set(layers) and norm not in lone}
-        others = {name for path, own in owned.items() if path not in paths for name in own.values()}
-        return {name for path in paths for name in owned[path].values()} - others
+        held = {name for path in paths for name in self.q.engine.tensors_of(path).values()}
+        return {name for name in held if all(path in paths for path, _ in self.q.engine.holders(name))}
 
 
 def _beside(weight: WeightQuantizer) -> list[str]:

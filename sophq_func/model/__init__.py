@@ -1,12 +1,15 @@
 """Model and plan to pure functions of ``(params, state, batch)``: quantizers bound to weights and values, and runs."""
 
+from sophq_func.model import apply as apply
 from sophq_func.model import bind as bind
 from sophq_func.model import build as build
 from sophq_func.model import calibrate as calibrate
+from sophq_func.model import cut as cut
 from sophq_func.model import engine as engine
 from sophq_func.model import finite as finite
 from sophq_func.model import flat as flat
 from sophq_func.model import loop as loop
+from sophq_func.model import noise as noise
 from sophq_func.model import quantized as quantized
 from sophq_func.model import runner as runner
 from sophq_func.model import schedule as schedule

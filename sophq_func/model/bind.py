@@ -1,8 +1,9 @@
-"""The quantizers of a plan, made ready: each site with its config and the functions that its specs describe."""
+"""Makes the quantizers of a plan: each site with its config and the functions that its specs describe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 
@@ -13,50 +14,70 @@ from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Norm, WeightQuantizer
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS
-from sophq_func.numerics.scheme import QScheme
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
+Quantizers: TypeAlias = Mapping[str, WeightQuantizer | RunQuantizer]
+"""Quantizers by name."""
 
-def state_types(pieces: Mapping[str, WeightQuantizer | RunQuantizer]) -> dict[str, type]:
-    """The class of each observer's state."""
-    return {name: type(piece.observer.init(torch.zeros(1), QScheme())) for name, piece in pieces.items()}
+NORM_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+"""What a BatchNorm holds, where it is affine and tracks statistics; only such a one is folded."""
 
 
 def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantizer, ...], dict[str, RunQuantizer]]:
-    """Weight quantizers, and by name those that act while the model runs."""
+    """The weight quantizers of a plan; and, by name, the quantizers that act while the model runs.
+
+    Raises:
+      PlanError: the model does not have a parameter, or a BatchNorm, that the plan names.
+    """
     weights, running = [], {}
-    for name, config in plan.items():
+    for name in plan:
         site = plan.site(name)
-        if not isinstance(site, WeightSite):
+        if isinstance(site, WeightSite):
+            weights.append(weight_quantizer(skeleton, site, plan[name]))
+        else:
             running[name] = value_quantizer(plan, name)
-            continue
-        observer, fake = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)
-        if site.parameter not in skeleton.all_names:
-            hint = near(site.parameter, skeleton.all_names)
-            raise PlanError(f"{name}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew.")
-        norm = _norm(skeleton, site.norm) if site.norm else None
-        weights.append(WeightQuantizer(site, config, observer, fake, norm))
     return tuple(weights), running
 
 
+def weight_quantizer(skeleton: Skeleton, site: WeightSite, config: QuantizerConfig) -> WeightQuantizer:
+    """The quantizer of a weight."""
+    observer = OBSERVERS.build(config.observer)
+    fake_quantize = pieces.build(config.fake_quantize)
+    if site.parameter not in skeleton.all_names:
+        hint = near(site.parameter, skeleton.all_names)
+        raise PlanError(
+            f"{site.quantizer}: the model has no parameter {site.parameter!r}; {hint}. Fix: plan this model anew."
+        )
+    norm = _norm(skeleton, site.norm) if site.norm else None
+    return WeightQuantizer(site, config, observer, fake_quantize, norm)
+
+
 def value_quantizer(plan: Plan, name: str) -> RunQuantizer:
-    """A quantizer of a plan that acts while the model runs."""
+    """A quantizer that acts while the model runs."""
     config = plan[name]
     return RunQuantizer(plan.site(name), config, OBSERVERS.build(config.observer), pieces.build(config.fake_quantize))
 
 
+def state_types(quantizers: Quantizers) -> dict[str, type]:
+    """The class of each observer's state."""
+    x, scheme = torch.zeros(1), QScheme()  # an observer has one class of states, whatever it observes
+    return {name: type(quantizer.observer.init(x, scheme)) for name, quantizer in quantizers.items()}
+
+
 def _norm(skeleton: Skeleton, path: str) -> Norm:
-    own = skeleton.tensors_of(path)
-    if not {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"} <= own.keys():
+    """The BatchNorm at a path, which is folded into a weight."""
+    names = skeleton.tensors_of(path)
+    if not names.keys() >= NORM_TENSORS:
         raise PlanError(f"{path}: the model has no BatchNorm there to be folded. Fix: plan this model anew.")
     module = skeleton.module.get_submodule(path)
     return Norm(
-        own["weight"],
-        own["bias"],
-        own["running_mean"],
-        own["running_var"],
-        own["num_batches_tracked"],
-        float(module.eps),  # type: ignore[arg-type]
-        module.momentum,  # type: ignore[arg-type]
-        module.training,
+        weight=names["weight"],
+        bias=names["bias"],
+        mean=names["running_mean"],
+        var=names["running_var"],
+        tracked=names["num_batches_tracked"],
+        eps=float(module.eps),  # type: ignore[arg-type]
+        momentum=module.momentum,  # type: ignore[arg-type]
+        training=module.training,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 from torch import nn
 
@@ -12,9 +12,16 @@ from sophq_func.capture.trace import trace
 from sophq_func.config.dicts import from_dicts
 from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import ConfigError, PlanError, explain
+from sophq_func.core.types import Kwargs, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.planning.make import plan as make_plan
 from sophq_func.planning.plan import Plan
+
+ExampleArgs: TypeAlias = Tree
+"""Positional arguments of one call of a model: a tuple or list of them, or a tensor that is the only one."""
+
+Example: TypeAlias = tuple[ExampleArgs, Kwargs | None]
+"""One call of a model."""
 
 
 def build(model: nn.Module, plan: Plan) -> Quantized:
@@ -25,7 +32,7 @@ def build(model: nn.Module, plan: Plan) -> Quantized:
       plan: from :func:`sophq_func.plan` or :meth:`Plan.from_json`.
 
     Raises:
-      PlanError: the plan names parameters that the model has not.
+      PlanError: the plan names parameters that are not in the model.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -34,11 +41,11 @@ def build(model: nn.Module, plan: Plan) -> Quantized:
       Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
     """
     if not isinstance(model, nn.Module):
-        raise PlanError(
-            explain("build", "this model is not possible", got=type(model).__name__, allowed="a torch.nn.Module")
-        )
+        sentence, fix = "only a module can be built", "sq.build(model, plan)"
+        raise PlanError(explain("build", sentence, got=type(model).__name__, allowed="a torch.nn.Module", fix=fix))
     if not isinstance(plan, Plan):
-        raise PlanError(explain("build", "this plan is not possible", got=type(plan).__name__, allowed="a sq.Plan"))
+        sentence, fix = "a model is built from a plan", "plan = sq.plan(sq.trace(model, (x,)), sq.QuantConfig())"
+        raise PlanError(explain("build", sentence, got=type(plan).__name__, allowed="a sq.Plan", fix=fix))
     return Quantized(Skeleton(model, plan.opaque), plan)
 
 
@@ -46,15 +53,15 @@ def quantize(
     model: nn.Module,
     config: QuantConfig,
     *,
-    example_args: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
-    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
+    example_args: ExampleArgs = (),
+    example_kwargs: Kwargs | None = None,
+    examples: Sequence[Example] | None = None,
 ) -> Quantized:
     """Trace, plan and build in one call.
 
     Args:
       model: any ``nn.Module``; it is not changed.
-      config: what is asked for.
+      config: how values and weights are quantized, and where.
       example_args: positional arguments of one call of the model, a tuple or a single tensor.
       example_kwargs: keyword arguments of that call.
       examples: instead, several calls ``[(args, kwargs), ...]``; the plan is the union of their traces.
@@ -72,26 +79,27 @@ def quantize(
     """
     if not isinstance(config, QuantConfig):
         fix = "sq.from_dicts(...) makes one from the three dictionaries"
-        raise ConfigError(
-            explain("quantize", "this config is not possible", got=type(config).__name__, allowed="sq.QuantConfig", fix=fix)
-        )
+        sentence, got = "a model is quantized by a config", type(config).__name__
+        raise ConfigError(explain("quantize", sentence, got=got, allowed="sq.QuantConfig", fix=fix))
     calls = [(example_args, example_kwargs)] if examples is None else list(examples)
-    if not all(isinstance(call, tuple | list) and len(call) == 2 for call in calls):
-        fix = "examples=[((x,), {}), ((y,), {})]"
-        raise PlanError(
-            explain("quantize", "these examples is not possible", allowed="pairs of a tuple and a dict", fix=fix)
-        )
+    if not all(_is_pair(call) for call in calls):
+        sentence, fix = "these examples cannot be traced", "examples=[((x,), {}), ((y,), {})]"
+        raise PlanError(explain("quantize", sentence, allowed="pairs of a tuple and a dict", fix=fix))
     graphs = [trace(model, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
     return build(model, make_plan(graphs, config))
 
 
+def _is_pair(call: object) -> bool:
+    return isinstance(call, tuple | list) and len(call) == 2
+
+
 def prepare_by_platform(
     model: nn.Module,
-    prepare_custom_config_dict: Mapping[str, Any],
+    prepare_custom_config_dict: Mapping[str, object],
     *,
-    example_args: Any = (),
-    example_kwargs: Mapping[str, Any] | None = None,
-    examples: Sequence[tuple[Any, Mapping[str, Any] | None]] | None = None,
+    example_args: ExampleArgs = (),
+    example_kwargs: Kwargs | None = None,
+    examples: Sequence[Example] | None = None,
 ) -> Quantized:
     """:func:`quantize` with the three dictionaries of sophgo-mq's fine-grained control.
 

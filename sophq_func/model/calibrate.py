@@ -1,9 +1,8 @@
-"""Calibration is a fold of ``observe`` over batches."""
+"""Calibration: observer states, what runs add to them, and the qparams that they give."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,38 +10,89 @@ from torch import Tensor
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
+from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.types import Args, Kwargs, Output, Tree
+from sophq_func.model.engine import Engine, OState, QParamsDict
+from sophq_func.model.finite import check_finite
+from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 
-Params = Mapping[str, Tensor]
 
-
-class Observes(Protocol):
-    """What calibration needs of a quantized model."""
-
-    def init(self, params: Params, /) -> dict[str, State]: ...
-    def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> Any: ...
-    def qparams(self, params: Params, ostate: Mapping[str, State], /) -> dict[str, QParams]: ...
-
-
-def calibrate(q: Observes, params: Params, batches: Iterable[Any], progress: bool) -> dict[str, QParams]:
+def calibrate(engine: Engine, params: Params, batches: Iterable[Tree], progress: bool) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.calibrate`."""
-    ostate, count = q.init(params), 0
+    ostate = init(engine, params, None)
+    count = 0
     with torch.no_grad():
         for batch in shown(_checked(batches), "calibrate", progress):
             args, kwargs = as_call(batch)
-            _, ostate = q.observe(params, ostate, *args, **kwargs)
+            _, ostate = observe(engine, params, ostate, args, kwargs)
             count += 1
         if not count:
-            raise StateError(
-                explain("calibrate", "no batches is not possible", fix="pass a list of tensors, tuples or dicts")
-            )
-        return q.qparams(params, ostate)
+            fix = "pass a list of tensors, tuples or dicts"
+            raise StateError(explain("calibrate", "there are no batches to observe", fix=fix))
+        return resolve(engine, params, ostate)
 
 
-def _checked(batches: Iterable[Any]) -> Iterable[Any]:
+def init(engine: Engine, params: Params, ostate: Mapping[str, State] | None) -> OState:
+    """See :meth:`sophq_func.Quantized.init`."""
+    engine.skeleton.check(params, "init")
+    if ostate is not None:
+        engine.check_state(ostate, "ostate")
+    states = {weight.site.quantizer: weight.observe(params) for weight in engine.weights}
+    for name, quantizer in engine.running.items():
+        if ostate is None:
+            states[name] = quantizer.observer.init(quantizer.seen(params), quantizer.scheme)
+        else:
+            states[name] = ostate[name]
+    return sorted_dict(states)
+
+
+def observe(
+    engine: Engine, params: Params, ostate: Mapping[str, State], args: Args, kwargs: Kwargs
+) -> tuple[Output, OState]:
+    """See :meth:`sophq_func.Quantized.observe`."""
+    engine.check(params, ostate, "observe", "ostate")
+    states = dict(ostate)
+    output = engine.run_float(params, engine.observing(states), args, kwargs)
+    return output, sorted_dict(states)
+
+
+def observe_quantized(
+    engine: Engine,
+    params: Params,
+    ostate: Mapping[str, State],
+    qparams: Mapping[str, QParams],
+    args: Args,
+    kwargs: Kwargs,
+) -> tuple[Output, OState]:
+    """See :meth:`sophq_func.Quantized.observe_quantized`."""
+    engine.check(params, ostate, "observe_quantized", "ostate")
+    engine.check_state(qparams, "qparams")
+    states = dict(ostate)
+    observing, quantizing = engine.observing(states), engine.quantizing(qparams)
+
+    def effect(name: str, x: Tensor) -> Tensor:
+        return quantizing(name, observing(name, x))
+
+    output, _ = engine.run_quantized(params, qparams, effect, args, kwargs)
+    return output, sorted_dict(states)
+
+
+def resolve(engine: Engine, params: Params, ostate: Mapping[str, State]) -> QParamsDict:
+    """See :meth:`sophq_func.Quantized.qparams`."""
+    engine.check(params, ostate, "qparams", "ostate")
+    check_finite(engine.plan, engine.quantizers, ostate)
+    resolved = {}
+    for name, quantizer in engine.quantizers.items():
+        entry = quantizer.observer.qparams(ostate[name], quantizer.scheme)
+        if quantizer.scheme.dynamic:  # each tensor gives its own; NaN of an observer without data must not stay
+            entry = entry._replace(scale=torch.ones_like(entry.scale))
+        resolved[name] = quantizer.fake_quantize.init(entry, quantizer.seen(params), quantizer.scheme)
+    return sorted_dict(resolved)
+
+
+def _checked(batches: Iterable[Tree]) -> Iterable[Tree]:
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        got = type(batches).__name__
-        raise StateError(
-            explain("calibrate", "these batches is not possible", got=got, allowed="a list", fix="q.calibrate(params, [x])")
-        )
+        sentence, got = "these batches cannot be observed", type(batches).__name__
+        raise StateError(explain("calibrate", sentence, got=got, allowed="a list", fix="q.calibrate(params, [x])"))
     return batches

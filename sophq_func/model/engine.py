@@ -1,21 +1,24 @@
-"""A plan bound to a skeleton: every quantizer made ready, and runs of the model with them.
+"""A plan bound to a skeleton: every quantizer ready to act, and runs of the model with them.
 
-:class:`~sophq_func.model.quantized.Quantized` is its face for users; what converts or exports a model uses it directly.
+Users meet it as :class:`~sophq_func.model.quantized.Quantized`; conversions and exports use an :class:`Engine` directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
 from sophq_func.capture.arguments import arguments
+from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
+from sophq_func.capture.trace import retrace
 from sophq_func.core.modes import is_compiling
-from sophq_func.model.bind import make_quantizers, state_types, value_quantizer
+from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
-from sophq_func.model.loop import Loop, Watch
+from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
 from sophq_func.model.value_quantizer import RunQuantizer
@@ -25,117 +28,195 @@ from sophq_func.numerics.scheme import PerToken
 from sophq_func.planning.plan import Plan
 
 OState = dict[str, State]
+"""Observer states, by quantizer."""
+
 QParamsDict = dict[str, QParams]
+"""Qparams, by quantizer."""
 
 
 class Engine:
-    """What a plan means for one model. Nothing in it changes once it is made.
+    """A model and its plan, ready to run. Nothing in it changes once it is made.
 
     Attributes:
-      skeleton: the model without its weights.
-      plan: the plan.
-      frozen: weights come as they are.
+      skeleton: the model without its weights, or a part of it. Other rooms use the methods below instead.
+      plan: the plan of the same.
+      frozen: weights are used as they are given, not quantized.
+      whole: for a part of a model, the plan of the whole model; else ``None``.
       loop: runs the model with an effect on its planned values.
       weights: the weight quantizers.
-      acting: those of them that change their weight.
-      deferrable: parameters whose quantizer may wait until their layer starts.
+      acting: the weight quantizers that change their weight. None in a frozen model; never one that only observes.
+      deferrable: parameters that may be quantized as late as when their layer starts, see :meth:`run_quantized`.
       running: by name, the quantizers that act while the model runs.
-      pieces: all quantizers by name.
-      sources: in a part, the quantizers outside of it whose scales round biases in it.
-      types: classes of the entries of an ``"ostate"`` and of ``"qparams"``, by quantizer.
-      known: in a part, names of all quantizers of the whole model: states may have entries for them.
+      quantizers: all quantizers, by name.
+      sources: in a part, by name, the quantizers outside of it whose scales round biases in it.
+      entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:
-      skeleton: the model, or a part of it.
-      plan: of the same.
-      frozen: weights come as they are.
-      whole: of a part, the plan of the whole model.
+      skeleton, plan, frozen, whole: see above.
     """
 
     def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False, whole: Plan | None = None) -> None:
-        self.skeleton, self.plan, self.frozen = skeleton, plan, frozen
-        copied = frozenset(plan.written) if whole is None else None  # what a part writes into is not known
-        self.loop = Loop(skeleton, Schedule(plan), arguments(skeleton.entry), copied)
+        self.skeleton = skeleton
+        self.plan = plan
+        self.frozen = frozen
+        self.whole = whole
         self.weights, self.running = make_quantizers(skeleton, plan)
+        self.quantizers: Quantizers = {**{weight.site.quantizer: weight for weight in self.weights}, **self.running}
         self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
-        self.deferrable = frozenset(w.site.parameter for w in self.acting if _is_read_by_its_layer(w, skeleton))
-        self.pieces: dict[str, WeightQuantizer | RunQuantizer] = {w.site.quantizer: w for w in self.weights}
-        self.pieces.update(self.running)
-        outside = {} if whole is None else {w.site.source for w in self.weights if w.site.source} - self.pieces.keys()
-        self.sources = {name: value_quantizer(whole, name) for name in outside} if whole is not None else {}
-        self.known = frozenset(whole or ())
-        self.types: dict[str, dict[str, type]] = {
-            "ostate": state_types(self.pieces),
-            "qparams": dict.fromkeys((*self.pieces, *self.sources), QParams),
+        self.deferrable = frozenset(
+            weight.site.parameter for weight in self.acting if _is_read_by_its_layer(weight, skeleton)
+        )
+        self.sources = _sources_outside(self.weights, self.quantizers, whole)
+        self._names_of_whole = frozenset(whole or ())
+        self.entry_types: dict[str, dict[str, type]] = {
+            "ostate": state_types(self.quantizers),
+            "qparams": dict.fromkeys((*self.quantizers, *self.sources), QParams),
         }
+        # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
+        copied = frozenset(plan.written) if whole is None else None
+        self.loop = Loop(skeleton, Schedule(plan), arguments(skeleton.entry), copied)
 
-    def check(self, params: Params, state: Mapping[str, Any], where: str, what: str) -> None:
-        """Raise a :class:`StateError` that names each parameter, and each entry of ``what``, that does not fit."""
+    def check(self, params: Params, state: Mapping[str, State], where: str, what: str) -> None:
+        """Raise a :class:`StateError` that names each parameter, and each entry of a state, that does not fit.
+
+        Args:
+          params: parameters and buffers, by name.
+          state: observer states or qparams, by quantizer.
+          where: the function that was called, for errors.
+          what: what ``state`` is: ``"ostate"`` or ``"qparams"``.
+        """
         self.skeleton.check(params, where)
         self.check_state(state, what)
 
-    def check_state(self, state: Mapping[str, Any], what: str) -> None:
-        """Raise a :class:`StateError` that names each entry of ``what`` that does not fit."""
-        self.plan.check(state, what, self.types[what], self.known)
+    def check_state(self, state: Mapping[str, State], what: str) -> None:
+        """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
+        self.plan.check(state, what, self.entry_types[what], self._names_of_whole)
 
     def observing(self, states: OState) -> Effect:
-        """Observers see the values, and their states in ``states`` are replaced."""
+        """The effect of a run that observes: values stay, and their observers' states in ``states`` are replaced."""
 
         def effect(name: str, x: Tensor) -> Tensor:
-            piece = self.running[name]
-            if isinstance(piece.scheme.granularity, PerToken):  # another batch has other tokens
+            quantizer = self.running[name]
+            if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
                 return x
-            states[name] = piece.observer.update(states[name], x, piece.scheme)
+            states[name] = quantizer.observer.update(states[name], x, quantizer.scheme)
             return x
 
         return effect
 
     def quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
-        """Values are put on their grids."""
+        """The effect of a run that quantizes: values are rounded to their grids."""
 
         def effect(name: str, x: Tensor) -> Tensor:
-            piece = self.running[name]
-            if piece.config.observe_only:
+            quantizer = self.running[name]
+            if quantizer.config.observe_only:
                 return x
-            if piece.config.optional:
+            if quantizer.config.optional:
                 check_reached(name, qparams[name])
-            return piece.quantize(x, qparams[name])
+            return quantizer.quantize(x, qparams[name])
 
         return effect
+
+    def run_float(
+        self, params: Params, effect: Effect, args: Args, kwargs: Kwargs, watch: MakeRunner | None = None
+    ) -> Output:
+        """The output of a run with weights as they are given; arguments as of :meth:`run_quantized`."""
+        output, _ = self.loop.run(self.skeleton.detached(params), effect, args, kwargs, watch=watch)
+        return output
 
     def run_quantized(
         self,
         params: Params,
         qparams: Mapping[str, QParams],
         effect: Effect,
-        args: Any,
-        kwargs: Any,
-        watch: Watch | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """A run with weights on their grids: in eager, those that only a layer reads when that layer starts."""
-        raw, steps = self.skeleton.detached(params), self.steps(qparams)
-        waiting = () if is_compiling() or not self.loop.schedule else self.deferrable
-        now = [weight for weight in self.acting if weight.site.parameter not in waiting]
-        deferred = [weight for weight in self.acting if weight.site.parameter in waiting]
-        new = round_biases(deferred, quantize_weights(now, raw, steps), steps)
-        later = {w.site.parameter: w.prepared(raw, steps[w.site.quantizer]) for w in deferred}
+        args: Args,
+        kwargs: Kwargs,
+        watch: MakeRunner | None = None,
+    ) -> tuple[Output, dict[str, Tensor]]:
+        """A run with quantized weights.
+
+        In eager, a weight that only its layer reads is quantized when that layer starts: it is in the cache when it is read,
+        and its memory is soon free for the next one. A compiler sees the whole program and chooses the order itself.
+
+        Args:
+          params: parameters and buffers, by name.
+          qparams: of every quantizer.
+          effect: what happens to planned values.
+          args, kwargs: of the model.
+          watch: makes the runner, see :meth:`Loop.run`.
+
+        Returns:
+          The model's output, and its buffers afterwards.
+        """
+        given = self.skeleton.detached(params)
+        effective = self.effective(qparams)
+        # without a schedule the loop runs without a frame, which is what defers parameters
+        deferrable = frozenset() if is_compiling() or not self.loop.schedule else self.deferrable
+        at_once = [weight for weight in self.acting if weight.site.parameter not in deferrable]
+        deferred = [weight for weight in self.acting if weight.site.parameter in deferrable]
+        new = quantize_weights(at_once, given, effective)
+        new = round_biases(deferred, new, effective)
+        later = {weight.site.parameter: weight.thunk(given, effective[weight.site.quantizer]) for weight in deferred}
         return self.loop.run(new, effect, args, kwargs, later, watch)
 
-    def on_grids(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
-        """Weights and biases quantized."""
-        return quantize_weights(self.acting, self.skeleton.detached(params), self.steps(qparams))
+    def quantized_params(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+        """The params with weights quantized and biases rounded; a new dict."""
+        return quantize_weights(self.acting, self.skeleton.detached(params), self.effective(qparams))
 
-    def steps(self, qparams: Mapping[str, QParams]) -> QParamsDict:
-        """The scales in force; one that its quantizer does not learn is a constant for weights and biases, too."""
-        steps = {}
-        for name, piece in (*self.pieces.items(), *self.sources.items()):
-            own = qparams[name]
-            fixed = own if "scale" in piece.fake_quantize.learnable else own._replace(scale=own.scale.detach())
-            steps[name] = piece.fake_quantize.grid(fixed, piece.scheme)
-        return steps
+    def effective(self, qparams: Mapping[str, QParams]) -> QParamsDict:
+        """The qparams whose scale and zero point are those in force, where learned extras decide them.
+
+        A scale that its quantizer does not learn is a constant, for weights and for the biases that it rounds.
+        """
+        effective = {}
+        for name, quantizer in (*self.quantizers.items(), *self.sources.items()):
+            given = qparams[name]
+            if "scale" not in quantizer.fake_quantize.learnable:
+                given = given._replace(scale=given.scale.detach())
+            effective[name] = quantizer.fake_quantize.grid(given, quantizer.scheme)
+        return effective
+
+    def as_frozen(self) -> Engine:
+        """The same engine, for weights that are quantized already."""
+        return Engine(self.skeleton, self.plan, True, self.whole)
+
+    def holders(self, parameter: str) -> list[tuple[str, str]]:
+        """Path and attribute of each module that holds a parameter or buffer, by its canonical name."""
+        return self.skeleton.holders(parameter)
+
+    def tensors_of(self, path: str) -> Mapping[str, str]:
+        """Canonical names of the tensors of the module at a path, by attribute; empty where there is no module."""
+        return self.skeleton.tensors_of(path)
+
+    def empty_params(self) -> dict[str, Tensor]:
+        """Params of the whole model without numbers: tensors on the ``meta`` device, by name, sorted."""
+        return sorted_dict(self.skeleton.registered())
+
+    def retrace(self, params: Params, args: Args, kwargs: Kwargs) -> Graph:
+        """The graph of one run of the float model, see :func:`sophq_func.trace`."""
+        return retrace(self.skeleton, params, args, kwargs, self.loop.arguments)
+
+    def altered(self, skipped: Collection[str], biases: Mapping[str, tuple[str, Tensor]]) -> Loop:
+        """The loop over a copy of the model in which some modules return their input, and some layers have a bias.
+
+        Args:
+          skipped: paths of modules that return their first argument.
+          biases: by path of a layer, the canonical name of its bias and a tensor of its shape.
+        """
+        return self.loop.on(self.skeleton.altered(skipped, biases))
 
 
 def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:
-    """Whether a weight may wait for the layer that it belongs to, which the example called."""
+    """Whether a weight may wait for its layer: a module that the example called, and that alone reads the weight."""
     path, function, _ = weight.site.anchor
     return not function and skeleton.deferrable(path, weight.site.parameter)
+
+
+def _sources_outside(
+    weights: Collection[WeightQuantizer], quantizers: Collection[str], whole: Plan | None
+) -> dict[str, RunQuantizer]:
+    """In a part, the quantizers outside of it whose scales round biases in it."""
+    if whole is None:
+        return {}
+    sources = {weight.site.source for weight in weights if weight.site.source}
+    return {name: value_quantizer(whole, name) for name in sorted(sources) if name not in quantizers}

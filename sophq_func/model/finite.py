@@ -1,4 +1,4 @@
-"""Statistics and scales must be numbers; where one is none, the error says which quantizer, and why."""
+"""If a statistic is NaN or infinite, the error names the quantizer and the cause."""
 
 from __future__ import annotations
 
@@ -11,48 +11,64 @@ from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import leaves
+from sophq_func.model.bind import Quantizers
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.planning.plan import Plan
 
-Pieces = Mapping[str, WeightQuantizer | RunQuantizer]
 
+def check_finite(plan: Plan, quantizers: Quantizers, ostate: Mapping[str, State]) -> None:
+    """Raise a :class:`StateError` that names every observer with NaN or infinity in its state.
 
-def check_finite(plan: Plan, pieces: Pieces, ostate: Mapping[str, State]) -> None:
-    """Raise a :class:`StateError` for every observer with NaN or infinity; one reduction, where numbers can be read."""
-    names = [name for name in ostate if not plan[name].scheme.dynamic]
-    found = {name: [t for t in leaves(ostate[name]) if t.is_floating_point()] for name in names}
-    if not names or not is_plain(t for values in found.values() for t in values):
+    Nothing is checked inside a transform or a compiler, where numbers cannot be read. The state of an optional quantizer
+    that has seen no data may stay, see :func:`check_reached`.
+    """
+    observed = [name for name in ostate if not plan[name].scheme.dynamic]  # a dynamic scheme takes no range from its state
+    statistics = {name: _floating(ostate[name]) for name in observed}
+    every = [tensor for tensors in statistics.values() for tensor in tensors]
+    if not observed or not is_plain(every):
         return
-    if bool(torch.stack([t.isfinite().all() for values in found.values() for t in values]).all()):
+    # one reduction and one read for all: reading a number waits for an accelerator
+    if bool(torch.stack([tensor.isfinite().all() for tensor in every]).all()):
         return
-    bad = {name: values for name, values in found.items() if not all(bool(t.isfinite().all()) for t in values)}
-    blank = {name for name in bad if plan[name].optional and _is_blank(pieces[name], ostate[name])}
-    complaints = [_complaint(name, plan.site(name), bad[name]) for name in bad if name not in blank]
+    complaints = []
+    for name, tensors in statistics.items():
+        if all(bool(tensor.isfinite().all()) for tensor in tensors):
+            continue
+        if plan[name].optional and _is_blank(quantizers[name], ostate[name]):
+            continue
+        complaints.append(_complaint(name, plan.site(name), tensors))
     raise_all(complaints, StateError)
 
 
-def _is_blank(piece: WeightQuantizer | RunQuantizer, state: State) -> bool:
-    """Whether an observer has seen nothing."""
-    neutral = piece.observer.init(torch.zeros((), device=leaves(state)[0].device).expand(piece.site.shape), piece.scheme)
-    return all(torch.equal(a, b) for a, b in zip(leaves(neutral), leaves(state), strict=True))
-
-
 def check_reached(name: str, qparams: QParams) -> None:
-    """A run that reaches an optional value needs what calibration may not have seen."""
+    """Raise a :class:`StateError` if a run reaches an optional value that no batch of the calibration reached."""
     if is_plain([qparams.scale]) and bool(qparams.scale.isnan().any()):
         fix = "calibrate with a batch that reaches it"
         raise StateError(f"not calibrated: {name} is optional and has seen no data, but this run reaches it. Fix: {fix}.")
 
 
-def _complaint(name: str, site: Site, values: Sequence[Tensor]) -> str:
-    if any(bool(t.isnan().any()) for t in values):
-        looked_at = site.parameter if isinstance(site, WeightSite) else f"what reaches {site.value or site.path}"
-        fix = f"look at {looked_at}"
-        return explain(name, "a scale is not possible", got="NaN in the data", allowed="finite numbers", fix=fix)
+def _floating(state: State) -> list[Tensor]:
+    return [tensor for tensor in leaves(state) if tensor.is_floating_point()]
+
+
+def _is_blank(quantizer: WeightQuantizer | RunQuantizer, state: State) -> bool:
+    """Whether an observer has seen nothing."""
+    device = leaves(state)[0].device
+    example = torch.zeros((), device=device).expand(quantizer.site.shape)
+    neutral = quantizer.observer.init(example, quantizer.scheme)
+    return all(torch.equal(a, b) for a, b in zip(leaves(neutral), leaves(state), strict=True))
+
+
+def _complaint(name: str, site: Site, statistics: Sequence[Tensor]) -> str:
+    """Why the statistics of one observer are not finite."""
+    sentence, allowed = "no scale can be computed", "finite numbers"
+    if any(bool(tensor.isnan().any()) for tensor in statistics):
+        source = site.parameter if isinstance(site, WeightSite) else f"what reaches {site.value or site.path}"
+        return explain(name, sentence, got="NaN in the data", allowed=allowed, fix=f"look at {source}")
     if isinstance(site, WeightSite):
         fix = f"look at {site.parameter}"
-        return explain(name, "a scale is not possible", got="infinity in the weight", allowed="finite numbers", fix=fix)
+        return explain(name, sentence, got="infinity in the weight", allowed=allowed, fix=fix)
     fix = "q.calibrate(params, batches) with finite batches"
     return f"not calibrated: {name} has seen no data, or infinite data. Fix: {fix}."

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
 from sophq_func.capture.arguments import Arguments, map_inputs
 from sophq_func.capture.skeleton import Skeleton
+from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.runner import Effect, Runner
 from sophq_func.model.schedule import Schedule
 
 Later = Mapping[str, Callable[[], Tensor]]
-"""Parameters that are computed when the layer that reads them starts, by name."""
+"""By name, parameters that are computed when the layer that reads them starts."""
 
-Watch = Callable[[Schedule], Runner]
-"""Makes the runner that watches a run."""
+MakeRunner = Callable[[Schedule], Runner]
+"""Makes the runner of one run."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,14 @@ class Loop:
     """A skeleton and a schedule, ready to run.
 
     ``apply``, ``observe``, ``capture``, ``tap``, the integer executor and every export are this loop with another effect
-    on the planned values, or with a runner that does more than to act on them.
+    on the planned values, or with a runner that does more than apply an effect.
 
     Attributes:
       skeleton: the model without its weights.
       schedule: at which calls quantizers act.
       arguments: names of the model's arguments.
-      copied: names of the arguments that enter as copies, because the model writes into them; ``None``: all.
+      copied: names of the arguments that are cloned first, because the model writes into them; ``None``: all, where it is
+        not known which.
     """
 
     skeleton: Skeleton
@@ -47,19 +48,19 @@ class Loop:
         self,
         params: Mapping[str, Tensor],
         effect: Effect,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         later: Later | None = None,
-        watch: Watch | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        watch: MakeRunner | None = None,
+    ) -> tuple[Output, dict[str, Tensor]]:
         """Run the model once.
 
         Args:
           params: every parameter and buffer, as the layers shall read them.
           effect: what happens to a planned value.
           args, kwargs: of the model.
-          later: parameters that wait until their layer starts.
-          watch: makes the runner; by default one that has the effect and does nothing else.
+          later: parameters that are computed when their layer starts. They need a schedule or a runner.
+          watch: makes the runner, which sees each call; by default one that applies the effect and does nothing else.
 
         Returns:
           The model's output, and its buffers afterwards.
@@ -69,12 +70,12 @@ class Loop:
         """
         if self.copied is None or self.copied:
             args, kwargs = map_inputs(self.arguments, args, kwargs, self._copy)
-        if watch is None and not self.schedule:
+        if watch is None and not self.schedule:  # nothing to do at any call: run without a frame, which is faster
             return self.skeleton.run(None, params, args, kwargs)
         runner = Runner(self.schedule, effect) if watch is None else watch(self.schedule)
         if runner.takes_inputs:
             args, kwargs = map_inputs(self.arguments, args, kwargs, runner.input)
-        if self.schedule.same:
+        if self.schedule.same:  # only now, as these arguments become what the effect made of the first one
             args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input)
         output, buffers = self.skeleton.run(runner, params, args, kwargs, later)
         runner.check()

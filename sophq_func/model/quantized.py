@@ -1,78 +1,90 @@
-"""A model and a plan as pure functions of ``(params, state, batch)``."""
+"""A model and a plan as pure functions of ``(params, state, batch)``.
+
+What the methods do lies beside this file, by topic: ``apply``, ``calibrate``, ``tap``, ``cut``, ``noise``, ``flat``,
+``sweep``, and ``engine`` below all of them.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import as_call
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.core.errors import PlanError, StateError, explain, unknown
+from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.model.calibrate import calibrate
+from sophq_func.core.types import Output, Tree
+from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
 from sophq_func.model.engine import Engine, OState, QParamsDict
-from sophq_func.model.finite import check_finite
-from sophq_func.model.flat import flat
-from sophq_func.model.runner import Effect
-from sophq_func.model.schedule import Schedule
-from sophq_func.model.settings import unstack
-from sophq_func.model.sweep import Versions, size_of, sweep
-from sophq_func.model.tap import Call, Enough, Tap, calls_of, unchanged, wanted
+from sophq_func.model.tap import Tapped
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.scheme import QScheme
-from sophq_func.planning import parts
 from sophq_func.planning.plan import Plan
 
 
 class Quantized:
-    """A model and a plan, frozen. Every method is a pure function; ``params`` and states are dicts of tensors.
+    """A quantized model. Every method is a pure function; ``params`` and states are dicts of tensors.
 
-    Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`.
-    Attributes cannot be set. ``params``, ``ostate`` and ``qparams`` are positional-only; all further arguments go to
-    the model.
+    Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`. It holds no
+    weights, and its attributes cannot be set. ``params``, ``ostate`` and ``qparams`` are positional-only; all further
+    arguments go to the model.
 
     Attributes:
-      plan: the :class:`~sophq_func.planning.plan.Plan`.
-      training: the training flag of the model at hand, see :meth:`train` and :meth:`eval`.
-      frozen: weights come as they are, see :meth:`freeze`.
-      engine: what runs it, for code that converts or exports the model.
+      plan: the :class:`~sophq_func.planning.plan.Plan`: which quantizers there are, and where.
+      training: whether the model's modules are in training mode, see :meth:`train` and :meth:`eval`.
+      frozen: whether weights are used as they are given, not quantized, see :meth:`freeze`.
+      engine: the :class:`~sophq_func.model.engine.Engine` that runs the model, for code that converts or exports it.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+      >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> ostate = q.init(params)
+      >>> _, ostate = q.observe(params, ostate, x)
+      >>> qparams = q.qparams(params, ostate)
+      >>> q.apply(params, qparams, x).shape
+      torch.Size([4, 3])
     """
 
     plan: Plan
     training: bool
     frozen: bool
     engine: Engine
-    _whole: Plan | None
 
     def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False, whole: Plan | None = None) -> None:
-        set_ = object.__setattr__
-        set_(self, "plan", plan)
-        set_(self, "training", skeleton.entry.training)
-        set_(self, "frozen", frozen)
-        set_(self, "engine", Engine(skeleton, plan, frozen, whole))
-        set_(self, "_whole", whole)
+        # past __setattr__, which refuses
+        set_attribute = object.__setattr__
+        set_attribute(self, "plan", plan)
+        set_attribute(self, "training", skeleton.entry.training)
+        set_attribute(self, "frozen", frozen)
+        set_attribute(self, "engine", Engine(skeleton, plan, frozen, whole))
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: object) -> NoReturn:
         fix = "make a new one with sq.build(model, plan)"
-        raise AttributeError(explain("Quantized", f"setting {name!r} is not possible", because="it is frozen", fix=fix))
+        raise AttributeError(explain("Quantized", f"{name!r} cannot be set", because="it is frozen", fix=fix))
 
-    def __delattr__(self, name: str) -> None:
-        self.__setattr__(name, None)
+    def __delattr__(self, name: str) -> NoReturn:
+        fix = "make a new one with sq.build(model, plan)"
+        raise AttributeError(explain("Quantized", f"{name!r} cannot be deleted", because="it is frozen", fix=fix))
 
     def __repr__(self) -> str:
         flags = f"training={self.training}" + (", frozen=True" if self.frozen else "")
         return f"Quantized({self.model_name}, {self.plan!r}, {flags})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Quantized, (self.engine.skeleton, self.plan, self.frozen, self._whole)
+    def __reduce__(self) -> tuple[type[Quantized], tuple[Skeleton, Plan, bool, Plan | None]]:
+        return Quantized, (self.engine.skeleton, self.plan, self.frozen, self.engine.whole)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
-        return Quantized(copy.deepcopy(self.engine.skeleton, memo), self.plan, self.frozen, self._whole)
+        return self._with(copy.deepcopy(self.engine.skeleton, memo), self.frozen)
+
+    def _with(self, skeleton: Skeleton, frozen: bool) -> Quantized:
+        """The same plan for another skeleton of the same model."""
+        return Quantized(skeleton, self.plan, frozen, self.engine.whole)
 
     @property
     def model_name(self) -> str:
@@ -85,11 +97,11 @@ class Quantized:
         return self.engine.skeleton.root
 
     def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
-        """Observer states before any batch: weights are observed here, activations start neutral.
+        """Observer states before any batch: those of weights have seen their weight, those of activations nothing.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
-          ostate: states to keep for activations; weights are observed anew all the same.
+          ostate: states from which those of activations are taken instead; weights are observed anew.
 
         Returns:
           ``{quantizer name: state}``, sorted.
@@ -97,46 +109,48 @@ class Quantized:
         Raises:
           StateError: names that are missing or unknown.
         """
-        self.engine.skeleton.check(params, "init")
-        if ostate is not None:
-            self.engine.check_state(ostate, "ostate")
-        states = {w.site.quantizer: w.observe(params) for w in self.engine.weights}
-        for name, piece in self.engine.running.items():
-            states[name] = piece.observer.init(piece.seen(params), piece.scheme) if ostate is None else ostate[name]
-        return sorted_dict(states)
+        return calibrate.init(self.engine, params, ostate)
 
-    def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Any, OState]:
+    def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Output, OState]:
         """Run the float model and update the observers of activations.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          ostate: from :meth:`init` or an earlier call.
+          *args, **kwargs: of the model.
 
         Returns:
           The model's output, and the new states.
+
+        Raises:
+          StateError: names that are missing or unknown; the run makes other calls than the examples.
         """
-        self.engine.check(params, ostate, "observe", "ostate")
-        states = dict(ostate)
-        output, _ = self.engine.loop.run(self.engine.skeleton.detached(params), self.engine.observing(states), args, kwargs)
-        return output, sorted_dict(states)
+        return calibrate.observe(self.engine, params, ostate, args, kwargs)
 
     def observe_quantized(
         self, params: Params, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
-    ) -> tuple[Any, OState]:
-        """Run the quantized model and update the observers of activations with what it sees before each quantizer.
+    ) -> tuple[Output, OState]:
+        """Run the quantized model, and update the observers of activations with the values before they are rounded.
+
+        Args:
+          params, ostate: see :meth:`observe`.
+          qparams: see :meth:`apply`.
+          *args, **kwargs: of the model.
 
         Returns:
           The model's output, and the new states.
+
+        Raises:
+          StateError: see :meth:`observe`.
         """
-        self.engine.check(params, ostate, "observe_quantized", "ostate")
-        self.engine.check_state(qparams, "qparams")
-        states = dict(ostate)
-        observe, quantize = self.engine.observing(states), self.engine.quantizing(qparams)
-
-        def effect(name: str, x: Tensor) -> Tensor:
-            return quantize(name, observe(name, x))
-
-        output, _ = self.engine.run_quantized(params, qparams, effect, args, kwargs)
-        return output, sorted_dict(states)
+        return calibrate.observe_quantized(self.engine, params, ostate, qparams, args, kwargs)
 
     def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
         """Scales and zero points from observer states.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          ostate: from :meth:`init` and :meth:`observe`.
 
         Returns:
           ``{quantizer name: QParams}``, sorted.
@@ -145,17 +159,9 @@ class Quantized:
           StateError: in eager on plain tensors, a quantizer that has seen nothing, or NaN or infinity. Inside a transform
             nothing is checked, and such a quantizer has a NaN scale.
         """
-        self.engine.check(params, ostate, "qparams", "ostate")
-        check_finite(self.plan, self.engine.pieces, ostate)
-        found = {}
-        for name, piece in self.engine.pieces.items():
-            resolved = piece.observer.qparams(ostate[name], piece.scheme)
-            if piece.scheme.dynamic:
-                resolved = resolved._replace(scale=torch.ones_like(resolved.scale))
-            found[name] = piece.fake_quantize.init(resolved, piece.seen(params), piece.scheme)
-        return sorted_dict(found)
+        return calibrate.resolve(self.engine, params, ostate)
 
-    def calibrate(self, params: Params, batches: Iterable[Any], *, progress: bool = True) -> QParamsDict:
+    def calibrate(self, params: Params, batches: Iterable[Tree], *, progress: bool = True) -> QParamsDict:
         """Observe the weights and every batch, and return qparams: :meth:`init`, :meth:`observe`, :meth:`qparams`.
 
         Args:
@@ -163,73 +169,87 @@ class Quantized:
           batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
           progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
 
+        Returns:
+          ``{quantizer name: QParams}``, sorted.
+
         Raises:
           StateError: no batches, a value that no batch reached, or data with NaN or infinity.
-        """
-        return calibrate(self, params, batches, progress)
 
-    def apply(self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Any:
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3), torch.tensor([[-1.0, 2.54]])
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> qparams = q.calibrate(sq.params_of(model), [x], progress=False)
+          >>> sorted(qparams) == sorted(q.plan)
+          True
+        """
+        return calibrate.calibrate(self.engine, params, batches, progress)
+
+    def apply(self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
         """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
+          qparams: from :meth:`calibrate` or :meth:`qparams`.
+          *args, **kwargs: of the model.
 
         Returns:
           What the model returns. Updates of buffers are dropped.
+
+        Raises:
+          StateError: names that are missing or unknown; the run makes other calls than the examples.
         """
-        return self._apply(params, qparams, "apply", args, kwargs)[0]
+        return apply.apply(self.engine, params, qparams, args, kwargs)
 
     def apply_and_update(
         self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
+    ) -> tuple[Output, dict[str, Tensor]]:
         """:meth:`apply`, and the params with new buffers (BatchNorm statistics).
 
+        Args:
+          params, qparams, *args, **kwargs: see :meth:`apply`.
+
         Returns:
-          What the model returns; all params, with the buffers as the run left them.
+          What the model returns; and all params, with the buffers as the run left them.
+
+        Raises:
+          StateError: see :meth:`apply`.
         """
-        output, buffers = self._apply(params, qparams, "apply_and_update", args, kwargs)
-        kept = {weight.site.parameter for weight in self.engine.acting}
-        after: dict[str, Tensor] = {**params, **{n: buffer for n, buffer in buffers.items() if n not in kept}}
-        for weight in self.engine.acting:
-            if weight.site.source:
-                own, source = qparams[weight.site.quantizer], qparams[weight.site.source]
-                after.update(weight.mean_shift(params, own, source, after))
-        return output, sorted_dict(after)
+        return apply.apply_and_update(self.engine, params, qparams, args, kwargs)
 
     def capture(
         self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """What each quantizer sees in a run of the quantized model, and what it makes of it.
+        """Each quantizer's tensor in a run of the quantized model, before and after quantization.
 
-        Weights are shown as the layer holds them, with the BatchNorm divided out again. Of a quantizer that only observes
-        it is shown what it would make.
+        Weights are in the layer's layout, with the BatchNorm divided out again. For a quantizer that only observes, the
+        second tensor is what it would return.
+
+        Args:
+          params, qparams, *args, **kwargs: see :meth:`apply`.
 
         Returns:
           ``{quantizer name: (before, after)}``, sorted.
+
+        Raises:
+          StateError: see :meth:`apply`.
         """
-        self.engine.check(params, qparams, "capture", "qparams")
-        seen = {}
-        for weight in () if self.frozen else self.engine.weights:
-            name, parameter = weight.site.quantizer, weight.site.parameter
-            seen[name] = params[parameter], weight.quantize(params, qparams[name])
-        quantize = self.engine.quantizing(qparams)
+        return apply.capture(self.engine, params, qparams, args, kwargs)
 
-        def effect(name: str, x: Tensor) -> Tensor:
-            seen[name] = x.clone(), self.quantize_value(name, x, qparams[name])
-            return quantize(name, x)
+    def tap(self, at: str | Collection[str], stop: bool = False) -> Tapped:
+        """A function that runs the model, and returns its output and the calls of modules and functions that it made.
 
-        self.engine.run_quantized(params, qparams, effect, args, kwargs)
-        return sorted_dict(seen)
-
-    def tap(self, at: str | Collection[str], stop: bool = False) -> Callable[..., tuple[Any, dict[str, list[Call]]]]:
-        """A function that runs the model and also returns what it called on the way, where no quantizer sits, too.
+        A call can be named whether or not a quantizer sits there.
 
         Args:
           at: paths of modules, names of values (``"layer1.0.add"``, an input's name) and globs; one or several.
-          stop: end the run behind the last of them; the output is ``None`` then. A compiled run goes on to its end.
+          stop: end the run after the last of them; the output is ``None`` then. A compiled run goes on to its end.
 
         Returns:
-          ``tapped(params, qparams, *args, **kwargs) -> (output, seen)``. ``seen`` holds for each name the calls in the
-          order of execution, each a ``Call(args, kwargs, output)`` of copies: inputs as the call was given them, the
-          output on its grid where it has one. A module that was not called has an empty list. With ``qparams=None`` the
-          float model runs.
+          ``tapped(params, qparams, *args, **kwargs) -> (output, seen)``. ``seen`` is a dict from each name to a list of
+          its calls in the order of execution, each a ``Call(args, kwargs, output)`` of copies: arguments as the call
+          received them, the output quantized where a quantizer sits. A module that was not called has an empty list.
+          With ``qparams=None`` the float model runs.
 
         Raises:
           ConfigError: a name that fits nothing.
@@ -243,50 +263,23 @@ class Quantized:
           >>> bool((seen["0"][0].output == model[0](x)).all())
           True
         """
-        skeleton, runs = self.engine.skeleton, self.plan.runs
-        values = {made.name for run in runs for made in run.calls}
-        what = wanted(at, skeleton.paths, values)
-        if stop and runs:
-            what = what._replace(ends=max(calls_of(what, run) for run in runs))
-        name = type(skeleton.entry).__name__.lower()
-
-        def tapped(params: Params, qparams: Mapping[str, QParams] | None, /, *args: Any, **kwargs: Any) -> Any:
-            made: list[Tap] = []
-
-            def watch(schedule: Schedule) -> Tap:
-                made.append(Tap(schedule, effect, what, name))
-                return made[0]
-
-            effect: Effect = unchanged
-            if qparams is None:
-                skeleton.check(params, "tap")
-            else:
-                self.engine.check(params, qparams, "tap", "qparams")
-                effect = self.engine.quantizing(qparams)
-            try:
-                if qparams is None:
-                    output, _ = self.engine.loop.run(skeleton.detached(params), effect, args, kwargs, watch=watch)
-                else:
-                    output, _ = self.engine.run_quantized(params, qparams, effect, args, kwargs, watch)
-            except Enough:
-                made[0].check_so_far()
-                output = None
-            return None if stop else output, made[0].seen
-
-        return tapped
+        return tap.tap(self.engine, at, stop)
 
     def part(self, path: str, call: int = 0) -> Quantized:
-        """One module of the model as a quantized model of its own, with the decisions and the names of the whole.
+        """One module of the model as a quantized model of its own, with the configs and names of the whole plan.
 
-        It takes the whole params and qparams, or at least those that it needs, and uses its own. A value that another
-        module makes is quantized there and not here: what the part is given is what :meth:`tap` sees it called with.
+        Its methods take the params and qparams of the whole model, or at least those of the part. An input of the part is
+        quantized by the module that makes it, so not here: call the part with the arguments that :meth:`tap` returns.
 
         Args:
           path: of the module.
           call: which of its calls, from 0, where the model calls it several times.
 
+        Returns:
+          The part. ``part("")`` of a whole model is that model.
+
         Raises:
-          PlanError: the model has no such module, or the examples do not call it so often.
+          PlanError: the model has no such module, the examples make fewer calls of it, or this is a part already.
 
         Example:
           >>> import torch, sophq_func as sq
@@ -295,25 +288,21 @@ class Quantized:
           >>> list(q.part("0").plan)
           ['0.weight_fake_quant']
         """
-        if self._whole is not None:
-            raise PlanError(explain("part", "a part of a part is not possible", fix="take it from the whole model"))
-        if path == "" and call == 0:
+        if path == "" and call == 0 and self.engine.whole is None:
             return self
-        skeleton = self.engine.skeleton
-        first = skeleton.first_path(path)
-        if first is None:
-            every = [own for paths in skeleton.paths.values() for own in paths if own]
-            raise PlanError(unknown("part", "module", path, every))
-        plan = parts.part(self.plan, first, call, skeleton.part(first).names)
-        norms = {plan.site(name).norm for name in plan} - {""}
-        folded = [name for norm in norms for name in skeleton.tensors_of(norm).values()]
-        return Quantized(skeleton.part(first, folded), plan, self.frozen, self.plan)
+        skeleton, plan = cut.part(self.engine, path, call)
+        return Quantized(skeleton, plan, self.frozen, self.plan)
 
     def blocks(self, pattern: str | None = None) -> list[Quantized]:
-        """The parts of the model at the modules that a glob fits, none inside another, in execution order.
+        """The :meth:`part` at each module that a glob fits, none inside another, in execution order.
 
-        Without a pattern: the residual blocks (the smallest module around ``x + f(x)`` or ``g(x) + f(x)``, and of those
-        the outermost), and beside them the modules that stand in a ``ModuleList`` or ``Sequential`` and are no leaves.
+        Args:
+          pattern: a glob of module paths. ``None``: the residual blocks (the smallest module around ``x + f(x)`` or
+            ``g(x) + f(x)``, and of those the outermost), and outside of them the items of each ``ModuleList`` or
+            ``Sequential`` that are not single layers.
+
+        Returns:
+          The parts; several of a module that the model calls several times.
 
         Raises:
           ConfigError: the pattern fits no module that the example calls.
@@ -325,119 +314,113 @@ class Quantized:
           >>> [list(part.plan) for part in q.blocks("*")]
           [['0.weight_fake_quant'], []]
         """
-        if pattern is None:
-            found = parts.blocks(self.plan, self.engine.skeleton.is_list_item)
-        else:
-            found = parts.matching(self.plan, pattern)
-        return [self.part(path, call) for path, call in found]
+        return [self.part(path, call) for path, call in cut.blocks(self.engine, pattern)]
 
     def with_noise(
         self, params: Params, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
     ) -> QParamsDict:
         """The qparams with uniform numbers in [0, 1) under ``extras["noise"]`` of each quantizer that needs them.
 
-        One run without quantization tells the shapes; the numbers are drawn in the order of the quantizers' names, so the
-        same generator state gives the same noise. A run with other shapes needs other noise.
+        The shapes come from one run without quantization. The numbers are drawn in the order of the quantizers' names, so
+        the same generator state gives the same noise. A run with other shapes needs other noise.
 
         Args:
           params, qparams: see :meth:`apply`.
-          generator: the source of randomness; its state moves on.
+          generator: the source of randomness; its state changes.
           *args, **kwargs: of the model.
 
+        Returns:
+          ``{quantizer name: QParams}``, sorted.
+
         Raises:
-          StateError: see :meth:`apply`; ``generator`` is none.
+          StateError: see :meth:`apply`; ``generator`` is not a ``torch.Generator``.
         """
-        self.engine.check(params, qparams, "with_noise", "qparams")
-        if not isinstance(generator, torch.Generator):
-            got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
-            raise StateError(
-                explain("with_noise", "this generator is not possible", got=got, allowed="a torch.Generator", fix=fix)
-            )
-        running = self.engine.running.items()
-        noisy = {n for n, piece in running if piece.fake_quantize.noise and not piece.config.observe_only}
-        seen = {weight.site.quantizer: weight.seen(params) for weight in self.engine.acting if weight.fake_quantize.noise}
-
-        def effect(name: str, x: Tensor) -> Tensor:
-            seen.update({name: x} if name in noisy else {})
-            return x
-
-        with torch.random.fork_rng(), torch.no_grad():
-            self.engine.loop.run(self.engine.skeleton.detached(params), effect, args, kwargs)
-        new = dict(qparams)
-        for name in sorted(seen):
-            noise = torch.rand(seen[name].shape, generator=generator, device=generator.device).to(seen[name].device)
-            new[name] = new[name]._replace(extras=sorted_dict({**new[name].extras, "noise": noise}))
-        return sorted_dict(new)
+        return noise.with_noise(self.engine, params, qparams, generator, args, kwargs)
 
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What is learned, and the rest, both flat: ``{"<quantizer>.<field>": Tensor}``. :func:`merge` is the inverse.
+        """The leaves of qparams that can be learned, and the rest; :func:`sophq_func.merge` is the inverse.
 
-        Learned are the floating fields that a fake quantizer names: not the zero point of a symmetric scheme, nothing of
-        a quantizer that only observes or whose scheme is dynamic.
+        Learnable are the floating fields that the fake quantizer names in ``learnable``, except for the zero point of a
+        symmetric scheme, and for quantizers that only observe, have a dynamic scheme, or belong to frozen weights.
+
+        Args:
+          qparams: of every quantizer.
+
+        Returns:
+          Two flat dicts ``{"<quantizer>.<field>": Tensor}``, sorted.
+
+        Raises:
+          StateError: names that are missing or unknown.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+          >>> lsq = sq.override(fake_quantize=sq.fake_quantize.learnable())
+          >>> q = sq.quantize(model, sq.QuantConfig(weight=lsq, activation=None), example_args=(x,))
+          >>> learnable, rest = q.split(q.calibrate(sq.params_of(model), [x], progress=False))
+          >>> list(learnable)
+          ['weight_fake_quant.scale']
         """
-        self.engine.check_state(qparams, "qparams")
-        leaves = flat(qparams)
-        learned = {leaf for leaf, value in leaves.items() if value.is_floating_point() and self._is_learned(leaf)}
-        rest = {leaf: value for leaf, value in leaves.items() if leaf not in learned}
-        return {leaf: leaves[leaf] for leaf in sorted(learned)}, rest
-
-    def _is_learned(self, leaf: str) -> bool:
-        name, _, field = leaf.rpartition(".")
-        if name not in self.engine.pieces:
-            return False
-        config = self.plan[name]
-        if config.observe_only or config.scheme.dynamic or (field == "zero_point" and config.scheme.symmetric):
-            return False
-        if self.frozen and name not in self.engine.running:
-            return False
-        return field in self.engine.pieces[name].fake_quantize.learnable
+        return flat.split(self.engine, qparams)
 
     def train(self) -> Quantized:
-        """The same plan with the model's training flag set; a new object.
+        """The same model and plan with all modules in training mode; a new object.
 
         Raises:
           StateError: the weights are frozen.
         """
         if self.frozen:
-            raise StateError(
-                explain("train", "training frozen weights is not possible", fix="go on with the q that was frozen")
-            )
-        return Quantized(self.engine.skeleton.in_mode(True), self.plan, whole=self._whole)
+            fix = "go on with the q that was frozen"
+            raise StateError(explain("train", "frozen weights cannot be trained", fix=fix))
+        return self._with(self.engine.skeleton.in_mode(True), frozen=False)
 
     def eval(self) -> Quantized:
-        """The same plan with the model's training flag cleared; a new object."""
-        return Quantized(self.engine.skeleton.in_mode(False), self.plan, self.frozen, self._whole)
+        """The same model and plan with all modules in evaluation mode; a new object."""
+        return self._with(self.engine.skeleton.in_mode(False), self.frozen)
 
     def freeze(self, params: Params, qparams: Mapping[str, QParams], /) -> tuple[Quantized, dict[str, Tensor]]:
         """Quantize the weights once, for inference.
 
+        Args:
+          params, qparams: see :meth:`apply`.
+
         Returns:
-          A quantized model that takes weights as they are, and params with weights on their grids and biases rounded,
+          A quantized model that uses weights as they are given; and params with weights quantized and biases rounded,
           detached. With the same qparams, whose entries for weights no longer matter, outputs are the same bit for bit.
 
         Raises:
-          StateError: names that are missing or unknown; the model is in training mode, where BatchNorm folds into
-            weights what it has just seen.
+          StateError: names that are missing or unknown; the model is in training mode, in which the statistics that are
+            folded into weights change with each batch.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3).eval(), torch.randn(4, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> params = sq.params_of(model)
+          >>> qparams = q.calibrate(params, [x], progress=False)
+          >>> frozen, baked = q.freeze(params, qparams)
+          >>> torch.equal(frozen.apply(baked, qparams, x), q.apply(params, qparams, x))
+          True
         """
         self.engine.check(params, qparams, "freeze", "qparams")
         if self.training:
-            raise StateError(
-                explain("freeze", "freezing in training mode is not possible", fix="q.eval().freeze(params, qparams)")
-            )
-        new = {name: tensor.detach() for name, tensor in self.engine.on_grids(params, qparams).items()}
-        return Quantized(self.engine.skeleton, self.plan, True, self._whole), sorted_dict(new)
+            fix = "q.eval().freeze(params, qparams)"
+            raise StateError(explain("freeze", "a model in training mode cannot be frozen", fix=fix))
+        quantized = self.engine.quantized_params(params, qparams)
+        constants = {name: tensor.detach() for name, tensor in quantized.items()}
+        return self._with(self.engine.skeleton, frozen=True), sorted_dict(constants)
 
     def sweep(
         self,
         params: Params,
         settings: Sequence[Mapping[str, QParams]] | Mapping[str, QParams],
-        batch: Any,
+        batch: Tree,
         *,
-        reduce: Callable[[Any], Any] | None = None,
+        reduce: Callable[[Output], Tree] | None = None,
         how: str = "auto",
         progress: bool = True,
-    ) -> Any:
-        """One batch under many settings, without gradients.
+    ) -> Tree:
+        """Run one batch under many settings of the qparams, without gradients.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
@@ -445,7 +428,7 @@ class Quantized:
           batch: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
           reduce: what to keep of an output, such as a loss; by default all of it.
           how: ``"loop"`` runs one setting after the other, and quantizes a weight once for settings that agree on it.
-            ``"vmap"`` runs chunks of them as one. ``"compile"`` is a loop over one compiled function, worth the wait where
+            ``"vmap"`` runs chunks of them as one. ``"compile"`` is a loop over one compiled function; compiling pays where
             settings are many. ``"auto"`` is ``"vmap"`` for a model so small that calling torch costs more than arithmetic,
             if torch can map it, else ``"loop"``.
           progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
@@ -454,31 +437,17 @@ class Quantized:
           What ``reduce`` returns, each tensor with a new first axis, one entry a setting.
 
         Raises:
-          StateError: no settings; see :meth:`apply`.
+          StateError: no settings, an unknown ``how``; see :meth:`apply`.
         """
-        args, kwargs = as_call(batch, "sweep")
-        self.engine.skeleton.check(params, "sweep")
-        frozen, versions = (
-            Quantized(self.engine.skeleton, self.plan, True, self._whole),
-            Versions(self.engine.acting, self.engine.skeleton.detached(params)),
-        )
-        keep = reduce or (lambda output: output)
-
-        def one(setting: Mapping[str, QParams]) -> Any:
-            return keep(frozen.apply(versions(self.engine.steps(setting)), setting, *args, **kwargs))
-
-        def whole(setting: Mapping[str, QParams]) -> Any:
-            return keep(self.apply(params, setting, *args, **kwargs))
-
-        each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
-        for setting in each:
-            self.engine.check_state(setting, "qparams")
-        return sweep(size_of(self.plan, params), each, one, whole, how, progress)
+        return sweep.sweep(self.engine, params, settings, batch, reduce, how, progress)
 
     def weights_seen(self, params: Params, /) -> dict[str, tuple[Tensor, QScheme]]:
-        """Each weight as its quantizer sees it, and the scheme for it as it lies there.
+        """Each weight as its quantizer sees it, and the scheme with axes of that layout.
 
-        With the BatchNorm folded in; of grouped deconvolutions, output channels first.
+        The BatchNorm is folded in; the weights of grouped deconvolutions have output channels first.
+
+        Args:
+          params: as :func:`sophq_func.params_of` returns them.
 
         Returns:
           ``{quantizer name: (weight, scheme)}``, sorted.
@@ -487,12 +456,14 @@ class Quantized:
         return sorted_dict({weight.site.quantizer: (weight.seen(params), weight.scheme) for weight in self.engine.weights})
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
-        """``x`` as the quantizer ``name`` represents it, also where it only observes."""
-        piece = self.engine.pieces[self.plan.find(name)]
-        return piece.fake_quantize.apply(x, qparams, piece.scheme)
+        """``x`` quantized and dequantized by one quantizer, also where it only observes.
 
-    def _apply(
-        self, params: Params, qparams: Mapping[str, QParams], where: str, args: Any, kwargs: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        self.engine.check(params, qparams, where, "qparams")
-        return self.engine.run_quantized(params, qparams, self.engine.quantizing(qparams), args, kwargs)
+        Args:
+          name: of the quantizer, dotted or underscored.
+          x: a tensor like those that it quantizes in the model.
+          qparams: its entry of the qparams.
+
+        Raises:
+          KeyError: the plan has no such quantizer.
+        """
+        return apply.quantize_value(self.engine, name, x, qparams)

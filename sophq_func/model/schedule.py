@@ -9,13 +9,20 @@ from sophq_func.core.operations import hidden_from_compile
 from sophq_func.planning.plan import Plan
 
 Pair = tuple[str, str]
-
+"""What calls are counted by: a module path, and the function called in that module, empty for the module's own call."""
 
 OPTIONAL = "Rule(name=..., optional=True) where a run may leave the value out"
+"""The fix in errors about runs that do not reach a quantizer."""
 
 
 class Actions(NamedTuple):
-    """What happens at one call: quantizer names by operand, by result, and for weights computed inside a leaf module."""
+    """The quantizers that act at one call.
+
+    Attributes:
+      operands: quantizer name by the operand's index among the tensors of the call's arguments.
+      outputs: quantizer name by the index among the tensors of the call's result.
+      inner: quantizer of a weight that is computed inside a leaf module; empty without.
+    """
 
     operands: dict[int, str]
     outputs: dict[int, str]
@@ -23,46 +30,52 @@ class Actions(NamedTuple):
 
 
 class Schedule:
-    """All actions of a plan, by call, and what calls a run must make.
+    """All actions of a plan, by call, and the calls that a run must make.
 
     Attributes:
-      inputs: quantizer name by the model's argument.
-      same: for arguments that must be the same tensor as another one, that one.
-      actions: by (module path, function), then by call count.
-      shared: quantizers that act before several calls, where they may meet one tensor again.
-      counts: for each example, calls of each pair.
+      inputs: quantizer name, by the model's argument on which it acts.
+      same: for each argument that must be the same tensor as another argument, that other one.
+      actions: by pair, then by the number of the call among those of its pair.
+      shared: quantizers that act before several calls, which may read the same tensor.
+      counts: for each example, how many calls each pair makes.
       optional: pairs, and arguments, that a run may leave out.
+      hidden: pairs of ``actions`` whose function has a spelling that ``torch.compile`` hides from a frame.
     """
 
     def __init__(self, plan: Plan) -> None:
-        sites = [plan.site(name) for name in plan if not isinstance(plan.site(name), WeightSite)]
+        sites = [site for site in map(plan.site, plan) if not isinstance(site, WeightSite)]
         self.inputs = {site.argument: site.quantizer for site in sites if site.argument}
-        self.same = {name: site.argument for site in sites for name in site.also}
+        self.same = {repeated: site.argument for site in sites for repeated in site.also}
         self.shared = {site.quantizer for site in sites if site.more}
         self.actions: dict[Pair, dict[int, Actions]] = {}
         for site in sites:
             if not site.argument:
                 self._add(site)
         self.counts = [dict(counts) for counts in plan.counts]
-        required = {pair for site in sites if not plan[site.quantizer].optional for pair in places(site)}
-        self.optional = {pair for site in sites for pair in places(site)} - required
+        # a place is optional only if every quantizer there is
+        required = {place for site in sites if not plan[site.quantizer].optional for place in places(site)}
+        self.optional = {place for site in sites for place in places(site)} - required
         hidden = hidden_from_compile()
         self.hidden = {pair for pair in self.actions if pair[1] in hidden}
 
     def _add(self, site: Site) -> None:
+        """Add a site to the actions of each call at which it acts."""
         for path, function, call, operand in site.places():
-            at = self.actions.setdefault((path, function), {}).setdefault(call, Actions({}, {}, ""))
+            calls = self.actions.setdefault((path, function), {})
+            actions = calls.setdefault(call, Actions({}, {}, ""))
             if site.output >= 0:
-                at.outputs[site.output] = site.quantizer
+                actions.outputs[site.output] = site.quantizer
             elif operand >= 0:
-                at.operands[operand] = site.quantizer
+                actions.operands[operand] = site.quantizer
             else:
-                self.actions[path, function][call] = at._replace(inner=site.quantizer)
+                calls[call] = actions._replace(inner=site.quantizer)
 
     def __bool__(self) -> bool:
         return bool(self.inputs or self.actions)
 
 
 def places(site: Site) -> list[Pair | str]:
-    """The argument that a site follows, or the (module path, function) of each call at which it acts."""
-    return [site.argument] if site.argument else [place.pair for place in site.places()]
+    """The argument on which a site acts, or the pair of each call at which it acts."""
+    if site.argument:
+        return [site.argument]
+    return [(place.path, place.function) for place in site.places()]

@@ -1,14 +1,14 @@
-"""Settings as data: bit widths and switches as leaves of qparams, to be mapped over, learned, stacked and compared.
+"""Bit widths and switches as leaves of qparams, so that they can be mapped over, learned, stacked and compared.
 
-Nothing here plans or builds anything: a setting is one more dict of qparams for the same ``Quantized``, and a compiled
-function takes it without being compiled again.
+A setting is a dict of qparams for the same ``Quantized``: nothing is planned or built anew, and a compiled function takes
+another setting without being compiled again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +24,16 @@ from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
 NARROWEST, WIDEST = 1, 16
+"""Bit widths that a setting may have: from two codes to the widest of :class:`QScheme`."""
+
+Width: TypeAlias = float | Tensor
+"""A bit width: shape ``()``, or that of the scale."""
+
+Mask: TypeAlias = float | Tensor
+"""A switch: a boolean (which is a number, too), or a number to mix by."""
 
 
-def with_bits(
-    qparams: Mapping[str, QParams], plan: Plan, bits: float | Tensor | Mapping[str, float | Tensor]
-) -> dict[str, QParams]:
+def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[str, Width]) -> dict[str, QParams]:
     """The qparams with other bit widths, as data: the same ranges on grids of ``2 ** bits`` codes.
 
     The bounds of the codes become ``extras["qmin"]`` and ``extras["qmax"]``; scale and zero point cover, with these
@@ -58,67 +63,66 @@ def with_bits(
       >>> low["weight_fake_quant"].extras
       {'qmax': tensor(3.), 'qmin': tensor(-4.)}
     """
-    chosen: dict[str, float | Tensor] = {}
-    for pattern, width in (bits if isinstance(bits, Mapping) else {"*": bits}).items():
-        problem = _width_problem(width)
-        if problem:
-            raise ConfigError(
-                explain("with_bits", f"the width of {pattern!r} is not possible", got=width, allowed=problem, fix="bits=4")
-            )
-        chosen.update(dict.fromkeys(_fitting("with_bits", pattern, plan), width))
-    made = {name: pieces.build(plan[name].fake_quantize) for name in chosen}
-    raise_all([_no_width(name, plan[name]) for name in chosen if not made[name].resizable])
+    widths: dict[str, Width] = {}
+    by_pattern = bits if isinstance(bits, Mapping) else {"*": bits}
+    for pattern, width in by_pattern.items():
+        if not _is_width(width):
+            sentence, allowed = f"{pattern!r} cannot have this width", f"numbers from {NARROWEST} to {WIDEST}"
+            raise ConfigError(explain("with_bits", sentence, got=width, allowed=allowed, fix="bits=4"))
+        widths.update(dict.fromkeys(_fitting("with_bits", pattern, plan), width))
+    fake_quantizers = {name: pieces.build(plan[name].fake_quantize) for name in widths}
+    raise_all([_no_width(name, plan[name]) for name in widths if not fake_quantizers[name].resizable])
     new = dict(qparams)
-    for name, width in chosen.items():
+    for name, width in widths.items():
         if name in qparams:
-            new[name] = _resized(qparams[name], plan[name].scheme, made[name], width)
+            new[name] = _resized(qparams[name], plan[name].scheme, fake_quantizers[name], width)
     return sorted_dict(new)
 
 
-def _width_problem(width: float | Tensor) -> str:
-    """What is allowed instead of a width; nothing where it may stay."""
+def _is_width(width: object) -> bool:
+    """Whether a bit width lies within bounds; the numbers of a tensor inside a transform cannot be read and pass."""
     if isinstance(width, Tensor):
-        if not is_plain([width]):
-            return ""
-        fits = bool(((width >= NARROWEST) & (width <= WIDEST)).all())
-    else:
-        fits = isinstance(width, int | float) and not isinstance(width, bool) and NARROWEST <= width <= WIDEST
-    return "" if fits else f"numbers from {NARROWEST} to {WIDEST}"
+        return not is_plain([width]) or bool(((width >= NARROWEST) & (width <= WIDEST)).all())
+    if not isinstance(width, int | float) or isinstance(width, bool):
+        return False
+    return NARROWEST <= width <= WIDEST
 
 
 def _no_width(name: str, config: QuantizerConfig) -> str:
-    what, fix = (
-        f"another bit width of {config.fake_quantize}",
-        "name only integer grids, or plan with another fake quantizer",
-    )
     return explain(
         f"with_bits: {name}",
-        f"{what} is not possible",
+        f"{config.fake_quantize} cannot change its bit width",
         because="its codes, or what it has learned, belong to one width",
-        fix=fix,
+        fix="name only integer grids, or plan with another fake quantizer",
     )
 
 
-def _resized(qparams: QParams, scheme: QScheme, made: FakeQuantize, bits: float | Tensor) -> QParams:
+def _resized(qparams: QParams, scheme: QScheme, fake_quantize: FakeQuantize, bits: Width) -> QParams:
     """One quantizer at another width."""
     width = torch.as_tensor(bits, dtype=qparams.scale.dtype, device=qparams.scale.device)
-    half = torch.exp2(width - 1)
-    low, high = (int(scheme.symmetric_range) - half, half - 1) if scheme.symmetric else (0 * half, 2 * half - 1)
-    if not scheme.symmetric:  # the zero point is a code, 0.0 is on the grid
-        low = low.detach()
+    low, high = _bounds(width, scheme)
     lower, upper = qparams_to_range(qparams, scheme)
-    found = range_to_qparams(lower, upper, scheme, limits=(low, high))
     extras = sorted_dict({**qparams.extras, "qmin": low, "qmax": high})
-    found = made.grid(found._replace(extras=extras), scheme)
+    resized = range_to_qparams(lower, upper, scheme, limits=(low, high))._replace(extras=extras)
+    resized = fake_quantize.grid(resized, scheme)  # a learned threshold decides the scale at this width, too
     if scheme.symmetric:
-        return found._replace(zero_point=qparams.zero_point)
-    zero = low - lower / found.scale
-    if not qparams.zero_point.is_floating_point():
-        zero = torch.where(zero.isnan(), 0, clamp(zero.detach().round(), low.detach(), high.detach()))
-    return found._replace(zero_point=zero.to(qparams.zero_point.dtype))
+        return resized._replace(zero_point=qparams.zero_point)
+    zero = low - lower / resized.scale
+    if not qparams.zero_point.is_floating_point():  # a learned one may lie between two codes, any other may not
+        code = clamp(zero.detach().round(), low.detach(), high.detach())
+        zero = torch.where(zero.isnan(), 0, code)  # NaN has no integer; the scale is NaN and says it already
+    return resized._replace(zero_point=zero.to(qparams.zero_point.dtype))
 
 
-def enabled(qparams: Mapping[str, QParams], mask: Tensor | float | Mapping[str, Tensor | float]) -> dict[str, QParams]:
+def _bounds(width: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest code of a width."""
+    half = torch.exp2(width - 1)
+    if scheme.symmetric:
+        return int(scheme.symmetric_range) - half, half - 1
+    return torch.zeros_like(half), 2 * half - 1
+
+
+def enabled(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> dict[str, QParams]:
     """The qparams with quantizers switched on or off, as data.
 
     Each quantizer gets ``extras["enabled"]``: where it is ``False`` or 0, values pass unchanged, and no bias is rounded
@@ -140,52 +144,61 @@ def enabled(qparams: Mapping[str, QParams], mask: Tensor | float | Mapping[str, 
     """
     new = dict(qparams)
     for name, value in _masks(qparams, mask):
-        if not isinstance(value, bool | float | Tensor) or (isinstance(value, Tensor) and not _is_mask(value)):
-            allowed = "True, False, or a boolean or floating scalar"
-            raise ConfigError(explain("enabled", f"the mask of {name!r} is not possible", got=value, allowed=allowed))
+        if not _is_mask(value):
+            sentence, allowed = f"{name!r} cannot have this mask", "True, False, or a boolean or floating scalar"
+            fix = "sq.enabled(qparams, False)"
+            raise ConfigError(explain("enabled", sentence, got=value, allowed=allowed, fix=fix))
         switch = torch.as_tensor(value, device=qparams[name].scale.device)
-        new[name] = new[name]._replace(extras=sorted_dict({**new[name].extras, "enabled": switch}))
+        extras = sorted_dict({**new[name].extras, "enabled": switch})
+        new[name] = new[name]._replace(extras=extras)
     return sorted_dict(new)
 
 
-def _is_mask(value: Tensor) -> bool:
-    return value.ndim == 0 and (value.dtype == torch.bool or value.is_floating_point())
+def _is_mask(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and (value.dtype == torch.bool or value.is_floating_point())
+    return isinstance(value, bool | float)
 
 
-def _masks(qparams: Mapping[str, QParams], mask: Any) -> Iterator[tuple[str, Any]]:
+def _masks(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> Iterator[tuple[str, Mask]]:
     """Each name with its mask."""
     if isinstance(mask, Mapping):
         for pattern, value in mask.items():
-            yield from ((name, value) for name in _fitting("enabled", pattern, qparams))
+            for name in _fitting("enabled", pattern, qparams):
+                yield name, value
     elif isinstance(mask, Tensor) and mask.ndim:
         if mask.shape != (len(qparams),):
-            allowed = f"{(len(qparams),)}, one for each quantizer in sorted order"
-            raise ConfigError(
-                explain("enabled", "a mask of this shape is not possible", got=tuple(mask.shape), allowed=allowed)
-            )
+            sentence, allowed = "a mask has one entry for each quantizer, in sorted order", f"the shape {(len(qparams),)}"
+            fix = "sq.enabled(qparams, torch.ones(len(qparams)))"
+            raise ConfigError(explain("enabled", sentence, got=tuple(mask.shape), allowed=allowed, fix=fix))
         yield from zip(sorted(qparams), mask.unbind(), strict=True)
     else:
-        yield from ((name, mask) for name in sorted(qparams))
+        for name in sorted(qparams):
+            yield name, mask
 
 
-def _fitting(where: str, pattern: object, names: Mapping[str, Any]) -> list[str]:
-    """The quantizers that a name or glob fits."""
+def _fitting(where: str, pattern: object, names: Plan | Mapping[str, QParams]) -> list[str]:
+    """The quantizers that a name or glob fits; a plan reads underscored names, too."""
     if not isinstance(pattern, str):
-        raise ConfigError(explain(where, "this name is not possible", got=pattern, allowed="a quantizer's name or a glob"))
-    if any(c in pattern for c in "*?["):
-        found = [name for name in names if fnmatchcase(name, pattern)]
-    elif isinstance(names, Plan) and pattern not in names:
-        found = _found(names, pattern)
+        sentence, allowed = "this names no quantizer", "a quantizer's name or a glob"
+        raise ConfigError(explain(where, sentence, got=pattern, allowed=allowed, fix="'*weight_fake_quant'"))
+    if any(sign in pattern for sign in "*?["):
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+    elif pattern in names:
+        fitting = [pattern]
+    elif isinstance(names, Plan):
+        fitting = _underscored(names, pattern)
     else:
-        found = [pattern] if pattern in names else []
-    if not found:
-        hint = near(pattern, names) or f"list({'plan' if isinstance(names, Plan) else 'qparams'}) has the names"
+        fitting = []
+    if not fitting:
+        source = "plan" if isinstance(names, Plan) else "qparams"
+        hint = near(pattern, names) or f"list({source}) has the names"
         raise ConfigError(f"{where}: {pattern!r} fits no quantizer. Fix: {hint}")
-    return found
+    return fitting
 
 
-def _found(plan: Plan, spelling: str) -> list[str]:
-    """The quantizer of an underscored name."""
+def _underscored(plan: Plan, spelling: str) -> list[str]:
+    """The quantizer of an underscored name; none where there is no such name."""
     try:
         return [plan.find(spelling)]
     except KeyError:
@@ -205,29 +218,35 @@ def stack(settings: Sequence[Mapping[str, QParams]]) -> dict[str, QParams]:
     """
     settings = list(settings)
     if not settings:
-        raise StateError(explain("stack", "stacking nothing is not possible", allowed="at least one dict of qparams"))
+        fix = "sq.stack([qparams])"
+        raise StateError(explain("stack", "nothing cannot be stacked", allowed="at least one dict of qparams", fix=fix))
     first = _described(settings[0])
     for index, setting in enumerate(settings):
-        own = _described(setting)
-        if own != first:
-            leaf = next(name for name in sorted(own.keys() | first.keys()) if own.get(name) != first.get(name))
-            got, allowed = (
-                f"{own.get(leaf, 'no such leaf')} in setting {index}",
-                f"{first.get(leaf, 'no such leaf')}, as in setting 0",
-            )
-            fix = "give each setting the same calls of with_bits, enabled and with_noise"
-            raise StateError(explain("stack", f"another {leaf} is not possible", got=got, allowed=allowed, fix=fix))
-    stacked: dict[str, QParams] = tree_map(lambda *leaves: torch.stack(leaves), *map(sorted_dict, settings))
+        _check_alike(first, _described(setting), index)
+    stacked: dict[str, QParams] = tree_map(_stacked, *map(sorted_dict, settings))
     return stacked
 
 
 def _described(setting: Mapping[str, QParams]) -> dict[str, str]:
     """Dtype and shape of each leaf, by its name in ``q.split``."""
-    if not isinstance(setting, Mapping) or not all(isinstance(own, QParams) for own in setting.values()):
-        raise StateError(
-            explain("stack", "this setting is not possible", got=type(setting).__name__, allowed="a dict of QParams")
-        )
+    if not isinstance(setting, Mapping) or not all(isinstance(entry, QParams) for entry in setting.values()):
+        sentence, got = "this setting cannot be stacked", type(setting).__name__
+        raise StateError(explain("stack", sentence, got=got, allowed="a dict of QParams", fix="sq.stack([qparams])"))
     return {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in flat(setting).items()}
+
+
+def _check_alike(first: Mapping[str, str], other: Mapping[str, str], index: int) -> None:
+    """Raise a :class:`StateError` that names the first leaf in which a setting differs from the first one."""
+    for leaf in sorted(other.keys() | first.keys()):
+        if other.get(leaf) != first.get(leaf):
+            got = f"{other.get(leaf, 'no such leaf')} in setting {index}"
+            allowed = f"{first.get(leaf, 'no such leaf')}, as in setting 0"
+            fix = "give each setting the same calls of with_bits, enabled and with_noise"
+            raise StateError(explain("stack", f"settings differ in {leaf}", got=got, allowed=allowed, fix=fix))
+
+
+def _stacked(*leaves: Tensor) -> Tensor:
+    return torch.stack(leaves)
 
 
 def unstack(settings: Mapping[str, QParams]) -> list[dict[str, QParams]]:
@@ -238,5 +257,8 @@ def unstack(settings: Mapping[str, QParams]) -> list[dict[str, QParams]]:
       >>> unstack(batch)[1]["a"].scale
       tensor(2.)
     """
-    found, rebuild = flatten(settings)
-    return [rebuild([leaf[i] for leaf in found]) for i in range(len(found[0]))] if found else []
+    batches, rebuild = flatten(settings)
+    if not batches:
+        return []
+    count = len(batches[0])
+    return [rebuild([batch[i] for batch in batches]) for i in range(count)]

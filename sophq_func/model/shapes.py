@@ -1,14 +1,14 @@
-"""Whether stored states fit a plan: the class, shapes and dtypes that each quantizer has, and scales that can be.
+"""Whether stored states fit a plan: class, shapes and dtypes of each quantizer's state, and scales that can be used.
 
-A plan knows the shapes of activations, and of a weight only how many axes its scales have. So sizes along the axes of a
-weight's scales are compared where the shapes of the weights are given, else their number.
+A plan holds the shapes of activations. Of a weight it tells only how many axes the scales have, unless the shapes of the
+weights are given, too: then sizes along these axes are compared, else only their number.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,80 +23,113 @@ from sophq_func.numerics.ranges import no_range
 from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+
 FIELDS = ("scale", "zero_point")
+"""What all qparams have; further fields are extras."""
+
 MOST_AXES = 64
+"""Most axes of a shape that is made up: more than any weight has. A damaged plan may name axis 10 ** 9, and must not cost
+memory."""
+
 FIX = "calibrate with a model of this plan"
+"""The fix in errors about states that belong to another plan."""
+
+UNMAKEABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What making a quantizer may raise where a damaged plan names options or shapes that cannot be."""
 
 
 class Leaf(NamedTuple):
-    """What is expected of one tensor: a size of ``None`` is any, a shape of ``None`` too."""
+    """What is expected of one tensor.
+
+    Attributes:
+      shape: its last axes, ``None`` for one of any size; ``None`` instead of a tuple: any shape.
+      dtype: its dtype.
+    """
 
     shape: tuple[int | None, ...] | None
     dtype: torch.dtype
 
     def axes_before(self, tensor: Tensor) -> Shape | None:
-        """The axes in front of those expected; ``None`` where they are not there."""
-        wanted = self.shape or ()
-        cut = tensor.ndim - len(wanted)
-        agree = cut >= 0 and all(n in (None, m) for n, m in zip(wanted, tensor.shape[cut:], strict=True))
-        return tuple(tensor.shape[:cut]) if agree else None
+        """The axes of a tensor in front of those expected; ``None`` where the tensor does not have these."""
+        expected = self.shape or ()
+        front = tensor.ndim - len(expected)
+        if front < 0:
+            return None
+        if any(size not in (None, actual) for size, actual in zip(expected, tensor.shape[front:], strict=True)):
+            return None
+        return tuple(tensor.shape[:front])
 
     def __str__(self) -> str:
-        sizes = "" if self.shape is None else f" {tuple('any' if n is None else n for n in self.shape)}".replace("'", "")
-        return f"{self.dtype}{sizes}"
+        if self.shape is None:
+            return str(self.dtype)
+        sizes = tuple("any" if size is None else size for size in self.shape)
+        return f"{self.dtype} {sizes}".replace("'", "")
 
 
 class Expected(NamedTuple):
-    """What one quantizer has: the class and the fields of its observer's state, its qparams, and what it may learn."""
+    """What one quantizer has.
 
-    cls: type[Any]
+    Attributes:
+      cls: the class of its observer's state.
+      state: fields of that state.
+      qparams: fields of its qparams, extras too.
+      learnable: names of the qparams that it may learn.
+    """
+
+    cls: type[State]
     state: dict[str, Leaf]
     qparams: dict[str, Leaf]
     learnable: tuple[str, ...]
 
 
 def expected(plan: Plan, weights: Mapping[str, Tensor] | None = None) -> dict[str, Expected]:
-    """What each quantizer of a plan has; no memory is taken for it, whatever the plan asks for.
+    """What each quantizer of a plan has, by name. It takes no memory, whatever shapes the plan names.
 
     Args:
       plan: the plan.
       weights: tensors of the shapes of the model's parameters, by name.
 
     Raises:
-      StateError: for every quantizer whose config or place makes no quantizer: a name that is not registered, options or
-        shapes that cannot be.
+      StateError: for every quantizer that cannot be made: a name that is not registered, impossible options or shapes.
     """
-    found, problems = {}, []
+    expected, problems = {}, []
     for name in plan:
         try:
-            found[name] = _expected(plan, name, weights or {})
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            expected[name] = _expected(plan, name, weights or {})
+        except UNMAKEABLE as error:
             problems.append(f"{name}: no quantizer can be made of its config: {error}")
     raise_all(problems, StateError)
-    return found
+    return expected
 
 
 def _expected(plan: Plan, name: str, weights: Mapping[str, Tensor]) -> Expected:
+    """What one quantizer has: read off a state and qparams that it makes of an empty tensor."""
     site, config = plan.site(name), plan[name]
-    observer, fake = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)
-    empty, scheme = torch.empty((), device="meta"), config.scheme
-    known = not isinstance(site, WeightSite) or site.parameter in weights
-    if not known:
-        x = empty.expand(_some_shape(scheme.granularity))
-    elif isinstance(site, WeightSite):
-        weight = empty.expand(weights[site.parameter].shape)
-        x = WeightQuantizer(site, config, observer, fake).seen({site.parameter: weight})
+    observer, fake_quantize = OBSERVERS.build(config.observer), pieces.build(config.fake_quantize)
+    empty = torch.empty((), device="meta")
+    sized = True
+    if not isinstance(site, WeightSite):
+        scheme = config.scheme
+        params = {"": empty}  # of which a value's quantizer reads the device
+        x = RunQuantizer(site, config, observer, fake_quantize).seen(params)
     else:
-        x = RunQuantizer(site, config, observer, fake).seen({"": empty})
-    lo, _ = no_range(x, scheme.granularity)
-    state, qparams = observer.init(x, scheme), QParams(lo, torch.zeros_like(lo, dtype=torch.int32), {})
-    fields = _fields(fake.init(qparams, x, scheme))
+        weight = WeightQuantizer(site, config, observer, fake_quantize)
+        scheme = weight.scheme
+        sized = site.parameter in weights
+        if sized:
+            x = weight.seen({site.parameter: empty.expand(weights[site.parameter].shape)})
+        else:
+            x = empty.expand(_some_shape(scheme.granularity))
+    state = observer.init(x, scheme)
+    scale, _ = no_range(x, scheme.granularity)
+    qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), {})
+    fields = _fields(fake_quantize.init(qparams, x, scheme))
     return Expected(
         type(state),
-        {field: _leaf(t, known, ranked=True) for field, t in state._asdict().items()},
-        {field: _leaf(t, known, ranked=field in FIELDS) for field, t in fields.items()},
-        fake.learnable,
+        {field: _leaf(tensor, sized, ranked=True) for field, tensor in state._asdict().items()},
+        {field: _leaf(tensor, sized, ranked=field in FIELDS) for field, tensor in fields.items()},
+        fake_quantize.learnable,
     )
 
 
@@ -105,13 +138,22 @@ def _some_shape(granularity: Granularity) -> Shape:
     if isinstance(granularity, PerBlock):
         return granularity.rows, granularity.columns
     size = granularity.size if isinstance(granularity, PerGroup) else 1
-    axis = granularity.axis if isinstance(granularity, PerChannel | PerGroup) else None
-    return (size,) * min(abs(axis or 0) + 4, MOST_AXES)
+    axis = granularity.axis if isinstance(granularity, PerChannel | PerGroup) else 0
+    axes = abs(axis or 0) + 4  # enough for the axis to exist, in a weight of a 2-d convolution or larger
+    return (size,) * min(axes, MOST_AXES)
 
 
-def _leaf(tensor: Tensor, known: bool, ranked: bool) -> Leaf:
-    shape: tuple[int | None, ...] = tuple(tensor.shape) if known else (None,) * tensor.ndim
-    return Leaf(shape if known or ranked else None, tensor.dtype)
+def _leaf(tensor: Tensor, sized: bool, ranked: bool) -> Leaf:
+    """What is expected of a tensor like this one.
+
+    Args:
+      tensor: of the same dtype and number of axes.
+      sized: its sizes are those that are expected.
+      ranked: if not, its number of axes is.
+    """
+    if sized:
+        return Leaf(tuple(tensor.shape), tensor.dtype)
+    return Leaf((None,) * tensor.ndim if ranked else None, tensor.dtype)
 
 
 def _fields(qparams: QParams) -> dict[str, Tensor]:
@@ -120,76 +162,97 @@ def _fields(qparams: QParams) -> dict[str, Tensor]:
 
 def check_ostate(plan: Plan, ostate: Mapping[str, State]) -> None:
     """Raise a :class:`StateError` unless these are the plan's states, of its shapes and dtypes."""
-    found = expected(plan)
-    plan.check(ostate, "ostate", {name: own.cls for name, own in found.items()})
-    raise_all([f"{misfit} Fix: {FIX}." for misfit in state_misfits(ostate, found)], StateError)
+    expected_of = expected(plan)
+    plan.check(ostate, "ostate", {name: entry.cls for name, entry in expected_of.items()})
+    raise_all([f"{misfit} Fix: {FIX}." for misfit in state_misfits(ostate, expected_of)], StateError)
 
 
 def check_qparams(plan: Plan | None, qparams: Mapping[str, QParams]) -> None:
-    """Raise a :class:`StateError` unless these are qparams, and those of the plan, with scales that can be."""
+    """Raise a :class:`StateError` unless these are qparams, and those of the plan, with scales that can be used."""
     _check_types(qparams)
-    problems = []
+    problems: list[str] = []
     if plan is None:
-        problems = [problem for name, own in qparams.items() for problem in _not_finite(name, own, FIELDS)]
+        for name, entry in qparams.items():
+            problems += _not_finite(name, entry, FIELDS)
     else:
-        found = expected(plan)
+        expected_of = expected(plan)
         plan.check(qparams, "qparams", dict.fromkeys(plan, QParams))
-        problems = [f"{misfit} Fix: {FIX}." for misfit in qparams_misfits(qparams, found)]
+        problems += [f"{misfit} Fix: {FIX}." for misfit in qparams_misfits(qparams, expected_of)]
         for name in plan:
-            problems += _impossible(name, qparams[name], plan[name], found[name].learnable)
+            problems += _unusable(name, qparams[name], plan[name], expected_of[name].learnable)
     raise_all(problems, StateError)
 
 
 def _check_types(qparams: Mapping[str, QParams]) -> None:
     """Raise unless every value is QParams of tensors whose names can be written as ``<quantizer>.<field>``."""
-    allowed = "a dict {quantizer: QParams} of tensors"
+    allowed, fix = "a dict {quantizer: QParams} of tensors", "q.calibrate(params, batches) returns one"
     if not isinstance(qparams, Mapping):
-        raise StateError(explain("qparams", "this type is not possible", got=type(qparams).__name__, allowed=allowed))
-    for name, own in qparams.items():
-        if not isinstance(own, QParams) or not all(isinstance(t, Tensor) for t in _fields(own).values()):
-            raise StateError(
-                explain(f"qparams[{name!r}]", "this value is not possible", got=type(own).__name__, allowed=allowed)
-            )
-        bad = [field for field in own.extras if field in FIELDS or "." in field]
+        sentence, got = "this is not a dict of qparams", type(qparams).__name__
+        raise StateError(explain("qparams", sentence, got=got, allowed=allowed, fix=fix))
+    for name, entry in qparams.items():
+        where = f"qparams[{name!r}]"
+        if not isinstance(entry, QParams) or not all(isinstance(leaf, Tensor) for leaf in _fields(entry).values()):
+            sentence, got = "this value is not QParams", type(entry).__name__
+            raise StateError(explain(where, sentence, got=got, allowed=allowed, fix=fix))
+        bad = [field for field in entry.extras if field in FIELDS or "." in field]
         if bad:
-            because = "a leaf is named '<quantizer>.<field>'"
-            raise StateError(
-                explain(f"qparams[{name!r}]", "these extras is not possible", got=bad, because=because, fix="rename them")
-            )
+            sentence, because = "extras cannot have these names", "a leaf is named '<quantizer>.<field>'"
+            raise StateError(explain(where, sentence, got=bad, because=because, fix="rename them"))
 
 
-def state_misfits(ostate: Mapping[str, State], found: Mapping[str, Expected]) -> list[str]:
-    """What does not fit in observer states of the expected classes, in a line each; others are passed over."""
-    own = {name: state._asdict() for name, state in ostate.items() if name in found and type(state) is found[name].cls}
-    return list(misfits("ostate", own, {name: found[name].state for name in own}))
+def state_misfits(ostate: Mapping[str, State], expected: Mapping[str, Expected]) -> list[str]:
+    """What does not fit in observer states, in a line each; those of other names or classes are passed over."""
+    fields = {}
+    for name, state in ostate.items():
+        if name in expected and type(state) is expected[name].cls:
+            fields[name] = state._asdict()
+    return list(misfits("ostate", fields, {name: expected[name].state for name in fields}))
 
 
-def qparams_misfits(qparams: Mapping[str, QParams], found: Mapping[str, Expected]) -> list[str]:
+def qparams_misfits(qparams: Mapping[str, QParams], expected: Mapping[str, Expected]) -> list[str]:
     """What does not fit in qparams, in a line each; names that are not expected are passed over."""
-    own = {name: _fields(value) for name, value in qparams.items() if name in found}
-    return list(misfits("qparams", own, {name: found[name].qparams for name in own}))
+    fields = {name: _fields(entry) for name, entry in qparams.items() if name in expected}
+    return list(misfits("qparams", fields, {name: expected[name].qparams for name in fields}))
 
 
 def misfits(
-    what: str, leaves: Mapping[str, Mapping[str, Tensor]], wanted: Mapping[str, Mapping[str, Leaf]]
+    what: str, leaves: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Mapping[str, Leaf]]
 ) -> Iterator[str]:
-    """What does not fit, in a line each. All may have further axes in front, the same ones, as ``vmap`` makes them."""
-    front = front_axes((leaves[name][f], leaf) for name in wanted for f, leaf in wanted[name].items() if f in leaves[name])
-    for name, fields in wanted.items():
-        own = leaves[name]
+    """What does not fit, in a line each. All may have further axes in front, the same ones, as ``vmap`` makes them.
+
+    Args:
+      what: ``"ostate"`` or ``"qparams"``.
+      leaves: tensors by quantizer and field.
+      expected: what they should be, by the same; of fewer quantizers, maybe.
+    """
+    pairs = [
+        (leaves[name][field], leaf)
+        for name, fields in expected.items()
+        for field, leaf in fields.items()
+        if field in leaves[name]
+    ]
+    front = front_axes(pairs)
+    for name, fields in expected.items():
+        found = leaves[name]
         for field, leaf in fields.items():
-            tensor = own.get(field)
+            tensor = found.get(field)
             if tensor is None or not _is_kind(what, field, tensor, leaf) or not is_shaped(tensor, leaf, front):
                 yield f"{what} of {name}: {field} is {_described(tensor)}, expected {_behind(front, leaf)}."
-        if what == "qparams" and own["zero_point"].shape != own["scale"].shape:
-            scale, zero = tuple(own["scale"].shape), tuple(own["zero_point"].shape)
+        if what == "qparams" and found["zero_point"].shape != found["scale"].shape:
+            scale, zero = tuple(found["scale"].shape), tuple(found["zero_point"].shape)
             yield f"qparams of {name}: zero_point has the shape {zero}, scale {scale}, expected the same."
 
 
 def _is_kind(what: str, field: str, tensor: Tensor, leaf: Leaf) -> bool:
-    """Whether a dtype is the expected one; of qparams floating ones count as one, and zero points may be learned."""
-    floating = what == "qparams" and tensor.is_floating_point()
-    return tensor.dtype == leaf.dtype or (floating and (leaf.dtype.is_floating_point or field == "zero_point"))
+    """Whether a dtype is the expected one.
+
+    Of qparams, any floating dtype counts as the expected one, and a zero point may be floating, as it is when learned.
+    """
+    if tensor.dtype == leaf.dtype:
+        return True
+    if what != "qparams" or not tensor.is_floating_point():
+        return False
+    return leaf.dtype.is_floating_point or field == "zero_point"
 
 
 def is_shaped(tensor: Tensor, leaf: Leaf, front: Shape) -> bool:
@@ -199,9 +262,12 @@ def is_shaped(tensor: Tensor, leaf: Leaf, front: Shape) -> bool:
 
 def front_axes(pairs: Iterable[tuple[Tensor, Leaf]]) -> Shape:
     """The axes that most tensors have in front of those that are expected."""
-    found = Counter(leaf.axes_before(tensor) for tensor, leaf in pairs if leaf.shape is not None)
-    found.pop(None, None)
-    return (found.most_common(1)[0][0] or ()) if found else ()
+    fronts = [leaf.axes_before(tensor) for tensor, leaf in pairs if leaf.shape is not None]
+    counts = Counter(front for front in fronts if front is not None)
+    if not counts:
+        return ()
+    ((front, _),) = counts.most_common(1)
+    return front
 
 
 def _described(tensor: Tensor | None) -> str:
@@ -212,25 +278,24 @@ def _behind(front: Shape, leaf: Leaf) -> Leaf:
     return leaf if leaf.shape is None else leaf._replace(shape=(*front, *leaf.shape))
 
 
-def _impossible(name: str, own: QParams, config: QuantizerConfig, learnable: Collection[str]) -> Iterator[str]:
-    """Scales that are no numbers, where no run can have skipped the value; and negative ones, where they are not learned."""
+def _unusable(name: str, qparams: QParams, config: QuantizerConfig, learnable: Collection[str]) -> Iterator[str]:
+    """Why qparams of one quantizer cannot be used, in a line each.
+
+    What is NaN is allowed where a quantizer is optional: no batch may have reached it. A learned scale may be negative, as
+    only its absolute value counts.
+    """
     if not config.optional:
-        yield from _not_finite(name, own, {*FIELDS, *learnable})
-    if "scale" not in learnable and bool((own.scale.detach() <= 0).any()):
-        yield explain(
-            f"qparams of {name}", "this scale is not possible", got="0 or less", allowed="numbers > 0", fix="calibrate anew"
-        )
+        yield from _not_finite(name, qparams, {*FIELDS, *learnable})
+    if "scale" not in learnable and bool((qparams.scale.detach() <= 0).any()):
+        sentence = "a scale must be positive"
+        yield explain(f"qparams of {name}", sentence, got="0 or less", allowed="numbers > 0", fix="calibrate anew")
 
 
-def _not_finite(name: str, own: QParams, fields: Collection[str]) -> Iterator[str]:
-    leaves: dict[str, Any] = _fields(own)
+def _not_finite(name: str, qparams: QParams, fields: Collection[str]) -> Iterator[str]:
+    """A line for each of some fields with NaN or infinity."""
+    leaves = _fields(qparams)
     for field in sorted(leaves.keys() & set(fields)):
         if not bool(leaves[field].detach().isfinite().all()):
+            got, allowed = "NaN or infinity", "finite numbers"
             fix = "calibrate anew, or save it with the plan that says optional=True"
-            yield explain(
-                f"qparams of {name}",
-                f"this {field} is not possible",
-                got="NaN or infinity",
-                allowed="finite numbers",
-                fix=fix,
-            )
+            yield explain(f"qparams of {name}", f"{field} must be finite", got=got, allowed=allowed, fix=fix)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -13,9 +13,17 @@ from sophq_func.capture.naming import CallNames
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, unknown
 from sophq_func.core.pytree import copied, tensors
-from sophq_func.model.runner import Effect, Runner
+from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.model.engine import Engine
+from sophq_func.model.loop import MakeRunner
+from sophq_func.model.runner import Effect, Function, Runner
 from sophq_func.model.schedule import Pair, Schedule
+from sophq_func.model.weight_quantizer import Params
+from sophq_func.numerics.contracts import QParams
 from sophq_func.planning.runs import Run
+
+Given = tuple[Args, Kwargs]
+"""What a call was given."""
 
 
 class Call(NamedTuple):
@@ -29,7 +37,19 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any
+    output: Output
+
+
+Seen = dict[str, list[Call]]
+"""Calls in the order of execution, by the name that was asked for."""
+
+
+class Tapped(Protocol):
+    """What :meth:`sophq_func.Quantized.tap` returns."""
+
+    def __call__(
+        self, params: Params, qparams: Mapping[str, QParams] | None, /, *args: Any, **kwargs: Any
+    ) -> tuple[Output, Seen]: ...
 
 
 class Enough(BaseException):
@@ -37,14 +57,14 @@ class Enough(BaseException):
 
 
 class Wanted(NamedTuple):
-    """The calls that somebody wants to see.
+    """The calls that a tap keeps.
 
     Attributes:
-      paths: by path of a module, the name that was asked for.
+      paths: by first path of a module, the name that was asked for.
       values: names of values.
       globs: patterns, for paths and values.
       modules: every path of each module of the model, by its first.
-      ends: how many calls a run makes of what is wanted; ``None``: not known, or the run shall not end there.
+      ends: how many wanted calls a run makes, after which it ends; ``None``: it goes on to its end.
     """
 
     paths: Mapping[str, str]
@@ -54,7 +74,7 @@ class Wanted(NamedTuple):
     ends: int | None = None
 
     def key(self, path: str, value: str) -> str:
-        """Under which name a call is shown; empty where it is not wanted.
+        """Under which name a call is kept; empty where it is not wanted.
 
         Args:
           path: of the module that is called; empty for a function, an input, or the model itself.
@@ -68,48 +88,116 @@ class Wanted(NamedTuple):
         return name if name and any(fnmatchcase(name, glob) for glob in self.globs) else ""
 
 
+def tap(engine: Engine, at: str | Collection[str], stop: bool) -> Tapped:
+    """See :meth:`sophq_func.Quantized.tap`."""
+    skeleton, runs = engine.skeleton, engine.plan.runs
+    values = {made.name for run in runs for made in run.calls}
+    calls = wanted(at, skeleton.paths, values)
+    if stop and runs:  # a plan of an older version has no runs; then the run goes on to its end
+        calls = calls._replace(ends=max(calls_of(calls, run) for run in runs))
+    root_name = type(skeleton.entry).__name__.lower()
+
+    def tapped(params: Params, qparams: Mapping[str, QParams] | None, /, *args: Any, **kwargs: Any) -> tuple[Output, Seen]:
+        effect = unchanged if qparams is None else engine.quantizing(qparams)
+        runners: list[Tap] = []
+
+        def watch(schedule: Schedule) -> Tap:
+            runners.append(Tap(schedule, effect, calls, root_name))
+            return runners[0]
+
+        output = None
+        try:
+            output = _run(engine, params, qparams, effect, args, kwargs, watch)
+        except Enough:
+            runners[0].check_so_far()
+        return None if stop else output, runners[0].seen
+
+    return tapped
+
+
+def _run(
+    engine: Engine,
+    params: Params,
+    qparams: Mapping[str, QParams] | None,
+    effect: Effect,
+    args: Args,
+    kwargs: Kwargs,
+    watch: MakeRunner,
+) -> Output:
+    """The output of the quantized model; without qparams of the float model."""
+    if qparams is None:
+        engine.skeleton.check(params, "tap")
+        return engine.run_float(params, effect, args, kwargs, watch)
+    engine.check(params, qparams, "tap", "qparams")
+    output, _ = engine.run_quantized(params, qparams, effect, args, kwargs, watch)
+    return output
+
+
 def wanted(at: str | Collection[str], modules: Mapping[str, tuple[str, ...]], values: Collection[str]) -> Wanted:
-    """What ``at`` names.
+    """The calls that ``at`` names.
 
     Args:
       at: paths of modules, names of values and globs, dotted or underscored; one or several.
       modules: every path of each module of the model, by its first.
-      values: names of the values of the traced model; empty where they are not known, and any name may be one.
+      values: names of the values of the traced model. Empty for a plan of an older version, which has none: then any name
+        may be that of a value, and the run tells, see :meth:`Tap.check`.
 
     Raises:
       ConfigError: a name that fits nothing; all of them at once.
     """
     names = [at] if isinstance(at, str) else list(at)
-    first = {path: own for own, paths in modules.items() for path in paths if path}
-    spelled = {underscored(name): name for name in (*values, *first)} | {name: name for name in (*values, *first)}
-    paths, own, globs, problems = {}, set(), [], []
+    first_of = {path: first for first, paths in modules.items() for path in paths if path}
+    known = (*values, *first_of)
+    spelled = {underscored(name): name for name in known}
+    spelled.update({name: name for name in known})  # a dotted name wins over another one's underscored spelling
+    paths, wanted_values, globs, problems = {}, set(), [], []
     for name in names:
         if not isinstance(name, str) or not name:
-            problems.append(unknown("tap", "path or value", name, [*first, *values]))
-        elif any(sign in name for sign in "*?["):
+            problems.append(unknown("tap", "path or value", name, [*first_of, *values]))
+            continue
+        target = spelled.get(name)
+        if any(sign in name for sign in "*?["):
             globs.append(name)
-        elif (known := spelled.get(name)) in first:
-            paths[first[known]] = name
-        elif known is not None:
-            own.add(known)
+        elif target in first_of:
+            paths[first_of[target]] = name
+        elif target is not None:
+            wanted_values.add(target)
         elif values:
-            problems.append(unknown("tap", "path or value", name, [*first, *values]))
+            problems.append(unknown("tap", "path or value", name, [*first_of, *values]))
         else:
-            own.add(name)
+            wanted_values.add(name)
     if problems:
         raise ConfigError("\n".join(problems))
-    return Wanted(paths, frozenset(own), tuple(globs), modules)
+    return Wanted(paths, frozenset(wanted_values), tuple(globs), modules)
 
 
 def calls_of(wanted: Wanted, run: Run) -> int:
     """How many calls of an example's run are wanted."""
-    leaves = sum(bool(wanted.key("" if made.function else made.path, made.name)) for made in run.calls)
-    return leaves + sum(bool(wanted.key(scope.path, "")) for scope in run.scopes)
+    keys = [wanted.key("" if made.function else made.path, made.name) for made in run.calls]
+    keys += [wanted.key(scope.path, "") for scope in run.scopes]
+    return sum(bool(key) for key in keys)
 
 
 def unchanged(name: str, x: Tensor) -> Tensor:
     """The effect of a run in float."""
     return x
+
+
+class Open(NamedTuple):
+    """A call that has started.
+
+    Attributes:
+      pair: path of the module, or module path and function.
+      name: under which it is kept; empty where it is not wanted.
+      given: copies of its arguments; empty where it is not wanted.
+    """
+
+    pair: Pair
+    name: str
+    given: Given
+
+
+NOTHING: Given = ((), {})
 
 
 class Tap(Runner):
@@ -119,14 +207,19 @@ class Tap(Runner):
       schedule, effect: see :class:`Runner`.
       wanted: which calls.
       root_name: what a model that is a leaf itself is called.
+
+    Attributes:
+      wanted: as given.
+      seen: the calls so far.
     """
 
     def __init__(self, schedule: Schedule, effect: Effect, wanted: Wanted, root_name: str) -> None:
         super().__init__(schedule, effect)
         self.wanted = wanted
-        self.seen: dict[str, list[Call]] = {name: [] for name in (*wanted.paths.values(), *sorted(wanted.values))}
-        self._names, self._root_name = CallNames(wanted.modules), root_name
-        self._open: list[tuple[Pair, str, Any]] = []
+        self.seen: Seen = {name: [] for name in (*wanted.paths.values(), *sorted(wanted.values))}
+        self._names = CallNames(wanted.modules)
+        self._root_name = root_name
+        self._open: list[Open] = []
         self._left = wanted.ends
 
     @property
@@ -135,58 +228,62 @@ class Tap(Runner):
 
     def input(self, name: str, tensor: Tensor) -> Tensor:
         result = super().input(name, tensor)
-        self._keep(self.wanted.key("", self._names.take(self._names.input(name))), ((), {}), result)
+        value = self._names.take(self._names.input(name))
+        self._keep(self.wanted.key("", value), NOTHING, result)
         return result
 
-    def before_module(self, path: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        name = self._names.module(path or self._root_name)
-        self._start((path, ""), self.wanted.key(path, name), args, kwargs)
+    def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        value = self._names.module(path or self._root_name)
+        self._start((path, ""), self.wanted.key(path, value), args, kwargs)
         return super().before_module(path, args, kwargs)
 
-    def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
         result = super().after_module(path, module, args, kwargs, output)
         self._names.take(self._names.module(path or self._root_name))
-        self._keep(*self._started((path, "")), result)
+        name, given = self._end((path, ""))
+        self._keep(name, given, result)
         return result
 
-    def enter_scope(self, path: str, args: Any, kwargs: Any) -> None:
+    def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
         self._start((path, ""), self.wanted.key(path, ""), args, kwargs)
 
-    def leave_scope(self, path: str, args: Any, kwargs: Any, output: Any) -> None:
-        self._keep(*self._started((path, "")), output)
+    def leave_scope(self, path: str, args: Args, kwargs: Kwargs, output: Output) -> None:
+        name, given = self._end((path, ""))
+        self._keep(name, given, output)
 
-    def function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
         value = self._names.function(self.scope, name)
         self._start((self.scope, name), self.wanted.key("", value), args, kwargs)
         result = super().function(name, func, args, kwargs)
-        key, given = self._started((self.scope, name))
-        shown = args[0] if name == "setitem" else result
-        if tensors(shown):
+        key, given = self._end((self.scope, name))
+        made = args[0] if name == "setitem" else result  # x[i] = y returns nothing; it makes a new x
+        if tensors(made):
             self._names.take(value)
-            self._keep(key, given, shown)
+            self._keep(key, given, made)
         return result
 
-    def _start(self, pair: Pair, name: str, args: Any, kwargs: Any) -> None:
-        """A call starts: keep what it is given, if it is wanted, before it may write into it."""
+    def _start(self, pair: Pair, name: str, args: Args, kwargs: Kwargs) -> None:
+        """A call starts: copy its arguments, if it is wanted, before it may write into them."""
         with self.aside(), unwatched():
-            self._open.append((pair, name, copied((args, kwargs)) if name else None))
+            given = copied((args, kwargs)) if name else NOTHING
+        self._open.append(Open(pair, name, given))
 
-    def _started(self, pair: Pair) -> tuple[str, Any]:
-        """The name and what was given when the call started that is done now; those that raised an error are dropped."""
-        while True:
-            started, name, given = self._open.pop()
-            if started == pair:
-                return name, given
+    def _end(self, pair: Pair) -> tuple[str, Given]:
+        """A call ends: its name and its arguments."""
+        while self._open[-1].pair != pair:
+            self._open.pop()  # it raised an error that the model caught
+        _, name, given = self._open.pop()
+        return name, given
 
-    def _keep(self, name: str, given: Any, output: Any) -> None:
-        """A call is done; with the last one that is wanted, the run may be, too."""
+    def _keep(self, name: str, given: Given, output: Output) -> None:
+        """Keep a call that has ended, if it is wanted; after the last one that is wanted, the run ends."""
         if not name:
             return
         with self.aside(), unwatched():
             result = copied(output)
         args, kwargs = given
-        self.seen.setdefault(name, []).append(Call(args, kwargs, result))
-        if self._left is None or self.mode.compiling:
+        self.seen.setdefault(name, []).append(Call(args, dict(kwargs), result))
+        if self._left is None or self.mode.compiling:  # a compiled program has no way to end early
             return
         self._left -= 1
         if self._left <= 0:
@@ -197,8 +294,3 @@ class Tap(Runner):
         missing = [name for name in sorted(self.wanted.values) if not self.seen[name]]
         if missing:
             raise StateError(f"tap: this run makes no value {missing[0]!r}. Fix: sq.trace(model, args) shows the names.")
-
-    def check_so_far(self) -> None:
-        """Raise a :class:`StateError` unless the run, up to here, made no more calls than one of the examples."""
-        if not any(all(self.counts[pair] <= n for pair, n in counts.items()) for counts in self.schedule.counts):
-            raise StateError(self._mismatch(self.schedule.counts[0]))

@@ -16,7 +16,13 @@ from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
 @dataclass(frozen=True)
 class RunQuantizer:
-    """One quantizer that acts while the model runs: on an activation, or on a weight computed in the forward."""
+    """A quantizer that acts while the model runs: on an activation, or on a weight computed in the forward.
+
+    Attributes:
+      site: where it sits.
+      config: its scheme, observer and fake quantizer, as the plan names them.
+      observer, fake_quantize: the functions that the config names.
+    """
 
     site: Site
     config: QuantizerConfig
@@ -25,14 +31,17 @@ class RunQuantizer:
 
     @property
     def scheme(self) -> QScheme:
-        """The scheme."""
+        """The scheme of the config."""
         return self.config.scheme
 
     def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
-        """``x`` on its grid, where the quantizer is enabled."""
+        """``x`` rounded to its grid, unless ``extras["enabled"]`` switches the quantizer off."""
         return switched(x, self.fake_quantize.apply(x, qparams, self.scheme), qparams)
 
     def seen(self, params: Params) -> Tensor:
-        """A tensor of the example's shape, on the device of the params; it takes no memory."""
+        """A tensor of the example's shape, to tell functions shape and device; its numbers mean nothing.
+
+        It is one zero, expanded, so that it takes no memory; on the device of the params.
+        """
         device = next((p.device for p in params.values()), torch.device("cpu"))
         return torch.zeros((), device=device).expand(self.site.shape)

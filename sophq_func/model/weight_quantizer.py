@@ -1,7 +1,8 @@
 """Weights are quantized as a function from params to params: folding, rounding and biases, no module in sight.
 
-With a BatchNorm behind a layer, ``f = gamma / sqrt(var + eps)`` is folded in for the time of the rounding:
-``W' = where(f == 0, W, FQ(W f) / f)``. A bias is rounded to multiples of ``S = s_weight * s_input`` (semantics.md 5.3).
+With a BatchNorm behind a layer, its factor ``f = gamma / sqrt(var + eps)`` is folded in for the time of the rounding only:
+``W' = where(f == 0, W, FQ(W f) / f)``, so that the BatchNorm itself still runs. A bias is rounded to multiples of
+``S = s_weight * s_input``, the step of the integer sums that it is added to.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from sophq_func.numerics.ranges import positive
 from sophq_func.numerics.scheme import PerChannel, PerGroup, QScheme, QuantizerConfig
 
 Params = Mapping[str, Tensor]
+"""Parameters and buffers of a model, by canonical name."""
 
 
 class Norm(NamedTuple):
-    """A BatchNorm, by the canonical names of its tensors."""
+    """A BatchNorm that is folded into a weight.
+
+    Attributes:
+      weight, bias, mean, var, tracked: canonical names of its tensors; ``tracked`` counts batches.
+      eps: what is added to the variance.
+      momentum: share of a new batch in the running statistics; ``None``: all batches have the same share.
+      training: whether it normalizes with the statistics of the batch.
+    """
 
     weight: str
     bias: str
@@ -36,13 +45,20 @@ class Norm(NamedTuple):
     training: bool
 
     def factor(self, params: Params) -> Tensor:
-        """``gamma / sqrt(var + eps)``; shape ``(C,)``."""
+        """``gamma / sqrt(var + eps)``; shape ``(C,)``. The statistic is a constant, as all buffers are."""
         return params[self.weight] / torch.sqrt(params[self.var].detach() + self.eps)
 
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """One weight quantizer: where it sits, its config, and the functions made from it."""
+    """The quantizer of a weight.
+
+    Attributes:
+      site: where it sits.
+      config: its scheme, observer and fake quantizer, as the plan names them.
+      observer, fake_quantize: the functions that the config names.
+      norm: the BatchNorm that is folded into the weight; ``None`` without.
+    """
 
     site: WeightSite
     config: QuantizerConfig
@@ -52,7 +68,7 @@ class WeightQuantizer:
 
     @property
     def scheme(self) -> QScheme:
-        """The scheme, for the weight as :meth:`seen` shows it."""
+        """The scheme, for the weight as :meth:`seen` returns it."""
         return arranged_scheme(self.config.scheme, self.site)
 
     def seen(self, params: Params) -> Tensor:
@@ -63,103 +79,139 @@ class WeightQuantizer:
     def seen_part(
         self, params: Params, axis: int = 0, start: int = 0, length: int | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """A part of :meth:`seen` along ``axis``, computed in ``dtype``; without a length all of it.
+        """A part of :meth:`seen`, so that a large weight need not be converted whole.
 
         A grouped deconvolution, whose weight is rearranged to be seen, has no parts.
+
+        Args:
+          params: of the model.
+          axis, start, length: which part, as of ``Tensor.narrow``; without a length the whole weight.
+          dtype: in which it is computed; ``None``: the weight's.
         """
         weight = params[self.site.parameter]
-        weight = arranged(weight, self.site) if length is None else weight.narrow(axis, start, length)
-        weight = weight if dtype is None else weight.to(dtype)
+        if length is None:
+            weight = arranged(weight, self.site)
+        else:
+            weight = weight.narrow(axis, start, length)
+        if dtype is not None:
+            weight = weight.to(dtype)
         if self.norm is None:
             return weight
         factor = self._along(self.norm.factor(params), weight)
-        if length is not None and factor.shape[axis] > 1:
+        if length is not None and factor.shape[axis] > 1:  # cut along the output channels
             factor = factor.narrow(axis, start, length)
         return weight * factor
 
     def observe(self, params: Params) -> State:
-        """The state after seeing the weight once."""
+        """The observer's state after one look at the weight."""
         weight = self.seen(params)
-        return self.observer.update(self.observer.init(weight, self.scheme), weight, self.scheme)
+        neutral = self.observer.init(weight, self.scheme)
+        return self.observer.update(neutral, weight, self.scheme)
 
     def quantize(self, params: Params, qparams: QParams) -> Tensor:
-        """The weight on its grid, in its own layout, where the quantizer is enabled."""
-        return self.prepared(params, qparams)()
+        """The weight rounded to its grid, in its own layout, unless ``extras["enabled"]`` switches the quantizer off."""
+        return self.thunk(params, qparams)()
 
-    def prepared(self, params: Params, qparams: QParams) -> Callable[[], Tensor]:
-        """:meth:`quantize` when called; what takes no pass over the weight is done before."""
+    def thunk(self, params: Params, qparams: QParams) -> Callable[[], Tensor]:
+        """A function without arguments that returns :meth:`quantize`; work that takes no pass over the weight runs now."""
         weight = params[self.site.parameter]
-        on_grid = self._prepared(arranged(weight, self.site), params, qparams)
-        return lambda: switched(weight, arranged(on_grid(), self.site), qparams)
+        rounded = self._rounded(arranged(weight, self.site), params, qparams)
+        return lambda: switched(weight, arranged(rounded(), self.site), qparams)
 
-    def _prepared(self, weight: Tensor, params: Params, qparams: QParams) -> Callable[[], Tensor]:
+    def _rounded(self, weight: Tensor, params: Params, qparams: QParams) -> Callable[[], Tensor]:
+        """A function that returns the arranged weight, rounded with the BatchNorm folded in and divided out again."""
         factor = None if self.norm is None else self._along(self.norm.factor(params), weight)
         prepare = self.fake_quantize.prepare
         if prepare is not None and not self.scheme.dynamic:
             return prepare(weight, factor, qparams, self.scheme)
         apply = partial(self.fake_quantize.apply, qparams=qparams, scheme=self.scheme)
-        return partial(apply, weight) if factor is None else partial(folded, apply, weight, factor)
+        if factor is None:
+            return partial(apply, weight)
+        return partial(folded, apply, weight, factor)
 
     def rounded_bias(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
         """What changes in ``params`` where the layer's bias is rounded to multiples of ``S``.
 
-        ``d = round(B / S) S - B``, ``B`` the folded bias, goes into the layer's bias as ``d / f``. Without one it goes
-        into BatchNorm's bias in eval; in training it only moves the running mean, see :meth:`mean_shift`.
+        ``d = round(B / S) S - B``, ``B`` the folded bias, goes into the layer's bias as ``d / f``. A layer without bias
+        has it in the BatchNorm's bias in eval; in training it only moves the running mean, see :meth:`mean_shift`.
         """
         site, norm = self.site, self.norm
         if not site.source:
             return {}
         shift = self.bias_shift(params, qparams[site.quantizer], qparams[site.source])
         if site.bias:
-            shift = shift if norm is None else self._unfold(shift, norm, params)
+            shift = shift if norm is None else _unfolded(shift, norm, params)
             return {site.bias: params[site.bias] + shift.to(params[site.bias].dtype)}
         if norm is not None and not norm.training:
             return {norm.bias: params[norm.bias] + shift.to(params[norm.bias].dtype)}
         return {}
 
     def mean_shift(self, params: Params, qparams: QParams, source: QParams, after: Params) -> dict[str, Tensor]:
-        """The running mean that a training step returns where the layer has no bias to carry ``d``."""
+        """The running mean that a training step returns where the layer has no bias to carry ``d``.
+
+        In training the BatchNorm subtracts the mean of the batch, so that a constant ``d / f`` in the layer's output changes
+        nothing but that mean, of which ``momentum`` goes into the running mean.
+
+        Args:
+          params: before the step.
+          qparams, source: of this quantizer, and of the one whose scale rounds the bias.
+          after: the params as the step left them.
+
+        Returns:
+          The running mean by its name; nothing where the layer has a bias or the BatchNorm does not train.
+        """
         norm = self.norm
         if norm is None or self.site.bias or not norm.training:
             return {}
         momentum = norm.momentum if norm.momentum is not None else 1 / after[norm.tracked]
-        shift = self._unfold(self.bias_shift(params, qparams, source), norm, params).detach()
-        return {norm.mean: after[norm.mean] + (momentum * shift).to(after[norm.mean].dtype)}
+        shift = _unfolded(self.bias_shift(params, qparams, source), norm, params).detach()
+        mean = after[norm.mean]
+        return {norm.mean: mean + (momentum * shift).to(mean.dtype)}
 
     def folded_bias(self, params: Params) -> Tensor:
-        """``B``: the layer's bias, or 0, with the BatchNorm folded in; a constant."""
-        bias = (
-            params[self.site.bias].detach() if self.site.bias else torch.zeros((), device=params[self.site.parameter].device)
-        )
+        """``B``: the layer's bias, or 0, with the BatchNorm folded in; a constant. Shape ``(C,)``, or ``()`` for 0."""
+        if self.site.bias:
+            bias = params[self.site.bias].detach()
+        else:
+            bias = torch.zeros((), device=params[self.site.parameter].device)
         if self.norm is None:
             return bias
         mean, beta = params[self.norm.mean].detach(), params[self.norm.bias].detach()
-        return (bias.to(mean) - mean) * self.norm.factor(params).detach() + beta
+        factor = self.norm.factor(params).detach()
+        return (bias.to(mean) - mean) * factor + beta
 
     def bias_shift(self, params: Params, qparams: QParams, source: QParams) -> Tensor:
-        """``d``: straight-through in the rounding, constant in ``B``."""
+        """``d = round(B / S) S - B``; constant in ``B``, and its gradient in ``S`` is ``round(B / S) - B / S``."""
         step = positive(qparams.scale) * positive(source.scale)
         ratio = self.folded_bias(params) / step.detach()
         shift = step * (ratio.round() - ratio)
         none = torch.zeros_like(shift)
+        # a bias is rounded only where both quantizers are on
         return switched(none, switched(none, shift, qparams), source)
 
-    def _unfold(self, shift: Tensor, norm: Norm, params: Params) -> Tensor:
-        factor = norm.factor(params).detach()
-        return torch.where(factor == 0, 0, shift / torch.where(factor == 0, 1, factor))
-
     def _along(self, factor: Tensor, weight: Tensor) -> Tensor:
+        """A factor of shape ``(C,)``, shaped to broadcast along the output channels of the arranged weight."""
         axis = 0 if is_regrouped(self.site) else self.site.axis
-        return factor.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        return factor.reshape(shape)
+
+
+def _unfolded(shift: Tensor, norm: Norm, params: Params) -> Tensor:
+    """``shift / f``, and 0 where ``f`` is 0."""
+    factor = norm.factor(params).detach()
+    dead = factor == 0
+    divisor = torch.where(dead, 1, factor)  # a division by 0, though not selected, gives NaN gradients
+    return torch.where(dead, 0, shift / divisor)
 
 
 def is_regrouped(site: Site) -> bool:
-    """Whether it is a grouped deconvolution, whose weight has no axis with all output channels."""
+    """Whether a site is of a grouped deconvolution, whose weight has no axis with all output channels."""
     return site.groups > 1 and site.axis == 1
 
 
 def arranged_scheme(scheme: QScheme, site: Site) -> QScheme:
-    """The scheme of a site's weight, for the weight as :func:`arranged` shows it."""
+    """The scheme of a site's weight, for the weight as :func:`arranged` returns it."""
     granularity = scheme.granularity
     if not is_regrouped(site) or not isinstance(granularity, PerChannel | PerGroup):
         return scheme
@@ -167,21 +219,23 @@ def arranged_scheme(scheme: QScheme, site: Site) -> QScheme:
 
 
 def arranged(weight: Tensor, site: Site) -> Tensor:
-    """Of a grouped deconvolution ``(in, out / groups, ...)`` as ``(out, in / groups, ...)``, and back; others as they are.
+    """A weight with its output channels along one axis.
 
-    The exchange is its own inverse.
+    Only a grouped deconvolution's weight is rearranged, from ``(in, out / groups, ...)`` to ``(out, in / groups, ...)``.
+    The function is its own inverse.
     """
     if not is_regrouped(site):
         return weight
-    groups, (rows, columns) = site.groups, weight.shape[:2]
-    split = weight.reshape(groups, rows // groups, columns, *weight.shape[2:])
-    return split.transpose(1, 2).reshape(groups * columns, rows // groups, *weight.shape[2:])
+    groups = site.groups
+    rows, columns, *kernel = weight.shape
+    split = weight.reshape(groups, rows // groups, columns, *kernel)
+    return split.transpose(1, 2).reshape(groups * columns, rows // groups, *kernel)
 
 
 def quantize_weights(
     quantizers: Iterable[WeightQuantizer], params: Params, qparams: Mapping[str, QParams]
 ) -> dict[str, Tensor]:
-    """``params`` with weights on their grids and biases rounded; a new dict."""
+    """``params`` with weights quantized and biases rounded; a new dict."""
     new = round_biases(quantizers, params, qparams)
     for quantizer in quantizers:
         new[quantizer.site.parameter] = quantizer.quantize(params, qparams[quantizer.site.quantizer])

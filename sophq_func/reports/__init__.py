@@ -1,4 +1,4 @@
-"""How well each quantizer represents what it is there for, what it costs, and which layer to fix: data, text, CSV, HTML."""
+"""How well each quantizer represents its values, what it costs, and which layer to fix: as data, text, CSV and HTML."""
 
 from sophq_func.algorithms.sensitivity import Fidelity, Sensitivity, fidelity, sensitivity
 from sophq_func.reports._measure import report

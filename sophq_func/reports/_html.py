@@ -53,7 +53,7 @@ tr.hot .name { color: var(--hot); }
 .pill.weight { background: #a85c00; } .pill.activation { background: #2a6fbb; }
 """
 
-HEADS = (
+HEADINGS = (
     ("quantizer", ""),
     ("share of the output error", ""),
     ("", "number"),
@@ -63,6 +63,7 @@ HEADS = (
     ("values and grid", ""),
     ("size", "number"),
 )
+"""Of the table: text and CSS class of each column."""
 
 NOTES = (
     "Share of the output error: each quantizer alone is switched on in a model that is float otherwise; the squared error "
@@ -72,6 +73,7 @@ NOTES = (
     "Pictures: how many values there are (height: square root of the count); dashed: where the grid ends, of all channels "
     "the widest; red: values that are clipped. Weights are shown with the BatchNorm folded in.",
 )
+"""What a reader must know to read the table, below it."""
 
 
 def page(report: Report) -> str:
@@ -95,7 +97,7 @@ def page(report: Report) -> str:
 
 
 def value(number: float | None, text: str) -> str:
-    """A number for people, with all of its digits for machines.
+    """A number as text, with all of its digits in an attribute for programs that read the page.
 
     Example:
       >>> value(0.25, "25 %")
@@ -105,30 +107,29 @@ def value(number: float | None, text: str) -> str:
 
 
 def _verdict(report: Report) -> str:
-    """The sentence to read first, and what is known about the worst quantizer."""
+    """The sentence to read first, and the figures of the worst quantizer."""
     if not report.rows or report.rows[0].share == 0:
         return f'<p class="verdict">{escape(_text.headline(report))}</p>'
     worst = report.rows[0]
-    facts = [
-        worst.grid,
-        f"SQNR {_text.number(worst.sqnr_db, 'dB')}",
-        f"{_text.percent(worst.clipped)} clipped" if worst.clipped is not None else "",
-        worst.where,
-    ]
-    name, share = f"<em>{_breakable(worst.quantizer)}</em>", f"<em>{escape(_text.percent(worst.share))}</em>"
-    told = escape(", ".join(filter(None, facts)))
-    return f'<p class="verdict">{name} makes {share} of the output error</p><p class="detail">{told}</p>'
+    figures = [worst.grid, f"SQNR {_text.number(worst.sqnr_db, 'dB')}"]
+    if worst.clipped is not None:
+        figures.append(f"{_text.percent(worst.clipped)} clipped")
+    if worst.where:
+        figures.append(worst.where)
+    name = f"<em>{_breakable(worst.quantizer)}</em>"
+    share = f"<em>{escape(_text.percent(worst.share))}</em>"
+    detail = escape(", ".join(figures))
+    return f'<p class="verdict">{name} makes {share} of the output error</p><p class="detail">{detail}</p>'
 
 
 def _cards(report: Report) -> str:
-    smaller = f", {_text.percent(report.bytes_after / report.bytes_before)}" if report.bytes_before else ""
+    """The figures of the whole model."""
+    before = value(report.bytes_before, _text.size(report.bytes_before))
+    after = value(report.bytes_after, _text.size(report.bytes_after))
+    kept = f", {_text.percent(report.bytes_after / report.bytes_before)}" if report.bytes_before else ""
     cards = (
         (value(report.sqnr_db, _text.number(report.sqnr_db, "dB")), "SQNR of the output, all quantizers on"),
-        (
-            f"{value(report.bytes_before, _text.size(report.bytes_before))} &rarr; "
-            f"{value(report.bytes_after, _text.size(report.bytes_after))}",
-            f"parameters and buffers{smaller}",
-        ),
+        (f"{before} &rarr; {after}", f"parameters and buffers{kept}"),
         (value(len(report.rows), str(len(report.rows))), "quantizers"),
         (value(report.batches, str(report.batches)), "batch" if report.batches == 1 else "batches"),
     )
@@ -137,18 +138,15 @@ def _cards(report: Report) -> str:
 
 
 def _table(report: Report, hot: list[bool]) -> str:
-    head = "".join(f'<th scope="col"{_class(kind)}>{escape(text)}</th>' for text, kind in HEADS)
+    head = "".join(f'<th scope="col"{_class(kind)}>{escape(text)}</th>' for text, kind in HEADINGS)
     rows = "\n".join(_row(row, is_hot) for row, is_hot in zip(report.rows, hot, strict=True))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
 
 def _row(row: ReportRow, is_hot: bool) -> str:
-    note = ", observes only" * row.observe_only
-    pill = f'<span class="pill {row.role}">{row.role}</span>'
-    where = f'<div class="where">{pill} {_breakable(row.where.removeprefix("weight ") + note)}</div>'
-    name = f'<div class="name">{_breakable(row.quantizer)}</div>{where}'
+    name = f'<div class="name">{_breakable(row.quantizer)}</div>'
     cells = (
-        (name, ""),
+        (name + _where(row), ""),
         (_svg.bar(row.share), ""),
         (f'<span class="share">{value(row.share, _text.percent(row.share))}</span>', "number"),
         (value(row.sqnr_db, _text.number(row.sqnr_db, "dB")), "number"),
@@ -161,23 +159,38 @@ def _row(row: ReportRow, is_hot: bool) -> str:
     return f"<tr{_class('hot' if is_hot else '')}>{body}</tr>"
 
 
+def _where(row: ReportRow) -> str:
+    """Role and place of a quantizer."""
+    pill = f'<span class="pill {row.role}">{row.role}</span>'
+    place = row.where.removeprefix("weight ")  # which the pill says
+    if row.observe_only:
+        place += ", observes only"
+    return f'<div class="where">{pill} {_breakable(place)}</div>'
+
+
 def _ranges(row: ReportRow) -> str:
-    seen = f"[{value(row.low, f'{row.low:.4g}')}, {value(row.high, f'{row.high:.4g}')}]"
+    """The range of the values, and that of the grid, if it has one that no tensor changes."""
+    values = _range(row.low, row.high)
     if row.clip_low is None or row.clip_high is None:
-        return f'<div class="where">{seen} as {escape(row.grid)}</div>'
-    ends = f"[{value(row.clip_low, f'{row.clip_low:.4g}')}, {value(row.clip_high, f'{row.clip_high:.4g}')}]"
-    return f'<div class="where"><span>{seen} on</span> <span>{escape(row.grid)} {ends}</span></div>'
+        return f'<div class="where">{values} as {escape(row.grid)}</div>'
+    ends = _range(row.clip_low, row.clip_high)
+    return f'<div class="where"><span>{values} on</span> <span>{escape(row.grid)} {ends}</span></div>'
+
+
+def _range(low: float, high: float) -> str:
+    return f"[{value(low, f'{low:.4g}')}, {value(high, f'{high:.4g}')}]"
 
 
 def _size(row: ReportRow) -> str:
     if not row.bytes_before:
         return "-"
-    before, after = (value(count, _text.size(count)) for count in (row.bytes_before, row.bytes_after))
+    before = value(row.bytes_before, _text.size(row.bytes_before))
+    after = value(row.bytes_after, _text.size(row.bytes_after))
     return f"{before} &rarr;<br>{after}"
 
 
 def _breakable(name: str) -> str:
-    """A name that may go on in a new line behind dots and underscores."""
+    """A name that a browser may break behind dots and underscores."""
     return re.sub(r"([._])(?=\w)", r"\1<wbr>", escape(name))
 
 

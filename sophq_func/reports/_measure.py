@@ -1,10 +1,10 @@
-"""Run a quantized model, and sum up what each quantizer does to its own values and to the output."""
+"""Measures a report: what each quantizer does to its own values and to the model's output, in runs over batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,21 +14,33 @@ from sophq_func.codes import Refusal
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import tensors
+from sophq_func.core.types import Output, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
+from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics import pieces
-from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.contracts import FakeQuantize, QParams
+from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning import text
 from sophq_func.reports._report import Report
 from sophq_func.reports._row import ReportRow
-from sophq_func.reports._statistics import Clipping, Sums, clipping, decibel, seen, stored_grid
+from sophq_func.reports._statistics import Clipping, Sums, added, clipping, decibel, nothing, stored_grid
+
+Setting: TypeAlias = Mapping[str, QParams]
+"""Qparams of every quantizer."""
+
+Clips: TypeAlias = Mapping[str, Clipping | None]
+"""Where the grid of each quantizer ends, by name."""
+
+NO_SIZE = (0, 0)
+"""Bytes before and after, of an activation: it is not stored."""
 
 
 def report(
     q: Quantized,
-    params: Mapping[str, Tensor],
-    qparams: Mapping[str, QParams],
-    batches: Iterable[Any],
+    params: Params,
+    qparams: Setting,
+    batches: Iterable[Tree],
     *,
     how: str = "auto",
     progress: bool = True,
@@ -36,8 +48,8 @@ def report(
     """Range, clipping, noise and size at each quantizer, and its share of the error of the model's output.
 
     The share is measured by switching on one quantizer at a time, in a model that is float otherwise: ``n + 3`` runs of each
-    batch for ``n`` quantizers, without gradients. What two quantizers do together is in no share; what all of them do is
-    in ``report.sqnr_db``.
+    batch for ``n`` quantizers, without gradients. The other three: in float, with all on, and to see the values.
+    What quantizers do only together is in no share; ``report.sqnr_db`` is measured with all of them on.
 
     Args:
       q: a quantized model in eval mode, whose weights are not frozen.
@@ -62,116 +74,147 @@ def report(
       >>> found.rows[0].quantizer, found.bytes_before
       ('weight_fake_quant', 36)
     """
-    if q.frozen or q.training:
-        what, fix = ("a frozen model", "use the q that was frozen") if q.frozen else ("training mode", "q.eval()")
-        raise StateError(
-            explain("report", f"{what} is not possible", because="runs with and without a quantizer are compared", fix=fix)
-        )
-    given = _listed(batches)
+    _check_eval(q)
+    each = _listed(batches)
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
     on = enabled(qparams, True)
     clips = {name: clipping(config, on[name]) for name, config in q.plan.items()}
     with torch.no_grad():
         sums = _weight_sums(q, params, on, clips)
         errors = _Errors(q, params, on)
-        for batch in shown(given, "report", progress):
+        for batch in shown(each, "report", progress):
             _add_activations(q, params, on, clips, batch, sums)
             errors.add(batch, how)
     sizes = {name: _size(q, name, params[q.plan.site(name).parameter], on[name]) for name in q.weights_seen(params)}
-    rows = [_row(q, i, name, sums[name], clips[name], sizes, errors) for i, name in enumerate(q.plan) if name in sums]
+    rows = []
+    for position, name in enumerate(q.plan):
+        if name in sums:  # a value that no batch reached has no row
+            rows.append(_row(q, position, name, sums[name], clips[name], sizes.get(name, NO_SIZE), errors))
     before = sum(p.numel() * p.element_size() for p in params.values())
+    saved = sum(row.bytes_before - row.bytes_after for row in rows)
     return Report(
         model=q.model_name,
         digest=q.plan.digest(),
-        batches=len(given),
-        rows=tuple(sorted(rows, key=lambda row: (-row.share, row.position))),
+        batches=len(each),
+        rows=tuple(sorted(rows, key=_largest_share_first)),
         sqnr_db=decibel(errors.signal, errors.all),
         bytes_before=before,
-        bytes_after=before - sum(row.bytes_before - row.bytes_after for row in rows),
+        bytes_after=before - saved,
     )
 
 
-def _listed(batches: Iterable[Any]) -> list[Any]:
+def _largest_share_first(row: ReportRow) -> tuple[float, int]:
+    return -row.share, row.position
+
+
+def _check_eval(q: Quantized) -> None:
+    """Raise a :class:`StateError` unless runs with and without a quantizer can be compared."""
+    because = "runs with and without a quantizer are compared"
+    if q.frozen:
+        fix = "use the q that was frozen"
+        raise StateError(explain("report", "a frozen model cannot be reported on", because=because, fix=fix))
+    if q.training:
+        sentence = "a model in training mode cannot be reported on"
+        raise StateError(explain("report", sentence, because=because, fix="q.eval()"))
+
+
+def _listed(batches: Iterable[Tree]) -> list[Tree]:
+    fix = "sq.report(q, params, qparams, [x])"
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        got, fix = type(batches).__name__, "sq.report(q, params, qparams, [x])"
-        raise StateError(explain("report", "these batches is not possible", got=got, allowed="a list", fix=fix))
-    found = list(batches)
-    if not found:
-        raise StateError(explain("report", "no batches is not possible", fix="pass a list of tensors, tuples or dicts"))
-    return found
+        sentence, got = "these batches cannot be observed", type(batches).__name__
+        raise StateError(explain("report", sentence, got=got, allowed="a list", fix=fix))
+    each = list(batches)
+    if not each:
+        raise StateError(explain("report", "there are no batches to observe", fix=fix))
+    return each
 
 
-def _weight_sums(
-    q: Quantized, params: Mapping[str, Tensor], on: Mapping[str, QParams], clips: Mapping[str, Clipping | None]
-) -> dict[str, Sums]:
-    found = {}
+def _weight_sums(q: Quantized, params: Params, on: Setting, clips: Clips) -> dict[str, Sums]:
+    """Sums over each weight, by quantizer."""
+    sums = {}
     for name, (weight, scheme) in q.weights_seen(params).items():
-        made = q.quantize_value(name, weight, on[name])
-        found[name] = seen(weight, made, clips[name], scheme, None)
-    return found
+        quantized = q.quantize_value(name, weight, on[name])
+        sums[name] = added(nothing(weight), weight, quantized, clips[name], scheme)
+    return sums
 
 
-def _add_activations(
-    q: Quantized,
-    params: Mapping[str, Tensor],
-    on: Mapping[str, QParams],
-    clips: Mapping[str, Clipping | None],
-    batch: Any,
-    sums: dict[str, Sums],
-) -> None:
-    """Sum up what the quantizers of activations see in one batch."""
+def _add_activations(q: Quantized, params: Params, on: Setting, clips: Clips, batch: Tree, sums: dict[str, Sums]) -> None:
+    """Add to ``sums`` what the quantizers of activations see in one batch."""
     args, kwargs = as_call(batch, "report")
     for name, (x, y) in q.capture(params, on, *args, **kwargs).items():
-        if not q.plan.site(name).parameter:
-            sums[name] = seen(x, y, clips[name], q.plan[name].scheme, sums.get(name))
+        if q.plan.site(name).parameter:
+            continue
+        before = sums[name] if name in sums else nothing(x)
+        sums[name] = added(before, x, y, clips[name], q.plan[name].scheme)
 
 
 class _Errors:
-    """Squared errors of the output, summed over batches: each quantizer alone, and all together."""
+    """Squared errors of the output, summed over batches.
 
-    def __init__(self, q: Quantized, params: Mapping[str, Tensor], on: Mapping[str, QParams]) -> None:
-        self.q, self.params, self.on, self.off = q, params, on, enabled(on, False)
-        names = [name for name in sorted(on) if not q.plan[name].observe_only]
-        self.alone = dict.fromkeys(names, 0.0)
-        self.all = self.signal = 0.0
+    Attributes:
+      alone: by quantizer, with that one alone switched on.
+      all: with all of them on.
+      signal: the squared output with all of them off.
+    """
 
-    def add(self, batch: Any, how: str) -> None:
-        """One more batch."""
+    def __init__(self, q: Quantized, params: Params, on: Setting) -> None:
+        self.alone = {name: 0.0 for name in sorted(on) if not q.plan[name].observe_only}
+        self.all = 0.0
+        self.signal = 0.0
+        self._q = q
+        self._params = params
+        self._on = on
+        self._off = enabled(on, False)
+
+    def add(self, batch: Tree, how: str) -> None:
+        """Add the errors of one more batch."""
         args, kwargs = as_call(batch, "report")
-        truth = _floating(self.q.apply(self.params, self.off, *args, **kwargs))
+        truth = _floating(self._q.apply(self._params, self._off, *args, **kwargs))
 
-        def error(output: Any) -> Tensor:
+        def error(output: Output) -> Tensor:
             pairs = zip(_floating(output), truth, strict=True)
-            return torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum()
+            return torch.stack([(found.double() - true.double()).square().sum() for found, true in pairs]).sum()
 
-        settings = [*({**self.off, name: self.on[name]} for name in self.alone), self.on]
-        found = self.q.sweep(self.params, settings, batch, reduce=error, how=how, progress=False)
-        *alone, all_ = found.tolist()
-        self.alone = {name: total + new for (name, total), new in zip(self.alone.items(), alone, strict=True)}
-        self.all += all_
-        self.signal += sum(float(t.double().square().sum()) for t in truth)
+        each_alone = [{**self._off, name: self._on[name]} for name in self.alone]
+        settings = [*each_alone, self._on]
+        errors = self._q.sweep(self._params, settings, batch, reduce=error, how=how, progress=False)
+        *alone, together = errors.tolist()
+        for name, new in zip(self.alone, alone, strict=True):
+            self.alone[name] += new
+        self.all += together
+        self.signal += sum(float(tensor.double().square().sum()) for tensor in truth)
 
 
-def _floating(output: Any) -> list[Tensor]:
-    found = [t for t in ((output,) if isinstance(output, Tensor) else tensors(output)) if t.is_floating_point()]
-    if not found:
-        raise StateError(
-            explain("report", "this output is not possible", got=type(output).__name__, allowed="floating tensors")
-        )
-    return found
+def _floating(output: Output) -> list[Tensor]:
+    """The floating tensors of an output, in order."""
+    floating = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
+    if not floating:
+        sentence, got = "this output has no error to measure", type(output).__name__
+        fix = "quantize a model that returns floating tensors"
+        raise StateError(explain("report", sentence, got=got, allowed="floating tensors", fix=fix))
+    return floating
 
 
 def _size(q: Quantized, name: str, weight: Tensor, qparams: QParams) -> tuple[int, int]:
-    """Bytes of a weight as it is, and as codes with what they need."""
-    before, config = weight.numel() * weight.element_size(), q.plan[name]
+    """Bytes of a weight as it is; and as codes, with the scales and zero points that are stored beside them."""
+    config = q.plan[name]
+    before = weight.numel() * weight.element_size()
     if config.observe_only:
         return before, before
-    made = pieces.build(config.fake_quantize)
+    fake_quantize = pieces.build(config.fake_quantize)
+    codes = math.ceil(weight.numel() * _code_bits(config, fake_quantize, qparams) / 8)
+    if not fake_quantize.scaled:
+        return before, codes
+    beside = [qparams.scale] if config.scheme.symmetric else [qparams.scale, qparams.zero_point]
+    return before, codes + sum(tensor.numel() * tensor.element_size() for tensor in beside)
+
+
+def _code_bits(config: QuantizerConfig, fake_quantize: FakeQuantize, qparams: QParams) -> float:
+    """What one stored code takes: of a format with a fixed size that, else the width of the grid in force."""
+    if fake_quantize.bits is not None:
+        return fake_quantize.bits
     grid = stored_grid(config, qparams)
-    width = config.scheme.bits if isinstance(grid, Refusal) else grid.bits
-    codes = math.ceil(weight.numel() * (width if made.bits is None else made.bits) / 8)
-    scales = (qparams.scale, *(() if config.scheme.symmetric else (qparams.zero_point,))) if made.scaled else ()
-    return before, codes + sum(t.numel() * t.element_size() for t in scales)
+    return config.scheme.bits if isinstance(grid, Refusal) else grid.bits
 
 
 def _row(
@@ -180,12 +223,13 @@ def _row(
     name: str,
     sums: Sums,
     clip: Clipping | None,
-    sizes: Mapping[str, tuple[int, int]],
+    size: tuple[int, int],
     errors: _Errors,
 ) -> ReportRow:
     config, site = q.plan[name], q.plan.site(name)
     error, total = errors.alone.get(name, 0.0), sum(errors.alone.values())
-    before, after = sizes.get(name, (0, 0))
+    before, after = size
+    counts = sums.histogram.counts.round()  # splitting bins leaves fractions
     return ReportRow(
         quantizer=name,
         position=position,
@@ -205,5 +249,5 @@ def _row(
         share=error / total if total else 0.0,
         bytes_before=before,
         bytes_after=after,
-        histogram=tuple(int(count) for count in sums.histogram.counts.round().tolist()),
+        histogram=tuple(int(count) for count in counts.tolist()),
     )

@@ -1,4 +1,4 @@
-"""Everything about a quantized model that says which layer to fix, as one frozen value."""
+"""A report as one frozen value, which can be printed, indexed by quantizer, and written to a file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What :func:`sophq_func.report` found. ``print`` shows a table; ``report["layer1.conv1.weight_fake_quant"]`` is a row.
+    """What :func:`sophq_func.report` measured. ``print`` shows a table, ``report["conv1.weight_fake_quant"]`` is a row.
 
     Attributes:
       model: name of the model's class.
       digest: of the plan.
-      batches: how many were looked at.
+      batches: how many were run.
       rows: one for each quantizer that a batch reached, the largest share of the error first.
-      sqnr_db: of the output with all quantizers on, in dB: squared float output by squared difference.
-      bytes_before, bytes_after: of all parameters and buffers; with the weights as codes.
+      sqnr_db: of the output with all quantizers on, in dB: squared float output divided by squared difference.
+      bytes_before, bytes_after: size of all parameters and buffers; before as they are, after with weights as codes.
     """
 
     model: str
@@ -39,10 +39,11 @@ class Report:
     bytes_after: int
 
     def __getitem__(self, name: str) -> ReportRow:
-        found = [row for row in self.rows if name in (row.quantizer, underscored(row.quantizer))]
-        if not found:
-            raise KeyError(f"no quantizer {name!r} in the report; {near(str(name), [row.quantizer for row in self.rows])}")
-        return found[0]
+        for row in self.rows:
+            if name in (row.quantizer, underscored(row.quantizer)):
+                return row
+        hint = near(str(name), [row.quantizer for row in self.rows])
+        raise KeyError(f"no quantizer {name!r} in the report; {hint}")
 
     def __str__(self) -> str:
         return self.table()
@@ -55,10 +56,10 @@ class Report:
         return _text.table(self)
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write the rows as CSV (RFC 4180), without histograms; numbers in full, nothing where there is ``None``.
+        """Write the rows as CSV (RFC 4180), without histograms; numbers in full, ``None`` as an empty cell.
 
         Returns:
-          The path. The file is written to a temporary name first, so that it is never half there.
+          The path. The file is written to a temporary name first, so that no reader finds half of it.
 
         Raises:
           StateError: no such folder.
@@ -69,7 +70,7 @@ class Report:
         """Write a page with pictures: one file that needs no other, and no script.
 
         Returns:
-          The path. The file is written to a temporary name first, so that it is never half there.
+          The path. The file is written to a temporary name first, so that no reader finds half of it.
 
         Raises:
           StateError: no such folder.

@@ -1,4 +1,4 @@
-"""What is summed up at one quantizer, tensor by tensor: range, clipping, noise, and a histogram."""
+"""Sums over the tensors that one quantizer sees: range, clipping, noise, and a histogram."""
 
 from __future__ import annotations
 
@@ -18,22 +18,29 @@ BINS = 64
 """Bars of a histogram."""
 
 WHOLE = QScheme()
-"""One range for all values."""
+"""A scheme per tensor: one histogram for all values, whatever the scheme of the quantizer."""
 
 COUNTER = OBSERVERS.build(observers.histogram(bins=BINS))
+"""Counts the values of a tensor in equal bins."""
 
 
 class Clipping(NamedTuple):
-    """Where the grid ends: the values of its outermost codes, scale-shaped; ``step`` between two codes."""
+    """Where a grid ends.
+
+    Attributes:
+      low, high: values of its outermost codes, shaped like the scale.
+      step: distance of two codes, likewise.
+    """
 
     low: Tensor
     high: Tensor
     step: Tensor
 
     def outside(self, x: Tensor, scheme: QScheme) -> int:
-        """How many values are moved to an outermost code from more than half a step beyond it."""
+        """How many values lie more than half a step beyond an outermost code: those nearer are rounded, not clipped."""
         low, high, step = (expand(part, x, scheme.granularity) for part in self)
-        return int(((x < low - step / 2) | (x > high + step / 2)).sum())
+        below, above = x < low - step / 2, x > high + step / 2
+        return int((below | above).sum())
 
 
 def clipping(config: QuantizerConfig, qparams: QParams) -> Clipping | None:
@@ -46,16 +53,16 @@ def clipping(config: QuantizerConfig, qparams: QParams) -> Clipping | None:
 
 
 def stored_grid(config: QuantizerConfig, qparams: QParams) -> Grid | Refusal:
-    """The grid that a quantizer's values are stored on; or why there is none."""
+    """The grid on which a quantizer's values are stored; or why there is none."""
     return grid_of(pieces.build(config.fake_quantize), qparams, config.scheme)
 
 
 class Sums(NamedTuple):
-    """What was seen at one quantizer.
+    """Sums over the tensors ``x`` that one quantizer saw, and over what they became, ``y``.
 
     Attributes:
-      values: how many.
-      outside: those beyond the grid.
+      values: how many numbers.
+      outside: how many of them lie beyond the grid.
       signal, noise: sums of ``x ** 2`` and ``(y - x) ** 2``.
       product, result: sums of ``x y`` and ``y ** 2``.
       histogram: smallest and largest value, and how many lie in each of :data:`BINS` equal bins between.
@@ -74,40 +81,35 @@ class Sums(NamedTuple):
         return decibel(self.signal, self.noise)
 
     def cosine(self) -> float:
-        """Of the angle between what comes in and what goes out; 1 where both are nothing."""
+        """The cosine of the angle between ``x`` and ``y``; 1 where both are 0, and 0 where one of them is."""
         if self.signal == 0 or self.result == 0:
             return float(self.signal == self.result)
         return self.product / math.sqrt(self.signal) / math.sqrt(self.result)
 
 
 def decibel(signal: float, noise: float) -> float:
-    """``10 log10(signal / noise)``, infinite where one of them is 0, NaN where one is no number."""
+    """``10 log10(signal / noise)``; infinite where one of them is 0, NaN where one is NaN."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    if signal == 0:
+        return -math.inf
+    return 10 * math.log10(signal / noise)
 
 
-def seen(x: Tensor, y: Tensor, clip: Clipping | None, scheme: QScheme, before: Sums | None) -> Sums:
-    """What was seen so far, and one more tensor ``x`` that became ``y``."""
-    state = COUNTER.init(x, WHOLE) if before is None else before.histogram
-    wide, result = x.double(), y.double()
-    new = Sums(
-        x.numel(),
-        clip.outside(x, scheme) if clip is not None else 0,
-        float(wide.square().sum()),
-        float((result - wide).square().sum()),
-        float((wide * result).sum()),
-        float(result.square().sum()),
-        COUNTER.update(state, x, WHOLE),
-    )
-    if before is None:
-        return new
+def nothing(x: Tensor) -> Sums:
+    """The sums before any tensor, for tensors like ``x``."""
+    return Sums(0, 0, 0.0, 0.0, 0.0, 0.0, COUNTER.init(x, WHOLE))
+
+
+def added(before: Sums, x: Tensor, y: Tensor, clip: Clipping | None, scheme: QScheme) -> Sums:
+    """The sums with one more tensor ``x`` that became ``y``."""
+    wide_x, wide_y = x.double(), y.double()  # float32 would lose small noise in a long sum
     return Sums(
-        before.values + new.values,
-        before.outside + new.outside,
-        before.signal + new.signal,
-        before.noise + new.noise,
-        before.product + new.product,
-        before.result + new.result,
-        new.histogram,
+        values=before.values + x.numel(),
+        outside=before.outside + (0 if clip is None else clip.outside(x, scheme)),
+        signal=before.signal + float(wide_x.square().sum()),
+        noise=before.noise + float((wide_y - wide_x).square().sum()),
+        product=before.product + float((wide_x * wide_y).sum()),
+        result=before.result + float(wide_y.square().sum()),
+        histogram=COUNTER.update(before.histogram, x, WHOLE),
     )

@@ -9,10 +9,16 @@ from html import escape
 from sophq_func.reports._row import ReportRow
 
 WIDTH, HEIGHT = 220, 40
-"""Of a histogram."""
+"""Of a histogram, in the units of its view box; the style sheet gives it the same size in pixels."""
 
-TALL, LABEL = 90, 24
-"""Of the overview, the height of the columns and of the text above them."""
+COLUMNS_HEIGHT, LABEL_HEIGHT = 90, 24
+"""Of the overview, in pixels: the columns, and the text above the tallest."""
+
+BASELINE = 6
+"""Pixels between that text and the columns."""
+
+MARGIN = 0.02
+"""Empty space on each side of a histogram, as a share of its width, so that marks at its ends can be seen."""
 
 SPREAD = 3.0
 """A grid is drawn up to this many times as wide as the values; what reaches further is cut."""
@@ -31,19 +37,45 @@ def bar(share: float) -> str:
 
 def overview(rows: Sequence[ReportRow], hot: Sequence[bool]) -> str:
     """The shares as columns in execution order, relative to the largest, which has its name above it."""
-    step, most = 100 / max(len(rows), 1), max((row.share for row in rows), default=0) or 1
+    largest = max((row.share for row in rows), default=0) or 1
+    in_order = sorted(zip(rows, hot, strict=True), key=_position)
     shapes = []
-    for place, (row, is_hot) in enumerate(sorted(zip(rows, hot, strict=True), key=lambda pair: pair[0].position)):
-        tall = max(row.share / most * TALL, 1)
-        size = f'x="{(place + 0.1) * step:.3f}%" y="{LABEL + TALL - tall:.2f}" width="{0.8 * step:.3f}%" height="{tall:.2f}"'
+    for place, (row, is_hot) in enumerate(in_order):
         title = f"{escape(row.quantizer)}: {100 * row.share:.1f} %"
-        shapes.append(f'<rect class="{"hot" if is_hot else row.role}" {size}><title>{title}</title></rect>')
-        if rows[0].share and row is rows[0]:
-            anchor = "start" if place < len(rows) / 3 else "end" if place >= 2 * len(rows) / 3 else "middle"
-            at = {"start": place + 0.1, "middle": place + 0.5, "end": place + 0.9}[anchor] * step
-            shapes.append(f'<text x="{at:.3f}%" y="{LABEL - 6}" text-anchor="{anchor}">{title}</text>')
+        kind = "hot" if is_hot else row.role
+        shapes.append(_column(place, len(rows), row.share / largest, kind, title))
+        if row is rows[0] and row.share:
+            shapes.append(_label(place, len(rows), title))
     label = "Share of the output error, in execution order"
-    return f'<svg class="overview" height="{LABEL + TALL}" role="img" aria-label="{label}">{"".join(shapes)}</svg>'
+    height = LABEL_HEIGHT + COLUMNS_HEIGHT
+    return f'<svg class="overview" height="{height}" role="img" aria-label="{label}">{"".join(shapes)}</svg>'
+
+
+def _position(pair: tuple[ReportRow, bool]) -> int:
+    row, _ = pair
+    return row.position
+
+
+def _column(place: int, count: int, share: float, kind: str, title: str) -> str:
+    """One column of the overview: of ``count`` slots the one at ``place``, 0.8 of it wide."""
+    slot = 100 / count
+    height = max(share * COLUMNS_HEIGHT, 1)  # at least a line, so that it can be pointed at
+    top = LABEL_HEIGHT + COLUMNS_HEIGHT - height
+    left, width = (place + 0.1) * slot, 0.8 * slot
+    size = f'x="{left:.3f}%" y="{top:.2f}" width="{width:.3f}%" height="{height:.2f}"'
+    return f'<rect class="{kind}" {size}><title>{title}</title></rect>'
+
+
+def _label(place: int, count: int, title: str) -> str:
+    """The text above a column. It grows away from the nearer end of the overview, so that it stays inside."""
+    if place < count / 3:
+        anchor, at = "start", place + 0.1
+    elif place >= 2 * count / 3:
+        anchor, at = "end", place + 0.9
+    else:
+        anchor, at = "middle", place + 0.5
+    x, y = at * (100 / count), LABEL_HEIGHT - BASELINE
+    return f'<text x="{x:.3f}%" y="{y}" text-anchor="{anchor}">{title}</text>'
 
 
 def histogram(row: ReportRow) -> str:
@@ -51,13 +83,17 @@ def histogram(row: ReportRow) -> str:
     if not (math.isfinite(row.low) and math.isfinite(row.high)) or not any(row.histogram):
         return ""
     left, right = _window(row)
-    scale, width, top = WIDTH / (right - left), (row.high - row.low) / len(row.histogram), max(row.histogram)
+    scale = WIDTH / (right - left)
+    width, largest = (row.high - row.low) / len(row.histogram), max(row.histogram)
     bars: dict[str, list[str]] = {row.role: [], "lost": []}
     for i, count in enumerate(row.histogram):
         if count:
-            start, tall = row.low + i * width, HEIGHT * math.sqrt(count / top)
-            shape = f"M{(start - left) * scale:.1f} {HEIGHT}v-{tall:.1f}h{max(width * scale, 1):.1f}v{tall:.1f}z"
-            bars["lost" if _is_beyond(row, start + width / 2) else row.role].append(shape)
+            start = row.low + i * width
+            # the square root, so that tails can be seen beside the peak
+            height = HEIGHT * math.sqrt(count / largest)
+            x, drawn = (start - left) * scale, max(width * scale, 1)
+            kind = "lost" if _is_beyond(row, start + width / 2) else row.role
+            bars[kind].append(f"M{x:.1f} {HEIGHT}v-{height:.1f}h{drawn:.1f}v{height:.1f}z")
     paths = "".join(f'<path class="{kind}" d="{"".join(shapes)}"/>' for kind, shapes in bars.items() if shapes)
     label = f"Values from {row.low:.4g} to {row.high:.4g}"
     marks = "".join(_mark(end, left, right) for end in (row.clip_low, row.clip_high))
@@ -75,13 +111,14 @@ def _is_beyond(row: ReportRow, x: float) -> bool:
 
 
 def _window(row: ReportRow) -> tuple[float, float]:
-    """What is drawn: all values, and the grid as far as it is not much wider."""
+    """Ends of the picture: all values, and the grid as far as it is not much wider."""
     left, right = row.low, row.high
+    # constant values have no width; a millionth of the value is above float32's rounding, and 1e-12 is for zeros
     room = SPREAD * max(right - left, abs(left) * 1e-6, 1e-12)
     if row.clip_low is not None and row.clip_high is not None:
         left = min(left, max(row.clip_low, left - room))
         right = max(right, min(row.clip_high, right + room))
-    margin = 0.02 * max(right - left, room)
+    margin = MARGIN * max(right - left, room)
     return left - margin, right + margin
 
 

@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sophq_func.reports._row import ReportRow
 
@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from sophq_func.reports._report import Report
 
 BAR = 12
-"""Characters of the bar that stands for a share of 1."""
+"""Characters of the bar for a share of 1."""
+
+RIGHT = frozenset(("share", "SQNR", "cosine", "clipped"))
+"""Columns of numbers, which are aligned on the right."""
+
+HOT = 2
+"""From how many times the even share on a quantizer is marked."""
+
+UNITS = ("KiB", "MiB", "GiB", "TiB")
+"""Of sizes, each 1024 of the one before."""
 
 
 def percent(share: float | None) -> str:
@@ -32,7 +41,9 @@ def percent(share: float | None) -> str:
         return "-"
     if share == 0:
         return "0 %"
-    return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
+    if share < 0.0005:  # which would be rounded to 0.0 %
+        return "< 0.1 %"
+    return f"{100 * share:.1f} %"
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -56,8 +67,8 @@ def size(count: int) -> str:
         return "-"
     if count < 1024:
         return f"{count} B"
-    power = min(int(math.log2(count)) // 10, 4)
-    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
+    power = min(int(math.log2(count)) // 10, len(UNITS))  # 1024 is 2 ** 10
+    return f"{count / 1024**power:.1f} {UNITS[power - 1]}"
 
 
 def span(low: float | None, high: float | None) -> str:
@@ -70,22 +81,8 @@ def shrunk(before: int, after: int) -> str:
     return f"{size(before)} -> {size(after)}" if before else "-"
 
 
-COLUMNS: dict[str, Callable[[ReportRow], str]] = {
-    "quantizer": lambda row: row.quantizer + ", observes only" * row.observe_only,
-    "error": lambda row: "#" * round(BAR * row.share),
-    "share": lambda row: percent(row.share),
-    "SQNR": lambda row: number(row.sqnr_db, "dB"),
-    "cosine": lambda row: f"{row.cosine:.6f}",
-    "clipped": lambda row: percent(row.clipped),
-    "values": lambda row: span(row.low, row.high),
-    "grid": lambda row: f"{row.grid} {span(row.clip_low, row.clip_high)}".removesuffix(" -"),
-    "size": lambda row: shrunk(row.bytes_before, row.bytes_after),
-}
-RIGHT = frozenset(("share", "SQNR", "cosine", "clipped"))
-
-
 def headline(report: Report) -> str:
-    """The sentence to read first: who makes the most of the error."""
+    """The sentence to read first: which quantizer makes the largest part of the error."""
     if not report.rows:
         return "Nothing is quantized."
     worst = report.rows[0]
@@ -95,10 +92,64 @@ def headline(report: Report) -> str:
 
 
 def summary(report: Report) -> str:
-    """What holds for the whole model, in one line."""
-    count = f"{len(report.rows)} quantizers, {report.batches} batch{'es' * (report.batches != 1)}"
-    whole = f"output SQNR {number(report.sqnr_db, 'dB')}, parameters {shrunk(report.bytes_before, report.bytes_after)}"
-    return f"{report.model}: {whole}; {count}"
+    """The figures of the whole model, in one line."""
+    sqnr = number(report.sqnr_db, "dB")
+    sizes = shrunk(report.bytes_before, report.bytes_after)
+    batches = "1 batch" if report.batches == 1 else f"{report.batches} batches"
+    return f"{report.model}: output SQNR {sqnr}, parameters {sizes}; {len(report.rows)} quantizers, {batches}"
+
+
+def _name(row: ReportRow) -> str:
+    return f"{row.quantizer}, observes only" if row.observe_only else row.quantizer
+
+
+def _bar(row: ReportRow) -> str:
+    return "#" * round(BAR * row.share)
+
+
+def _share(row: ReportRow) -> str:
+    return percent(row.share)
+
+
+def _sqnr(row: ReportRow) -> str:
+    return number(row.sqnr_db, "dB")
+
+
+def _cosine(row: ReportRow) -> str:
+    return f"{row.cosine:.6f}"
+
+
+def _clipped(row: ReportRow) -> str:
+    return percent(row.clipped)
+
+
+def _values(row: ReportRow) -> str:
+    return span(row.low, row.high)
+
+
+def _grid(row: ReportRow) -> str:
+    """The grid and its range, if it has one that no tensor changes."""
+    if row.clip_low is None or row.clip_high is None:
+        return row.grid
+    return f"{row.grid} {span(row.clip_low, row.clip_high)}"
+
+
+def _size(row: ReportRow) -> str:
+    return shrunk(row.bytes_before, row.bytes_after)
+
+
+COLUMNS: dict[str, Callable[[ReportRow], str]] = {
+    "quantizer": _name,
+    "error": _bar,
+    "share": _share,
+    "SQNR": _sqnr,
+    "cosine": _cosine,
+    "clipped": _clipped,
+    "values": _values,
+    "grid": _grid,
+    "size": _size,
+}
+"""The columns of a table, from left to right: the heading, and the cell of a row."""
 
 
 def table(report: Report) -> str:
@@ -108,13 +159,18 @@ def table(report: Report) -> str:
 
 
 def _plain(rows: Sequence[ReportRow]) -> str:
-    lines = [list(COLUMNS), *([text(row) for text in COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [str.rjust if name in RIGHT else str.ljust for name in COLUMNS]
-    return "\n".join(
-        "  ".join(align(cell, width) for align, cell, width in zip(aligned, line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    """The rows in columns of aligned text."""
+    columns = [_aligned(name, [cell(row) for row in rows]) for name, cell in COLUMNS.items()]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def _aligned(name: str, cells: Sequence[str]) -> list[str]:
+    """A column, its heading first, each cell as wide as the widest."""
+    column = [name, *cells]
+    width = max(map(len, column))
+    if name in RIGHT:
+        return [cell.rjust(width) for cell in column]
+    return [cell.ljust(width) for cell in column]
 
 
 def rich_table(report: Report) -> Table:
@@ -123,45 +179,46 @@ def rich_table(report: Report) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, caption=Text(summary(report)), title=Text(headline(report)))
+    result = Table(box=SIMPLE_HEAD, pad_edge=False, caption=Text(summary(report)), title=Text(headline(report)))
     for name in COLUMNS:
-        made.add_column(name, no_wrap=True, justify="right" if name in RIGHT else "left")
+        result.add_column(name, no_wrap=True, justify="right" if name in RIGHT else "left")
     for row in report.rows:
-        cells = [Text(text(row)) for text in COLUMNS.values()]
+        cells = [Text(cell(row)) for cell in COLUMNS.values()]
         if is_hot(row, report):
-            cells[0].stylize("bold red")
-            cells[1].stylize("red")
-        made.add_row(*cells)
-    return made
+            name_cell, bar_cell, *_ = cells
+            name_cell.stylize("bold red")
+            bar_cell.stylize("red")
+        result.add_row(*cells)
+    return result
 
 
 def is_hot(row: ReportRow, report: Report) -> bool:
-    """Whether a quantizer's share is at least twice what it would be if all had the same."""
-    return row.share > 0 and row.share * len(report.rows) >= 2
+    """Whether a quantizer's share is at least :data:`HOT` times what it would be if all had the same."""
+    return row.share > 0 and row.share * len(report.rows) >= HOT
 
 
 def _drawn(report: Report) -> str:
+    """The rows as rich draws them, as wide as they need and without colors."""
     from rich.console import Console
 
-    made = rich_table(report)
-    made.title = made.caption = None
-    width = sum(max(len(name), *(len(text(row)) for row in report.rows), 0) + 3 for name, text in COLUMNS.items())
+    drawn = rich_table(report)
+    drawn.title = drawn.caption = None  # the headline and summary stand above as plain lines
+    width = 0
+    for name, cell in COLUMNS.items():
+        widest = max([len(name), *(len(cell(row)) for row in report.rows)])
+        width += widest + 3  # a space on each side, and the line between columns
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     with console.capture() as captured:
-        console.print(made)
+        console.print(drawn)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     return "\n".join(lines).strip("\n")
 
 
 def csv_text(report: Report) -> str:
-    """The rows as CSV."""
+    """The rows as CSV, without histograms; ``None`` is an empty cell."""
     names = [field.name for field in fields(ReportRow) if field.name != "histogram"]
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerow(names)
-    writer.writerows([_cell(getattr(row, name)) for name in names] for row in report.rows)
+    writer.writerows([getattr(row, name) for name in names] for row in report.rows)
     return file.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else value

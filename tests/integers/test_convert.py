@@ -32,7 +32,7 @@ def tpu(**changes: Any) -> sq.QuantConfig:
 def folded_weight(r: Ready, name: str) -> Tensor:
     """The weight that ``apply`` gives the layer, times the factor of the BatchNorm behind it."""
     weight = next(w for w in r.q.engine.weights if w.site.parameter == name)
-    quantized = quantize_weights([weight], r.params, r.q.engine.steps(r.qparams))[name]
+    quantized = quantize_weights([weight], r.params, r.q.engine.effective(r.qparams))[name]
     if weight.norm is None:
         return quantized
     factor = weight.norm.factor(r.params)

@@ -108,7 +108,7 @@ def test_a_small_model_is_mapped_and_a_model_that_cannot_be_is_looped(how: str) 
 @pytest.mark.parametrize(
     ("settings", "how", "message"),
     [
-        ([], "auto", "no settings"),
+        ([], "auto", "no settings to run"),
         (None, "fast", "'fast'"),
         ([{}], "loop", "not calibrated"),
         ([{}], "vmap", "not calibrated"),

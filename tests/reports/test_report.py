@@ -236,8 +236,8 @@ Change = Callable[[Ready, list[Tensor]], Any]
 REFUSED: dict[str, tuple[Change, str]] = {
     "frozen": (lambda r, b: sq.report(*r.q.freeze(r.params, r.qparams), r.qparams, b), "a frozen model"),
     "training": (lambda r, b: sq.report(r.q.train(), r.params, r.qparams, b), "training mode"),
-    "one tensor": (lambda r, b: sq.report(*r, b[0]), "these batches"),
-    "nothing": (lambda r, b: sq.report(*r, []), "no batches"),
+    "one tensor": (lambda r, b: sq.report(*r, b[0]), "these batches cannot be observed"),
+    "nothing": (lambda r, b: sq.report(*r, []), "no batches to observe"),
     "number": (lambda r, b: sq.report(*r, [1.0]), "this batch"),
     "qparams": (lambda r, b: sq.report(r.q, r.params, {}, b), "not calibrated"),
 }

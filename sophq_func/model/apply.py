@@ -1,0 +1,64 @@
+"""Runs with fake quantization: for the output, for the buffers too, and for what each quantizer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.model.engine import Engine
+from sophq_func.model.weight_quantizer import Params
+from sophq_func.numerics.contracts import QParams
+
+
+def apply(engine: Engine, params: Params, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs) -> Output:
+    """See :meth:`sophq_func.Quantized.apply`."""
+    engine.check(params, qparams, "apply", "qparams")
+    output, _ = engine.run_quantized(params, qparams, engine.quantizing(qparams), args, kwargs)
+    return output
+
+
+def apply_and_update(
+    engine: Engine, params: Params, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
+) -> tuple[Output, dict[str, Tensor]]:
+    """See :meth:`sophq_func.Quantized.apply_and_update`."""
+    engine.check(params, qparams, "apply_and_update", "qparams")
+    output, buffers = engine.run_quantized(params, qparams, engine.quantizing(qparams), args, kwargs)
+    # a quantized weight may be a buffer; what the run had in its place is the rounded one, which is not kept
+    quantized = {weight.site.parameter for weight in engine.acting}
+    after = dict(params)
+    after.update({name: buffer for name, buffer in buffers.items() if name not in quantized})
+    for weight in engine.acting:
+        site = weight.site
+        if site.source:
+            after.update(weight.mean_shift(params, qparams[site.quantizer], qparams[site.source], after))
+    return output, sorted_dict(after)
+
+
+def capture(
+    engine: Engine, params: Params, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """See :meth:`sophq_func.Quantized.capture`."""
+    engine.check(params, qparams, "capture", "qparams")
+    captured = {}
+    if not engine.frozen:
+        for weight in engine.weights:
+            name = weight.site.quantizer
+            captured[name] = params[weight.site.parameter], weight.quantize(params, qparams[name])
+    quantize = engine.quantizing(qparams)
+
+    def effect(name: str, x: Tensor) -> Tensor:
+        # a copy, as the model may write into x later
+        captured[name] = x.clone(), quantize_value(engine, name, x, qparams[name])
+        return quantize(name, x)
+
+    engine.run_quantized(params, qparams, effect, args, kwargs)
+    return sorted_dict(captured)
+
+
+def quantize_value(engine: Engine, name: str, x: Tensor, qparams: QParams) -> Tensor:
+    """See :meth:`sophq_func.Quantized.quantize_value`."""
+    quantizer = engine.quantizers[engine.plan.find(name)]
+    return quantizer.fake_quantize.apply(x, qparams, quantizer.scheme)
