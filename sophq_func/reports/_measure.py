@@ -51,8 +51,11 @@ def report(
     batch for ``n`` quantizers, without gradients. The other three: in float, with all on, and to see the values.
     What quantizers do only together is in no share; ``report.sqnr_db`` is measured with all of them on.
 
+    The weights of a frozen model are on their grids already, so their rows show no noise and no share, and the model that
+    is compared with has the same weights: what is left are the activations.
+
     Args:
-      q: a quantized model in eval mode, whose weights are not frozen.
+      q: a quantized model in eval mode.
       params, qparams: see :meth:`Quantized.apply`; masks that :func:`sophq_func.enabled` put there are replaced.
       batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
       how: how the runs are made, see :meth:`Quantized.sweep`.
@@ -62,8 +65,7 @@ def report(
       A :class:`Report`.
 
     Raises:
-      StateError: no batches, frozen weights, training mode, an output without floating tensors; see
-        :meth:`Quantized.apply`.
+      StateError: no batches, training mode, an output without floating tensors; see :meth:`Quantized.apply`.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -109,11 +111,8 @@ def _largest_share_first(row: ReportRow) -> tuple[float, int]:
 
 def _check_eval(q: Quantized) -> None:
     """Raise a :class:`StateError` unless runs with and without a quantizer can be compared."""
-    because = "runs with and without a quantizer are compared"
-    if q.frozen:
-        fix = "use the q that was frozen"
-        raise StateError(explain("report", "a frozen model cannot be reported on", because=because, fix=fix))
     if q.training:
+        because = "runs with and without a quantizer are compared"
         sentence = "a model in training mode cannot be reported on"
         raise StateError(explain("report", sentence, because=because, fix="q.eval()"))
 
@@ -133,7 +132,7 @@ def _weight_sums(q: Quantized, params: Params, on: Setting, clips: Clips) -> dic
     """Sums over each weight, by quantizer."""
     sums = {}
     for name, (weight, scheme) in q.weights_seen(params).items():
-        quantized = q.quantize_value(name, weight, on[name])
+        quantized = weight if q.frozen else q.quantize_value(name, weight, on[name])
         sums[name] = added(nothing(weight), weight, quantized, clips[name], scheme)
     return sums
 

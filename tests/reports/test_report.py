@@ -234,7 +234,6 @@ def test_a_model_of_several_outputs_and_keyword_batches() -> None:
 
 Change = Callable[[Ready, list[Tensor]], Any]
 REFUSED: dict[str, tuple[Change, str]] = {
-    "frozen": (lambda r, b: sq.report(*r.q.freeze(r.params, r.qparams), r.qparams, b), "a frozen model"),
     "training": (lambda r, b: sq.report(r.q.train(), r.params, r.qparams, b), "training mode"),
     "one tensor": (lambda r, b: sq.report(*r, b[0]), "these batches cannot be observed"),
     "nothing": (lambda r, b: sq.report(*r, []), "no batches to observe"),
@@ -248,6 +247,25 @@ def test_what_cannot_be_reported_is_refused(call: Change, words: str) -> None:
     made, batches = prepared()
     with pytest.raises(sq.StateError, match=words):
         call(made, batches)
+
+
+def test_the_report_of_a_frozen_model_shows_the_same_values_and_no_noise_of_weights() -> None:
+    made, batches = prepared()
+    whole = sq.report(*made, batches, progress=False)
+    frozen, params = made.q.freeze(made.params, made.qparams)
+    found = sq.report(frozen, params, made.qparams, batches, progress=False)
+    assert {row.quantizer for row in found.rows} == {row.quantizer for row in whole.rows}
+    assert sum(row.share for row in found.rows) == pytest.approx(1)
+    for row in whole.rows:
+        own = found[row.quantizer]
+        assert own.grid == row.grid
+        same = ["clip_low", "clip_high", "step", "bytes_before", "bytes_after"]
+        if row.role == "activation":
+            same += ["low", "high", "clipped", "sqnr_db", "cosine"]
+        else:
+            assert (own.share, own.error, own.sqnr_db) == (0, 0, math.inf)
+        for name in same:
+            assert getattr(own, name) == pytest.approx(getattr(row, name), rel=CLOSE), (row.quantizer, name)
 
 
 def test_an_output_without_floating_tensors_is_refused() -> None:
