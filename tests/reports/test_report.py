@@ -263,7 +263,8 @@ def test_the_report_of_a_frozen_model_shows_the_same_values_and_no_noise_of_weig
         if row.role == "activation":
             same += ["low", "high", "clipped", "sqnr_db", "cosine"]
         else:
-            assert (own.share, own.error, own.sqnr_db) == (0, 0, math.inf)
+            assert own.sqnr_db == math.inf
+            assert own.share == pytest.approx(0, abs=1e-9), "two runs that differ in the order of their sums at most"
         for name in same:
             assert getattr(own, name) == pytest.approx(getattr(row, name), rel=CLOSE), (row.quantizer, name)
 
