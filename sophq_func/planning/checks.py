@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Set
 from functools import lru_cache
 
 from torch import nn
 
 from sophq_func.capture.graph import Graph
+from sophq_func.config.matching import is_glob
 from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
-from sophq_func.config.rules import QuantConfig, Rule
+from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Site
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
@@ -84,35 +86,56 @@ def names_of(graph: Graph) -> set[str]:
     return names | {value_quantizer(value) for value in graph.values}
 
 
-def is_exact(rule: Rule) -> bool:
-    """Whether a rule has a name that is no glob, and so must be there."""
-    return rule.name is not None and not any(c in rule.name for c in "*?[")
+def unknown_names(names: Set[str], classes: Set[str], config: QuantConfig) -> list[str]:
+    """Problems with names and type names in a config that the traced model does not have.
 
-
-def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
-    """Problems with exact names and type names in a config that the traced model does not have."""
+    Args:
+      names: every dotted name that a rule may use.
+      classes: names of the classes of the model's modules.
+      config: what is asked for.
+    """
     problems = [_unknown_type(OPERATIONS, key, classes, config) for key in config.operations]
+    fitting = _fitting_names(names, {rule.name for rule in config.rules if rule.name is not None})
     for rule in config.rules:
         said = f"{rule.origin}: {rule!r}" if rule.origin else repr(rule)
-        if rule.name is not None and is_exact(rule):
-            problems.append(_unknown_name(said, rule.name, names))
+        if rule.name is not None and not is_glob(rule.name):
+            problems.append(_unknown_name(said, rule.name, fitting[rule.name], names))
         problems.append(_unknown_type(said, rule.type, classes, config))
     return [problem for problem in problems if problem]
 
 
-def _unknown_name(said: str, wanted: str, names: set[str]) -> str:
-    """What is wrong with an exact name; nothing where it fits one thing."""
-    fits = sorted({name for name in names if wanted in (name, underscored(name))})
-    if not fits:
+def _fitting_names(names: Iterable[str], wanted: Iterable[str]) -> Mapping[str, Set[str]]:
+    """For each wanted name, the names of the model that it means, spelled with dots or with underscores.
+
+    One pass for all of them: a large model has many more names than its config has rules.
+    """
+    fitting: dict[str, set[str]] = {name: set() for name in wanted}
+    for name in names:
+        for spelling in (name, underscored(name)):
+            if spelling in fitting:
+                fitting[spelling].add(name)
+    return fitting
+
+
+def _unknown_name(said: str, wanted: str, fitting: Set[str], names: Set[str]) -> str:
+    """What is wrong with an exact name; empty where it means one thing.
+
+    Args:
+      said: the rule that has the name, in words.
+      wanted: the name.
+      fitting: the names of the model that it means.
+      names: all of the model's names.
+    """
+    if len(fitting) == 1:
+        return ""
+    if not fitting:
         hint = near(wanted, names) or "see sq.trace(model, args) for the names"
         return f"{said}: the model has no {wanted!r}. Fix: {hint}"
-    if len(fits) == 1:
-        return ""
-    fix = "write the dots of the one, a glob for the other" if wanted in fits else "write the dots"
-    return f"{said}: {wanted!r} fits {' and '.join(map(repr, fits))}. Fix: {fix}."
+    fix = "write the dots of the one, a glob for the other" if wanted in fitting else "write the dots"
+    return f"{said}: {wanted!r} fits {' and '.join(map(repr, sorted(fitting)))}. Fix: {fix}."
 
 
-def _unknown_type(said: str, key: object, classes: set[str], config: QuantConfig) -> str:
+def _unknown_type(said: str, key: object, classes: Set[str], config: QuantConfig) -> str:
     """What is wrong with a type key that is a string; nothing where it names something."""
     if not isinstance(key, str):
         return ""

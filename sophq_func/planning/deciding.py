@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from sophq_func.config.rules import Decision, QuantConfig, resolve
+from sophq_func.config.rules import Decision, QuantConfig, resolve, resolve_without_rules
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Preset
 from sophq_func.core.registry import Spec
@@ -55,7 +55,7 @@ def decide(config: QuantConfig, site: Site, placed: str, presets: Mapping[str, P
     preset = _preset(config, site, presets)
     found = resolve(config, site, preset)
     if found.config is None:
-        without_rules = resolve(replace(config, rules=()), site, preset)
+        without_rules = resolve_without_rules(config, site.role, preset)
         return Outcome(site, None, without_rules, found.matched)
     own = _with_quant_type(_with_axis(found.config, site), site)
     reasons = {"placed": placed, **found.reasons}

@@ -18,12 +18,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
+from sophq_func.config.matching import is_glob
 from sophq_func.config.rules import Decision, QuantConfig
 from sophq_func.config.site import ComputedSite, LayerInput, Site, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.planning.biases import Biases, round_biases
-from sophq_func.planning.checks import is_exact, names_of, unknown_names, unseen_leaves
+from sophq_func.planning.checks import names_of, unknown_names, unseen_leaves
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
@@ -141,7 +142,7 @@ def check(drafts: Sequence[Draft], config: QuantConfig) -> None:
     problems = [problem for graph in graphs for problem in unseen_leaves(graph, config)]
     classes = {cls.__name__ for graph in graphs for cls in graph.modules.values()}
     names: set[str] = set()
-    if any(is_exact(rule) for rule in config.rules):
+    if any(rule.name is not None and not is_glob(rule.name) for rule in config.rules):
         names = names.union(*(names_of(graph) for graph in graphs), *(own.names for own in drafts))
     problems += unknown_names(names, classes, config)
     problems += [problem for own in drafts for problem in own.problems]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sophq_func.config.matching import stands_for_another, type_text
+from sophq_func.config.matching import matches_by_name, type_text
 from sophq_func.config.patterns import PATTERNS, Fused, fused
 
 KNOWN_PARTS = {PATTERNS.get(name).parts: PATTERNS.get(name) for name in PATTERNS}
@@ -54,4 +54,4 @@ def _name(parts: tuple[Any, ...]) -> str:
 
 def _is_layer(source: Any) -> bool:
     """Whether a class is that of a module, and no fused group."""
-    return isinstance(source, type) and issubclass(source, nn.Module) and not stands_for_another(source)
+    return isinstance(source, type) and issubclass(source, nn.Module) and not matches_by_name(source)

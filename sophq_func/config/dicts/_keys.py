@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sophq_func.config.chips import CHIPS
-from sophq_func.config.matching import check_type_key
+from sophq_func.config.matching import is_type_key
 from sophq_func.config.rules import QUANTMODES
 from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.registry import Registry
@@ -64,16 +64,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_type(value: Any) -> bool:
-    return value is not None and not _raised(check_type_key)("", value)
-
-
 def _is_class(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _is_name_or_class(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, type) and _is_type(value))
+    return _is_text(value) or (isinstance(value, type) and is_type_key(value))
 
 
 def _is_dict(value: Any, key: Callable[[Any], bool], item: Callable[[Any], bool] = lambda item: True) -> bool:
@@ -81,7 +77,7 @@ def _is_dict(value: Any, key: Callable[[Any], bool], item: Callable[[Any], bool]
 
 
 def _is_pattern(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) > 1 and all(_is_type(part) or _is_pattern(part) for part in value)
+    return isinstance(value, tuple) and len(value) > 1 and all(is_type_key(part) or _is_pattern(part) for part in value)
 
 
 def _is_patterns(value: Any) -> bool:
@@ -106,7 +102,7 @@ text = _of("a string", lambda value: isinstance(value, str))
 
 options = _of("a dict {option: value}", lambda value: _is_dict(value, _is_text))
 names = _of("a list of names", lambda value: _is_list(value, _is_text))
-types = _of("a list of module classes, functions or their names", lambda value: _is_list(value, _is_type))
+types = _of("a list of module classes, functions or their names", lambda value: _is_list(value, is_type_key))
 classes = _of("a list of nn.Module classes", lambda value: _is_list(value, _is_class))
 modules = _of("a list of names or module classes", lambda value: _is_list(value, _is_name_or_class))
 whole = _of("an int", lambda value: isinstance(value, int) and not isinstance(value, bool))
@@ -148,7 +144,7 @@ KEYS: Mapping[str, Mapping[str, Check]] = {
         "a_qscheme": mapping,
         "w_observer_extra_args": options,
         "a_observer_extra_args": options,
-        "object_type": _of("a dict {type: entry}", lambda value: _is_dict(value, _is_type)),
+        "object_type": _of("a dict {type: entry}", lambda value: _is_dict(value, is_type_key)),
         "module_name": _of("a dict {name: entry}", lambda value: _is_dict(value, _is_text)),
         "int4_op": names,
         "int8_op": names,
