@@ -1,4 +1,4 @@
-"""What a user asks for (rules, chips, patterns, the three dictionaries), and the sites that it can speak of."""
+"""What a user asks for: rules, chips, patterns, the three dictionaries; and the sites of quantizers that rules match."""
 
 from sophq_func.config import chips as chips
 from sophq_func.config import dicts as dicts

@@ -1,4 +1,7 @@
-"""What each chip takes for granted and what it allows, as data (semantics.md 2). A new chip is one entry."""
+"""Default configs and limits of each chip, as data. A new chip is one entry in ``CHIPS``.
+
+The entries are those of sophgo-mq's table of chips.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,17 @@ class ChipSpec:
     """Defaults and limits of a chip.
 
     Attributes:
-      weight, activation: config of every quantizer that no rule changes.
-      weight_bits, activation_bits: allowed widths of integer quantizers; ``None`` allows all.
-      fake_quantizers: names of those that are allowed; ``None`` allows all.
-      placement: the strategy that this chip uses whatever is asked for; empty where the asked one counts.
+      weight: config of every weight quantizer that neither a config nor a rule changes.
+      activation: the same for activation quantizers.
+      weight_bits: widths that integer quantizers of weights may have; ``None`` allows all.
+      activation_bits: the same for activation quantizers.
+      fake_quantizers: names of the allowed fake quantizers; ``None`` allows all.
+      placement: name of the strategy that places quantizers on this chip whatever a config names; empty
+        if the config decides.
+
+    Example:
+      >>> CHIPS.get("BM1688").weight_bits
+      (4, 8)
     """
 
     weight: QuantizerConfig
@@ -32,15 +42,19 @@ class ChipSpec:
 
 CHIPS: Registry[ChipSpec] = Registry("chip")
 
-_WEIGHT = QuantizerConfig(scheme=QScheme(granularity=PerChannel()), observer=minmax(), fake_quantize=learnable())
-_NARROW_WEIGHT = QuantizerConfig(
-    scheme=QScheme(granularity=PerChannel(), symmetric_range=True), observer=minmax(), fake_quantize=learnable()
-)
-_FP8_WEIGHT = QuantizerConfig(scheme=QScheme(granularity=PerChannel()), observer=minmax(), fake_quantize=e4m3())
+_CHANNELS = QScheme(granularity=PerChannel())
+# Codes from -127 to 127: these chips have no -128 for weights.
+_NARROW_CHANNELS = QScheme(granularity=PerChannel(), symmetric_range=True)
+_WEIGHT = QuantizerConfig(scheme=_CHANNELS, observer=minmax(), fake_quantize=learnable())
+_NARROW_WEIGHT = QuantizerConfig(scheme=_NARROW_CHANNELS, observer=minmax(), fake_quantize=learnable())
+_FP8_WEIGHT = QuantizerConfig(scheme=_CHANNELS, observer=minmax(), fake_quantize=e4m3())
 _ACTIVATION = QuantizerConfig(scheme=QScheme(), observer=ema_minmax(), fake_quantize=learnable())
 
-_ALLOWED = tuple("fixed learnable dorefa dsq pact tqt adaround qdrop e4m3 e5m2 fp16 bf16 fp4 gptq gptqfp4 fpxgroup".split())
-_tpu = partial(ChipSpec, activation=_ACTIVATION, fake_quantizers=_ALLOWED)
+# The fake quantizers of sophgo-mq. Those that only this library has are for Academic and for configs without a chip.
+_FAKE_QUANTIZERS = tuple(
+    "fixed learnable dorefa dsq pact tqt adaround qdrop e4m3 e5m2 fp16 bf16 fp4 gptq gptqfp4 fpxgroup".split()
+)
+_tpu = partial(ChipSpec, activation=_ACTIVATION, fake_quantizers=_FAKE_QUANTIZERS)
 
 CHIPS.add("BM1688", _tpu(weight=_WEIGHT, weight_bits=(4, 8), activation_bits=(4, 8)))
 CHIPS.add("BM1684X", _tpu(weight=_WEIGHT, activation_bits=(8,)))

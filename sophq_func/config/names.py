@@ -1,4 +1,4 @@
-"""How quantizers are called. Every other file asks here: no name of a quantizer is put together or taken apart elsewhere.
+"""Names of quantizers. No other file composes or splits one.
 
 =====================  ===========================================  ===============================
 quantizer              name                                         example
@@ -13,6 +13,7 @@ The endings are those of sophgo-mq, so that names in its configs mean the same q
 
 from __future__ import annotations
 
+# The three endings.
 WEIGHT = "_fake_quant"
 VALUE = ".post_act_fake_quantizer"
 INPUT = ".input_act_fake_quantizer"
@@ -42,8 +43,8 @@ def input_quantizer(call: str, number: int = 0) -> str:
     """Name of a quantizer that sits before ``call`` and perhaps further calls.
 
     Args:
-      call: the first of the calls.
-      number: how many other quantizers are named after the same call.
+      call: name of the first of the calls.
+      number: how many earlier quantizers are named after the same call.
 
     Example:
       >>> input_quantizer("fc"), input_quantizer("fc", 1)
@@ -75,7 +76,7 @@ def is_value_quantizer(name: str) -> bool:
 
 
 def before_ending(name: str) -> str:
-    """The value or call after which the quantizer of an activation is named; ``name`` itself where it is none.
+    """The value or call that an activation quantizer is named after; ``name`` itself if it is no such quantizer's.
 
     Example:
       >>> before_ending("x.post_act_fake_quantizer"), before_ending("fc.input_act_fake_quantizer")

@@ -1,63 +1,87 @@
-"""What a user asks for: a :class:`QuantConfig` with its ordered :class:`Rule` s. Frozen, compared by value.
+"""What a user asks for: a :class:`QuantConfig` with its ordered :class:`Rule` s. Both are frozen and compared by value.
 
-One resolver serves every quantizer: start from the config's half, go through the rules in order, and let each that
-matches override the fields it names.
+:func:`resolve` gives the config of every quantizer: it starts from the default of the quantizer's role, then each rule
+that matches, from first to last, replaces the fields that it sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from torch import nn
 
 from sophq_func.config.chips import CHIPS, ChipSpec
-from sophq_func.config.matching import check_type_key, matches_name, matches_type, type_key_problem, type_text
+from sophq_func.config.matching import TYPE_KEYS, TypeKey, is_type_key, matches_name, matches_type, type_text
 from sophq_func.config.patterns import Fused
 from sophq_func.config.site import Role, Site
 from sophq_func.config.strategies import PLACEMENTS, Preset
-from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.errors import explain, raise_all, unknown
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 QUANTMODES = ("weight_activation", "weight_only")
-DEFAULT_CHIP = "BM1690"
 
+DEFAULT_CHIP = "BM1690"
+"""The chip whose default configs are used where none is named."""
+
+ROLES: tuple[Role, ...] = ("weight", "activation")
 
 STATE_FLAGS = ("observe_only", "optional")
+"""Fields of a quantizer's config that a rule may set for weights and activations alike."""
+
 FLAGS = ("requests", "outputs", *STATE_FLAGS)
+"""Fields of a rule that are ``True``, ``False``, or ``None`` for nothing."""
+
+DECIDED_FIELDS = ("observer", "fake_quantize", *SCHEME_FIELDS)
+"""Fields of a quantizer's config that a chip or config decides where no rule does."""
 
 
 class _Unset:
-    """Marks a half that a rule or config does not mention."""
+    """The type of ``UNSET``, which says nothing about a role. ``None`` cannot: it says that nothing is quantized."""
 
     def __repr__(self) -> str:
         return "unset"
 
     def __reduce__(self) -> str:
+        # A copy or a pickle of ``UNSET`` is ``UNSET`` itself, since it is compared with ``is``.
         return "UNSET"
 
 
 UNSET = _Unset()
+
 Half = QuantizerConfig | Override | None | _Unset
+"""What a rule or a config says about the quantizers of one role.
+
+A whole config, changes of some fields, ``None`` for no quantizer, or nothing.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Which quantizers, and what is different about them. Later rules override earlier ones, field by field.
+    """Changes the config of the quantizers that it matches; a later rule overrides an earlier one, field by field.
+
+    A rule matches a quantizer where each of ``name``, ``type`` and ``where`` that it has does. The quantizers of a model,
+    with the rules and defaults that decided each of their fields, are shown by ``print(plan.table())``.
 
     Attributes:
-      name: a module path (that module and all below it), a value, a quantizer, or a glob over any of them; dots may be
-        written as underscores.
+      name: path of a module, which matches everything in the module; or name of a value or of a quantizer; or a glob that is
+        compared with all of these. Dots may be written as underscores.
       type: a module class, a fused pattern, a function, a Tensor method, or a string that names one.
-      where: a predicate on the :class:`~sophq_func.config.site.Site`.
-      weight, activation: an :func:`~sophq_func.numerics.scheme.override`, a whole config, or ``None``: not quantized.
-      requests: ``False``: the matched module (with its subtree) or function asks for no quantizer, neither on its inputs
-        nor on its output; ``True``: it asks for one on each input, whatever the strategy says.
-      outputs: ``True``: what the matched call returns is quantized, whatever the strategy says.
-      observe_only: the quantizer observes, and values pass unchanged.
-      optional: a run may leave the value out.
-      origin: what the rule was translated from, for messages; it plays no part in comparisons.
+      where: a function that takes the quantizer's :class:`~sophq_func.config.site.Site` and says whether it matches.
+      weight: for quantizers of weights: fields to change, from :func:`sophq_func.override`; a whole
+        :class:`~sophq_func.numerics.scheme.QuantizerConfig`; or ``None`` for no quantizer. Left out, nothing changes.
+      activation: the same for quantizers of activations.
+      requests: ``True``: each input of the matched call is quantized, whatever the strategy says. ``False``: the call, or
+        every call in the matched module, is no reason to quantize its inputs or its result.
+      outputs: ``True``: the result of the matched call is quantized, whatever the strategy says.
+      observe_only: ``True``: the quantizer observes values and passes them on unchanged.
+      optional: ``True``: a run may leave out the call at which the quantizer acts.
+      origin: the key of a dictionary that the rule was translated from, for messages. It plays no part in comparisons.
+
+    Raises:
+      ConfigError: a rule without ``name``, ``type`` and ``where``, or a field of a wrong type; all problems in one message.
 
     Example:
       >>> from sophq_func.numerics.scheme import override
@@ -66,7 +90,7 @@ class Rule:
     """
 
     name: str | None = None
-    type: Any = None
+    type: TypeKey | None = None
     where: Callable[[Site], bool] | None = None
     weight: Half = UNSET
     activation: Half = UNSET
@@ -77,74 +101,89 @@ class Rule:
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        problems = [*self._selector_problems(), *_half_problems("Rule", self), *self._flag_problems()]
+        raise_all(problems)
+
+    def _selector_problems(self) -> Iterator[str]:
+        """What is wrong with the fields that say which quantizers the rule matches."""
         if self.name is None and self.type is None and self.where is None:
-            raise ConfigError(
-                explain("Rule", "matching is not possible", allowed="name, type or where", fix='Rule(name="*", ...)')
-            )
+            allowed = "at least one of name, type and where"
+            yield explain("Rule", "it says nothing about what it matches", allowed=allowed, fix='name="*"')
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
-            raise ConfigError(
-                explain("Rule", "this name is not possible", got=self.name, allowed="a module path, quantizer name or glob")
-            )
-        for role in ("weight", "activation"):
-            raise_all(_wrong_half("Rule", role, getattr(self, role)))
-        for flag in FLAGS:
-            if not isinstance(getattr(self, flag), bool | None):
-                raise ConfigError(
-                    explain("Rule", f"{flag} is not possible", got=getattr(self, flag), allowed="True, False or None")
-                )
-        if self.outputs is False:
-            raise ConfigError(
-                explain("Rule", "outputs=False is not possible", allowed="True or None", fix="activation=None")
-            )
+            allowed = "the path of a module, the name of a value or quantizer, or a glob"
+            yield explain("Rule", "name is not a name", got=self.name, allowed=allowed, fix='name="layer1.*"')
+        if self.type is not None and not is_type_key(self.type):
+            yield explain("Rule", "type is not a type key", got=self.type, allowed=TYPE_KEYS, fix="type=nn.Linear")
         if self.where is not None and not callable(self.where):
-            raise ConfigError(explain("Rule", "this where is not possible", got=self.where, allowed="a function of a Site"))
-        check_type_key(self.type, "Rule")
+            allowed, fix = "a function of a Site", "where=lambda site: site.groups == 1"
+            yield explain("Rule", "where cannot be called", got=self.where, allowed=allowed, fix=fix)
+
+    def _flag_problems(self) -> Iterator[str]:
+        """What is wrong with the fields that are ``True``, ``False`` or ``None``."""
+        for flag in FLAGS:
+            value = getattr(self, flag)
+            if not isinstance(value, bool | None):
+                allowed, fix = "True, False or None", f"{flag}=True"
+                yield explain("Rule", f"{flag} has the wrong type", got=value, allowed=allowed, fix=fix)
+        if self.outputs is False:
+            because = "outputs can only add a quantizer"
+            yield explain("Rule", "outputs cannot be False", allowed="True or None", because=because, fix="activation=None")
 
     def __repr__(self) -> str:
         parts = [f"name={self.name!r}"] if self.name is not None else []
         parts += [f"type={type_text(self.type)}"] if self.type is not None else []
         parts += [f"where={getattr(self.where, '__name__', self.where)}"] if self.where is not None else []
-        for name in ("weight", "activation"):
-            parts += [f"{name}={getattr(self, name)}"] if getattr(self, name) is not UNSET else []
-        for name in FLAGS:
-            parts += [f"{name}={getattr(self, name)}"] if getattr(self, name) is not None else []
+        for role in ROLES:
+            parts += [f"{role}={self.half(role)}"] if self.half(role) is not UNSET else []
+        for flag in FLAGS:
+            parts += [f"{flag}={getattr(self, flag)}"] if getattr(self, flag) is not None else []
         return f"Rule({', '.join(parts)})"
 
     def half(self, role: Role) -> Half:
-        """What the rule says about quantizers of this role."""
+        """What the rule says about quantizers of a role."""
         return self.weight if role == "weight" else self.activation
 
+    def state_change(self) -> Override:
+        """What the rule sets among the fields of ``STATE_FLAGS``."""
+        values = [(name, getattr(self, name)) for name in STATE_FLAGS]
+        return Override(tuple((name, value) for name, value in values if value is not None))
+
+    def changes(self, role: Role) -> bool:
+        """Whether the rule changes the configs of quantizers of a role."""
+        return self.half(role) is not UNSET or self.observe_only is not None or self.optional is not None
+
     def matches(self, site: Site) -> bool:
-        """Whether the rule speaks of this quantizer."""
-        return (
-            (self.name is None or matches_name(self.name, site))
-            and (self.type is None or matches_type(self.type, site))
-            and (self.where is None or bool(self.where(site)))
-        )
+        """Whether the rule matches the quantizer at a site."""
+        if self.name is not None and not matches_name(self.name, site):
+            return False
+        if self.type is not None and not matches_type(self.type, site):
+            return False
+        return self.where is None or bool(self.where(site))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """Everything a plan is made of: chip, strategy, the two default configs, and rules.
+    """Everything that a plan is made from beside the model: chip, strategy, default configs and rules.
 
     Attributes:
-      chip: fills what is not given, and validates; ``None``: no limits, and BM1690's defaults.
-      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Layers"``, ``"BF16Mixed"`` or
-        ``"Dataflow"`` (the default without a chip; with one it is ``"CNN"``), or another one that is registered in
-        ``sophq_func.config.strategies.PLACEMENTS``.
+      chip: gives the default configs, and limits what a quantizer may be. ``None``: the defaults of BM1690, and no limits.
+      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Layers"``, ``"BF16Mixed"``,
+        ``"Dataflow"``, or another name that is registered in ``sophq_func.config.strategies.PLACEMENTS``. Left out, it is
+        ``"CNN"`` with a chip, and ``"Dataflow"`` without.
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
-      weight, activation: config of every quantizer that no rule changes: a whole one, an override of the chip's, or
-        ``None``, which leaves that half float.
-      rules: in order; later ones override earlier ones.
-      leaf_module: module classes whose inside is not looked at.
-      operations: further module classes and functions that the strategy treats like those in its list of operations
-        whose inputs are quantized.
-      weight_layers: further module classes whose weights are quantized; their inside is not looked at.
-      patterns: further fused patterns, from :func:`sophq_func.config.patterns.fused`.
+      weight: config of every weight quantizer that no rule changes: changes of the chip's default, from
+        :func:`sophq_func.override`; a whole :class:`~sophq_func.numerics.scheme.QuantizerConfig`; or ``None``: weights
+        stay float. Left out, it is the chip's default.
+      activation: the same for activation quantizers.
+      rules: applied from first to last; a later rule overrides an earlier one, field by field.
+      leaf_module: module classes that are quantized as one call, whatever they call inside.
+      operations: further module classes and functions whose inputs the strategy quantizes.
+      weight_layers: further module classes whose weights are quantized. Each is one call, as those of ``leaf_module``.
+      patterns: further fused patterns, from :func:`sophq_func.patterns.fused`.
 
     Raises:
-      ConfigError: an unknown name or wrong type, or a combination that does not exist; all of them at once. What the
-        chip forbids is said by :func:`sophq_func.plan`, quantizer by quantizer.
+      ConfigError: an unknown name, a wrong type, or fields that contradict one another; all problems in one message. What
+        the chip forbids, and names that the model does not have, are reported by :func:`sophq_func.plan`.
 
     Example:
       >>> QuantConfig(chip="SG2260").spec.activation_bits
@@ -158,116 +197,165 @@ class QuantConfig:
     activation: Half = UNSET
     rules: tuple[Rule, ...] = ()
     leaf_module: tuple[type, ...] = ()
-    operations: tuple[Any, ...] = ()
+    operations: tuple[TypeKey, ...] = ()
     weight_layers: tuple[type, ...] = ()
     patterns: tuple[type[Fused], ...] = ()
 
     def __post_init__(self) -> None:
-        raise_all(self._problems())
+        problems = [*self._name_problems(), *_half_problems("QuantConfig", self), *self._tuple_problems()]
+        raise_all(problems)
+        # An alias becomes the canonical name and a list a tuple, so that configs that mean the same are equal.
         if self.chip is not None:
             object.__setattr__(self, "chip", CHIPS.canonical(self.chip))
-        default = "Dataflow" if self.chip is None else "CNN"
-        object.__setattr__(self, "strategy", PLACEMENTS.canonical(self.strategy or default))
+        object.__setattr__(self, "strategy", PLACEMENTS.canonical(self._strategy_or_default))
         for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def _problems(self) -> list[str]:
-        """What is wrong with each field by itself."""
-        found = []
+    @property
+    def _strategy_or_default(self) -> str:
+        """The strategy as the user spelled it, or the default."""
+        if self.strategy is not None:
+            return self.strategy
+        return "Dataflow" if self.chip is None else "CNN"
+
+    def _name_problems(self) -> Iterator[str]:
+        """What is wrong with the chip, the strategy and the mode."""
         if self.chip is not None and (not isinstance(self.chip, str) or self.chip not in CHIPS):
-            found.append(unknown("QuantConfig", "chip", self.chip, CHIPS.spellings()))
-        if self.strategy is not None and not _is_registered(self.strategy):
-            found.append(unknown("QuantConfig", "strategy", self.strategy, PLACEMENTS.spellings()))
+            yield unknown("QuantConfig", "chip", self.chip, CHIPS.spellings())
+        if self.strategy is not None and (not isinstance(self.strategy, str) or self.strategy not in PLACEMENTS):
+            yield unknown("QuantConfig", "strategy", self.strategy, PLACEMENTS.spellings())
         if self.quantmode not in QUANTMODES:
-            found.append(unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES))
-        strategy = self.strategy or (None if self.chip is None else "CNN")
-        if self.quantmode == "weight_only" and strategy == "CNN":
-            fix = 'strategy="Transformer" or quantmode="weight_activation"'
-            found.append(explain("QuantConfig", 'quantmode "weight_only" with strategy "CNN" is not possible', fix=fix))
-        for role in ("weight", "activation"):
-            found += _wrong_half("QuantConfig", role, getattr(self, role))
-        for name, (good, allowed) in TUPLES.items():
+            yield unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES)
+        if self.quantmode == "weight_only" and self._strategy_or_default == "CNN":
+            sentence = 'quantmode "weight_only" cannot be combined with strategy "CNN"'
+            because, fix = "sophgo-mq does not support it", 'strategy="Transformer" or quantmode="weight_activation"'
+            yield explain("QuantConfig", sentence, because=because, fix=fix)
+
+    def _tuple_problems(self) -> Iterator[str]:
+        """What is wrong with the fields that are tuples."""
+        for name, (is_item, allowed, fix) in TUPLES.items():
             value = getattr(self, name)
-            if not isinstance(value, tuple | list) or not all(map(good, value)):
-                found.append(
-                    explain("QuantConfig", f"{name} is not possible", got=value, allowed=allowed, fix=f"{name}=(...,)")
-                )
-        return found
+            if not isinstance(value, tuple | list):
+                yield explain("QuantConfig", f"{name} is not a tuple", got=value, allowed=allowed, fix=fix)
+                continue
+            wrong = [item for item in value if not is_item(item)]
+            if wrong:
+                yield explain("QuantConfig", f"{name} has an item of a wrong type", got=wrong[0], allowed=allowed, fix=fix)
 
     @property
     def leaves(self) -> tuple[type, ...]:
-        """Module classes into which a trace does not look."""
+        """Module classes that a trace records as one call."""
         return self.leaf_module + self.weight_layers
 
     @property
     def spec(self) -> ChipSpec:
-        """Defaults and limits in force."""
+        """Defaults and limits of the chip, or of ``DEFAULT_CHIP`` without one."""
         return CHIPS.get(self.chip or DEFAULT_CHIP)
 
     @property
     def placement(self) -> str:
-        """Name of the strategy that places activation quantizers."""
-        return (self.chip is not None and self.spec.placement) or str(self.strategy)
+        """Name of the strategy that places activation quantizers: that of the config, unless the chip has one of its own."""
+        if self.chip is not None and self.spec.placement:
+            return self.spec.placement
+        return str(self.strategy)
 
     def default(self, role: Role) -> QuantizerConfig | None:
-        """Config of a quantizer that no rule changes."""
-        given = self.half(role)
-        if isinstance(given, Override):
-            return given(self.spec_default(role))
-        return self.spec_default(role) if isinstance(given, _Unset) else given
+        """Config of a quantizer that no rule changes; ``None`` where there is no such quantizer."""
+        return self._defaults[role]
 
-    def spec_default(self, role: Role) -> QuantizerConfig:
-        """Config of a quantizer where neither this config nor a rule says anything: the chip's."""
+    @cached_property
+    def _defaults(self) -> Mapping[Role, QuantizerConfig | None]:
+        # A plan asks for them once a quantizer.
+        return {role: self._default(role) for role in ROLES}
+
+    def _default(self, role: Role) -> QuantizerConfig | None:
+        half = self.half(role)
+        if isinstance(half, _Unset):
+            return self.chip_default(role)
+        if isinstance(half, Override):
+            return half(self.chip_default(role))
+        return half
+
+    def chip_default(self, role: Role) -> QuantizerConfig:
+        """Config of a quantizer about which neither this config nor a rule says anything."""
         return self.spec.weight if role == "weight" else self.spec.activation
 
     def half(self, role: Role) -> Half:
-        """What the config itself says about quantizers of this role."""
+        """What the config itself says about quantizers of a role."""
         return self.weight if role == "weight" else self.activation
 
     def sets(self, role: Role, change: Override) -> bool:
         """Whether the config itself says something about a field that ``change`` sets."""
-        return any(self.source(role, field) == f"config {role}" for field in change.names())
+        return any(self.source(role, name) == f"config {role}" for name in change.names())
 
-    def source(self, role: Role, field: str) -> str:
-        """Who said what :meth:`default` has in a field."""
-        given = self.half(role)
-        if isinstance(given, _Unset) or (isinstance(given, Override) and field not in given.names()):
-            return f"chip {self.chip}" if self.chip else f"default ({DEFAULT_CHIP})"
-        return f"config {role}"
+    def source(self, role: Role, name: str) -> str:
+        """Which of config and chip decided a field of :meth:`default`, in words."""
+        half = self.half(role)
+        is_left_to_chip = isinstance(half, _Unset) or (isinstance(half, Override) and name not in half.names())
+        if not is_left_to_chip:
+            return f"config {role}"
+        return f"chip {self.chip}" if self.chip else f"default ({DEFAULT_CHIP})"
+
+    def sources(self, role: Role) -> Mapping[str, str]:
+        """For each of ``DECIDED_FIELDS``, what :meth:`source` says about it."""
+        return self._sources[role]
+
+    @cached_property
+    def _sources(self) -> Mapping[Role, Mapping[str, str]]:
+        # A plan asks for them once a quantizer.
+        return {role: {name: self.source(role, name) for name in DECIDED_FIELDS} for role in ROLES}
 
 
-def _is_registered(strategy: object) -> bool:
-    return isinstance(strategy, str) and strategy in PLACEMENTS
+class TupleField(NamedTuple):
+    """What a field of a config that is a tuple may hold.
+
+    Attributes:
+      is_item: whether a value can be an item.
+      allowed: what the field may be, in words.
+      fix: a line of code that is right.
+    """
+
+    is_item: Callable[[object], bool]
+    allowed: str
+    fix: str
+
+
+def _is_rule(value: object) -> bool:
+    return isinstance(value, Rule)
+
+
+def _is_pattern(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Fused)
 
 
 def _is_module_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
-def _is_operation(value: object) -> bool:
-    return value is not None and not type_key_problem(value)
-
-
-TUPLES: Mapping[str, tuple[Callable[[object], bool], str]] = {
-    "rules": (lambda value: isinstance(value, Rule), "a tuple of sq.Rule"),
-    "leaf_module": (_is_module_class, "a tuple of nn.Module classes"),
-    "operations": (_is_operation, "a tuple of module classes and functions"),
-    "weight_layers": (_is_module_class, "a tuple of nn.Module classes"),
-    "patterns": (lambda value: isinstance(value, type) and issubclass(value, Fused), "a tuple of sq.patterns.fused(...)"),
+TUPLES: Mapping[str, TupleField] = {
+    "rules": TupleField(_is_rule, "a tuple of sq.Rule", 'rules=(sq.Rule(name="head", weight=None),)'),
+    "leaf_module": TupleField(_is_module_class, "a tuple of nn.Module classes", "leaf_module=(MyBlock,)"),
+    "operations": TupleField(is_type_key, "a tuple of module classes and functions", "operations=(F.softmax,)"),
+    "weight_layers": TupleField(_is_module_class, "a tuple of nn.Module classes", "weight_layers=(MyLinear,)"),
+    "patterns": TupleField(
+        _is_pattern, "a tuple of fused patterns", 'patterns=(sq.patterns.fused("LinearGELU", nn.Linear, nn.GELU),)'
+    ),
 }
-"""Fields of a config that are tuples: what an item must be, and that in words."""
+"""The fields of a config that are tuples."""
 
 
-def _wrong_half(where: str, role: str, value: object) -> list[str]:
-    if isinstance(value, QuantizerConfig | Override | None | _Unset):
-        return []
-    allowed = "sq.override(...), a QuantizerConfig or None"
-    return [explain(where, f"{role}={value!r} is not possible", got=type(value).__name__, allowed=allowed)]
+def _half_problems(where: str, given: Rule | QuantConfig) -> Iterator[str]:
+    """What is wrong with what a rule or a config says about weights and activations."""
+    for role in ROLES:
+        half = given.half(role)
+        if not isinstance(half, QuantizerConfig | Override | None | _Unset):
+            allowed, fix = "sq.override(...), a QuantizerConfig or None", f"{role}=sq.override(bits=8)"
+            yield explain(where, f"{role} has the wrong type", got=half, allowed=allowed, fix=fix)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The config of one quantizer, and who decided it.
+    """The config of one quantizer, and what decided it.
 
     Attributes:
       config: ``None`` where the quantizer is left out.
@@ -276,46 +364,97 @@ class Decision:
     """
 
     config: QuantizerConfig | None
-    reasons: dict[str, str]
-    matched: tuple[int, ...]
+    reasons: Mapping[str, str]
+    matched: tuple[int, ...] = ()
 
 
 def resolve(config: QuantConfig, site: Site, preset: Preset | None = None) -> Decision:
-    """Config of the quantizer at ``site``: the default of its half, the strategy's preset, then each matching rule."""
-    start = config.default(site.role)
-    before = {name: config.source(site.role, name) for name in ("observer", "fake_quantize", *SCHEME_FIELDS)}
-    if start is not None and preset is not None and not (preset.yields and config.sets(site.role, preset.change)):
-        start = preset.change(start)
-        before.update(dict.fromkeys(preset.change.names(), preset.why))
-    current, reasons = start, dict(before)
+    """The config of the quantizer at a site: the default of its role, then the preset, then each rule that matches.
+
+    Args:
+      config: what the user asks for.
+      site: where the quantizer sits.
+      preset: what the strategy sets for this quantizer.
+
+    Example:
+      >>> from sophq_func.config.site import WeightSite
+      >>> from sophq_func.numerics.scheme import override
+      >>> config = QuantConfig(rules=(Rule(name="fc", weight=override(bits=4)),))
+      >>> decision = resolve(config, WeightSite(quantizer="fc.weight_fake_quant", paths=("fc",)))
+      >>> decision.reasons["bits"], decision.reasons["observer"]
+      ("Rule(name='fc', weight=override(bits=4))", 'default (BM1690)')
+    """
+    start = resolve_without_rules(config, site.role, preset)
+    # What an override changes where the config or an earlier rule left the quantizer out.
+    anew = Decision(start.config or config.chip_default(site.role), start.reasons)
+    decision = start
     matched: list[int] = []
     for index, rule in enumerate(config.rules):
-        if not rule.matches(site):
-            continue
-        half, text = rule.half(site.role), repr(rule)
-        if half is None:
-            current = None
-        elif isinstance(half, QuantizerConfig):
-            current, reasons = half, dict.fromkeys((*before, *STATE_FLAGS), text)
-        elif isinstance(half, Override):
-            reasons = dict(before) if current is None else reasons
-            current = half(current or start or config.spec_default(site.role))
-            reasons.update(dict.fromkeys(half.names(), text))
-        flags = {n: v for n in STATE_FLAGS if (v := getattr(rule, n)) is not None}
-        if current is not None and flags:
-            current = replace(current, **flags)
-            reasons.update(dict.fromkeys(flags, text))
-        if flags or not isinstance(half, _Unset):
+        # The cheaper question comes first: a plan asks both for each pair of a rule and a quantizer.
+        if rule.changes(site.role) and rule.matches(site):
+            decision = _changed(decision, rule, site.role, anew)
             matched.append(index)
-    return Decision(current, reasons, tuple(matched))
+    return Decision(decision.config, decision.reasons, tuple(matched))
 
 
-def requested(config: QuantConfig, site: Site) -> tuple[bool | None, list[int]]:
-    """The last word of the rules on whether the call at ``site`` asks for quantizers, and which rules have one."""
-    found = [i for i, rule in enumerate(config.rules) if rule.requests is not None and rule.matches(site)]
-    return (config.rules[found[-1]].requests if found else None), found
+def resolve_without_rules(config: QuantConfig, role: Role, preset: Preset | None = None) -> Decision:
+    """What :func:`resolve` would decide without rules: the default of a role, changed by the strategy's preset."""
+    default, sources = config.default(role), config.sources(role)
+    if default is None or preset is None:
+        return Decision(default, sources)
+    if preset.yields and config.sets(role, preset.change):
+        return Decision(default, sources)
+    reasons = {**sources, **dict.fromkeys(preset.change.names(), preset.why)}
+    return Decision(preset.change(default), reasons)
+
+
+def _changed(before: Decision, rule: Rule, role: Role, anew: Decision) -> Decision:
+    """An earlier decision, changed by a rule that matches.
+
+    Args:
+      before: the earlier decision.
+      rule: the rule.
+      role: that of the quantizer.
+      anew: what an override changes where ``before`` has no quantizer.
+    """
+    half, reason = rule.half(role), repr(rule)
+    config, reasons = before.config, before.reasons
+    if half is None:
+        return Decision(None, reasons)
+    if isinstance(half, QuantizerConfig):
+        config, reasons = half, dict.fromkeys((*anew.reasons, *STATE_FLAGS), reason)
+    elif isinstance(half, Override):
+        base = anew if config is None else before
+        assert base.config is not None, "a new quantizer has a config"
+        config, reasons = half(base.config), {**base.reasons, **dict.fromkeys(half.names(), reason)}
+    flags = rule.state_change()
+    if config is None or not flags.values:
+        return Decision(config, reasons)
+    return Decision(flags(config), {**reasons, **dict.fromkeys(flags.names(), reason)})
+
+
+class Request(NamedTuple):
+    """What the rules say about the quantizers for which a call asks.
+
+    Attributes:
+      answer: the ``requests`` of the last rule that matches; ``None`` where none does.
+      matched: indices of the rules that match.
+    """
+
+    answer: bool | None
+    matched: tuple[int, ...]
+
+
+def requested(config: QuantConfig, site: Site) -> Request:
+    """What the rules say about the quantizers for which the call at a site asks."""
+    matched = tuple(i for i, rule in enumerate(config.rules) if rule.requests is not None and rule.matches(site))
+    answer = config.rules[matched[-1]].requests if matched else None
+    return Request(answer, matched)
 
 
 def not_grouped(site: Site) -> bool:
-    """Whether ``site`` is no grouped or depthwise ``Conv2d``: those stay as the global config says (semantics.md 1.3)."""
+    """Whether a site is none of a grouped or depthwise ``Conv2d``.
+
+    sophgo-mq applies no entry of ``object_type`` to these: they stay as the global config says.
+    """
     return site.groups == 1 or site.operation != "conv2d"

@@ -1,13 +1,13 @@
-"""Where one quantizer sits. Data only, so that a plan can be written to a file and built from again.
+"""Where one quantizer sits in a model. Sites are data, so that a plan can be stored in a file and read back.
 
-There are three kinds of sites: that of a weight (:class:`WeightSite`), of a weight that is computed in the forward
-(:class:`ComputedSite`), and of a value (:class:`ValueSite`). A predicate in a rule may ask a site of any kind for an
-attribute of any other: what a kind does not have is neutral there (:class:`Neutral`).
+There are three kinds: the site of a parameter (:class:`WeightSite`), of a weight that is computed in the forward
+(:class:`ComputedSite`), and of a value (:class:`ValueSite`). The ``where`` of a rule may read any attribute of any kind: one
+that a kind does not have is empty there (:class:`Neutral`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -35,7 +35,7 @@ NOWHERE = CallSite()
 
 
 class OperandSite(NamedTuple):
-    """A :class:`CallSite`, and which tensor of the call's operands; -1: none of them."""
+    """A :class:`CallSite`, and the slot of a tensor among the call's operands; -1 for the call as a whole."""
 
     path: str
     function: str
@@ -49,7 +49,7 @@ class OperandSite(NamedTuple):
 
     @property
     def pair(self) -> tuple[str, str]:
-        """By what the call is counted: its path and function."""
+        """Path and function: calls that have both in common are counted together."""
         return self.path, self.function
 
 
@@ -57,8 +57,9 @@ class LayerInput(NamedTuple):
     """What the layer of a weight reads.
 
     Attributes:
-      value: name of the value; empty where it is none, as a constant or another parameter.
-      quantizer: whose grid the value is on when it is read, views and dropout looked through; empty where it is float.
+      value: name of the value; empty for a constant or another parameter.
+      quantizer: name of the quantizer whose grid the value is on when it is read, be it before views or dropout; empty where
+        the value is float.
     """
 
     value: str = ""
@@ -69,16 +70,16 @@ NOTHING = LayerInput()
 
 
 class Neutral:
-    """What an attribute is on the kinds of sites that do not have it."""
+    """The values of attributes on the kinds of sites that do not have them."""
 
-    # Of values.
+    # Attributes of values.
     value: str = ""
     argument: str = ""
     also: tuple[str, ...] = ()
     output: int = -1
     operand: int = -1
     more: tuple[OperandSite, ...] = ()
-    # Of weights.
+    # Attributes of weights.
     parameter: str = ""
     axis: int = 0
     norm: str = ""
@@ -89,24 +90,25 @@ class Neutral:
 
 @dataclass(frozen=True, kw_only=True)
 class Site(Neutral):
-    """Where one quantizer sits, and what its arithmetic needs to know about the place.
+    """Where one quantizer sits in a model: what rules match, and what a built model needs to apply the quantizer.
 
     Attributes:
-      quantizer: its name, ``<value>.post_act_fake_quantizer`` or ``<module path>.<parameter>_fake_quant``.
+      quantizer: name of the quantizer: ``<module path>.<parameter>_fake_quant`` of a weight,
+        ``<value>.post_act_fake_quantizer`` or ``<first call>.input_act_fake_quantizer`` of a value.
       role: ``"weight"`` or ``"activation"``.
-      path: module path: the module that makes the value or owns the weight, or in which the function is called.
+      path: of the module that makes the value or owns the weight, or in which the function is called.
       paths: every path of that module, of further modules in its fused group (activations), and of every other module
         that uses the weight (weights).
-      types: qualified names of the module's class and its bases, most special first, and of the modules around it.
+      types: qualified names of the module's class and its bases, the class first, and of the modules around it.
       pattern: name of the fused pattern; empty outside fused groups.
       members: names of a fused group's calls; empty otherwise.
-      function: canonical name; empty for modules and inputs.
-      operation: that name, or that of the function which the module's class stands for (``sigmoid`` for ``nn.Sigmoid``).
-      anchor: the call at which it acts; for the value of a group that of the last member.
+      function: canonical name of the function that is called; empty for modules and inputs.
+      operation: canonical name of that function, or of the function that the module does (``sigmoid`` for ``nn.Sigmoid``).
+      anchor: the call at which the quantizer acts; for the value of a group that of the last member.
       shape: of the tensor in the example.
-      groups: of a convolution.
+      groups: of a convolution; else 1.
       aliases: further names of the quantizer, by other paths of its module and by tied weights.
-      note: a remark for people.
+      note: a remark for the table of a plan.
     """
 
     role: ClassVar[Role]
@@ -128,52 +130,57 @@ class Site(Neutral):
 
     @property
     def call(self) -> int:
-        """How many calls of the same module, or of the same function in it, come before the one at which it acts."""
+        """How many calls of the same module, or of the same function in it, come before the anchor."""
         return self.anchor.call
 
     @property
     def input(self) -> LayerInput:
-        """What the layer of a weight reads at its first call; of other quantizers, nothing."""
+        """What the layer of a weight reads at its first call; ``NOTHING`` for values."""
         return self.inputs[0] if self.inputs else NOTHING
 
     def places(self) -> tuple[OperandSite, ...]:
-        """Each call at which it acts, and before which operand; -1: not before one."""
+        """Each call at which the quantizer acts, and the operand before which it does; -1 if it acts on a result."""
         return OperandSite(*self.anchor, self.operand), *self.more
 
     def names(self) -> tuple[str, ...]:
-        """Every dotted name that a rule may call it: quantizer, value, and each module around it."""
-        found = dict.fromkeys((self.quantizer, self.value, *self.also, *self.aliases))
+        """Every dotted name by which a rule matches: of the quantizer, of the value, and of each module around."""
+        names = dict.fromkeys((self.quantizer, self.value, *self.also, *self.aliases))
         for path in self.paths:
             parts = path.split(".")
-            found.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts), 0, -1)))
-        return tuple(name for name in found if name)
+            names.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts), 0, -1)))
+        return tuple(name for name in names if name)
 
     @cached_property
     def spellings(self) -> frozenset[str]:
-        """The same names with dots and with underscores. Every rule looks here, so they are put together once."""
+        """The same names with dots and with underscores."""
+        # Every rule reads them, so they are made once.
         names = self.names()
         return frozenset((*names, *map(underscored, names)))
 
     def to_data(self) -> dict[str, Any]:
-        """As JSON-able data."""
+        """The site as data that JSON can hold."""
         return {"kind": self.kind, **asdict(self)}
 
     def identity(self) -> dict[str, Any]:
-        """The part of it that decides about numbers: what compares."""
+        """The fields that the numbers of a model depend on, as data: those that take part in comparisons."""
         return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Site:
-        """The inverse of :meth:`to_data`; a ``TypeError`` names a field that is missing, unknown or of a wrong type."""
+        """The inverse of :meth:`to_data`.
+
+        Raises:
+          TypeError: a field is missing, unknown or of a wrong type.
+        """
         kinds = {cls.kind: cls for cls in (WeightSite, ComputedSite, ValueSite)}
         if data["kind"] not in kinds:
             raise TypeError(f"a site is one of {', '.join(kinds)}, got {data['kind']!r}")
         cls = kinds[data["kind"]]
-        own = {name: value for name, value in data.items() if name != "kind"}
+        values = {name: value for name, value in data.items() if name != "kind"}
         names = {field.name for field in fields(cls)}
-        if own.keys() != names:
-            raise TypeError(f"the site of a {cls.kind} has the fields {sorted(names)}, got {sorted(own)}")
-        return cls(**{name: _checked(cls, name, value) for name, value in own.items()})
+        if values.keys() != names:
+            raise TypeError(f"the site of a {cls.kind} has the fields {sorted(names)}, got {sorted(values)}")
+        return cls(**{name: _field_from_data(cls, name, value) for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +193,9 @@ class WeightSite(Site):
       norm: path of the BatchNorm that is folded into the weight; empty without.
       bias: canonical name of the layer's bias; empty without.
       source: quantizer whose scale, times the weight's, rounds the bias; empty where the bias is not rounded.
-      shape: of the weight. It plays no part in comparisons, as the model has it; empty in plans read from version 2.
-      inputs: what its layers read, each pair once, in execution order. Known when everything else is decided, so rules
-        see none. It plays no part in comparisons, as it follows from other sites.
+      shape: of the weight; empty in plans read from version 2. It plays no part in comparisons, as the model has it.
+      inputs: what its layers read, each once, in execution order. They are found after everything else is decided, so a
+        rule sees none. They play no part in comparisons, as they follow from other sites.
     """
 
     role: ClassVar[Role] = "weight"
@@ -205,12 +212,12 @@ class WeightSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class ComputedSite(Site):
-    """The quantizer of a weight that is computed in the forward; it acts at the call that multiplies with it.
+    """The quantizer of a weight that is computed in the forward; it acts at the call that multiplies with the weight.
 
     Attributes:
       axis: axis of the weight's output channels.
-      operand: which tensor of a function's call the weight is; -1: it is computed inside a leaf module.
-      inputs: as of a weight.
+      operand: slot of the weight among the operands of a function; -1 for one that is computed inside a leaf module.
+      inputs: as those of a :class:`WeightSite`.
     """
 
     role: ClassVar[Role] = "weight"
@@ -223,15 +230,15 @@ class ComputedSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSite(Site):
-    """The quantizer of a value, behind the call that makes it or before some that take it.
+    """The quantizer of a value, behind the call that makes the value or before some calls that take it.
 
     Attributes:
       value: name of the value.
-      argument: name of the model's input that it follows; empty elsewhere.
-      also: further inputs of the model that are the same tensor.
-      output: which tensor of the call's result; -1: an operand (see ``operand``).
-      operand: which tensor of the call's operands; -1: a result.
-      more: further calls before which it acts.
+      argument: name of the model's input that is quantized; empty elsewhere.
+      also: names of further inputs of the model that are the same tensor.
+      output: index of the tensor in the call's result; -1 for an operand.
+      operand: slot of the tensor among the call's operands; -1 for a result.
+      more: further calls before which the quantizer acts.
     """
 
     role: ClassVar[Role] = "activation"
@@ -246,31 +253,40 @@ class ValueSite(Site):
 
 
 _RECORDS: Mapping[str, type[OperandSite] | type[LayerInput]] = {"more": OperandSite, "inputs": LayerInput}
-"""Of which tuples a field has any number."""
+"""By field, the type of which it has any number."""
 
 _ITEMS: Mapping[type, tuple[type, ...]] = {
     CallSite: (str, str, int),
     OperandSite: (str, str, int, int),
     LayerInput: (str, str),
 }
+"""By type, the types of its fields."""
 
 
-def _checked(cls: type[Site], name: str, value: Any) -> Any:
-    """A field of a site as its type wants it, from JSON, where tuples are lists."""
+def _field_from_data(cls: type[Site], name: str, value: object) -> Any:
+    """A field of a site, from its JSON data, which has lists in the place of tuples."""
     default = getattr(cls(quantizer=""), name)
     if isinstance(default, tuple) and isinstance(value, list | tuple):
-        if name == "anchor":
-            return CallSite(*_items(name, value, _ITEMS[CallSite]))
-        if name in _RECORDS:
-            record = _RECORDS[name]
-            return tuple(record(*_items(name, item, _ITEMS[record])) for item in value)
-        return _items(name, value, (int if name == "shape" else str,) * len(value))
+        return _tuple_from_data(name, value)
+    # ``isinstance`` would take a bool for an int.
     if type(value) is not type(default):
         raise TypeError(f"{name} of a site cannot be {value!r}")
     return value
 
 
-def _items(name: str, value: Any, expected: tuple[type, ...]) -> tuple[Any, ...]:
+def _tuple_from_data(name: str, value: Sequence[object]) -> tuple[Any, ...]:
+    """A field that is a tuple, from a list."""
+    if name == "anchor":
+        return CallSite(*_items(name, value, _ITEMS[CallSite]))
+    if name in _RECORDS:
+        record = _RECORDS[name]
+        return tuple(record(*_items(name, item, _ITEMS[record])) for item in value)
+    item_type = int if name == "shape" else str
+    return _items(name, value, (item_type,) * len(value))
+
+
+def _items(name: str, value: object, expected: tuple[type, ...]) -> tuple[Any, ...]:
+    """The items of a list, which must be of the expected types."""
     if not isinstance(value, list | tuple) or len(value) != len(expected) or not all(map(isinstance, value, expected)):
         raise TypeError(f"{name} of a site cannot hold {value!r}")
     return tuple(value)

@@ -1,7 +1,7 @@
-"""What a strategy is, and those that there are: a :class:`QuantConfig` names one, ``planning/strategies`` has them.
+"""What a strategy is, and the registry of strategies, one of which a :class:`~sophq_func.config.rules.QuantConfig` names.
 
-A strategy sees a traced graph, which has no tensors, and says which values get quantizers. A new one is one entry in
-``PLACEMENTS``, from any file::
+A strategy chooses the values of a traced graph that get quantizers. Those of the library are in ``planning/strategies``; a
+new one is one entry in ``PLACEMENTS``, from any file::
 
     PLACEMENTS.add("Outputs", Strategy(place_outputs, weights=(nn.Linear,)))
     QuantConfig(strategy="Outputs")
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a strategy knows about one quantizer. It is stronger than the chip's default; rules are stronger still.
+    """What a strategy sets in the config of one quantizer. It overrides the chip's default, and rules override it.
 
     Attributes:
       change: the fields that it sets.
-      why: in words.
-      yields: whether what the config itself says about one of these fields is stronger, too.
+      why: the reason, in words.
+      yields: whether ``weight`` or ``activation`` of the config override it, too, if they set one of these fields.
     """
 
     change: Override
@@ -41,10 +41,11 @@ class Requests(NamedTuple):
     """What a config says about placement.
 
     Attributes:
-      asks: whether rules make a node ask for quantizers (``True``), forbid it (``False``), or leave it to the strategy.
-      listed: whether the config adds the node's class or function to the strategy's list of operations.
+      asks: from a node to what rules say about the quantizers around it: ``True``, its inputs are quantized; ``False``, it
+        is no reason to quantize anything; ``None``, the strategy decides.
+      listed: from a node to whether the config adds its class or function to the strategy's list of operations.
       layers: module classes whose weights are quantized beside those of the strategy.
-      free: no chip says what grids there are.
+      free: whether there is no chip, so that every grid is allowed.
     """
 
     asks: Callable[[Node], bool | None]
@@ -57,10 +58,10 @@ class SharedInput(NamedTuple):
     """A quantizer between a value and some of the calls that take it.
 
     Attributes:
-      consumer: the call that it is named after and configured as: the first.
-      uses: each call by name, and which of its tensors the value is there.
-      why: in words.
-      value: the value, if the quantizer is left out where one of the same kind sits behind it.
+      consumer: name of the first of the calls, which names the quantizer and is what rules match.
+      uses: for each call its name, and the slot of the value among its operands.
+      why: the reason, in words.
+      value: name of the value, if this quantizer is needless behind another of the same kind; empty if it is always there.
     """
 
     consumer: str
@@ -73,9 +74,9 @@ class Placement(NamedTuple):
     """Where activation quantizers go.
 
     Attributes:
-      chosen: value name -> why, in no particular order.
-      inputs: by quantizer name, those that sit before some calls only.
-      presets: by quantizer name, what the strategy knows about one, weights included.
+      chosen: by name of a value with a quantizer, the reason for it, in words; in no particular order.
+      inputs: by name of a quantizer, those that sit before some calls only.
+      presets: by name of a quantizer, weights included, what the strategy sets in its config.
     """
 
     chosen: Mapping[str, str]
@@ -89,7 +90,7 @@ class Strategy(NamedTuple):
     Attributes:
       place: from a fused graph, and what the config says about placement, to a :class:`Placement`.
       weights: module classes whose weights are quantized.
-      functions: whether weights of functions outside leaf modules are, too.
+      functions: whether weights that functions outside of leaf modules multiply with are quantized, too.
       rounds_bias: whether biases are rounded to multiples of input scale times weight scale.
       int4_inputs: whether layers with 4-bit weights and activations get a quantizer of their own on the input.
     """

@@ -1,4 +1,7 @@
-"""Graph and config to a plan: which quantizers there are, where each sits, and why. No tensors here."""
+"""From a traced graph and a config to a plan: which quantizers there are, where each sits, and why.
+
+Nothing here computes with tensors.
+"""
 
 from sophq_func.planning import biases as biases
 from sophq_func.planning import checks as checks

@@ -1,6 +1,7 @@
-"""Fourth step: which biases are rounded to multiples of input scale times weight scale, and by which input's scale.
+"""Fourth step: which biases are rounded, and with the scale of which input.
 
-A chip adds the bias to the sum of integer products, whose step is the product of both scales (semantics.md 5.3).
+A chip adds the bias to a sum of products of integers, each of which stands for ``input scale * weight scale``. So the bias
+is rounded to a multiple of that product.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from sophq_func.planning.strategies import source_of
 from sophq_func.planning.weights import WeightPlace
 
 ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Layers whose bias is rounded; with a BatchNorm behind, also that of ``nn.ConvTranspose2d``, as in sophgo-mq."""
 
 
 class Biases(NamedTuple):
-    """What :func:`round_biases` found.
+    """Which biases are rounded.
 
     Attributes:
-      sources: by weight quantizer, the quantizer of the layer's input, where the bias is rounded.
-      notes: on layers that share a bias.
+      sources: by weight quantizer, for layers whose bias is rounded, the quantizer of the layer's input.
+      notes: remarks on biases that cannot be rounded.
     """
 
     sources: Mapping[str, str]
@@ -37,36 +39,41 @@ class Biases(NamedTuple):
 
 
 def round_biases(planned: Planned, weights: Sequence[WeightPlace]) -> Biases:
-    """Which layers' biases are rounded: where one input scale belongs to one bias.
+    """Find the layers whose bias is rounded: those where one input scale and one weight belong to one bias.
 
     Args:
       planned: what is quantized how.
       weights: each weight with the calls that use it.
     """
     # A bias that two weights share would have to be rounded to two steps.
-    carriers = Counter(carrier for weight in weights for carrier in {_carrier(call) for call in weight.calls})
+    weights_of_bias: Counter[str] = Counter()
+    for weight in weights:
+        weights_of_bias.update({_bias_of(call) for call in weight.calls})
     sources: dict[str, str] = {}
     notes = []
     for weight in weights:
         site, calls = weight.site, weight.calls
-        if not _rounds(planned, site, calls[0]):
+        if not _is_rounded(planned, site, calls[0]):
             continue
         inputs = {_input_quantizer(planned, call) for call in calls}
-        own = {_carrier(call) for call in calls}
-        if len(inputs) == len(own) == 1 and carriers[own.pop()] == 1:
+        biases = {_bias_of(call) for call in calls}
+        is_shared = len(biases) > 1 or any(weights_of_bias[bias] > 1 for bias in biases)
+        if len(inputs) == 1 and not is_shared:
             sources[site.quantizer] = inputs.pop()
         elif inputs != {""}:
             notes.append(f"the bias behind {site.parameter} is shared, or has inputs of several scales: not rounded")
     return Biases(sources, tuple(notes))
 
 
-def _carrier(node: Node) -> str:
-    """Name of the tensor that takes up what rounding changes: the layer's bias, or that of the BatchNorm behind it."""
-    return node.parameters.get("bias") or (node.norm.parameters["bias"] if node.norm else "")
+def _bias_of(node: Node) -> str:
+    """Name of the parameter that is rounded: the layer's bias, or that of the BatchNorm behind it; empty without."""
+    if bias := node.parameters.get("bias"):
+        return bias
+    return node.norm.parameters["bias"] if node.norm else ""
 
 
-def _rounds(planned: Planned, site: WeightSite | ComputedSite, node: Node) -> bool:
-    """Whether the bias of a layer is rounded, if its input has one scale."""
+def _is_rounded(planned: Planned, site: WeightSite | ComputedSite, node: Node) -> bool:
+    """Whether the bias of a layer is rounded, provided that its input has one scale."""
     config = planned.configs.get(site.quantizer)
     if config is None or not planned.strategy.rounds_bias or not isinstance(site, WeightSite):
         return False
@@ -77,19 +84,21 @@ def _rounds(planned: Planned, site: WeightSite | ComputedSite, node: Node) -> bo
 
 
 def _input_quantizer(planned: Planned, node: Node) -> str:
-    """The quantizer whose scale the codes of a layer's input have; empty where there is none."""
+    """The quantizer that gives the scale of a layer's input; empty if there is none with one scale."""
     graph, operand = planned.graph, node.operands[0]
     if planned.strategy.functions:
         operand = source_of(graph, operand)
-    while _passes(planned, operand.value):
+    while _is_bare_dropout(planned, operand.value):
         operand = graph.producer(operand.value).operands[0]
     name = planned.inputs.get((node.name, 0), value_quantizer(operand.value))
     config = planned.configs.get(name)
-    scalar = config is not None and config.scheme.granularity == PerTensor()
-    return name if config is not None and scalar and is_scaled_grid(config) else ""
+    if config is None or config.scheme.granularity != PerTensor() or not is_scaled_grid(config):
+        return ""
+    return name
 
 
-def _passes(planned: Planned, value: str) -> bool:
-    """Whether a value is what a dropout, which has no quantizer of its own, made of another."""
-    dropped = value and planned.graph.producer(value).operation in DROPOUTS
-    return bool(dropped) and value_quantizer(value) not in planned.configs
+def _is_bare_dropout(planned: Planned, value: str) -> bool:
+    """Whether a value is the result of a dropout, and has no quantizer."""
+    if not value or value_quantizer(value) in planned.configs:
+        return False
+    return planned.graph.producer(value).operation in DROPOUTS

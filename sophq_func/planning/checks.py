@@ -1,15 +1,17 @@
-"""What can be wrong with a config once the model is known: names, leaves, and the limits of the chip."""
+"""What can be wrong with a config once the model is known: names, leaf modules, and the limits of the chip."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Set
 from functools import lru_cache
 
 from torch import nn
 
 from sophq_func.capture.graph import Graph
+from sophq_func.config.matching import is_glob
 from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
-from sophq_func.config.rules import QuantConfig, Rule
+from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Site
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
@@ -18,108 +20,142 @@ from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuanti
 from sophq_func.numerics.scheme import QuantizerConfig
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"
+"""The field of a config with further operations, for errors, beside the keys that it is translated from."""
 
 
+# A plan has few fake quantizers, and asks about each once a quantizer.
 @lru_cache(maxsize=256)
-def _made(fake_quantize: Spec) -> FakeQuantize:
-    """The functions that a spec describes. A plan asks for few specs, and for each of them once a quantizer."""
-    return FAKE_QUANTIZERS.build(fake_quantize)
+def _fake_quantizer(spec: Spec) -> FakeQuantize:
+    """The functions that a spec describes."""
+    return FAKE_QUANTIZERS.build(spec)
 
 
 def is_integer(config: QuantizerConfig) -> bool:
-    """Whether codes are integers times a scale."""
-    return _made(config.fake_quantize).integer
+    """Whether the quantizer's codes are integers, which a scale maps to values."""
+    return _fake_quantizer(config.fake_quantize).integer
 
 
 def is_scaled_grid(config: QuantizerConfig) -> bool:
-    """Whether the quantizer has one scale, known before the forward, that can round a bias."""
-    made = _made(config.fake_quantize)
-    return (made.integer or made.scales_bias) and not config.observe_only and not config.scheme.dynamic
+    """Whether the quantizer has a scale that is known before the forward, so that a bias can be rounded with it."""
+    fake_quantizer = _fake_quantizer(config.fake_quantize)
+    has_scale = fake_quantizer.integer or fake_quantizer.scales_bias
+    return has_scale and not config.observe_only and not config.scheme.dynamic
 
 
-def violations(config: QuantConfig, site: Site, found: QuantizerConfig, reasons: dict[str, str]) -> list[str]:
-    """What the chip forbids about one quantizer; a name that is not registered is an error of its own."""
-    name = FAKE_QUANTIZERS.canonical(found.fake_quantize.name)
-    OBSERVERS.canonical(found.observer.name)
+def violations(config: QuantConfig, site: Site, quantizer: QuantizerConfig, reasons: Mapping[str, str]) -> list[str]:
+    """What the chip forbids about one quantizer.
+
+    Args:
+      config: what is asked for.
+      site: where the quantizer sits.
+      quantizer: its config.
+      reasons: for each field of it, what decided it.
+
+    Raises:
+      ConfigError: the observer or the fake quantizer is not registered.
+    """
+    name = FAKE_QUANTIZERS.canonical(quantizer.fake_quantize.name)
+    OBSERVERS.canonical(quantizer.observer.name)
     if config.chip is None:
         return []
     problems = []
-    spec, because = config.spec, f"chip {config.chip}; set by {{}}"
-    if spec.fake_quantizers is not None and name not in spec.fake_quantizers:
-        allowed, why = " or ".join(spec.fake_quantizers), because.format(reasons["fake_quantize"])
-        problems.append(
-            explain(site.quantizer, f"fake quantizer {name} is not possible", allowed=allowed, because=why, fix="chip=None")
-        )
-    bits = spec.weight_bits if site.role == "weight" else spec.activation_bits
-    if bits is not None and is_integer(found) and found.scheme.bits not in bits:
-        what, allowed = f"{found.scheme.bits} bits", " or ".join(map(str, bits))
-        why, fix = because.format(reasons["bits"]), f"bits={bits[-1]}"
-        problems.append(
-            explain(site.quantizer, f"{what} is not possible", got=found.scheme.bits, allowed=allowed, because=why, fix=fix)
-        )
+    fake_quantizers = config.spec.fake_quantizers
+    if fake_quantizers is not None and name not in fake_quantizers:
+        sentence, allowed = f"the chip does not allow fake quantizer {name}", " or ".join(fake_quantizers)
+        because = f"chip {config.chip}; set by {reasons['fake_quantize']}"
+        problems.append(explain(site.quantizer, sentence, allowed=allowed, because=because, fix="chip=None"))
+    allowed_bits = config.spec.weight_bits if site.role == "weight" else config.spec.activation_bits
+    bits = quantizer.scheme.bits
+    if allowed_bits is not None and is_integer(quantizer) and bits not in allowed_bits:
+        sentence, allowed = f"the chip does not allow {bits} bits", " or ".join(map(str, allowed_bits))
+        because, fix = f"chip {config.chip}; set by {reasons['bits']}", f"bits={allowed_bits[-1]}"
+        problems.append(explain(site.quantizer, sentence, got=bits, allowed=allowed, because=because, fix=fix))
     return problems
 
 
 def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
-    """Problems with modules that the config calls leaves, but into which the trace has looked."""
-    inside = [path for path, cls in graph.modules.items() if issubclass(cls, config.leaves or ())]
-    if set(inside) <= set(graph.opaque) or not config.leaves:
+    """Problems with modules that the config calls leaves, but whose inner calls the trace recorded."""
+    leaves = {path for path, cls in graph.modules.items() if issubclass(cls, config.leaves)}
+    if leaves <= set(graph.opaque):
         return []
     types = ", ".join(cls.__name__ for cls in config.leaves)
-    what = f"planning with leaf_module=({types},)"
-    because = "the graph was traced without it"
-    return [
-        explain(
-            "plan",
-            f"{what} is not possible",
-            because=because,
-            fix="sq.trace(model, args, kwargs, leaf_module=config.leaves)",
-        )
-    ]
+    sentence = f"the calls inside leaf_module=({types},) were traced"
+    because, fix = "the trace was made without it", "sq.trace(model, args, kwargs, leaf_module=config.leaves)"
+    return [explain("plan", sentence, because=because, fix=fix)]
 
 
 def names_of(graph: Graph) -> set[str]:
     """Every dotted name that a rule may use for a module or value of a traced model, whether it is quantized or not."""
-    names = set(graph.modules) | set(graph.nodes) | set(graph.values) | {name for node in graph for name in node.also}
-    return names | {value_quantizer(value) for value in graph.values}
+    names = {*graph.modules, *graph.nodes, *graph.values}
+    names.update(name for node in graph for name in node.also)
+    names.update(value_quantizer(value) for value in graph.values)
+    return names
 
 
-def is_exact(rule: Rule) -> bool:
-    """Whether a rule has a name that is no glob, and so must be there."""
-    return rule.name is not None and not any(c in rule.name for c in "*?[")
+def unknown_names(names: Set[str], classes: Set[str], config: QuantConfig) -> list[str]:
+    """Problems with names and type names in a config that the traced model does not have.
 
-
-def unknown_names(names: set[str], classes: set[str], config: QuantConfig) -> list[str]:
-    """Problems with exact names and type names in a config that the traced model does not have."""
+    Args:
+      names: every dotted name that a rule may use.
+      classes: names of the classes of the model's modules.
+      config: what is asked for.
+    """
     problems = [_unknown_type(OPERATIONS, key, classes, config) for key in config.operations]
+    fitting = _fitting_names(names, {rule.name for rule in config.rules if rule.name is not None})
     for rule in config.rules:
         said = f"{rule.origin}: {rule!r}" if rule.origin else repr(rule)
-        if rule.name is not None and is_exact(rule):
-            problems.append(_unknown_name(said, rule.name, names))
+        if rule.name is not None and not is_glob(rule.name):
+            problems.append(_unknown_name(said, rule.name, fitting[rule.name], names))
         problems.append(_unknown_type(said, rule.type, classes, config))
     return [problem for problem in problems if problem]
 
 
-def _unknown_name(said: str, wanted: str, names: set[str]) -> str:
-    """What is wrong with an exact name; nothing where it fits one thing."""
-    fits = sorted({name for name in names if wanted in (name, underscored(name))})
-    if not fits:
+def _fitting_names(names: Iterable[str], wanted: Iterable[str]) -> Mapping[str, Set[str]]:
+    """For each wanted name, the names of the model that it means, spelled with dots or with underscores.
+
+    One pass for all of them: a large model has many more names than its config has rules.
+    """
+    fitting: dict[str, set[str]] = {name: set() for name in wanted}
+    for name in names:
+        for spelling in (name, underscored(name)):
+            if spelling in fitting:
+                fitting[spelling].add(name)
+    return fitting
+
+
+def _unknown_name(said: str, wanted: str, fitting: Set[str], names: Set[str]) -> str:
+    """What is wrong with an exact name; empty where it means one thing.
+
+    Args:
+      said: the rule that has the name, in words.
+      wanted: the name.
+      fitting: the names of the model that it means.
+      names: all of the model's names.
+    """
+    if len(fitting) == 1:
+        return ""
+    if not fitting:
         hint = near(wanted, names) or "see sq.trace(model, args) for the names"
         return f"{said}: the model has no {wanted!r}. Fix: {hint}"
-    if len(fits) == 1:
-        return ""
-    fix = "write the dots of the one, a glob for the other" if wanted in fits else "write the dots"
-    return f"{said}: {wanted!r} fits {' and '.join(map(repr, fits))}. Fix: {fix}."
+    fix = "write the dots of the one, a glob for the other" if wanted in fitting else "write the dots"
+    return f"{said}: {wanted!r} fits {' and '.join(map(repr, sorted(fitting)))}. Fix: {fix}."
 
 
-def _unknown_type(said: str, key: object, classes: set[str], config: QuantConfig) -> str:
-    """What is wrong with a type key that is a string; nothing where it names something."""
+def _unknown_type(said: str, key: object, classes: Set[str], config: QuantConfig) -> str:
+    """What is wrong with a type key that is a string; empty where it names something.
+
+    Args:
+      said: the rule or field that has the key, in words.
+      key: the type key.
+      classes: names of the classes of the model's modules.
+      config: its patterns count, too.
+    """
     if not isinstance(key, str):
         return ""
-    text = key.rpartition(".")[2]
-    own = text.removesuffix("_sophgo")
-    known = {pattern.__name__ for pattern in config.patterns} | set(PATTERNS.spellings())
-    if text in known or hasattr(nn, own) or own in classes or is_operation(canonical(key)):
+    name = key.rpartition(".")[2]
+    class_name = name.removesuffix("_sophgo")
+    patterns = {pattern.__name__ for pattern in config.patterns} | set(PATTERNS.spellings())
+    if name in patterns or class_name in classes or hasattr(nn, class_name) or is_operation(canonical(key)):
         return ""
-    hint = near(own, [*known, *classes, *dir(nn), *operations()]) or "use the class itself"
+    hint = near(class_name, [*patterns, *classes, *dir(nn), *operations()]) or "use the class itself"
     return f"{said}: type {key!r} is not known. Fix: {hint}"

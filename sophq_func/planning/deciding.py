@@ -1,4 +1,4 @@
-"""How one quantizer is configured: its site and the config to an :class:`Outcome`. Weights and values share this step."""
+"""How one quantizer is configured, be it that of a weight or of a value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from sophq_func.config.rules import Decision, QuantConfig, resolve
+from sophq_func.config.rules import Decision, QuantConfig, resolve, resolve_without_rules
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Preset
 from sophq_func.core.registry import Spec
@@ -18,9 +18,9 @@ class Outcome(NamedTuple):
     """What was decided about one quantizer.
 
     Attributes:
-      site: where it would sit.
-      decision: its config and who decided it; ``None`` where it is left out.
-      without_rules: where rules left it out, what was decided without them; else the decision.
+      site: where it sits, or would if it were not left out.
+      decision: its config and what decided it; ``None`` where it is left out.
+      without_rules: where rules left it out, what would be decided without them; else the decision.
       used: indices of the rules that changed something.
       problems: what the chip forbids about it.
     """
@@ -38,43 +38,44 @@ class Outcome(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Name of the fake quantizer that it has, or had if no rule left it out; empty without."""
+        """Name of its fake quantizer, or of that which it would have without rules; empty without either."""
         config = self.without_rules.config
         return "" if config is None else config.fake_quantize.name
 
 
 def decide(config: QuantConfig, site: Site, placed: str, presets: Mapping[str, Preset]) -> Outcome:
-    """What a config says about the quantizer at ``site``.
+    """Decide how the quantizer at a site is configured, and check that against the chip.
 
     Args:
       config: what is asked for.
-      site: the quantizer's.
+      site: where the quantizer sits.
       placed: why it is there, in words.
-      presets: what the strategy knows about quantizers, by name.
+      presets: by name of a quantizer, what the strategy sets in its config.
     """
     preset = _preset(config, site, presets)
-    found = resolve(config, site, preset)
-    if found.config is None:
-        without_rules = resolve(replace(config, rules=()), site, preset)
-        return Outcome(site, None, without_rules, found.matched)
-    own = _with_quant_type(_with_axis(found.config, site), site)
-    reasons = {"placed": placed, **found.reasons}
-    problems = violations(config, site, own, reasons)
-    decision = Decision(own, reasons, found.matched)
-    return Outcome(site, decision, decision, found.matched, tuple(problems))
+    resolved = resolve(config, site, preset)
+    if resolved.config is None:
+        without_rules = resolve_without_rules(config, site.role, preset)
+        return Outcome(site, None, without_rules, resolved.matched)
+    quantizer = _with_quant_type(_with_axis(resolved.config, site), site)
+    reasons = {"placed": placed, **resolved.reasons}
+    problems = violations(config, site, quantizer, reasons)
+    decision = Decision(quantizer, reasons, resolved.matched)
+    return Outcome(site, decision, decision, resolved.matched, tuple(problems))
 
 
 def _preset(config: QuantConfig, site: Site, presets: Mapping[str, Preset]) -> Preset | None:
-    """What the strategy knows about a quantizer; bits mean nothing to a format that is no integer grid."""
+    """What the strategy sets for a quantizer; ``None`` if that is only bits, and the quantizer's codes are no integers."""
     preset = presets.get(site.quantizer)
     if preset is None or preset.change.names() != ["bits"]:
         return preset
-    own = resolve(config, site).config
-    return None if own is not None and not is_integer(own) else preset
+    quantizer = resolve(config, site).config
+    has_no_bits = quantizer is not None and not is_integer(quantizer)
+    return None if has_no_bits else preset
 
 
 def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
-    """``config`` with the axis of its granularity written out."""
+    """``config`` with the axis of its granularity filled in where it is left open."""
     granularity = config.scheme.granularity
     if not isinstance(granularity, PerChannel | PerGroup) or granularity.axis is not None:
         return config
@@ -84,15 +85,20 @@ def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
 
 
 def _with_quant_type(config: QuantizerConfig, site: Site) -> QuantizerConfig:
-    """``config`` with the option ``quant_type``, where a piece has one and leaves it open, as the role says."""
-    kind = "param" if site.role == "weight" else "input" if site.argument else "tensor"
-    observer, fake = _filled(config.observer, kind), _filled(config.fake_quantize, kind)
-    if observer is config.observer and fake is config.fake_quantize:
+    """``config`` with the option ``quant_type`` of its observer and fake quantizer filled in where it is left open."""
+    if site.role == "weight":
+        quant_type = "param"
+    else:
+        quant_type = "input" if site.argument else "tensor"
+    observer = _filled(config.observer, quant_type)
+    fake_quantize = _filled(config.fake_quantize, quant_type)
+    if observer is config.observer and fake_quantize is config.fake_quantize:
         return config
-    return replace(config, observer=observer, fake_quantize=fake)
+    return replace(config, observer=observer, fake_quantize=fake_quantize)
 
 
-def _filled(spec: Spec, kind: str) -> Spec:
+def _filled(spec: Spec, quant_type: str) -> Spec:
     if ("quant_type", None) not in spec.options:
         return spec
-    return Spec(spec.name, tuple((k, kind if k == "quant_type" and v is None else v) for k, v in spec.options))
+    options = {**dict(spec.options), "quant_type": quant_type}
+    return Spec(spec.name, tuple(options.items()))

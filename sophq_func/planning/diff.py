@@ -13,12 +13,13 @@ from sophq_func.planning.text import FIELDS, setting
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """What another plan has that is different; empty, and false, for plans of the same configs and places.
+    """What differs between a plan and another one; false if all quantizers, configs and sites are equal.
 
     Attributes:
-      added: quantizers that only the other plan has.
-      removed: quantizers that it lacks.
-      changed: for quantizers of both, by field, the value here and there; ``"site"`` where they sit otherwise.
+      added: names of quantizers that only the other plan has.
+      removed: names of quantizers that only this plan has.
+      changed: by name of a quantizer that both have, and by field of its config, the value in this plan and in the other;
+        under ``"site"`` the two sites.
     """
 
     added: tuple[str, ...] = ()
@@ -31,8 +32,9 @@ class PlanDiff:
     def __str__(self) -> str:
         lines = [f"- {name}" for name in self.removed] + [f"+ {name}" for name in self.added]
         for name, fields in self.changed.items():
-            lines += [f"~ {name}: {f} {before!r} -> {after!r}" for f, (before, after) in fields.items() if f != "site"]
-            lines += [f"~ {name}: sits elsewhere"] if "site" in fields else []
+            for field_name, (before, after) in fields.items():
+                is_site = field_name == "site"
+                lines.append(f"~ {name}: sits elsewhere" if is_site else f"~ {name}: {field_name} {before!r} -> {after!r}")
         return "\n".join(lines) or "no difference"
 
 
@@ -40,13 +42,23 @@ def diff(
     configs: tuple[Mapping[str, QuantizerConfig], Mapping[str, QuantizerConfig]],
     sites: tuple[Mapping[str, Site], Mapping[str, Site]],
 ) -> PlanDiff:
-    """What is different between two plans."""
+    """What differs between two plans.
+
+    Args:
+      configs: of each plan, by quantizer.
+      sites: of each plan, by quantizer.
+    """
     here, there = configs
+    sites_here, sites_there = sites
     changed: dict[str, dict[str, tuple[Any, Any]]] = {}
-    for name in (name for name in here if name in there):
-        pairs = {f: (setting(here[name], f), setting(there[name], f)) for f in FIELDS}
-        pairs["site"] = (sites[0][name], sites[1][name])
-        found = {f: pair for f, pair in pairs.items() if pair[0] != pair[1]}
-        if found:
-            changed[name] = found
-    return PlanDiff(tuple(n for n in there if n not in here), tuple(n for n in here if n not in there), changed)
+    for name in here:
+        if name not in there:
+            continue
+        pairs = {field: (setting(here[name], field), setting(there[name], field)) for field in FIELDS}
+        pairs["site"] = (sites_here[name], sites_there[name])
+        differing = {field: (before, after) for field, (before, after) in pairs.items() if before != after}
+        if differing:
+            changed[name] = differing
+    added = tuple(name for name in there if name not in here)
+    removed = tuple(name for name in here if name not in there)
+    return PlanDiff(added, removed, changed)

@@ -1,4 +1,4 @@
-"""What is planned for one example: the steps from a graph and a config to a :class:`Draft`, each a function of values.
+"""What is planned for one example: the steps from a graph and a config to a :class:`Draft`, each a pure function.
 
 ==========================  ============================================================================
 place                       which values the strategy and the rules choose
@@ -18,12 +18,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
+from sophq_func.config.matching import is_glob
 from sophq_func.config.rules import Decision, QuantConfig
 from sophq_func.config.site import ComputedSite, LayerInput, Site, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
+from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.biases import Biases, round_biases
-from sophq_func.planning.checks import is_exact, names_of, unknown_names, unseen_leaves
+from sophq_func.planning.checks import names_of, unknown_names, unseen_leaves
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
@@ -34,17 +36,17 @@ from sophq_func.planning.weights import find_weights
 
 
 class Draft(NamedTuple):
-    """The plan of one example, with all that stands against it.
+    """The plan of one example, with every problem that was found.
 
     Attributes:
       graph: as traced.
       sites: by quantizer, in execution order.
       decisions: by quantizer.
-      wiring: calls, and the ways of values through the quantizers.
+      wiring: the calls, and the values that pass from one to another through quantizers.
       outcomes: everything decided, quantizers that rules left out included.
-      used: indices of the rules that had a say.
-      misfits: what stands against quantizing a value, however it is configured.
-      notes: remarks for people.
+      used: indices of the rules that changed something.
+      misfits: problems with values that cannot be quantized, however they are configured.
+      notes: remarks for the table of the plan.
     """
 
     graph: Graph
@@ -58,12 +60,12 @@ class Draft(NamedTuple):
 
     @property
     def problems(self) -> list[str]:
-        """What the chip forbids."""
+        """What the chip forbids about the quantizers."""
         return [problem for outcome in self.outcomes for problem in outcome.problems]
 
     @property
     def names(self) -> set[str]:
-        """Every name that a rule may call one of the quantizers."""
+        """Every name by which a rule matches one of the quantizers."""
         return {name for outcome in self.outcomes for name in outcome.site.names()}
 
 
@@ -76,34 +78,38 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     """
     fused = fuse(graph, config.patterns)
     strategy = PLACEMENTS.get(config.placement)
-    placement, asked = place(fused, strategy, config)
+    placement, used_to_place = place(fused, strategy, config)
     weights = find_weights(fused, strategy, config.weight_layers)
     why = "weight of a quantized layer"
-    decided = {place.site.quantizer: decide(config, place.site, why, placement.presets) for place in weights.places}
+    of_weights = {w.site.quantizer: decide(config, w.site, why, placement.presets) for w in weights.places}
     values = NO_VALUES
     if config.quantmode == "weight_activation":
-        values = quantize_values(fused, strategy, config, placement, decided)
-    outcomes = (*decided.values(), *values.outcomes.values())
-    kept = {outcome.site.quantizer: outcome for outcome in outcomes if outcome.decision is not None}
-    configs = {name: own for name, outcome in kept.items() if (own := outcome.config) is not None}
+        values = quantize_values(fused, strategy, config, placement, of_weights)
+    outcomes = (*of_weights.values(), *values.outcomes.values())
+    decisions: dict[str, Decision] = {}
+    configs: dict[str, QuantizerConfig] = {}
+    for outcome in outcomes:
+        if outcome.decision is not None and outcome.config is not None:
+            decisions[outcome.site.quantizer] = outcome.decision
+            configs[outcome.site.quantizer] = outcome.config
     planned = Planned(fused, strategy, configs, values.inputs)
     biases = round_biases(planned, weights.places)
     inputs = layer_inputs(planned, weights.places)
-    sites = {name: _with_inputs(outcome.site, biases, inputs) for name, outcome in kept.items()}
+    sites = [_with_inputs(outcome.site, biases, inputs) for outcome in outcomes if outcome.decision is not None]
     return Draft(
         graph=graph,
-        sites=in_execution_order(graph, sites.values()),
-        decisions={name: outcome.decision for name, outcome in kept.items() if outcome.decision is not None},
-        wiring=wiring(fused, weights.places, sites.keys(), values.inputs),
+        sites=in_execution_order(graph, sites),
+        decisions=decisions,
+        wiring=wiring(fused, weights.places, decisions.keys(), values.inputs),
         outcomes=outcomes,
-        used=asked.union(*(outcome.used for outcome in outcomes)),
+        used=used_to_place.union(*(outcome.used for outcome in outcomes)),
         misfits=values.misfits,
         notes=(*weights.notes, *biases.notes),
     )
 
 
 def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]]) -> Site:
-    """The site of a weight with what its layers read."""
+    """A site, completed with what the layers of a weight read; that of a value is complete."""
     if isinstance(site, WeightSite):
         source = biases.sources.get(site.quantizer, "")
         return replace(site, source=source, inputs=inputs[site.quantizer])
@@ -113,38 +119,41 @@ def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInp
 
 
 def in_execution_order(graph: Graph, sites: Iterable[Site]) -> dict[str, Site]:
-    """Sites by quantizer: inputs of the model first, then call by call the weight, the quantizers before it, the results.
+    """Sites by quantizer: inputs of the model first, then for each call what acts before it, and then its results.
 
     Args:
-      graph: as traced: a fused group acts at its last call, its weight at its first.
+      graph: as traced, not fused: the value of a group is made by its last call, its weight is used by the first.
       sites: in any order.
     """
-    rank = {(node.path, node.function, node.call): i for i, node in enumerate(graph) if node.kind != "input"}
+    position = {(node.path, node.function, node.call): i for i, node in enumerate(graph) if node.kind != "input"}
 
-    def key(site: Site) -> tuple[int, int, int]:
+    def key(site: Site) -> tuple[int, bool, int]:
         if site.argument:
-            return -1, 0, 0
-        behind = 1 if site.role == "activation" and site.operand < 0 else 0
-        return rank[site.anchor], behind, site.output
+            return -1, False, 0
+        is_result = site.role == "activation" and site.operand < 0
+        return position[site.anchor], is_result, site.output
 
     return {site.quantizer: site for site in sorted(sites, key=key)}
 
 
 def check(drafts: Sequence[Draft], config: QuantConfig) -> None:
-    """Raise for everything that stands against the drafts of a config.
+    """Raise the problems of all drafts of a config, each once.
 
     Raises:
-      ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all at once.
-      PlanError: a value to be quantized was made in place, and is used under its old name later.
+      ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all problems in one
+        message.
+      PlanError: a value to be quantized is written in place, and used under its old name later.
     """
-    graphs = [own.graph for own in drafts]
+    graphs = [draft.graph for draft in drafts]
     problems = [problem for graph in graphs for problem in unseen_leaves(graph, config)]
     classes = {cls.__name__ for graph in graphs for cls in graph.modules.values()}
     names: set[str] = set()
-    if any(is_exact(rule) for rule in config.rules):
-        names = names.union(*(names_of(graph) for graph in graphs), *(own.names for own in drafts))
+    # A large model has many names: they are collected only if some rule has to fit one of them exactly.
+    if any(rule.name is not None and not is_glob(rule.name) for rule in config.rules):
+        names.update(*(names_of(graph) for graph in graphs), *(draft.names for draft in drafts))
     problems += unknown_names(names, classes, config)
-    problems += [problem for own in drafts for problem in own.problems]
+    problems += [problem for draft in drafts for problem in draft.problems]
+    misfits = [misfit for draft in drafts for misfit in draft.misfits]
     # Several examples have most of their problems in common.
     raise_all(list(dict.fromkeys(problems)))
-    raise_all(list(dict.fromkeys(misfit for own in drafts for misfit in own.misfits)), PlanError)
+    raise_all(list(dict.fromkeys(misfits)), PlanError)

@@ -1,4 +1,4 @@
-"""Fifth step: what the layer of each weight reads, and whether it reads it on a grid."""
+"""Fifth step: what the layer of each weight reads, and on which quantizer's grid that is."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Planned(NamedTuple):
 
     Attributes:
       graph: fused.
-      strategy: that placed.
+      strategy: which placed the quantizers.
       configs: by quantizer.
-      inputs: quantizers before single calls, by call and operand.
+      inputs: quantizers before single calls, by the call's name and the operand's slot.
     """
 
     graph: Graph
@@ -30,43 +30,43 @@ class Planned(NamedTuple):
     inputs: Mapping[tuple[str, int], str]
 
     def acts(self, quantizer: str) -> bool:
-        """Whether there is a quantizer of this name, and it does more than observe."""
+        """Whether there is a quantizer of this name that rounds, and does not only observe."""
         config = self.configs.get(quantizer)
         return config is not None and not config.observe_only
 
 
 def layer_inputs(planned: Planned, weights: Iterable[WeightPlace]) -> dict[str, tuple[LayerInput, ...]]:
-    """By weight quantizer, what the layers of the weight read: each value with the quantizer in force once.
+    """By weight quantizer, what the layers of the weight read, each pair of a value and its quantizer once.
 
     Args:
       planned: what is quantized how.
       weights: each weight with the calls that use it.
     """
-    found = {}
+    inputs = {}
     for weight in weights:
-        read = (layer_input(planned, use.node, use.read) for use in weight.uses)
-        found[weight.site.quantizer] = tuple(dict.fromkeys(read))
-    return found
+        read = [layer_input(planned, use.node, use.read) for use in weight.uses]
+        inputs[weight.site.quantizer] = tuple(dict.fromkeys(read))
+    return inputs
 
 
 def layer_input(planned: Planned, call: Node, operand: Operand | None) -> LayerInput:
-    """What a call reads as one of its operands, and whose grid that is on."""
+    """What a call reads as one of its operands, and on which quantizer's grid it is."""
     if operand is None or not operand.value:
         return LayerInput()
-    before = planned.inputs.get((call.name, operand.slot), "")
-    in_force = before if planned.acts(before) else quantizer_of(planned, operand)
-    return LayerInput(operand.value, in_force)
+    before_call = planned.inputs.get((call.name, operand.slot), "")
+    quantizer = before_call if planned.acts(before_call) else quantizer_of(planned, operand)
+    return LayerInput(operand.value, quantizer)
 
 
 def quantizer_of(planned: Planned, operand: Operand) -> str:
-    """The quantizer whose grid a tensor is on: its own, or the nearest before what only moved it; empty without.
+    """The quantizer on whose grid a tensor is: that of its value, or of a value that was only moved since; empty without.
 
-    Views, max pooling and dropout keep values on the grid (dropout but for a factor, while training).
+    Views, max pooling and dropout keep values on the grid (in training, dropout multiplies them by a factor).
     """
-    at: Operand | None = operand
-    while at is not None and at.value:
-        own = value_quantizer(at.value)
-        if planned.acts(own):
-            return own
-        at = moved(planned.graph, at)
+    origin: Operand | None = operand
+    while origin is not None and origin.value:
+        quantizer = value_quantizer(origin.value)
+        if planned.acts(quantizer):
+            return quantizer
+        origin = moved(planned.graph, origin)
     return ""

@@ -11,18 +11,20 @@ from sophq_func.planning.plan import Origin, Plan
 
 
 def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
-    """Decide for a traced model which quantizers there are, and how each is configured.
+    """Decide which quantizers a traced model gets, and how each is configured.
 
     Args:
-      graph: from :func:`sophq_func.trace`; of several traces the plan is the union.
+      graph: from :func:`sophq_func.trace`; or several, for examples that take different ways through the model.
       config: what is asked for.
 
     Returns:
-      The :class:`~sophq_func.planning.plan.Plan`.
+      The :class:`~sophq_func.planning.plan.Plan`; of several graphs the union.
 
     Raises:
-      ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all problems at once.
-      PlanError: a value to be quantized was made in place, and is used under its old name later.
+      ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all problems in one
+        message.
+      PlanError: a value to be quantized is written in place and used under its old name later; or examples disagree on the
+        calls of one name.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -30,13 +32,10 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
       ['input.post_act_fake_quantizer', 'weight_fake_quant']
     """
     if not isinstance(config, QuantConfig):
-        raise ConfigError(
-            explain("plan", "this config is not possible", got=type(config).__name__, allowed="sq.QuantConfig")
-        )
+        got, allowed, fix = type(config).__name__, "a sq.QuantConfig", 'sq.QuantConfig(chip="BM1690")'
+        raise ConfigError(explain("plan", "config has the wrong type", got=got, allowed=allowed, fix=fix))
     graphs = [graph] if isinstance(graph, Graph) else graph
     if not isinstance(graphs, list | tuple) or not graphs or not all(isinstance(g, Graph) for g in graphs):
-        got, allowed = type(graph).__name__, "a Graph, or a list of at least one"
-        raise ConfigError(
-            explain("plan", "this graph is not possible", got=got, allowed=allowed, fix="sq.trace(model, args)")
-        )
+        got, allowed, fix = type(graph).__name__, "a Graph, or a list of at least one", "sq.trace(model, args)"
+        raise ConfigError(explain("plan", "graph is no traced model", got=got, allowed=allowed, fix=fix))
     return Plan.of(Origin(tuple(graphs), config))

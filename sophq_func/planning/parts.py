@@ -1,7 +1,7 @@
-"""The plan of a part of a model, and which parts there are.
+"""The plan of a part of a model, and the parts that a model has.
 
-A part is one call of one module. Its plan has the whole plan's decisions, quantizer names and parameter names; only the
-calls at which quantizers act are counted from where the part starts.
+A part is one call of one module. Its plan has the decisions, quantizer names and parameter names of the whole plan; only the
+calls at which quantizers act are counted from the start of the part.
 """
 
 from __future__ import annotations
@@ -29,54 +29,62 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
     Raises:
       PlanError: the examples do not reach that call, or come to it by different ways.
     """
-    found = [(run, spans[call]) for run in plan.runs if len(spans := run.spans(path)) > call]
-    if not found:
-        raise PlanError(explain("part", f"call {call} of {path!r} is not possible", because=_why_not(plan, path)))
-    before = [run.counts(0, span.start) for run, span in found]
-    inside = [run.counts(span.start, span.stop) for run, span in found]
+    sentence = f"call {call} of {path!r} cannot be cut out"
+    spans = [(run, run.spans(path)[call]) for run in plan.runs if len(run.spans(path)) > call]
+    if not spans:
+        raise PlanError(explain("part", sentence, because=_why_not(plan, path), fix="plan with an example that makes it"))
+    before = [run.counts(0, span.start) for run, span in spans]
+    inside = [run.counts(span.start, span.stop) for run, span in spans]
     sites: dict[str, Site] = {}
     for name in plan:
         site = plan.site(name)
         moved = [_moved(site, parameters, *counts) for counts in zip(before, inside, strict=True)]
-        own = list(dict.fromkeys(one for one in moved if one is not None))
-        if len(own) > 1:
+        inner = list(dict.fromkeys(one for one in moved if one is not None))
+        if len(inner) > 1:
             because = f"the examples make {name} at different calls of it"
-            raise PlanError(
-                explain("part", f"call {call} of {path!r} is not possible", because=because, fix="plan with one example")
-            )
-        if own:
-            sites[name] = own[0]
+            raise PlanError(explain("part", sentence, because=because, fix="plan with one example"))
+        if inner:
+            sites[name] = inner[0]
     pairs = {place.pair for site in sites.values() if not isinstance(site, WeightSite) for place in site.places()}
-    names = {made.name for run, span in found for made in run.calls[span.start : span.stop]}
+    names = {made.name for run, span in spans for made in run.calls[span.start : span.stop]}
+    calls = tuple(one for one in plan.calls if one.name in names)
+    edges = tuple(edge for edge in plan.edges if edge.source in names and edge.target in names)
     return Plan(
         {name: plan[name] for name in sites},
         sites,
         tuple({pair: counts[pair] for pair in sorted(pairs)} for counts in inside),
         {name: plan.reasons(name) for name in sites},
-        wiring=Wiring(
-            tuple(one for one in plan.calls if one.name in names),
-            tuple(edge for edge in plan.edges if edge.source in names and edge.target in names),
-        ),
-        runs=tuple(_cut(run, span) for run, span in found),
+        wiring=Wiring(calls, edges),
+        runs=tuple(_cut(run, span) for run, span in spans),
     )
 
 
 def _why_not(plan: Plan, path: str) -> str:
+    """Why a call of a module is not in a plan, in words."""
     if not plan.runs:
         return "the plan was written by an older version, without the calls of its examples"
     called = max(len(run.spans(path)) for run in plan.runs)
-    return f"the examples call it {called} times" if called else "no example calls it; inside a leaf nothing is seen"
+    if called:
+        return f"the examples call it {called} times"
+    return "no example calls it; calls inside of leaf modules are not recorded"
 
 
 def _moved(site: Site, parameters: Collection[str], before: Mapping[Pair, int], inside: Mapping[Pair, int]) -> Site | None:
-    """A site whose calls are counted from the start of the part; ``None`` where it lies outside."""
+    """A site with its calls counted from the start of a part; ``None`` for one outside of it.
+
+    Args:
+      site: in the whole model.
+      parameters: canonical names of the parameters that the part reads.
+      before: number of calls before the part.
+      inside: number of calls in the part.
+    """
     if site.argument:
         return None
     kept = []
     for path, function, call, operand in site.places():
-        own = call - before[path, function]
-        if 0 <= own < inside[path, function]:
-            kept.append(OperandSite(path, function, own, operand))
+        call_in_part = call - before[path, function]
+        if 0 <= call_in_part < inside[path, function]:
+            kept.append(OperandSite(path, function, call_in_part, operand))
     if isinstance(site, WeightSite) and site.parameter not in parameters:
         return None
     if not kept:
@@ -88,21 +96,28 @@ def _moved(site: Site, parameters: Collection[str], before: Mapping[Pair, int], 
 
 
 def _cut(run: Run, span: Span) -> Run:
-    """The run from where a span starts to where it ends."""
-    scopes = (
-        Span(scope.path, scope.start - span.start, scope.stop - span.start) for scope in run.scopes if span.holds(scope)
-    )
-    return Run(run.calls[span.start : span.stop], tuple(scopes))
+    """The part of a run in a span, counted from its start."""
+    inner = [scope for scope in run.scopes if span.holds(scope)]
+    scopes = tuple(Span(scope.path, scope.start - span.start, scope.stop - span.start) for scope in inner)
+    return Run(run.calls[span.start : span.stop], scopes)
 
 
 def matching(plan: Plan, pattern: str) -> list[tuple[str, int]]:
-    """Paths of the modules that a glob fits, none inside another, with the number of each call, in execution order.
+    """The calls of the modules that a glob fits and that lie in no other such module, in execution order.
+
+    Args:
+      plan: of the model.
+      pattern: the glob; ``*`` also matches dots.
+
+    Returns:
+      For each call the module's path, and the call's number among those of the module.
 
     Raises:
       ConfigError: it fits no module that the example calls.
     """
     run = _longest(plan)
-    called = {made.path for made in run.calls if made.path and not made.function} | {scope.path for scope in run.scopes}
+    leaves = {made.path for made in run.calls if made.path and not made.function}
+    called = leaves | {scope.path for scope in run.scopes}
     fits = {path for path in called if path and fnmatchcase(path, pattern)}
     if not fits:
         raise ConfigError(unknown("blocks", "pattern", pattern, sorted(called)))
@@ -115,47 +130,52 @@ def _lies_in(path: str, other: str) -> bool:
 
 
 def blocks(plan: Plan, in_list: Callable[[str], bool]) -> list[tuple[str, int]]:
-    """The blocks of a model: residual ones, and beside them those that stand in a list; as :func:`matching` has them.
+    """The calls of a model's blocks, in execution order: residual blocks, and items of module lists apart from these.
 
     A block is residual if it adds two values that both come from one value made outside of it: ``x + f(x)``, or
-    ``g(x) + f(x)`` with a shortcut. The smallest module of which that is true counts, and of those the outermost.
+    ``g(x) + f(x)`` with a shortcut. For each addition the smallest such module counts. Of blocks inside one another the
+    outermost counts.
 
     Args:
       plan: of the model.
       in_list: whether the module at a path is an item of a ``ModuleList`` or ``Sequential``.
+
+    Returns:
+      As :func:`matching`.
     """
     run = _longest(plan)
     residual = _outermost(_residual(run, plan.edges))
     listed = [scope for scope in run.scopes if in_list(scope.path)]
-    apart = [scope for scope in listed if not any(scope.holds(own) or own.holds(scope) for own in residual)]
+    apart = [scope for scope in listed if not any(scope.holds(block) or block.holds(scope) for block in residual)]
     return _in_order(run, [span.path for span in (*residual, *_outermost(apart))])
 
 
 def _longest(plan: Plan) -> Run:
+    """The run of the example that calls most; the blocks are those that it calls."""
     if not plan.runs:
-        raise PlanError(
-            explain("blocks", "finding blocks is not possible", because=_why_not(plan, ""), fix="plan the model anew")
-        )
+        fix = "sq.plan(sq.trace(model, args), config)"
+        raise PlanError(explain("blocks", "blocks cannot be found", because=_why_not(plan, ""), fix=fix))
     return max(plan.runs, key=lambda run: len(run.calls))
 
 
 def _in_order(run: Run, paths: Collection[str]) -> list[tuple[str, int]]:
-    """Each call of modules, first to last, with its number among those of its module."""
-    found = [(span.start, path, number) for path in set(paths) for number, span in enumerate(run.spans(path))]
-    return [(path, number) for _, path, number in sorted(found)]
+    """The calls of the modules at some paths, first to last, each with its number among those of its module."""
+    calls = [(span.start, path, number) for path in set(paths) for number, span in enumerate(run.spans(path))]
+    return [(path, number) for _, path, number in sorted(calls)]
 
 
 def _outermost(spans: Iterable[Span]) -> list[Span]:
-    """Those of some spans that lie in no other of them."""
-    found: list[Span] = []
+    """The spans that lie in no other one."""
+    outermost: list[Span] = []
+    # Spans lie in one another or apart, so a span lies in another one exactly if it lies in the last outermost one.
     for span in sorted(set(spans), key=lambda span: (span.start, -span.stop)):
-        if not found or not found[-1].holds(span):
-            found.append(span)
-    return found
+        if not outermost or not outermost[-1].holds(span):
+            outermost.append(span)
+    return outermost
 
 
 def _residual(run: Run, edges: Sequence[Edge]) -> Iterator[Span]:
-    """For each addition of a value to what was made of it, the smallest call of a module around the two."""
+    """For each addition of two values, the smallest call of a module outside of which both have an origin in common."""
     index = {made.name: i for i, made in enumerate(run.calls)}
     takes: dict[int, list[int]] = {}
     for edge in edges:
@@ -163,24 +183,27 @@ def _residual(run: Run, edges: Sequence[Edge]) -> Iterator[Span]:
             takes.setdefault(index[edge.target], []).append(index[edge.source])
     for i, made in enumerate(run.calls):
         terms = takes.get(i, [])
-        if made.function == "add" and len(terms) == 2:
-            around = (scope for scope in run.around(i) if scope.path)
-            one, other = terms
-            yield from [s for s in around if _origins(one, s, takes) & _origins(other, s, takes)][:1]
-
-
-def _origins(value: int, span: Span, takes: Mapping[int, Sequence[int]]) -> set[int]:
-    """The calls outside of a span from which a value comes."""
-    found: set[int] = set()
-    seen: set[int] = set()
-    ahead = [value]
-    while ahead:
-        one = ahead.pop()
-        if one in seen:
+        if made.function != "add" or len(terms) != 2:
             continue
-        seen.add(one)
-        if span.start <= one < span.stop:
-            ahead += takes.get(one, [])
+        one, other = terms
+        for scope in run.around(i):
+            if scope.path and _origins(one, scope, takes) & _origins(other, scope, takes):
+                yield scope
+                break
+
+
+def _origins(call: int, span: Span, takes: Mapping[int, Sequence[int]]) -> set[int]:
+    """The calls outside of a span from which the result of a call comes."""
+    origins: set[int] = set()
+    seen: set[int] = set()
+    pending = [call]
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if span.start <= current < span.stop:
+            pending += takes.get(current, [])
         else:
-            found.add(one)
-    return found
+            origins.add(current)
+    return origins

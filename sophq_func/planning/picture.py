@@ -1,4 +1,4 @@
-"""The traced calls with their quantizers between them, and that in the DOT language."""
+"""The graph of a plan: the traced calls, the quantizers between them, and a drawing in the DOT language."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.text import short
 from sophq_func.planning.weights import WeightPlace
 
+WEIGHT_COLOR, ACTIVATION_COLOR = "#f6c685", "#a8d0f0"
+"""Orange and blue, light enough for black text."""
+
 OUTPUT = "output"
-"""Name of the call that stands for what the model returns."""
+"""Name of the call that represents what the model returns."""
 
 
 class Call(NamedTuple):
@@ -31,7 +34,13 @@ class Call(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """One value on its way from the call that makes it to one that takes it, through quantizers in order."""
+    """A value that passes from the call that makes it to one that takes it.
+
+    Attributes:
+      source: name of the call that makes the value.
+      target: name of the call that takes it.
+      through: names of the quantizers that it passes, in order.
+    """
 
     source: str
     target: str
@@ -39,7 +48,7 @@ class Edge(NamedTuple):
 
 
 class Wiring(NamedTuple):
-    """The traced model with its quantizers, in names alone. Pictures are drawn from it, and tensors of files named."""
+    """The traced model with its quantizers, in names alone. It is drawn in pictures, and names tensors in exported files."""
 
     calls: tuple[Call, ...] = ()
     edges: tuple[Edge, ...] = ()
@@ -51,20 +60,24 @@ NO_WIRING = Wiring()
 def wiring(
     graph: Graph, weights: Iterable[WeightPlace], quantizers: Container[str], inputs: Mapping[tuple[str, int], str]
 ) -> Wiring:
-    """The calls of a graph, and each way of each value from one to another.
+    """The calls of a graph, and an edge for each use of a value.
 
     Args:
       graph: fused.
       weights: each weight with the calls that use it.
-      quantizers: those that there are.
-      inputs: quantizers before single calls, by call and operand.
+      quantizers: names of the quantizers of the plan.
+      inputs: quantizers before single calls, by the call's name and the operand's slot.
     """
-    used: dict[str, list[str]] = {}
+    weights_of: dict[str, list[str]] = {}
     for weight in weights:
-        for call in weight.calls if weight.site.quantizer in quantizers else ():
-            used.setdefault(call.name, []).append(weight.site.quantizer)
-    kinds = {node.name: node.type.__name__ if node.type is not None else node.function for node in graph}
-    calls = [Call(name, kind, tuple(used.get(name, ()))) for name, kind in kinds.items()]
+        name = weight.site.quantizer
+        if name in quantizers:
+            for call in weight.calls:
+                weights_of.setdefault(call.name, []).append(name)
+    calls = []
+    for node in graph:
+        does = node.type.__name__ if node.type is not None else node.function
+        calls.append(Call(node.name, does, tuple(weights_of.get(node.name, ()))))
 
     def edge(value: str, target: str, before: str = "") -> Edge:
         behind = value_quantizer(value)
@@ -82,14 +95,14 @@ def wiring(
 
 
 def merged(wirings: Sequence[Wiring]) -> Wiring:
-    """The wiring of several examples: each call and each way once."""
-    calls = {call.name: call for own in wirings for call in own.calls}
-    edges = dict.fromkeys(edge for own in wirings for edge in own.edges)
+    """The wiring of several examples: each call and each edge once."""
+    calls = {call.name: call for wiring in wirings for call in wiring.calls}
+    edges = dict.fromkeys(edge for wiring in wirings for edge in wiring.edges)
     return Wiring(tuple(calls.values()), tuple(edges))
 
 
 def ways(edges: Iterable[Edge]) -> list[tuple[str, str]]:
-    """Each step of each value, from a call or quantizer to the next; steps that values share are there once."""
+    """The steps of all edges from a call or quantizer to the next, each once, as edges share quantizers."""
     steps: dict[tuple[str, str], None] = {}
     for edge in edges:
         stops = (edge.source, *edge.through, edge.target)
@@ -98,7 +111,7 @@ def ways(edges: Iterable[Edge]) -> list[tuple[str, str]]:
 
 
 def dot(wiring: Wiring, configs: Mapping[str, QuantizerConfig]) -> str:
-    """The graph in the DOT language: calls in boxes, quantizers in rounded colored ones, dashed where they only observe."""
+    """The graph in the DOT language: calls are boxes, quantizers rounded colored ones; dashed ones only observe."""
     lines = ["digraph plan {", "  rankdir=TB;", '  node [fontname="Helvetica", fontsize=10];']
     for call in wiring.calls:
         label = f"{call.name}\\n{call.does}" if call.does else call.name
@@ -113,8 +126,6 @@ def dot(wiring: Wiring, configs: Mapping[str, QuantizerConfig]) -> str:
     return "\n".join([*lines, "}"])
 
 
-WEIGHT_COLOR, ACTIVATION_COLOR = "#f6c685", "#a8d0f0"
-
-
 def _quoted(text: str) -> str:
+    # A double quote would end the text.
     return '"' + text.replace('"', "'") + '"'

@@ -15,11 +15,11 @@ from sophq_func.planning.values import node_site, value_site
 
 
 class Placed(NamedTuple):
-    """What :func:`place` found.
+    """Where activation quantizers go.
 
     Attributes:
-      placement: the strategy's, with the results that rules ask for.
-      used: indices of the rules that had a say.
+      placement: that of the strategy, and the results that rules ask for.
+      used: indices of the rules that said something about it.
     """
 
     placement: Placement
@@ -27,7 +27,7 @@ class Placed(NamedTuple):
 
 
 def place(graph: Graph, strategy: Strategy, config: QuantConfig) -> Placed:
-    """Where a strategy and the rules of a config put activation quantizers.
+    """Choose the values that get activation quantizers, by a strategy and the rules of a config.
 
     Args:
       graph: fused.
@@ -36,28 +36,29 @@ def place(graph: Graph, strategy: Strategy, config: QuantConfig) -> Placed:
     """
     used: set[int] = set()
 
-    @cache  # a strategy goes over the graph several times
+    # A strategy goes over the graph several times.
+    @cache
     def site_of(name: str) -> Site:
         return node_site(graph, graph.nodes[name])
 
     placement = strategy.place(graph, _requests(config, site_of, used))
-    asked, matched = _asked_results(graph, config)
-    # The strategy's own reason for a value comes before that of a rule.
-    chosen = {**asked, **placement.chosen}
+    results, matched = _results_by_rules(graph, config)
+    # The strategy's reason for a value comes before that of a rule.
+    chosen = {**results, **placement.chosen}
     return Placed(placement._replace(chosen=chosen), frozenset(used | matched))
 
 
 def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int]) -> Requests:
-    """What the strategy may ask about the config; rules that answer are added to ``used``."""
-    # Most configs ask for nothing: then no site is made of each call.
-    any_asks = any(rule.requests is not None for rule in config.rules)
+    """What the strategy may ask about the config; indices of the rules that answer are added to ``used``."""
+    # Sites cost time, and most configs have no such rule.
+    any_requests = any(rule.requests is not None for rule in config.rules)
 
     def asks(node: Node) -> bool | None:
-        if not any_asks:
+        if not any_requests:
             return None
-        answer, indices = requested(config, site_of(node.name))
-        used.update(indices)
-        return answer
+        request = requested(config, site_of(node.name))
+        used.update(request.matched)
+        return request.answer
 
     def listed(node: Node) -> bool:
         return any(matches_type(key, site_of(node.name)) for key in config.operations)
@@ -65,14 +66,16 @@ def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int
     return Requests(asks, listed, config.weight_layers, free=config.chip is None)
 
 
-def _asked_results(graph: Graph, config: QuantConfig) -> tuple[dict[str, str], set[int]]:
-    """The values for which rules with ``outputs=True`` ask, each with the first such rule; and all rules that matched."""
-    wishes = [(index, rule) for index, rule in enumerate(config.rules) if rule.outputs]
+def _results_by_rules(graph: Graph, config: QuantConfig) -> tuple[dict[str, str], set[int]]:
+    """The values that rules with ``outputs=True`` match, each with the first such rule; and indices of these rules."""
+    rules = [(index, rule) for index, rule in enumerate(config.rules) if rule.outputs]
     chosen: dict[str, str] = {}
     matched: set[int] = set()
-    for value in graph.values if wishes else ():
+    if not rules:
+        return chosen, matched
+    for value in graph.values:
         site = value_site(graph, graph.producer(value), value)
-        for index, rule in wishes:
+        for index, rule in rules:
             if rule.matches(site):
                 matched.add(index)
                 chosen.setdefault(value, repr(rule))

@@ -1,4 +1,4 @@
-"""The plan: an immutable config tree, ``{quantizer name: QuantizerConfig}``, that explains itself."""
+"""The plan: an immutable mapping from the names of quantizers to their configs, with the reason for each of their fields."""
 
 from __future__ import annotations
 
@@ -25,24 +25,32 @@ from sophq_func.planning.unite import Counts, unite
 
 
 class Origin(NamedTuple):
-    """What a plan was made from."""
+    """What a plan was made from: the traced examples and the config."""
 
     graphs: tuple[Graph, ...]
     config: QuantConfig
 
 
 class Plan(Mapping[str, QuantizerConfig]):
-    """What is quantized how, in execution order. Made by :func:`sophq_func.plan`; immutable, equal by value.
+    """The quantizers of a model by name, in execution order, each with its config. Immutable, and compared by value.
+
+    :func:`sophq_func.plan` makes it.
 
     Attributes:
-      notes: remarks for people on what the plan left out, and why.
-      unused: rules that matched nothing.
-      opaque: paths of modules whose inside is not looked at.
-      written: inputs that the model writes into; they enter as copies.
-      wiring: the traced calls, and the ways of values through the quantizers.
-      origin: the graphs and the config that it was made from; ``None`` after JSON or a pickle, since classes of modules and
-        functions in rules are no data.
-      runs: what each example called, in order.
+      notes: remarks on what the plan left out, and why.
+      unused: rules that changed nothing.
+      opaque: paths of leaf modules, whose inner calls are not recorded.
+      written: names of the inputs that the model writes into; a quantized model gets copies of them.
+      wiring: the traced calls, and the values that pass from one to another through quantizers.
+      origin: the graphs and the config that it was made from; ``None`` for a plan from JSON or a pickle, as classes and
+        functions cannot be stored there.
+      runs: the calls of each example, in order.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> plan = sq.plan(sq.trace(torch.nn.Linear(2, 3), (torch.ones(1, 2),)), sq.QuantConfig())
+      >>> plan["weight_fake_quant"].scheme.bits, plan.reasons("weight_fake_quant")["bits"]
+      (8, 'default (BM1690)')
     """
 
     _configs: dict[str, QuantizerConfig]
@@ -74,7 +82,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         self.__dict__.update(
             _configs=dict(configs),
             _sites=dict(sites),
-            _reasons={name: dict(own) for name, own in reasons.items()},
+            _reasons={name: dict(by_field) for name, by_field in reasons.items()},
             _counts=tuple(dict(c) for c in counts),
             notes=tuple(notes),
             unused=tuple(unused),
@@ -87,23 +95,23 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     @staticmethod
     def of(origin: Origin) -> Plan:
-        """Plan; see :func:`sophq_func.plan`, which checks its arguments first."""
+        """The plan that is made from graphs and a config; :func:`sophq_func.plan` checks these first."""
         graphs, config = origin
         drafts = [draft(graph, config) for graph in graphs]
         check(drafts, config)
-        made = unite(drafts)
-        used = frozenset().union(*(own.used for own in drafts))
+        united = unite(drafts)
+        used = frozenset().union(*(draft.used for draft in drafts))
         return Plan(
-            {name: own for name, decision in made.decisions.items() if (own := decision.config) is not None},
-            made.sites,
-            made.counts,
-            {name: decision.reasons for name, decision in made.decisions.items()},
-            made.notes,
+            {name: decision.config for name, decision in united.decisions.items() if decision.config is not None},
+            united.sites,
+            united.counts,
+            {name: decision.reasons for name, decision in united.decisions.items()},
+            united.notes,
             tuple(rule for i, rule in enumerate(config.rules) if i not in used),
-            made.opaque,
-            made.written,
-            made.wiring,
-            made.runs,
+            united.opaque,
+            united.written,
+            united.wiring,
+            united.runs,
             origin,
         )
 
@@ -114,9 +122,8 @@ class Plan(Mapping[str, QuantizerConfig]):
         self.__dict__.update(state)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(
-            explain("Plan", f"setting {name!r} is not possible", because="it is immutable", fix="plan anew")
-        )
+        fix = "plan.override(rule) makes a new plan"
+        raise AttributeError(explain("Plan", f"{name!r} cannot be set", because="a plan is immutable", fix=fix))
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
@@ -128,12 +135,12 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     @property
     def edges(self) -> tuple[Edge, ...]:
-        """Each value on its way from the call that makes it to one that takes it."""
+        """Each use of a value: the call that makes it, the quantizers that it passes, and the call that takes it."""
         return self.wiring.edges
 
     @property
     def counts(self) -> tuple[Counts, ...]:
-        """For each example, how often the planned modules and functions were called."""
+        """For each example, how often it calls each module and function at which quantizers act."""
         return tuple(dict(counts) for counts in self._counts)
 
     def __getitem__(self, name: str) -> QuantizerConfig:
@@ -156,27 +163,33 @@ class Plan(Mapping[str, QuantizerConfig]):
         return f"Plan({weights} weight and {len(self) - weights} activation quantizers, digest {self.digest()[:12]})"
 
     def find(self, name: str) -> str:
-        """The full name of a quantizer that is given by it, dotted or underscored.
+        """The name of a quantizer as the plan spells it, with dots.
+
+        Args:
+          name: with dots, or with underscores in their place.
 
         Raises:
-          KeyError: there is none; the message lists near matches.
-          ConfigError: it fits several.
+          KeyError: there is no such quantizer; the message lists near matches.
+          ConfigError: a name with underscores fits several.
         """
         if name in self._configs:
             return name
-        found = [own for own in self._configs if underscored(own) == name]
-        if len(found) > 1:
-            raise ConfigError(f"plan: {name!r} fits {' and '.join(map(repr, found))}. Fix: write the dots.")
-        if not found:
+        fitting = [full for full in self._configs if underscored(full) == name]
+        if len(fitting) > 1:
+            raise ConfigError(f"plan: {name!r} fits {' and '.join(map(repr, fitting))}. Fix: write the dots.")
+        if not fitting:
             raise KeyError(f"no quantizer {name!r} in the plan; {near(str(name), self._configs)}")
-        return found[0]
+        return fitting[0]
 
     def site(self, name: str) -> Site:
         """Where a quantizer sits."""
         return self._sites[self.find(name)]
 
     def reasons(self, name: str) -> Mapping[str, str]:
-        """For each field of a quantizer's config, which default or rule decided it; ``"placed"`` says why it is there."""
+        """For each field of a quantizer's config, which default or rule decided it.
+
+        Under ``"placed"`` is the reason why there is a quantizer.
+        """
         return dict(self._reasons[self.find(name)])
 
     def rows(self) -> list[dict[str, str]]:
@@ -192,7 +205,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         return text.table(self.rows(), remarks)
 
     def explain(self, name: str) -> str:
-        """Everything about one quantizer as text: where it sits, and each field with who decided it."""
+        """Everything about one quantizer as text: where it sits, and each field with what decided it."""
         full = self.find(name)
         return text.explain(self._configs[full], self._sites[full], self._reasons[full])
 
@@ -203,7 +216,8 @@ class Plan(Mapping[str, QuantizerConfig]):
     def diff(self, other: Plan) -> PlanDiff:
         """What ``other`` has that is different: quantizers added, removed, or with changed fields."""
         if not isinstance(other, Plan):
-            raise PlanError(explain("plan.diff", "this plan is not possible", got=type(other).__name__, allowed="a sq.Plan"))
+            got, allowed, fix = type(other).__name__, "a sq.Plan", "plan.diff(other_q.plan)"
+            raise PlanError(explain("plan.diff", "only plans can be compared", got=got, allowed=allowed, fix=fix))
         return diff.diff((self._configs, other._configs), (self._sites, other._sites))
 
     def override(self, rule: Rule) -> Plan:
@@ -214,23 +228,21 @@ class Plan(Mapping[str, QuantizerConfig]):
           PlanError: the plan was read from JSON or a pickle, and has no traced model to plan again.
         """
         if not isinstance(rule, Rule):
-            fix = 'sq.Rule(name="...", weight=sq.override(bits=4))'
-            raise ConfigError(
-                explain("plan.override", "this rule is not possible", got=type(rule).__name__, allowed="a sq.Rule", fix=fix)
-            )
+            got, allowed, fix = type(rule).__name__, "a sq.Rule", 'sq.Rule(name="head", weight=sq.override(bits=4))'
+            raise ConfigError(explain("plan.override", "rule has the wrong type", got=got, allowed=allowed, fix=fix))
         if self.origin is None:
             because = "it was read from JSON or a pickle, without the traced model"
             fix = "sq.plan(sq.trace(model, args), config)"
-            raise PlanError(explain("plan.override", "planning again is not possible", because=because, fix=fix))
+            raise PlanError(explain("plan.override", "this plan cannot be made again", because=because, fix=fix))
         config = self.origin.config
         return Plan.of(self.origin._replace(config=replace(config, rules=(*config.rules, rule))))
 
     def to_dot(self) -> str:
-        """The model's graph with its quantizers, in the DOT language; :func:`sophq_func.draw` makes a picture."""
+        """The model's graph with its quantizers, in the DOT language; :func:`sophq_func.draw` draws it."""
         return picture.dot(self.wiring, self._configs)
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides about numbers, as data; what only explains is left out."""
+        """All that a model's numbers depend on, as data; what only explains is left out."""
         return {
             "quantizers": [
                 {"name": name, "config": to_data(config), "site": self._sites[name].identity()}
@@ -242,46 +254,48 @@ class Plan(Mapping[str, QuantizerConfig]):
         }
 
     def to_json(self) -> str:
-        """The plan as JSON text: stable, and all that :func:`sophq_func.build` needs. Unused rules are left out."""
+        """The plan as JSON text, with all that :func:`sophq_func.build` needs. Unused rules are left out."""
         data = self._identity()
         for entry in data["quantizers"]:
             entry["site"] = self._sites[entry["name"]].to_data()
-        told = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs}
-        return json.dumps({"version": VERSION, **data, **told}, indent=1, sort_keys=True)
+        explanations = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs}
+        return json.dumps({"version": VERSION, **data, **explanations}, indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The inverse of :meth:`to_json`. Texts of older versions are read, too.
+        """The plan from a text of :meth:`to_json`, of this version of the text or an older one.
 
         Raises:
-          ConfigError: the text is no plan, or of another version.
+          ConfigError: the text holds no plan, or one of an unknown version.
         """
         return Plan(*read(text))
 
     def digest(self) -> str:
-        """SHA-256 over everything that decides about numbers; equal exactly for equal plans."""
+        """SHA-256 of everything that a model's numbers depend on, in hexadecimal; equal exactly for equal plans."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
     def check(self, names: Mapping[str, Any], what: str, types: Mapping[str, type], known: Collection[str] = ()) -> None:
-        """Raise a :class:`StateError` unless a state has what is expected of it.
+        """Check that a state has an entry of the right class for each quantizer, and no others.
 
         Args:
           names: the state, by quantizer.
           what: what it is, for errors: ``"ostate"`` or ``"qparams"``.
-          types: the class of each entry that there must be.
-          known: names of entries that there may be beside these.
+          types: by quantizer, the class of each entry that there must be.
+          known: names of further entries that there may be.
+
+        Raises:
+          StateError: an entry is missing, of another class, or of a quantizer that is not in the plan.
         """
+        fix = "q.init(params)" if what == "ostate" else "q.calibrate(params, batches)"
         if not isinstance(names, Mapping):
-            raise StateError(
-                explain(what, "this type is not possible", got=type(names).__name__, allowed="a dict {quantizer: state}")
-            )
+            got, allowed = type(names).__name__, "a dict {quantizer: state}"
+            raise StateError(explain(what, f"{what} is no dict", got=got, allowed=allowed, fix=fix))
         for name in names.keys() & types.keys():
             if not isinstance(names[name], types[name]):
                 got, allowed = type(names[name]).__name__, types[name].__name__
-                raise StateError(explain(f"{what}[{name!r}]", "this value is not possible", got=got, allowed=allowed))
+                raise StateError(explain(f"{what}[{name!r}]", "the class is wrong", got=got, allowed=allowed, fix=fix))
         missing = [name for name in types if name not in names]
         if missing:
-            fix = "q.init(params)" if what == "ostate" else "q.calibrate(params, batches)"
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
         extra = [name for name in names if name not in types and name not in known]
         if extra:

@@ -1,4 +1,4 @@
-"""Pictures of a plan, with matplotlib (``pip install 'sophq-func[demo]'``)."""
+"""Pictures of a plan, drawn with matplotlib (``pip install 'sophq-func[demo]'``)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-LANE, ROW = 3.4, 0.95
-"""Distance of neighbours, sideways and downwards, in inches."""
-BOX, PILL = (2.3, 0.44), (0.62, 0.2)
-"""Width and height of a call and of a quantizer, in inches."""
 
+LANE, ROW = 3.4, 0.95
+"""Distance of neighbours, sideways and downwards, in inches. A lane holds a box, a pill on its left, and an arrow's bend."""
+
+BOX, PILL = (2.3, 0.44), (0.62, 0.2)
+"""Width and height of a call and of a quantizer, in inches. A box holds two lines of text in the size 7."""
+
+DOTS_PER_INCH = 110
+"""Of a picture in pixels: text of the size 6 can still be read."""
+
+NAME_LENGTH = 38
+"""Characters that a box has room for; of a longer name only the end is written."""
 
 Point: TypeAlias = tuple[float, float]
+"""Right and down from the first input, in inches."""
 
 
 def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Draw the model's graph with its quantizers, and write the picture.
+    """Draw the model's graph with its quantizers into a file.
 
-    A call is a box; a fused group is one. Quantizers are colored pills: on the left of a box for its weight, below it for
-    its result, above it for an input that is quantized for this call alone. Dashed ones only observe.
+    A call or a fused group is a box. Quantizers are colored pills: on the left of a box for its weight, below it for its
+    result, above it for an input that is quantized for this call alone. Dashed ones only observe.
 
     Args:
       plan: any plan, also one read from JSON.
-      path: of the picture; its ending, ``.png``, ``.svg`` or ``.pdf``, says the format. The folder must be there.
+      path: of the picture, in a folder that exists. Its ending, ``.png``, ``.svg`` or ``.pdf``, decides the format.
 
     Returns:
-      The path. The file is written to a temporary name first, so that it is never half there.
+      The path. The file is written under a temporary name and then renamed, so that it is never incomplete.
 
     Raises:
       PlanError: another ending, no such folder, a plan without calls, or matplotlib is not installed.
@@ -50,22 +58,21 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
       True
     """
     if not isinstance(plan, Plan):
-        raise PlanError(
-            explain(
-                "draw", "this plan is not possible", got=type(plan).__name__, allowed="a sq.Plan", fix="draw(q.plan, path)"
-            )
-        )
+        got, allowed, fix = type(plan).__name__, "a sq.Plan", "sq.draw(q.plan, path)"
+        raise PlanError(explain("draw", "only a plan can be drawn", got=got, allowed=allowed, fix=fix))
     target = Path(path)
     if target.suffix not in FORMATS:
-        raise PlanError(explain("draw", "this ending is not possible", got=target.name, allowed=", ".join(FORMATS)))
+        allowed, fix = ", ".join(FORMATS), f'sq.draw(plan, "{target.stem}.png")'
+        raise PlanError(explain("draw", "the ending of path is no format", got=target.name, allowed=allowed, fix=fix))
     if not target.parent.is_dir():
-        raise PlanError(explain("draw", "this folder is not possible", got=str(target.parent), fix="make it first"))
+        fix = "Path(path).parent.mkdir(parents=True)"
+        raise PlanError(explain("draw", "the folder of path does not exist", got=str(target.parent), fix=fix))
     if not plan.calls:
-        fix = "sq.plan(sq.trace(model, args), config)"
-        raise PlanError(explain("draw", "a picture is not possible", because="the plan knows no calls", fix=fix))
+        because, fix = "the plan has no calls", "sq.plan(sq.trace(model, args), config)"
+        raise PlanError(explain("draw", "there is nothing to draw", because=because, fix=fix))
     figure = _figure(plan)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
-    figure.savefig(partial, dpi=110)
+    figure.savefig(partial, dpi=DOTS_PER_INCH)
     partial.replace(target)
     return target
 
@@ -75,9 +82,8 @@ def _figure(plan: Plan) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         fix = "pip install matplotlib, or render plan.to_dot() with Graphviz"
-        raise PlanError(
-            explain("draw", "a picture is not possible", because="matplotlib is not installed", fix=fix)
-        ) from error
+        because = "matplotlib is not installed"
+        raise PlanError(explain("draw", "the picture cannot be drawn", because=because, fix=fix)) from error
     places = layout(plan.calls, plan.edges)
     lanes = [x for x, _ in places.values()]
     left, right, depth = min(lanes), max(lanes), max(y for _, y in places.values())
@@ -100,7 +106,7 @@ def _figure(plan: Plan) -> Figure:
 
 
 def layout(calls: Sequence[Call], edges: Sequence[Edge]) -> dict[str, tuple[float, int]]:
-    """Lane and row of each call: rows by the longest way from an input, lanes so that a chain stays straight.
+    """Lane and row of each call: the row is the longest way from an input, the lane that of the call that it continues.
 
     Example:
       >>> layout([Call("x", ""), Call("fc", "Linear")], [Edge("x", "fc")])
@@ -112,12 +118,18 @@ def layout(calls: Sequence[Call], edges: Sequence[Edge]) -> dict[str, tuple[floa
     places: dict[str, tuple[float, int]] = {}
     taken: set[tuple[float, int]] = set()
     continued: set[str] = set()
+
+    def row_of(name: str) -> int:
+        return places[name][1]
+
     for call in calls:
         before = sources[call.name]
-        row = max((places[s][1] + 1 for s in before), default=0)
-        heirs = [s for s in before if s not in continued] or before
-        lane: float = places[max(heirs, key=lambda s: places[s][1])][0] if heirs else 0
+        row = max((row_of(source) + 1 for source in before), default=0)
+        # A chain stays in one lane: the call continues that of its lowest source, if no other call has continued it yet.
+        candidates = [source for source in before if source not in continued] or before
+        lane: float = places[max(candidates, key=row_of)][0] if candidates else 0
         continued.update(before)
+        # The nearest free place: 0, 1, -1, 2, -2 and so on lanes away. There are never more lanes than calls.
         shifts = (sign * step for step in range(len(calls) + 1) for sign in (1, -1))
         lane = next(lane + shift for shift in shifts if (lane + shift, row) not in taken)
         taken.add((lane, row))
@@ -126,7 +138,7 @@ def layout(calls: Sequence[Call], edges: Sequence[Edge]) -> dict[str, tuple[floa
 
 
 def _arrow(axes: Axes, source: Point, target: Point, pills: Container[Point]) -> None:
-    """From below one box to above another; a way over several rows goes round what is between."""
+    """An arrow from below one box to above another; in one lane and over several rows, bent around the boxes between."""
     (x0, y0), (x1, y1) = _rim(source, 1), _rim(target, -1)
     start = (x0, y0 + PILL[1] / 2) if (x0, y0) in pills else (x0, y0)
     end = (x1, y1 - PILL[1] / 2) if (x1, y1) in pills else (x1, y1)
@@ -139,29 +151,30 @@ def _arrow(axes: Axes, source: Point, target: Point, pills: Container[Point]) ->
 
 
 def _rim(point: Point, side: int) -> Point:
-    """The middle of the lower (1) or upper (-1) rim of a box."""
+    """The middle of the lower (``side`` 1) or upper (-1) rim of a box."""
     return point[0], point[1] + side * BOX[1] / 2
 
 
 def _box(axes: Axes, point: Point, call: Call) -> None:
     shape = "round,pad=0,rounding_size=0.2" if not call.does else "square,pad=0"
     _patch(axes, point, BOX, {"boxstyle": shape, "facecolor": "white", "edgecolor": "#333333"})
-    name = call.name if len(call.name) <= 38 else f"...{call.name[-35:]}"
+    name = call.name if len(call.name) <= NAME_LENGTH else f"...{call.name[3 - NAME_LENGTH :]}"
     axes.text(*point, f"{name}\n{call.does}" if call.does else name, ha="center", va="center", fontsize=7)
 
 
 def _pills(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Point]]:
-    """Where the pill of each quantizer goes; one that several calls share on their inputs is drawn at each."""
-    found: dict[str, list[Point]] = {}
+    """By quantizer, where its pill is drawn: once at each call that uses a weight, or that reads a quantized input."""
+    pills: dict[str, list[Point]] = {}
     for call in plan.calls:
         x, y = points[call.name]
         for i, name in enumerate(call.weights):
-            found.setdefault(name, []).append((x - BOX[0] / 2 - PILL[0] / 2, y + PILL[1] * i))
+            pills.setdefault(name, []).append((x - BOX[0] / 2 - PILL[0] / 2, y + PILL[1] * i))
     for edge in plan.edges:
         for name in edge.through:
-            at, side = (edge.target, -1) if plan.site(name).operand >= 0 else (edge.source, 1)
-            found.setdefault(name, []).append(_rim(points[at], side))
-    return {name: list(dict.fromkeys(spots)) for name, spots in found.items()}
+            is_before_call = plan.site(name).operand >= 0
+            spot = _rim(points[edge.target], -1) if is_before_call else _rim(points[edge.source], 1)
+            pills.setdefault(name, []).append(spot)
+    return {name: list(dict.fromkeys(spots)) for name, spots in pills.items()}
 
 
 def _pill(axes: Axes, point: Point, plan: Plan, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What an example's run called, in order: data that stays with a plan, so that a part of the model can be cut out later."""
+"""The calls of an example's run, in order. A plan keeps them, so that the plan of a part of the model can be cut out."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Made(NamedTuple):
 
     @property
     def pair(self) -> Pair:
-        """By what it is counted."""
+        """Path and function: calls that have both in common are counted together."""
         return self.path, self.function
 
 
 class Span(NamedTuple):
-    """One call of a module: the calls made in it are those from ``start`` up to ``stop``; a leaf's is its own."""
+    """One call of a module, by the calls made in it: those from ``start`` up to ``stop``; of a leaf module, itself."""
 
     path: str
     start: int
@@ -64,22 +64,27 @@ class Run(NamedTuple):
 
     @staticmethod
     def from_data(data: Any) -> Run:
-        """The inverse of what JSON makes of a run; raises whatever a wrong type raises."""
+        """A run from JSON data, in which it is nested lists.
+
+        Raises:
+          TypeError, ValueError: the data is not that of a run.
+        """
         calls, scopes = data
         made = tuple(Made(_text(name), _text(path), _text(function), bool(on)) for name, path, function, on in calls)
         return Run(made, tuple(Span(_text(path), int(start), int(stop)) for path, start, stop in scopes))
 
     def spans(self, path: str) -> list[Span]:
         """Each call of the module at a path, first to last."""
-        leaf = (Span(path, i, i + 1) for i, made in enumerate(self.calls) if made.counted and made.pair == (path, ""))
-        return sorted((*leaf, *(scope for scope in self.scopes if scope.path == path)), key=lambda span: span.start)
+        leaves = [Span(path, i, i + 1) for i, made in enumerate(self.calls) if made.counted and made.pair == (path, "")]
+        scopes = [scope for scope in self.scopes if scope.path == path]
+        return sorted(leaves + scopes, key=lambda span: span.start)
 
     def around(self, index: int) -> Iterator[Span]:
         """The calls of modules around a call, innermost first."""
         return (scope for scope in self.scopes if scope.start <= index < scope.stop)
 
     def counts(self, start: int, stop: int) -> Mapping[Pair, int]:
-        """How many counted calls of each kind there are from ``start`` up to ``stop``."""
+        """For each path and function, the number of counted calls from ``start`` up to ``stop``."""
         return Counter(made.pair for made in self.calls[start:stop] if made.counted)
 
 

@@ -1,4 +1,4 @@
-"""A plan's JSON text, read: the text of an older version is brought to this one step by step first."""
+"""Read a plan from its JSON text. The data of an older version is converted to the next version, step by step, first."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from sophq_func.planning.runs import Run
 from sophq_func.planning.unite import Counts
 
 VERSION = 3
+"""The version of the text that is written. It grows when the fields of a plan or of a site change."""
 
 Data: TypeAlias = dict[str, Any]
+"""An object of JSON."""
 
 
 class Stored(NamedTuple):
@@ -36,10 +38,10 @@ class Stored(NamedTuple):
 
 
 def read(text: str) -> Stored:
-    """The parts of the plan that a JSON text is.
+    """The parts of the plan that a JSON text holds.
 
     Raises:
-      ConfigError: the text is no plan, or of a version that is not known.
+      ConfigError: the text holds no plan, or one of an unknown version.
     """
     try:
         return _parts(_migrated(json.loads(text)))
@@ -47,14 +49,15 @@ def read(text: str) -> Stored:
         raise
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         because = f"{type(error).__name__}: {error}"
-        raise ConfigError(explain("Plan.from_json", "reading a plan is not possible", because=because)) from error
+        fix = "pass a text from plan.to_json()"
+        raise ConfigError(explain("Plan.from_json", "the text holds no plan", because=because, fix=fix)) from error
 
 
 def digest_of_version_2(text: str) -> str:
-    """The digest that the library gave a plan when it wrote its text in version 2; empty for other versions.
+    """The digest that a plan had when its text was written in version 2; empty for texts of other versions.
 
-    Checkpoints hold the digest of their plan. It was over the sites as version 2 had them, so that a plan of an old
-    checkpoint has another one now.
+    Checkpoints hold the digest of their plan. In version 2 it was computed from other fields of the sites, so it differs
+    from the digest that the same plan has now.
     """
     data = json.loads(text)
     if data["version"] != 2:
@@ -64,7 +67,7 @@ def digest_of_version_2(text: str) -> str:
 
 
 def _parts(data: Data) -> Stored:
-    """The parts of a plan of this version; raises whatever a wrong type raises."""
+    """The parts of a plan of this version. Wrong data raises any of the errors that :func:`read` turns into its own."""
     entries = {_text(entry["name"]): entry for entry in data["quantizers"]}
     sites = {name: Site.from_data(entry["site"]) for name, entry in entries.items()}
     if any(site.quantizer != name for name, site in sites.items()):
@@ -101,12 +104,12 @@ def _text(value: object) -> str:
 
 
 def _migrated(data: Data) -> Data:
-    """The data of a plan of any version that is known, as this version has it."""
+    """The data of a plan of any known version, converted to this version."""
     version = data["version"]
-    known = (*MIGRATIONS, VERSION)
-    if version not in known:
-        allowed = " or ".join(map(str, known))
-        raise ConfigError(explain("Plan.from_json", "this version is not possible", got=version, allowed=allowed))
+    readable = (*MIGRATIONS, VERSION)
+    if version not in readable:
+        allowed, fix = " or ".join(map(str, readable)), "plan the model again with this version of the library"
+        raise ConfigError(explain("Plan.from_json", "this version cannot be read", got=version, allowed=allowed, fix=fix))
     for step in range(version, VERSION):
         data = MIGRATIONS[step](data)
     return data
@@ -116,13 +119,13 @@ SITES_OF_VERSION_2 = frozenset(
     "aliases also anchor argument axis bias function groups members more norm note operand operation output parameter path "
     "paths pattern quantizer role shape source types value".split()
 )
-"""The fields of a site of version 2, of whatever kind."""
+"""The fields of every site in version 2."""
 
 
 def _from_2(data: Data) -> Data:
-    """In version 2 all sites had the same fields, empty where a kind of site has no such thing.
+    """From version 2, where all sites had the same fields, which were empty for kinds of sites that do not have them.
 
-    Shapes of weights, and what their layers read, were not known; what the examples called, not at first.
+    Shapes of weights and the inputs of their layers were not stored, nor, in its early texts, the runs of the examples.
     """
     quantizers = [{**entry, "site": _site_from_2(entry["site"])} for entry in data["quantizers"]]
     return {"runs": [], **data, "version": 3, "quantizers": quantizers}
@@ -143,4 +146,4 @@ def _site_from_2(old: Data) -> Data:
 
 
 MIGRATIONS: Mapping[int, Callable[[Data], Data]] = {2: _from_2}
-"""By version, what brings its data to the next one."""
+"""By version, what converts its data to the next version."""

@@ -1,4 +1,4 @@
-"""A plan for people: rows, a table, a tree, an explanation, a difference, and a graph in the DOT language."""
+"""A plan as text: rows, a table, a tree, and the explanation of one quantizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from sophq_func.numerics.scheme import SCHEME_FIELDS, PerTensor, QuantizerConfig
 
 COLUMNS = ("quantizer", "grid", "granularity", "observer", "fake quantizer", "where", "why")
+"""Headings of the table."""
+
 FIELDS = (*SCHEME_FIELDS, "observer", "fake_quantize", "observe_only", "optional")
+"""Fields of a config, with those of its scheme, in the order in which they are explained."""
 
 
 def setting(config: QuantizerConfig, name: str) -> Any:
@@ -21,9 +24,17 @@ def setting(config: QuantizerConfig, name: str) -> Any:
 
 
 def grid(config: QuantizerConfig) -> str:
-    """The integer grid in a word: ``int8``, ``uint4 pot``."""
-    name = f"{'int' if config.scheme.symmetric else 'uint'}{config.scheme.bits}"
-    return name + " narrow" * config.scheme.symmetric_range + " pot" * config.scheme.pot_scale
+    """The integer grid in short, as ``int8`` or ``uint4``.
+
+    With ``narrow`` behind, it lacks the most negative code; with ``pot``, its scales are powers of two.
+    """
+    scheme = config.scheme
+    words = [f"int{scheme.bits}" if scheme.symmetric else f"uint{scheme.bits}"]
+    if scheme.symmetric_range:
+        words.append("narrow")
+    if scheme.pot_scale:
+        words.append("pot")
+    return " ".join(words)
 
 
 def place(site: Site) -> str:
@@ -37,15 +48,21 @@ def place(site: Site) -> str:
 
 
 def why(reasons: Mapping[str, str]) -> list[str]:
-    """Why a quantizer is there, the fields that a rule or strategy decided, and who decided all the rest."""
-    because: dict[str, list[str]] = {}
+    """Why there is a quantizer, and what decided the fields of its config.
+
+    The reason that most fields have in common comes last, as "all else".
+    """
+    names_by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         if name != "placed":
-            because.setdefault(reason, []).append(name)
-    most = max(because, key=lambda reason: len(because[reason]), default="")
-    rest = "all" if len(because) == 1 else "all else"
-    lines = [f"{', '.join(names)}: {reason}" for reason, names in because.items() if reason != most]
-    return [text for text in (reasons.get("placed", ""), *lines, f"{rest}: {most}" if most else "") if text]
+            names_by_reason.setdefault(reason, []).append(name)
+    commonest = max(names_by_reason, key=lambda reason: len(names_by_reason[reason]), default="")
+    lines = [reasons["placed"]] if reasons.get("placed") else []
+    lines += [f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items() if reason != commonest]
+    if commonest:
+        rest = "all" if len(names_by_reason) == 1 else "all else"
+        lines.append(f"{rest}: {commonest}")
+    return lines
 
 
 def row(config: QuantizerConfig, site: Site, reasons: Mapping[str, str]) -> dict[str, str]:
@@ -64,7 +81,7 @@ def row(config: QuantizerConfig, site: Site, reasons: Mapping[str, str]) -> dict
 
 
 def table(rows: Sequence[Mapping[str, str]], remarks: Iterable[str]) -> str:
-    """Rows in columns, and remarks below: with lines between them where rich is installed, else plain."""
+    """Rows in columns, and remarks below. Columns are aligned by rich where that is installed, else by spaces."""
     if not rows:
         return "\n".join(["nothing is quantized", *remarks])
     body = _rich_table(rows) if importlib.util.find_spec("rich") else _plain_table(rows)
@@ -83,20 +100,25 @@ def _rich_table(rows: Sequence[Mapping[str, str]]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    rich_table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
-        made.add_column(column, no_wrap=True)
-    for entry in rows:
-        made.add_row(*(Text(entry[c].replace("; ", ";\n") if c == "why" else entry[c]) for c in COLUMNS))
-    width = sum(max(len(c), *(len(line) for entry in rows for line in entry[c].split("; "))) + 3 for c in COLUMNS)
+        rich_table.add_column(column, no_wrap=True)
+    for row in rows:
+        # Reasons are long: each has a line of its own.
+        texts = {**row, "why": row["why"].replace("; ", ";\n")}
+        rich_table.add_row(*(Text(texts[column]) for column in COLUMNS))
+    # As wide as the text, and not as the terminal, so that the table is the same everywhere.
+    widths = [max(len(column), *(len(line) for row in rows for line in row[column].split("; "))) for column in COLUMNS]
+    # SIMPLE_HEAD puts a space on both sides of a column and one between columns.
+    width = sum(width + 3 for width in widths)
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     with console.capture() as text:
-        console.print(made)
+        console.print(rich_table)
     return "\n".join(line.rstrip() for line in text.get().strip("\n").splitlines())
 
 
 def explain(config: QuantizerConfig, site: Site, reasons: Mapping[str, str]) -> str:
-    """Everything about one quantizer: where it sits, and each field with who decided it."""
+    """Everything about one quantizer: where it sits, and each field of its config with what decided it."""
     lines = [site.quantizer, f"  {place(site)}"]
     if site.pattern:
         lines.append(f"  fused {site.pattern}: {' + '.join(site.members)}")
@@ -106,26 +128,28 @@ def explain(config: QuantizerConfig, site: Site, reasons: Mapping[str, str]) -> 
         lines.append(f"  rounds the bias with the scale of {site.source}")
     lines.append(f"  placed because: {reasons.get('placed', 'the plan was made by hand')}")
     width = max(map(len, FIELDS))
-    lines += [f"  {f.ljust(width)}  {setting(config, f)!r}  <- {reasons.get(f, 'default')}" for f in FIELDS]
+    for name in FIELDS:
+        lines.append(f"  {name.ljust(width)}  {setting(config, name)!r}  <- {reasons.get(name, 'default')}")
     return "\n".join(lines)
 
 
 class Tree(dict[str, Any]):
-    """Configs nested by the parts of their quantizers' names; as text, a drawing."""
+    """Configs nested by the parts of their quantizers' names; ``str`` draws the tree."""
 
     def __str__(self) -> str:
         return "\n".join(self._lines(""))
 
     def _lines(self, indent: str) -> Iterable[str]:
         for i, (name, branch) in enumerate(self.items()):
-            last = i == len(self) - 1
+            is_last = i == len(self) - 1
+            # A branch with a single item is written on one line with it.
             while isinstance(branch, Tree) and len(branch) == 1:
                 ((part, branch),) = branch.items()
                 name = f"{name}.{part}"
             text = "" if isinstance(branch, Tree) else f"  {grid(branch)} {branch.scheme.granularity}"
-            yield f"{indent}{'└─ ' if last else '├─ '}{name}{text}"
+            yield f"{indent}{'└─ ' if is_last else '├─ '}{name}{text}"
             if isinstance(branch, Tree):
-                yield from branch._lines(indent + ("   " if last else "│  "))
+                yield from branch._lines(indent + ("   " if is_last else "│  "))
 
 
 def tree(configs: Mapping[str, QuantizerConfig]) -> Tree:
@@ -141,6 +165,7 @@ def tree(configs: Mapping[str, QuantizerConfig]) -> Tree:
 
 
 def short(config: QuantizerConfig) -> str:
-    """A quantizer in one word: its grid, or its format where that is no integer one."""
-    fake = config.fake_quantize.name
-    return grid(config) if FAKE_QUANTIZERS.build(config.fake_quantize).integer else fake
+    """A quantizer in short: its integer grid, or the name of its fake quantizer where its codes are no integers."""
+    if FAKE_QUANTIZERS.build(config.fake_quantize).integer:
+        return grid(config)
+    return config.fake_quantize.name

@@ -1,4 +1,4 @@
-"""Last step: one plan's values from the drafts of several examples."""
+"""Last step: the drafts of several examples, united to what one plan holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sophq_func.planning.picture import Wiring, merged
 from sophq_func.planning.runs import Run
 
 Counts = Mapping[tuple[str, str], int]
-"""Number of calls of each (module path, function) that some quantizer is anchored to; function is empty for modules."""
+"""By module path and function, the number of calls, for those at which quantizers act; the function is empty for modules."""
 
 
 class United(NamedTuple):
@@ -26,10 +26,10 @@ class United(NamedTuple):
       sites: by quantizer, in execution order.
       decisions: by quantizer, in the same order.
       counts: for each example, how often the planned modules and functions were called.
-      notes: remarks for people.
-      wiring: calls, and the ways of values through the quantizers.
-      runs: what each example called, in order.
-      opaque: paths of modules whose inside is not looked at.
+      notes: remarks for the table of the plan.
+      wiring: the calls, and the values that pass from one to another through quantizers.
+      runs: the calls of each example, in order.
+      opaque: paths of leaf modules, whose inner calls are not recorded.
       written: inputs that the model writes into.
     """
 
@@ -46,14 +46,14 @@ class United(NamedTuple):
 def unite(drafts: Sequence[Draft]) -> United:
     """The union of what is planned for several examples.
 
-    A model may take another way through its modules with each example. The union has every quantizer of every way, so that
-    one set of states serves all of them; ``counts`` keeps the ways apart, and a run must take one of them. Say the first
-    example goes through ``conv``, ``bn`` and ``fc``, the second through ``conv`` and ``fc`` alone:
+    A model may call other modules with each example. The union has the quantizers of all examples, so that one set of states
+    serves all of them; ``counts`` tells the examples apart, and a run of the quantized model must match one of them. Let the
+    first example call ``conv``, ``bn`` and ``fc``, and the second ``conv`` and ``fc`` alone. Then
 
-    * ``sites``: ``conv.weight_fake_quant`` is in both, with ``bn`` behind it in the first alone: it is not folded.
-    * ``order``: ``x, conv, bn, fc`` and ``x, conv, fc`` together are ``x, conv, bn, fc``.
-    * ``counts``: ``{conv: 1, bn: 1, fc: 1}`` and ``{conv: 1, bn: 0, fc: 1}``.
-    * ``decisions``: the config is the same in both, for rules see sites; the reasons are those of the first.
+    * in ``sites``, ``conv.weight_fake_quant`` has no ``bn`` to fold, since only the first example has one behind it;
+    * the order of ``x, conv, bn, fc`` and ``x, conv, fc`` together is ``x, conv, bn, fc``;
+    * ``counts`` are ``{conv: 1, bn: 1, fc: 1}`` and ``{conv: 1, bn: 0, fc: 1}``;
+    * ``decisions`` are those of the first example: the configs are equal in both, as rules match sites.
 
     Args:
       drafts: one for each example, at least one.
@@ -77,29 +77,33 @@ def unite(drafts: Sequence[Draft]) -> United:
 
 
 def _sites_of_all(drafts: Iterable[Draft]) -> tuple[dict[str, Site], list[str]]:
-    """The site of every quantizer, that of the latest example where several have it; and notes on what differs."""
+    """The site of every quantizer, with notes on what examples do not agree on."""
     sites: dict[str, Site] = {}
-    notes = []
+    notes: list[str] = []
     for draft in drafts:
         for name, site in draft.sites.items():
-            if name in sites:
-                site, note = agreed(sites[name], site)
-                notes += [note] if note else []
-            sites[name] = site
+            if name not in sites:
+                sites[name] = site
+                continue
+            sites[name], note = agreed(sites[name], site)
+            if note:
+                notes.append(note)
     return sites, notes
 
 
 def agreed(before: Site, now: Site) -> tuple[Site, str]:
     """The site of a quantizer that two examples have, and a note on what they do not agree on.
 
+    Args:
+      before: in the earlier example.
+      now: in the later one, which counts where a difference has no effect.
+
     Raises:
-      PlanError: it sits at different calls.
+      PlanError: the quantizer acts at different calls.
     """
     if now.role == "activation" and before.places() != now.places():
-        fix = "give the model examples that take the same way to this value, or rename the module"
-        raise PlanError(
-            explain(now.quantizer, "one name for different calls in different examples is not possible", fix=fix)
-        )
+        because, fix = "it is one name for different calls in different examples", "plan with examples that agree on it"
+        raise PlanError(explain(now.quantizer, "the examples cannot be united", because=because, fix=fix))
     if not isinstance(before, WeightSite) or not isinstance(now, WeightSite):
         return now, ""
     now = replace(now, inputs=tuple(dict.fromkeys((*before.inputs, *now.inputs))))
@@ -114,42 +118,46 @@ def agreed(before: Site, now: Site) -> tuple[Site, str]:
 
 
 def merged_order(orders: Sequence[Sequence[str]]) -> list[str]:
-    """One order of all names that keeps, as far as they agree, the order of each; the longest is the spine.
+    """One order of all names, which keeps each of some orders as far as they agree.
+
+    It starts from the longest order. A name that only another one has is put behind the name that it follows there.
 
     Example:
       >>> merged_order([["x", "a", "c"], ["x", "a", "b", "c", "d"], ["y", "a", "e"]])
       ['y', 'x', 'a', 'e', 'b', 'c', 'd']
     """
-    spine, *others = sorted(orders, key=len, reverse=True)
+    longest, *others = sorted(orders, key=len, reverse=True)
     # A linked list: a name is put behind another one without a search. None is before the first and behind the last.
-    behind: dict[str | None, str | None] = dict(zip([None, *spine], [*spine, None], strict=True))
+    following: dict[str | None, str | None] = dict(zip([None, *longest], [*longest, None], strict=True))
     for order in others:
-        last: str | None = None
+        previous: str | None = None
         for name in order:
-            if name not in behind:
-                behind[last], behind[name] = name, behind[last]
-            last = name
-    merged: list[str] = []
-    following = behind[None]
-    while following is not None:
-        merged.append(following)
-        following = behind[following]
-    return merged
+            if name not in following:
+                following[previous], following[name] = name, following[previous]
+            previous = name
+    merged_names: list[str] = []
+    current = following[None]
+    while current is not None:
+        merged_names.append(current)
+        current = following[current]
+    return merged_names
 
 
-def _first_of_each(found: Iterable[Mapping[str, Decision]]) -> dict[str, Decision]:
+def _first_of_each(decisions_of_examples: Iterable[Mapping[str, Decision]]) -> dict[str, Decision]:
+    """By quantizer, the decision in the first example that has it."""
     first: dict[str, Decision] = {}
-    for decisions in found:
+    for decisions in decisions_of_examples:
         first = {**decisions, **first}
     return first
 
 
 def _counts(drafts: Iterable[Draft], sites: Iterable[Site]) -> tuple[Counts, ...]:
     """For each example, how often it calls the modules and functions at which quantizers act."""
-    acting = [site for site in sites if not site.argument and not isinstance(site, WeightSite)]
-    pairs = sorted({place.pair for site in acting for place in site.places()})
-    made = [calls_of(draft.graph) for draft in drafts]
-    return tuple({pair: counter[pair] for pair in pairs} for counter in made)
+    # Inputs of the model are no calls, and parameters are quantized before all calls.
+    at_calls = [site for site in sites if not site.argument and not isinstance(site, WeightSite)]
+    pairs = sorted({place.pair for site in at_calls for place in site.places()})
+    counters = [calls_of(draft.graph) for draft in drafts]
+    return tuple({pair: counter[pair] for pair in pairs} for counter in counters)
 
 
 def calls_of(graph: Graph) -> Counter[tuple[str, str]]:

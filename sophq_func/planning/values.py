@@ -16,12 +16,12 @@ from sophq_func.planning.weights import node_types, pattern_name
 
 
 class Values(NamedTuple):
-    """What :func:`quantize_values` decided.
+    """What is decided about values.
 
     Attributes:
       outcomes: by quantizer.
-      inputs: quantizers before single calls, by call and operand.
-      misfits: what stands against quantizing a value, however it is configured.
+      inputs: quantizers before single calls, by the call's name and the operand's slot.
+      misfits: problems with values that cannot be quantized, however they are configured.
     """
 
     outcomes: Mapping[str, Outcome]
@@ -35,14 +35,14 @@ NO_VALUES = Values({}, {}, ())
 def quantize_values(
     graph: Graph, strategy: Strategy, config: QuantConfig, placement: Placement, weights: Mapping[str, Outcome]
 ) -> Values:
-    """Decide about the values that a placement chose, and about quantizers of single calls.
+    """Decide which of the chosen values are quantized, and how.
 
     Args:
       graph: fused.
-      strategy: that placed.
+      strategy: which chose the values.
       config: what is asked for.
       placement: where quantizers go.
-      weights: what was decided about weights, by quantizer.
+      weights: what is decided about weights, by quantizer.
     """
     outcomes: dict[str, Outcome] = {}
     shared_inputs: dict[str, SharedInput] = {}
@@ -59,7 +59,10 @@ def quantize_values(
         outcome = decide(config, input_site(graph, name, shared), shared.why, placement.presets)
         outcomes[name] = _unless_repeated(outcome, outcomes.get(value_quantizer(shared.value)))
         shared_inputs[name] = shared
-    inputs = {use: name for name, shared in shared_inputs.items() if outcomes[name].config for use in shared.uses}
+    inputs = {}
+    for name, shared in shared_inputs.items():
+        if outcomes[name].config is not None:
+            inputs.update(dict.fromkeys(shared.uses, name))
     return Values(outcomes, inputs, tuple(_misfits(graph, outcomes)))
 
 
@@ -73,11 +76,17 @@ def _is_layer_of_4_bits(node: Node, weights: Mapping[str, Outcome], values: Mapp
 
 
 def _input_of(node: Node) -> SharedInput:
+    """The input of a layer, quantized before this layer alone."""
     return SharedInput(node.name, ((node.name, 0),), f"4-bit layer {node.name}")
 
 
 def _unless_repeated(outcome: Outcome, behind: Outcome | None) -> Outcome:
-    """A quantizer before calls, left out where one of the same kind sits behind the value, or would but for rules."""
+    """A quantizer before calls, left out if one of the same kind acts behind the value, or would without rules.
+
+    Args:
+      outcome: of the quantizer before the calls.
+      behind: of that behind the value, if the strategy places one.
+    """
     repeats = behind is not None and behind.kind == outcome.kind
     return outcome._replace(decision=None) if repeats else outcome
 
@@ -91,52 +100,52 @@ def _is_given_4_bits(outcome: Outcome) -> bool:
 
 
 def _misfits(graph: Graph, outcomes: Mapping[str, Outcome]) -> Iterator[str]:
-    """What stands against quantizing values that are written in place: a call takes them under an old name."""
+    """Problems with values that are written in place, and that a call takes under an old name."""
     late = late_uses(graph)
     for outcome in outcomes.values():
         site, config = outcome.site, outcome.config
-        is_behind = site.operand < 0
-        if is_behind and config is not None and not config.observe_only and site.value in late:
-            use = late[site.value]
-            what = f"quantizing {site.value}, which is written in place and which {use} uses under an old name,"
-            fix = "write the operation out of place, or give the value activation=None"
-            yield explain(site.quantizer, f"{what} is not possible", fix=fix)
+        is_result = site.operand < 0
+        if is_result and config is not None and not config.observe_only and site.value in late:
+            because = f"it is written in place, and {late[site.value]} uses it under an old name"
+            fix = f'write the operation out of place, or add sq.Rule(name="{site.quantizer}", activation=None)'
+            yield explain(site.quantizer, f"{site.value} cannot be quantized", because=because, fix=fix)
 
 
 def late_uses(graph: Graph) -> dict[str, str]:
-    """By value, the first call that takes it under a name from before it was written in place.
+    """By value, the first call that takes the value under a name from before it was written in place.
 
-    A quantizer binds a new tensor to the value's latest name; who holds an old one would not see it.
+    A quantizer puts a new tensor in the place of the latest result. A call that was given an earlier result of the same
+    tensor would still read the old one.
     """
-    found: dict[str, str] = {}
+    late: dict[str, str] = {}
     for node in graph:
         for operand in node.operands:
             if operand.stale:
-                found.setdefault(operand.stale, node.name)
+                late.setdefault(operand.stale, node.name)
                 # The operand itself may be a view of what was written.
                 if operand.value and graph.values[operand.value].view:
-                    found.setdefault(operand.value, node.name)
+                    late.setdefault(operand.value, node.name)
     for value in graph.values.values():
         if value.overwritten:
-            found.setdefault(value.name, "the model's result")
-    return found
+            late.setdefault(value.name, "the model's result")
+    return late
 
 
 def node_site(graph: Graph, node: Node) -> ValueSite:
-    """The site that rules see when they say whether a call asks for quantizers."""
+    """The site of a call, which rules match to say whether the values around the call are quantized."""
     return ValueSite(**_common(graph, node), quantizer=value_quantizer(node.name), value=node.name)
 
 
 def value_site(graph: Graph, node: Node, value: str) -> ValueSite:
     """The site behind one of the values that a call makes."""
-    last, made = node.last, graph.values[value]
+    last, result = node.last, graph.values[value]
     return ValueSite(
         **_common(graph, node),
         quantizer=value_quantizer(value),
         value=value,
         anchor=CallSite(last.path, last.function, last.call),
-        output=made.index,
-        shape=made.shape,
+        output=result.index,
+        shape=result.shape,
         argument=node.argument,
         aliases=aliases(node, value, value_quantizer),
     )
@@ -180,7 +189,13 @@ def _common(graph: Graph, node: Node) -> dict[str, Any]:
 
 
 def aliases(node: Node, value: str, quantizer_of: Callable[[str], str]) -> tuple[str, ...]:
-    """Further names of a module's value, and of the quantizer on it, by the other paths of the module."""
+    """Further names of a module's value, and of the quantizer on it, by the other paths of the module.
+
+    Args:
+      node: the call of the module.
+      value: name of the value by the module's first path.
+      quantizer_of: from the name of a value to that of its quantizer.
+    """
     if node.kind != "module" or not node.path or not value.startswith(node.path):
         return ()
     others = [f"{path}{value.removeprefix(node.path)}" for path in node.paths if path != node.path]

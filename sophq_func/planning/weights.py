@@ -1,4 +1,7 @@
-"""Second step: which weights are quantized. One site a parameter, and one a weight that is computed in the forward."""
+"""Second step: which weights are quantized.
+
+A parameter has one site, however many calls use it; so has each weight that is computed in the forward.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ OUTPUT_AXIS_1 = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.
 """Modules whose weight has its output channels along axis 1."""
 
 RIGHT_OPERANDS = ("1", "2", "mat1", "mat2", "other", "batch1", "batch2", "vec")
+"""Roles of operands whose output channels are counted along their last axis, as of the right factor of a product."""
 
 
 class WeightUse(NamedTuple):
@@ -28,9 +32,9 @@ class WeightUse(NamedTuple):
       attribute: name of the weight in its module.
       parameter: canonical name; empty where it is computed in the forward.
       axis: axis of its output channels.
-      shape: of the weight, or where it is computed in the forward, of the example's.
-      operand: which tensor of a function's call a computed one is; -1 elsewhere.
-      read: the other operand, which is multiplied with the weight; ``None`` without.
+      shape: of the weight; of one that is computed in the forward, the shape in the example.
+      operand: slot of a computed weight among the operands of a function; -1 elsewhere.
+      read: the operand that is multiplied with the weight; ``None`` without.
     """
 
     node: Node
@@ -43,7 +47,7 @@ class WeightUse(NamedTuple):
 
 
 def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()) -> Iterator[WeightUse]:
-    """Each use of a weight of a strategy's layers or of further ``layers``, in execution order."""
+    """Each use of a weight in a strategy's layers or in further ``layers``, in execution order."""
     varying = input_dependent(graph)
     for node in graph:
         if node.is_module(*strategy.weights, *layers):
@@ -51,7 +55,8 @@ def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ())
         elif strategy.functions and node.function in CONTRACTIONS:
             for operand in node.operands:
                 source = source_of(graph, operand)
-                if contracted(node, operand) and source.value not in varying and (source.parameter or source.value):
+                is_constant = not source.parameter and not source.value
+                if contracted(node, operand) and not is_constant and source.value not in varying:
                     yield _use_of_function(graph, node, operand, source.parameter)
 
 
@@ -68,7 +73,14 @@ def _uses_of_module(graph: Graph, node: Node) -> Iterator[WeightUse]:
 
 
 def _use_of_function(graph: Graph, node: Node, operand: Operand, parameter: str) -> WeightUse:
-    """The weight that an operand of a function is: a parameter, perhaps turned, or a function of parameters."""
+    """The use of an operand of a function as a weight.
+
+    Args:
+      graph: fused.
+      node: the call of the function.
+      operand: the weight.
+      parameter: name of the parameter of which the operand is a view; empty where it is computed from parameters.
+    """
     axis = _output_axis(graph, node, operand)
     others = [other for other in node.operands if other.slot != operand.slot]
     # Contracted operands first: an embedding contracts its weight alone, and still reads indices.
@@ -81,34 +93,38 @@ def _use_of_function(graph: Graph, node: Node, operand: Operand, parameter: str)
 
 def input_dependent(graph: Graph) -> frozenset[str]:
     """Names of the values that depend on an input of the model; the others are functions of the parameters alone."""
-    found: set[str] = set()
+    dependent: set[str] = set()
     for node in graph:
-        if node.kind == "input" or any(o.value in found for o in node.operands):
-            found.update(node.outputs)
-    return frozenset(found)
+        if node.kind == "input" or any(operand.value in dependent for operand in node.operands):
+            dependent.update(node.outputs)
+    return frozenset(dependent)
 
 
 def _output_axis(graph: Graph, node: Node, operand: Operand) -> int:
-    """Axis of output channels in the parameter behind an operand, transpositions on the way undone."""
+    """Axis of the output channels in the parameter of which an operand is a view, with transpositions undone."""
     if node.function.startswith("conv_transpose") or node.function == "embedding":
         axis = 1
     elif node.function in ("linear", "conv1d", "conv2d", "conv3d"):
         axis = 0
     else:
         axis = -1 if operand.role in RIGHT_OPERANDS else -2
-    turns = 0
+    transpositions = 0
     while operand.value and graph.producer(operand.value).operands:
         producer = graph.producer(operand.value)
-        turns += producer.function in ("t", "transpose", "get")
+        # "get" is the reading of an attribute: ``T`` or ``mT``.
+        if producer.function in ("t", "transpose", "get"):
+            transpositions += 1
         operand = producer.operands[0]
-    return -3 - axis if turns % 2 and axis < 0 else axis
+    is_swapped = transpositions % 2 == 1 and axis < 0
+    # -1 becomes -2, and -2 becomes -1.
+    return -3 - axis if is_swapped else axis
 
 
 class WeightPlace(NamedTuple):
     """One weight.
 
     Attributes:
-      site: its site.
+      site: of its quantizer.
       uses: each call that multiplies with it, in execution order; at least one.
     """
 
@@ -122,11 +138,11 @@ class WeightPlace(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What :func:`find_weights` found.
+    """The weights of a model.
 
     Attributes:
-      places: in execution order of their first calls.
-      notes: on weights that are used in several ways.
+      places: in the execution order of their first calls.
+      notes: remarks on weights that a BatchNorm cannot be folded into.
     """
 
     places: tuple[WeightPlace, ...]
@@ -134,47 +150,61 @@ class Weights(NamedTuple):
 
 
 def find_weights(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()) -> Weights:
-    """One site for each weight of a strategy's layers, or of further ``layers``.
+    """Find the weights that are quantized, each with all calls that use it.
 
     Args:
       graph: fused.
-      strategy: says of which layers and functions the weights are quantized.
+      strategy: names the layers and functions whose weights are quantized.
       layers: module classes beside those of the strategy.
     """
     by_name: dict[str, list[WeightUse]] = {}
     for use in weight_uses(graph, strategy, layers):
         owner = use.parameter or ".".join(filter(None, (use.node.path, use.attribute)))
         by_name.setdefault(weight_quantizer(owner), []).append(use)
-    found = {name: _site(graph, name, uses) for name, uses in by_name.items()}
-    places = [WeightPlace(found[name][0], tuple(uses)) for name, uses in by_name.items()]
-    return Weights(tuple(places), tuple(note for _, note in found.values() if note))
+    places = []
+    notes = []
+    for name, uses in by_name.items():
+        site, note = _site(graph, name, uses)
+        places.append(WeightPlace(site, tuple(uses)))
+        if note:
+            notes.append(note)
+    return Weights(tuple(places), tuple(notes))
 
 
 def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightSite | ComputedSite, str]:
-    """The site of a weight, described as its first use that is no embedding; and a note on what hinders folding."""
+    """The site of a weight, and a note on what keeps a BatchNorm from being folded into it; empty without."""
+    # A weight that an embedding shares with a linear layer is quantized along the channels of the layer.
     first = next((use for use in uses if not use.node.is_module(nn.Embedding)), uses[0])
     common = _common(graph, name, first, uses)
     if not first.parameter:
         note = "computed in the forward, quantized at the call"
         return ComputedSite(**common, axis=first.axis, operand=first.operand, note=note), ""
-    norm, hinders = _norm_behind(uses)
+    norm, obstacle = _norm_behind(uses)
     site = WeightSite(
         **common,
         parameter=first.parameter,
         axis=first.axis,
         norm=norm,
         bias=first.node.parameters.get("bias") or "",
-        note="unfolded" if hinders else "",
+        note="unfolded" if obstacle else "",
     )
-    return site, f"{first.parameter} {hinders}: quantized once, unfolded" if hinders else ""
+    return site, f"{first.parameter} {obstacle}: quantized once, unfolded" if obstacle else ""
 
 
 def _common(graph: Graph, name: str, first: WeightUse, uses: list[WeightUse]) -> dict[str, Any]:
-    """What the sites of both kinds of weights have."""
+    """The fields that both kinds of sites of weights have.
+
+    Args:
+      graph: fused.
+      name: of the quantizer.
+      first: the use that says what the weight is for.
+      uses: all uses.
+    """
     paths = dict.fromkeys(path for use in uses for path in use.node.paths)
     types = dict.fromkeys(t for use in uses for t in node_types(graph, use.node))
     names = {weight_quantizer(f"{path}.{attribute}") for use in uses for path, attribute in _owners(use) if path}
-    early = uses[0].node.first
+    # The weight is needed from its very first use on.
+    earliest = uses[0].node.first
     return {
         "quantizer": name,
         "path": first.node.path,
@@ -184,7 +214,7 @@ def _common(graph: Graph, name: str, first: WeightUse, uses: list[WeightUse]) ->
         "members": tuple(member.name for member in first.node.members),
         "function": first.node.function,
         "operation": first.node.operation,
-        "anchor": CallSite(early.path, early.function, early.call),
+        "anchor": CallSite(earliest.path, earliest.function, earliest.call),
         "shape": first.shape,
         "groups": int(first.node.options.get("groups", 1)),
         "aliases": tuple(sorted(names - {name})),
@@ -192,7 +222,7 @@ def _common(graph: Graph, name: str, first: WeightUse, uses: list[WeightUse]) ->
 
 
 def _norm_behind(uses: list[WeightUse]) -> tuple[str, str]:
-    """The BatchNorm that is folded into a weight; or what hinders folding."""
+    """The path of the BatchNorm that is folded into a weight, empty without; and what keeps it from being folded, if any."""
     norms = {use.node.norm.path if use.node.norm else "" for use in uses}
     several_modules = len({use.node.path for use in uses}) > 1
     if len(norms) > 1 or (norms != {""} and several_modules):
@@ -204,24 +234,32 @@ def _owners(use: WeightUse) -> list[tuple[str, str]]:
     """Each path of the module that owns a weight, as far as the call tells, with the weight's name there."""
     if use.node.kind == "module":
         return [(path, use.attribute) for path in use.node.paths]
-    own = f"{use.node.path}."
-    inside = use.parameter.startswith(own)
-    return [(path, use.parameter.removeprefix(own)) for path in use.node.paths] if inside else []
+    prefix = f"{use.node.path}."
+    if not use.parameter.startswith(prefix):
+        return []
+    return [(path, use.parameter.removeprefix(prefix)) for path in use.node.paths]
 
 
 def node_types(graph: Graph, node: Node) -> tuple[str, ...]:
-    """Qualified names of the classes that rules may call a node by.
+    """Qualified names of the classes by which a type key matches a node.
 
-    They are those of the module called, or of a group's first, with its bases; and of the modules around it.
+    They are the class of the module that is called, or of a group's first, and its bases; and the same of all modules
+    around it.
     """
     lead = node.first
-    own = class_names(lead.type) if lead.kind == "module" and lead.type is not None else ()
-    outer: dict[str, None] = {}
+    names: dict[str, None] = {}
+    if lead.kind == "module" and lead.type is not None:
+        names.update(dict.fromkeys(class_names(lead.type)))
+    outer_paths: dict[str, None] = {}
     for path in node.paths or ("",):
         parts = path.split(".")
-        outer.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts) - bool(own), 0, -1)))
-    around = (graph.modules[path] for path in (*outer, "") if path in graph.modules)
-    return tuple(dict.fromkeys((*own, *(name for cls in around for name in class_names(cls)))))
+        # The path of a function is that of the module around it; the path of a module is its own.
+        depth = len(parts) - 1 if names else len(parts)
+        outer_paths.update(dict.fromkeys(".".join(parts[:n]) for n in range(depth, 0, -1)))
+    for path in (*outer_paths, ""):
+        if path in graph.modules:
+            names.update(dict.fromkeys(class_names(graph.modules[path])))
+    return tuple(names)
 
 
 def pattern_name(node: Node) -> str:

@@ -1,4 +1,4 @@
-"""``extra_fuse_dict``: fused patterns and weight layers for one plan (semantics.md 1.5)."""
+"""``extra_fuse_dict``: fused patterns and weight layers for one plan."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sophq_func.config.matching import stands_for_another, type_text
+from sophq_func.config.matching import matches_by_name, type_text
 from sophq_func.config.patterns import PATTERNS, Fused, fused
 
-KNOWN_PARTS = {PATTERNS.get(name).parts: PATTERNS.get(name) for name in PATTERNS}
+BUILT_IN = {PATTERNS.get(name).parts: PATTERNS.get(name) for name in PATTERNS}
+"""The registered patterns by their parts. A dictionary that spells one out means that one, not a second of another name."""
 
 
 class Fusion(NamedTuple):
@@ -19,7 +20,8 @@ class Fusion(NamedTuple):
     Attributes:
       patterns: fused patterns beside those that are registered.
       layers: module classes whose weights are quantized.
-      aliases: classes that mean another type key: what a pattern is fused to, or a class is replaced by.
+      aliases: by class, the type key that it means. The class is what sophgo-mq fuses a pattern to or replaces a class by;
+        no model here is made of it.
     """
 
     patterns: tuple[type[Fused], ...] = ()
@@ -28,20 +30,28 @@ class Fusion(NamedTuple):
 
 
 def read_fusion(given: Mapping[str, Any]) -> Fusion:
-    """Patterns of the first two tables, layers of the third; a built-in pattern of the same parts stays what it is."""
+    """What the tables of the dictionary add: the first two patterns, the third and fourth layers."""
     sequences = dict(given.get("additional_fuser_method_mapping") or {})
     sequences |= {_in_order(key): value for key, value in (given.get("additional_fusion_pattern") or {}).items()}
-    replaced = {**(given.get("additional_qat_module_mapping") or {}), **(given.get("additional_qat_module_mappings") or {})}
-    made = {parts: KNOWN_PARTS.get(parts) or fused(_name(parts), *parts) for parts in sequences}
-    aliases = {target: made[parts] for parts, target in sequences.items() if isinstance(target, type)}
+    # sophgo-mq reads the key in both spellings, each in another place.
+    replaced = dict(given.get("additional_qat_module_mapping") or {})
+    replaced |= given.get("additional_qat_module_mappings") or {}
+    patterns = {parts: BUILT_IN.get(parts) or fused(_name(parts), *parts) for parts in sequences}
+    aliases = {target: patterns[parts] for parts, target in sequences.items() if isinstance(target, type)}
+    # A class that stands for a pattern may be replaced once more: its replacement means the pattern, too.
     aliases |= {target: aliases.get(source, source) for source, target in replaced.items()}
     layers = tuple(source for source in replaced if _is_layer(source) and source not in aliases)
-    further = tuple(pattern for parts, pattern in made.items() if parts not in KNOWN_PARTS)
+    further = tuple(pattern for parts, pattern in patterns.items() if parts not in BUILT_IN)
     return Fusion(further, layers, aliases)
 
 
 def _in_order(pattern: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``(ReLU, (BatchNorm2d, Conv2d))`` as the calls happen: ``(Conv2d, BatchNorm2d, ReLU)``."""
+    """The parts of a nested pattern in the order of the calls, where torch writes the last call first.
+
+    Example:
+      >>> _in_order(("ReLU", ("BatchNorm2d", "Conv2d")))
+      ('Conv2d', 'BatchNorm2d', 'ReLU')
+    """
     flat: list[Any] = []
     for part in reversed(pattern):
         flat += _in_order(part) if isinstance(part, tuple) else [part]
@@ -49,9 +59,10 @@ def _in_order(pattern: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _name(parts: tuple[Any, ...]) -> str:
+    """A pattern's name from its parts: ``LinearGELU``."""
     return "".join(type_text(part).strip("'").rpartition(".")[2] for part in parts)
 
 
 def _is_layer(source: Any) -> bool:
     """Whether a class is that of a module, and no fused group."""
-    return isinstance(source, type) and issubclass(source, nn.Module) and not stands_for_another(source)
+    return isinstance(source, type) and issubclass(source, nn.Module) and not matches_by_name(source)

@@ -1,4 +1,4 @@
-"""Every key of the dictionaries, and what its value may be (semantics.md 1.1 to 1.5)."""
+"""Every key of the dictionaries, and what its value may be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sophq_func.config.chips import CHIPS
-from sophq_func.config.matching import check_type_key
+from sophq_func.config.matching import is_type_key
 from sophq_func.config.rules import QUANTMODES
 from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.registry import Registry
@@ -16,14 +16,14 @@ from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.numerics.scheme import as_bits
 
 Check = Callable[[str, Any], str]
-"""Told where a value stands and the value, it returns what is wrong with it; nothing where it is fine."""
+"""From the place of a value, for errors, and the value, to what is wrong with it; empty if nothing is."""
 
 
 def _of(what: str, good: Callable[[Any], bool]) -> Check:
     """A check by a predicate; ``what`` names the allowed values."""
 
     def check(where: str, value: Any) -> str:
-        return "" if good(value) else explain(where, "this value is not possible", got=value, allowed=what)
+        return "" if good(value) else explain(where, "the value is of a wrong kind", got=value, allowed=what)
 
     return check
 
@@ -64,24 +64,22 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_type(value: Any) -> bool:
-    return value is not None and not _raised(check_type_key)("", value)
-
-
 def _is_class(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _is_name_or_class(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, type) and _is_type(value))
+    return _is_text(value) or (isinstance(value, type) and is_type_key(value))
 
 
-def _is_dict(value: Any, key: Callable[[Any], bool], item: Callable[[Any], bool] = lambda item: True) -> bool:
-    return isinstance(value, Mapping) and all(map(key, value)) and all(map(item, value.values()))
+def _is_dict(value: Any, is_key: Callable[[Any], bool], is_item: Callable[[Any], bool] | None = None) -> bool:
+    if not isinstance(value, Mapping) or not all(map(is_key, value)):
+        return False
+    return is_item is None or all(map(is_item, value.values()))
 
 
 def _is_pattern(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) > 1 and all(_is_type(part) or _is_pattern(part) for part in value)
+    return isinstance(value, tuple) and len(value) > 1 and all(is_type_key(part) or _is_pattern(part) for part in value)
 
 
 def _is_patterns(value: Any) -> bool:
@@ -92,24 +90,46 @@ def _is_any_class(value: Any) -> bool:
     return isinstance(value, type)
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_any_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text_list(value: Any) -> bool:
+    return _is_list(value, _is_text)
+
+
+def _is_false(value: Any) -> bool:
+    return value is False
+
+
+def _is_attributes(value: Any) -> bool:
+    return _is_dict(value, _is_any_text, _is_text_list)
+
+
 def mapping(where: str, value: Any) -> str:
-    """A check for dictionaries that are looked into later."""
-    return (
-        ""
-        if isinstance(value, Mapping)
-        else explain(where, "this type is not possible", got=type(value).__name__, allowed="a dict")
-    )
+    """A check for dictionaries whose keys are checked later."""
+    if isinstance(value, Mapping):
+        return ""
+    return explain(where, "this is no dictionary", got=type(value).__name__, allowed="a dict")
 
 
-flag = _of("True or False", lambda value: isinstance(value, bool))
-text = _of("a string", lambda value: isinstance(value, str))
+flag = _of("True or False", _is_bool)
+text = _of("a string", _is_any_text)
 
 options = _of("a dict {option: value}", lambda value: _is_dict(value, _is_text))
-names = _of("a list of names", lambda value: _is_list(value, _is_text))
-types = _of("a list of module classes, functions or their names", lambda value: _is_list(value, _is_type))
+names = _of("a list of names", _is_text_list)
+types = _of("a list of module classes, functions or their names", lambda value: _is_list(value, is_type_key))
 classes = _of("a list of nn.Module classes", lambda value: _is_list(value, _is_class))
 modules = _of("a list of names or module classes", lambda value: _is_list(value, _is_name_or_class))
-whole = _of("an int", lambda value: isinstance(value, int) and not isinstance(value, bool))
+whole = _of("an int", _is_int)
 replacements = _of("a dict {float class: quantized class}", lambda value: _is_dict(value, _is_any_class, _is_any_class))
 bits = _raised(as_bits)
 observer = _registered(OBSERVERS)
@@ -121,10 +141,7 @@ KEYS: Mapping[str, Mapping[str, Check]] = {
         "extra_qconfig_dict": mapping,
         "extra_quantizer_dict": mapping,
         "extra_fuse_dict": mapping,
-        "preserve_attr": _of(
-            "a dict {module path: [attribute names]}",
-            lambda value: _is_dict(value, lambda key: isinstance(key, str), lambda item: _is_list(item, _is_text)),
-        ),
+        "preserve_attr": _of("a dict {module path: [attribute names]}", _is_attributes),
         "concrete_args": mapping,
         "leaf_module": classes,
     },
@@ -148,7 +165,7 @@ KEYS: Mapping[str, Mapping[str, Check]] = {
         "a_qscheme": mapping,
         "w_observer_extra_args": options,
         "a_observer_extra_args": options,
-        "object_type": _of("a dict {type: entry}", lambda value: _is_dict(value, _is_type)),
+        "object_type": _of("a dict {type: entry}", lambda value: _is_dict(value, is_type_key)),
         "module_name": _of("a dict {name: entry}", lambda value: _is_dict(value, _is_text)),
         "int4_op": names,
         "int8_op": names,
@@ -176,7 +193,7 @@ KEYS: Mapping[str, Mapping[str, Check]] = {
         "pot_scale": flag,
         "symmetric_range": flag,
         "ch_axis": whole,
-        "reduce_range": _of("False; bits and symmetry say the range", lambda value: value is False),
+        "reduce_range": _of("False; bits and symmetry say the range", _is_false),
     },
     "entry with mode 'weight'": {
         "mode": text,

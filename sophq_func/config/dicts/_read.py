@@ -1,17 +1,17 @@
-"""The translation of the dictionaries into one config (semantics.md 1)."""
+"""The translation of the three dictionaries into one config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.dicts._fuse import Fusion, read_fusion
-from sophq_func.config.dicts._keys import KEYS, REQUIRED
+from sophq_func.config.dicts._keys import KEYS, REQUIRED, mapping
 from sophq_func.config.matching import type_text
 from sophq_func.config.names import is_value_quantizer, is_weight_quantizer, underscored
-from sophq_func.config.rules import DEFAULT_CHIP, QuantConfig, Rule, not_grouped
+from sophq_func.config.rules import DEFAULT_CHIP, ROLES, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import Role
 from sophq_func.core.errors import ConfigError, deprecated, explain, near, raise_all, unknown
 from sophq_func.core.operations import canonical, family
@@ -29,26 +29,29 @@ NEEDLESS = {
 }
 """Keys that are accepted without effect, and why none is needed."""
 
+EXAMPLES = {"chip": DEFAULT_CHIP, "quantmode": "weight_activation", "strategy": "CNN"}
+"""The keys that ``quant_dict`` must have, each with a value that it may have."""
+
 INITIAL = ("scale", "zero_point")
 """Parameters of a quantizer that sophgo-mq sets before calibration, which overwrites them."""
 
 
 def from_dicts(prepare_custom_config_dict: Mapping[str, Any]) -> QuantConfig:
-    """The config that the dictionaries of sophgo-mq ask for.
+    """Translate the dictionaries of sophgo-mq into a config.
 
-    Rules come in the order: types, names (containers before what they contain), exclusions, observe-only, additional
-    nodes. An entry of ``object_type`` or ``module_name`` replaces the grid of the half that its ``mode`` names, and leaves
-    the other half as the next broader level says.
+    Its rules come in this order: types, names (a module before what is in it), exclusions, observed quantizers, additional
+    nodes. An entry of ``object_type`` or ``module_name`` replaces the grid of the weights or of the activations, whichever
+    its ``mode`` names, and leaves the others as the next broader level says.
 
     Args:
       prepare_custom_config_dict: ``quant_dict`` (required), ``extra_qconfig_dict``, ``extra_quantizer_dict``,
         ``extra_fuse_dict``, ``leaf_module``; see ``sophq_func.config.dicts.KEYS`` for what each may hold. It is not changed.
 
     Raises:
-      ConfigError: every unknown key, missing key, wrong value and contradiction, in one message.
+      ConfigError: an unknown or missing key, a wrong value, or a contradiction; all problems in one message.
 
     Warns:
-      DeprecationWarning: a key is not needed here, and says why.
+      DeprecationWarning: a key has no effect; the warning says why.
 
     Differs from sophgo-mq: ``bit`` may be a string of digits; an omitted ``symmetric_range`` is the chip's; types are
     matched before and after fusion alike; names may be dotted or underscored; bits are checked everywhere.
@@ -60,13 +63,14 @@ def from_dicts(prepare_custom_config_dict: Mapping[str, Any]) -> QuantConfig:
     """
     reader = _Reader()
     whole = reader.mapping("prepare_custom_config_dict", prepare_custom_config_dict)
-    quant, qconfig, quantizer, fuse = (
-        reader.mapping(name, whole.get(name, {}))
-        for name in ("quant_dict", "extra_qconfig_dict", "extra_quantizer_dict", "extra_fuse_dict")
-    )
+    quant = reader.mapping("quant_dict", whole.get("quant_dict", {}))
+    qconfig = reader.mapping("extra_qconfig_dict", whole.get("extra_qconfig_dict", {}))
+    quantizer = reader.mapping("extra_quantizer_dict", whole.get("extra_quantizer_dict", {}))
+    fuse = reader.mapping("extra_fuse_dict", whole.get("extra_fuse_dict", {}))
     chip = reader.quant_dict(quant, whole.get("quant_dict"))
     fusion = reader.attempt("extra_fuse_dict", partial(read_fusion, fuse)) or Fusion()
-    weight, activation = reader.half("weight", qconfig, chip), reader.half("activation", qconfig, chip)
+    weight = reader.half("weight", qconfig, chip)
+    activation = reader.half("activation", qconfig, chip)
     rules = reader.types(qconfig, chip, fusion) + reader.names(qconfig, chip) + reader.quantizers(quantizer, fusion)
     reader.problems += contradictions(quant, qconfig, quantizer)
     raise_all(reader.problems)
@@ -88,7 +92,7 @@ def from_dicts(prepare_custom_config_dict: Mapping[str, Any]) -> QuantConfig:
 
 
 class _Reader:
-    """Reads dictionaries and collects every problem on the way."""
+    """Reads dictionaries, and collects every problem with them in ``problems``."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -103,47 +107,61 @@ class _Reader:
             return None
 
     def mapping(self, name: str, value: Any, where: str = "", further: Sequence[str] = ()) -> dict[str, Any]:
-        """What ``value`` holds under keys that are known, where the value is right; all else is a problem.
+        """The entries of a dictionary that are right; each other one becomes a problem.
 
         Args:
           name: of the dictionary in ``KEYS``.
           value: the dictionary.
-          where: its place, if it is not its name.
-          further: keys that are known beside those of the table.
+          where: its place for errors, if that is not its name.
+          further: keys that are allowed beside those of ``KEYS``, and checked elsewhere.
         """
         where = where or name
-        if not isinstance(value, Mapping):
-            self.problems.append(explain(where, "this type is not possible", got=type(value).__name__, allowed="a dict"))
+        if problem := mapping(where, value):
+            self.problems.append(problem)
             return {}
-        found = {}
+        checks = KEYS[name]
+        right = {}
         for key, item in value.items():
-            if key in further or (item is None and key in KEYS[name] and key not in REQUIRED):
+            is_left_out = item is None and key in checks and key not in REQUIRED
+            if key in further or is_left_out:
                 continue
-            problem = KEYS[name][key](f"{where}[{key!r}]", item) if key in KEYS[name] else ""
-            if key not in KEYS[name]:
-                problem = unknown(where, "key", key, [*KEYS[name], *further])
+            if key in checks:
+                problem = checks[key](f"{where}[{key!r}]", item)
+            else:
+                problem = unknown(where, "key", key, [*checks, *further])
             if problem:
                 self.problems.append(problem)
             else:
-                found[key] = item
-        return found
+                right[key] = item
+        return right
 
     def quant_dict(self, quant: Mapping[str, Any], given: object) -> ChipSpec:
-        """The chip's spec, or some chip's where it is not known; what must be there is."""
-        there = given if isinstance(given, Mapping) else {}
-        for key in ("chip", "quantmode", "strategy"):
-            if key not in there:
-                self.problems.append(f"quant_dict: {key!r} is missing. Fix: quant_dict[{key!r}] = ...")
+        """Check that nothing is missing, and return the chip's spec.
+
+        Args:
+          quant: the entries that are right.
+          given: all that the user gave.
+
+        Returns:
+          The spec of the chip; of the default chip where none is known, so that reading can go on to further problems.
+        """
+        entries = given if isinstance(given, Mapping) else {}
+        for key, example in EXAMPLES.items():
+            if key not in entries:
+                self.problems.append(f"quant_dict: {key!r} is missing. Fix: quant_dict[{key!r}] = {example!r}.")
         if quant.get("use_tpu_mlir_fwd"):
-            because = "it needs the chip's compiler"
+            where, because = "quant_dict['use_tpu_mlir_fwd']", "it needs the chip's compiler"
+            fix = "quant_dict['use_tpu_mlir_fwd'] = False"
             self.problems.append(
-                explain("quant_dict['use_tpu_mlir_fwd']", "True is not possible", allowed="False", because=because)
+                explain(where, "the compiler's forward cannot be run", got=True, allowed="False", because=because, fix=fix)
             )
         return CHIPS.get(quant.get("chip", DEFAULT_CHIP))
 
     def half(self, role: Role, qconfig: Mapping[str, Any], chip: ChipSpec) -> QuantizerConfig:
-        """The global config of one half."""
-        default, letter = (chip.weight if role == "weight" else chip.activation), role[0]
+        """The config of every quantizer of a role that no rule changes."""
+        default = chip.weight if role == "weight" else chip.activation
+        # The keys of the weights start with w, those of the activations with a.
+        letter = role[0]
         key, extra = f"{letter}_qscheme", f"{letter}_observer_extra_args"
         name = OBSERVERS.canonical(qconfig.get(f"{letter}_observer", default.observer.name))
         given = qconfig.get(key, {})
@@ -159,7 +177,13 @@ class _Reader:
         return default if None in values.values() else override(**values)(default)
 
     def options(self, registry: Factories[Any], spec: Spec, given: Mapping[str, Mapping[str, Any]]) -> Spec | None:
-        """``spec`` with further options, told under which key each dictionary of them stands."""
+        """``spec`` with further options; ``None`` if one is wrong.
+
+        Args:
+          registry: in which the spec's factory is registered.
+          spec: a name with options.
+          given: by the key of a dictionary, for errors, the options in it.
+        """
         for where, options in given.items():
             made = self.attempt(where, partial(_checked, registry, spec.name, {**dict(spec.options), **options}))
             if made is None:
@@ -168,8 +192,9 @@ class _Reader:
         return spec
 
     def fake_quantize(self, qconfig: Mapping[str, Any], letter: str, default: Spec) -> Spec | None:
-        """The fake quantizer of one half, with its parameters."""
-        name, key = FAKE_QUANTIZERS.canonical(qconfig.get(f"{letter}_fakequantize", default.name)), f"{letter}_fakeq_params"
+        """The fake quantizer of one role, with its options."""
+        name = FAKE_QUANTIZERS.canonical(qconfig.get(f"{letter}_fakequantize", default.name))
+        key = f"{letter}_fakeq_params"
         given = dict(qconfig.get(key, {}))
         for initial in INITIAL:
             if initial in given and initial not in FAKE_QUANTIZERS.options(name):
@@ -181,10 +206,17 @@ class _Reader:
     def scheme(
         self, where: str, given: Mapping[str, Any], default: QuantizerConfig, per_channel: str = "per_channel"
     ) -> QScheme | None:
-        """A whole grid: what is not given has the defaults of sophgo-mq, but ``symmetric_range`` is the chip's."""
+        """A whole grid. What is left out has the default of sophgo-mq, except for ``symmetric_range``, which is the chip's.
+
+        There, a scheme that is given replaces the chip's as a whole, so that the range is lost silently.
+        """
         symmetric = given.get("symmetry", True)
-        axis = given.get("ch_axis", 0 if given.get(per_channel) else -1)
-        granularity = PerTensor() if axis == -1 else PerChannel(axis if "ch_axis" in given else None)
+        # A ``ch_axis`` decides alone, and -1 is per tensor. Without one the plan finds the axis of the output channels.
+        if "ch_axis" in given:
+            axis = given["ch_axis"]
+            granularity = PerTensor() if axis == -1 else PerChannel(axis)
+        else:
+            granularity = PerChannel() if given.get(per_channel) else PerTensor()
 
         def read() -> QScheme:
             return QScheme(
@@ -198,15 +230,15 @@ class _Reader:
         return self.attempt(where, read)
 
     def types(self, qconfig: Mapping[str, Any], chip: ChipSpec, fusion: Fusion) -> list[Rule]:
-        """Rules of ``object_type``; grouped convolutions are left out on TPU chips (semantics.md 1.3)."""
-        where = {} if chip.placement else {"where": not_grouped}
-        found = []
+        """Rules of ``object_type``; on TPU chips they do not match grouped convolutions."""
+        where = None if chip.placement else not_grouped
+        rules = []
         for key, entry in qconfig.get("object_type", {}).items():
             origin = f"object_type[{key!r}]"
             change = self.entry(origin, entry, chip)
-            named = {"type": fusion.aliases.get(key, key), **where}
-            found += [Rule(**named, **change, origin=origin)] if change else []
-        return found
+            if change:
+                rules.append(Rule(type=fusion.aliases.get(key, key), where=where, **change, origin=origin))
+        return rules
 
     def names(self, qconfig: Mapping[str, Any], chip: ChipSpec) -> list[Rule]:
         """Rules of ``module_name`` and of the lists of operations, which replace entries of the same name."""
@@ -214,22 +246,25 @@ class _Reader:
         for name, entry in qconfig.get("module_name", {}).items():
             origin = f"module_name[{name!r}]"
             change = self.entry(origin, entry, chip)
-            places = chip.placement and is_value_quantizer(name)
-            rules += [Rule(name=name, **change, outputs=True if places else None, origin=origin)] if change else []
+            # On Academic an entry for the quantizer of a value also places that quantizer.
+            outputs = True if chip.placement and is_value_quantizer(name) else None
+            if change:
+                rules.append(Rule(name=name, **change, outputs=outputs, origin=origin))
         for key, (weight, activation) in OPERATION_LISTS.items():
             for name in qconfig.get(key, ()):
+                # A later list replaces what an earlier one, or ``module_name``, says about the operation.
                 rules = [rule for rule in rules if underscored(str(rule.name)) != underscored(name)]
                 rules.append(Rule(name=name, weight=weight, activation=activation, origin=key))
         return _containers_first(rules)
 
     def entry(self, where: str, entry: Any, chip: ChipSpec) -> dict[str, Any]:
-        """What one entry changes; empty where something is wrong with it."""
-        before, mode = len(self.problems), entry.get("mode") if isinstance(entry, Mapping) else None
-        if mode not in ("weight", "activation"):
-            hint = near(str(mode), ("weight", "activation"))
-            self.problems.append(
-                explain(where, "this mode is not possible", got=mode, allowed="'weight' or 'activation'", fix=hint)
-            )
+        """What one entry changes, as arguments of a rule; empty if something is wrong with the entry."""
+        problems_before = len(self.problems)
+        mode = entry.get("mode") if isinstance(entry, Mapping) else None
+        if mode not in ROLES:
+            allowed, hint = "'weight' or 'activation'", near(str(mode), ROLES)
+            fix = hint or "{'mode': 'weight', 'bit': 4}"
+            self.problems.append(explain(where, "the mode is neither of the two", got=mode, allowed=allowed, fix=fix))
             return {}
         given = self.mapping(f"entry with mode {mode!r}", entry, where)
         values: dict[str, Any] = {}
@@ -237,8 +272,9 @@ class _Reader:
             values["observer"] = OBSERVERS.spec(given[f"{mode[0]}observer"])
         if f"{mode[0]}fakequantize" in given:
             values["fake_quantize"] = FAKE_QUANTIZERS.spec(given[f"{mode[0]}fakequantize"])
-        values["scheme"] = self.scheme(where, given, chip.weight if mode == "weight" else chip.activation, "wperchannel")
-        return {mode: override(**values)} if len(self.problems) == before else {}
+        default = chip.weight if mode == "weight" else chip.activation
+        values["scheme"] = self.scheme(where, given, default, "wperchannel")
+        return {mode: override(**values)} if len(self.problems) == problems_before else {}
 
     def quantizers(self, given: Mapping[str, Any], fusion: Fusion) -> list[Rule]:
         """Rules of the third dictionary."""
@@ -264,12 +300,13 @@ class _Reader:
 
 
 def _containers_first(rules: Sequence[Rule]) -> list[Rule]:
-    """Rules by name, each behind those of the containers around it."""
+    """Rules by name, the rule for a module before those for what is in it, which override it."""
     names = [underscored(str(rule.name)) for rule in rules]
 
     def order(rule: Rule) -> tuple[int, int]:
-        own = underscored(str(rule.name))
-        around = sum(own.startswith(f"{name}_") for name in names)
+        # Underscores may be dots or not, so the dots decide only among rules with as many others around them.
+        own_name = underscored(str(rule.name))
+        around = sum(own_name.startswith(f"{name}_") for name in names)
         return around, str(rule.name).count(".")
 
     return sorted(rules, key=order)
@@ -283,6 +320,7 @@ def _checked(registry: Factories[Any], name: str, options: Mapping[str, Any]) ->
 
 
 def _both(bits: int, fake_quantize: Spec) -> tuple[Override, Override]:
+    """What a list of operations changes for weights, and what for activations."""
     scheme = QScheme(bits=bits)
     return (
         override(scheme=scheme, observer=minmax(), fake_quantize=fake_quantize),
@@ -295,46 +333,68 @@ OPERATION_LISTS: Mapping[str, tuple[Override, Override]] = {
     "int8_op": _both(8, learnable()),
     "f16_op": _both(16, fp16()),
 }
-"""What each list gives the weights and the activations of the operations that it names; later lists win."""
+"""What each list changes for the weights and for the activations of the operations in it. A later list wins."""
+
+ONE_OF_THEM = "take it out of one of the two keys"
+"""How to mend a contradiction."""
 
 
 def contradictions(quant: Mapping[str, Any], qconfig: Mapping[str, Any], quantizer: Mapping[str, Any]) -> Iterator[str]:
     """What the dictionaries both ask for and forbid."""
-    if quant.get("quantmode") == "weight_only" and quant.get("strategy") == "CNN":
-        fix = "quant_dict['strategy'] = 'Transformer'"
-        yield explain("quant_dict", "quantmode 'weight_only' with strategy 'CNN' is not possible", fix=fix)
-    if quant.get("bf16_mix_prec") and (quant.get("quantmode") == "weight_only" or quant.get("chip") == "Academic"):
-        because = "it places activation quantizers as TPU chips do"
-        yield explain(
-            "quant_dict['bf16_mix_prec']", "with quantmode 'weight_only' or chip 'Academic' is not possible", because=because
-        )
-    names = [name for name in quantizer.get("exclude_module_name", ()) if isinstance(name, str)]
+    yield from _contradicting_modes(quant)
+    yield from _excluded_weights(qconfig, quantizer)
+    yield from _excluded_operations(quantizer)
+
+
+def _contradicting_modes(quant: Mapping[str, Any]) -> Iterator[str]:
+    """Values of ``quant_dict`` that cannot be combined."""
+    is_weight_only = quant.get("quantmode") == "weight_only"
+    if is_weight_only and quant.get("strategy") == "CNN":
+        sentence = "quantmode 'weight_only' cannot be combined with strategy 'CNN'"
+        because, fix = "sophgo-mq does not support it", "quant_dict['strategy'] = 'Transformer'"
+        yield explain("quant_dict", sentence, because=because, fix=fix)
+    if quant.get("bf16_mix_prec") and (is_weight_only or quant.get("chip") == "Academic"):
+        sentence = "it cannot be combined with quantmode 'weight_only' or chip 'Academic'"
+        because, fix = "it places activation quantizers as TPU chips do", "quant_dict['bf16_mix_prec'] = False"
+        yield explain("quant_dict['bf16_mix_prec']", sentence, because=because, fix=fix)
+
+
+def _excluded_weights(qconfig: Mapping[str, Any], quantizer: Mapping[str, Any]) -> Iterator[str]:
+    """Weights that one key quantizes or observes, and ``exclude_module_name`` leaves float."""
+    excluded = [name for name in quantizer.get("exclude_module_name", ()) if isinstance(name, str)]
     entries = {name: entry for name, entry in qconfig.get("module_name", {}).items() if isinstance(entry, Mapping)}
-    asked = {name: "module_name" for name, entry in entries.items() if entry.get("mode") == "weight"}
-    asked |= {name: key for key in OPERATION_LISTS for name in qconfig.get(key, ())}
-    fix = "take it out of one of them"
-    for name, key in asked.items():
-        for owner in (owner for owner in names if _is_inside(name, owner)):
-            what, because = f"quantizing the weights of {name!r}", f"exclude_module_name holds {owner!r}"
-            yield explain(key, f"{what} is not possible", because=because, fix=fix)
-    for name in quantizer.get("module_only_enable_observer", ()):
-        for owner in (owner for owner in names if is_weight_quantizer(name) and _is_inside(name, owner)):
+    quantized = {name: "module_name" for name, entry in entries.items() if entry.get("mode") == "weight"}
+    quantized |= {name: key for key in OPERATION_LISTS for name in qconfig.get(key, ())}
+    for name, key in quantized.items():
+        for owner in _owners(name, excluded):
             because = f"exclude_module_name holds {owner!r}"
-            yield explain("module_only_enable_observer", f"observing {name!r} is not possible", because=because, fix=fix)
+            yield explain(key, f"the weights of {name!r} cannot be quantized", because=because, fix=ONE_OF_THEM)
+    observed = filter(is_weight_quantizer, quantizer.get("module_only_enable_observer", ()))
+    for name in observed:
+        for owner in _owners(name, excluded):
+            because = f"exclude_module_name holds {owner!r}"
+            sentence = f"{name!r} cannot be observed"
+            yield explain("module_only_enable_observer", sentence, because=because, fix=ONE_OF_THEM)
+
+
+def _excluded_operations(quantizer: Mapping[str, Any]) -> Iterator[str]:
+    """Operations that one key adds to the strategy's list, and another excludes."""
     removed = [*quantizer.get("exclude_function_type", ()), *quantizer.get("exclude_module_name", ())]
-    operations = {_operation(key) for key in removed}
+    excluded = {_operation(key) for key in removed}
     for where in ("additional_function_type", "additional_module_type"):
         for key in quantizer.get(where, ()):
-            if _operation(key) in operations:
-                yield explain(where, f"adding {type_text(key)} is not possible", because="it is excluded, too", fix=fix)
+            if _operation(key) in excluded:
+                sentence = f"{type_text(key)} cannot be added"
+                yield explain(where, sentence, because="it is excluded, too", fix=ONE_OF_THEM)
 
 
-def _is_inside(name: str, owner: str) -> bool:
-    return f"{underscored(name)}_".startswith(f"{underscored(owner)}_")
+def _owners(name: str, excluded: Iterable[str]) -> list[str]:
+    """The excluded modules in which a module or quantizer lies, or which it is."""
+    return [owner for owner in excluded if f"{underscored(name)}_".startswith(f"{underscored(owner)}_")]
 
 
 def _operation(key: Any) -> str:
-    """One name for each operation, by whatever key."""
+    """The operation that a type key means: one name for a function and for the modules that do the same."""
     if isinstance(key, type):
         return family(key) or key.__name__
     return canonical(key)

@@ -1,4 +1,4 @@
-"""Strategies: where quantizers go. Each is one file, and one entry in ``config.strategies.PLACEMENTS``."""
+"""Strategies, which choose where quantizers go. Each is one file, and one entry in ``config.strategies.PLACEMENTS``."""
 
 from sophq_func.planning.strategies import _academic as _academic
 from sophq_func.planning.strategies import _layers as _layers

@@ -1,7 +1,8 @@
-"""``Academic``: the placement rules of the research target (semantics.md 5.5), whatever the strategy asked for.
+"""``Academic``: the placement of sophgo-mq's target for research, which is a chip by name only.
 
-Layers that read an input of the model, or make its result, have 8 bits in weight and input, whatever the config says
-globally; rules may say otherwise (DoReFa and LSQ do the same; semantics.md 11, defect 44).
+A layer that reads an input of the model, or makes its result, has 8 bits in weight and input, whatever the default configs
+say; rules override that. DoReFa (arXiv:1606.06160) and LSQ (arXiv:1902.08153) do the same. sophgo-mq has code for it, but
+does not register that code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sophq_func.planning.strategies._tpu import WEIGHTS
 
 
 def place_academic(graph: Graph, requests: Requests) -> Placement:
-    """Inputs of linear layers and matrix products, and the results of matrix products."""
+    """Quantize the inputs of linear layers and matrix products, and the results of matrix products."""
     chosen: dict[str, str] = {}
     for node in graph:
         asked = requests.asks(node)
@@ -32,13 +33,13 @@ def place_academic(graph: Graph, requests: Requests) -> Placement:
 
 
 def edges(graph: Graph, requests: Requests) -> Iterator[tuple[str, Preset]]:
-    """8 bits for the weight and the input of the first and last layers."""
+    """By quantizer, the preset of 8 bits for the weights and inputs of the first and last layers."""
     for node in graph:
         values = floating_operands(graph, node)
-        first = any(graph.producer(value).kind == "input" for value in values)
-        last = any(graph.values[value].output for value in node.outputs)
-        if node.is_module(*WEIGHTS, *requests.layers) and (first or last):
-            preset = Preset(override(bits=8), f"{node.name} is {'a first' if first else 'a last'} layer")
+        is_first = any(graph.producer(value).kind == "input" for value in values)
+        is_last = any(graph.values[value].output for value in node.outputs)
+        if node.is_module(*WEIGHTS, *requests.layers) and (is_first or is_last):
+            preset = Preset(override(bits=8), f"{node.name} is {'a first' if is_first else 'a last'} layer")
             yield weight_quantizer(node.parameters.get("weight", "")), preset
             yield from ((value_quantizer(value), preset) for value in values)
 

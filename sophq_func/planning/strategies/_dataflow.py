@@ -1,16 +1,16 @@
-"""``Dataflow``: operands of every contraction, and the tensors that stay in memory between kernels, once each.
+"""``Dataflow``: quantizes operands of contractions, and tensors that are kept in memory between kernels, each once.
 
-What only moves data (views, slices, dropout, max pooling) passes a quantizer through: the value before it is quantized,
-and nothing behind it again. Quantized are
+A call that only moves data (views, slices, dropout, max pooling) keeps values on their grid: the value before it is
+quantized, and not again behind it. Quantized are
 
 * each operand of a convolution, linear layer, matrix product, ``einsum`` or attention,
 * both terms of an element-wise ``add``, ``sub`` or ``mul`` of two tensors of one shape (residual branches and gates; masks,
   biases and position tables are broadcast and stay as they are),
 * what is concatenated, stacked, averaged or normalized.
 
-Only what comes from a weight or a floating input is: masks and positions made in the forward stay as they are.
-What lies in [0, 1] by its nature (softmax, sigmoid) has that range, and where no chip is asked for an affine grid, unless
-the config says otherwise.
+Only values that depend on a weight or a floating input are quantized: masks and positions made in the forward stay as they
+are. The results of softmax and sigmoid lie in [0, 1], so their range is fixed to that. Without a chip their grid is affine,
+as a symmetric one would leave half of its codes unused. What the config says about observer or symmetry overrides both.
 """
 
 from __future__ import annotations
@@ -38,29 +38,33 @@ MULTIPLIERS = (
 )
 """Layers that multiply one input with a weight."""
 
+# Layers whose weights are quantized.
 WEIGHTS = (*MULTIPLIERS, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 
 
 def contracted(node: Node, operand: Operand) -> bool:
-    """Whether a function multiplies and sums this operand."""
+    """Whether a node calls a function that multiplies an operand and sums the products."""
     roles = CONTRACTIONS.get(node.function, ())
     return roles == ALL or operand.role in roles
 
 
 CONTRACTING_MODULES = tuple(cls for cls in WEIGHTS if cls not in (nn.Embedding, nn.EmbeddingBag))
+"""Layers whose inputs are quantized: an embedding reads indices."""
 
 ELEMENTWISE = frozenset(("add", "sub", "mul"))
+"""Operations on two tensors whose terms are quantized."""
+
 STORED = frozenset(
     "cat stack adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d batch_norm "
     "group_norm instance_norm layer_norm rms_norm".split()
 )
-"""What reads its first operand, or each of a list, from memory."""
+"""Operations whose first operand, or each tensor of a list, is quantized, as it is kept in memory."""
 
 MOVING_MODULES = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-"""What returns elements of its first operand (or zeros), and so keeps them on the grid."""
+"""Modules that return elements of their first operand, or zeros, and so keep values on the grid."""
 
 BOUNDED = frozenset(("sigmoid", "softmax", "hardsigmoid"))
-"""What lies in [0, 1] whatever the data, so that there is nothing to calibrate."""
+"""Operations whose results lie in [0, 1] for all data, so that there is nothing to calibrate."""
 
 WHY = "strategy Dataflow: lies in [0, 1]"
 UNIT_RANGE = Preset(override(observer=fixed_range(lo=0.0, hi=1.0)), WHY, yields=True)
@@ -73,7 +77,7 @@ def moves(node: Node) -> bool:
 
 
 def moved(graph: Graph, operand: Operand) -> Operand | None:
-    """The tensor whose data an operand has, if the call that made the operand only moved them; else ``None``."""
+    """The tensor that a call only moved to make an operand; ``None`` if the call did more."""
     if not operand.value:
         return None
     producer = graph.producer(operand.value)
@@ -87,38 +91,48 @@ def moved(graph: Graph, operand: Operand) -> Operand | None:
 
 
 def source_of(graph: Graph, operand: Operand) -> Operand:
-    """Where the data of an operand comes from, before everything that only moved it."""
+    """The tensor from which an operand was only moved, by any number of calls."""
     while (before := moved(graph, operand)) is not None:
         operand = before
     return operand
 
 
 def wanted(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
-    """The operands of a node that ought to be on a grid."""
+    """The operands of a node that the strategy quantizes."""
     if node.is_module(*CONTRACTING_MODULES, *requests.layers):
-        return list(node.operands[: 2 if node.is_module(nn.Bilinear, nn.RNNCellBase) else 1])
+        # A bilinear layer multiplies two inputs, a cell of an RNN its input and its state.
+        count = 2 if node.is_module(nn.Bilinear, nn.RNNCellBase) else 1
+        return list(node.operands[:count])
     if node.function in CONTRACTIONS:
         return [operand for operand in node.operands if contracted(node, operand)]
     if node.operation in ELEMENTWISE:
-        pair = [o for o in node.operands if o.value]
-        shapes = {graph.values[o.value].shape for o in pair}
+        pair = [operand for operand in node.operands if operand.value]
+        shapes = {graph.values[operand.value].shape for operand in pair}
         return pair if len(pair) == 2 and len(shapes) == 1 else []
     if node.operation in STORED:
-        return [o for o in node.operands if o.role.partition(".")[0] in ("0", "input", "tensors")]
+        # Tensors of a list have the roles "tensors.0", "tensors.1" and so on.
+        return [operand for operand in node.operands if operand.role.partition(".")[0] in ("0", "input", "tensors")]
     return list(node.operands) if requests.listed(node) else []
 
 
 def signals(graph: Graph) -> frozenset[str]:
-    """Names of the floating values that come from a weight or a floating input; the others are masks and positions."""
-    found: set[str] = set()
+    """Names of the floating values that depend on a weight or a floating input; the others are masks and positions."""
+    carrying: set[str] = set()
     for node in graph:
-        fed = node.kind == "input" or node.parameters or any(o.parameter or o.value in found for o in node.operands)
-        found.update(value for value in node.outputs if fed and graph.values[value].floating)
-    return frozenset(found)
+        is_source = node.kind == "input" or bool(node.parameters)
+        if is_source or any(operand.parameter or operand.value in carrying for operand in node.operands):
+            carrying.update(value for value in node.outputs if graph.values[value].floating)
+    return frozenset(carrying)
 
 
 def choose(graph: Graph, requests: Requests, wanted: Callable[[Graph, Node, Requests], Iterable[Operand]]) -> dict[str, str]:
-    """Values that are the wanted operands of some node, or any operand of one that asks; each with why."""
+    """Values to quantize, each with the reason: operands that a strategy wants, and all operands where a rule asks for it.
+
+    Args:
+      graph: fused.
+      requests: what the config says.
+      wanted: from a graph, one of its nodes and the requests, to the operands that the strategy quantizes.
+    """
     chosen: dict[str, str] = {}
     carrying = signals(graph)
     for node in graph:
@@ -133,11 +147,15 @@ def choose(graph: Graph, requests: Requests, wanted: Callable[[Graph, Node, Requ
 
 
 def place_dataflow(graph: Graph, requests: Requests) -> Placement:
-    """Every wanted operand, at its source."""
-    chosen = choose(graph, requests, lambda *call: (source_of(graph, operand) for operand in wanted(*call)))
-    bounded = (value for value in chosen if graph.producer(value).last.operation in BOUNDED)
-    known = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
-    return Placement(chosen, presets={value_quantizer(value): known for value in bounded})
+    """Quantize every wanted operand where it was made, before all that only moved it."""
+
+    def sources(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
+        return [source_of(graph, operand) for operand in wanted(graph, node, requests)]
+
+    chosen = choose(graph, requests, sources)
+    preset = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
+    bounded = [value for value in chosen if graph.producer(value).last.operation in BOUNDED]
+    return Placement(chosen, presets={value_quantizer(value): preset for value in bounded})
 
 
 PLACEMENTS.add("Dataflow", Strategy(place_dataflow, WEIGHTS, functions=True))

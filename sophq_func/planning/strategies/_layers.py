@@ -1,4 +1,4 @@
-"""``Layers``: weights and inputs of convolutions and linear layers, and nothing else.
+"""``Layers``: quantizes weights and inputs of convolutions and linear layers, and nothing else.
 
 The setting of the literature on quantization-aware training (LSQ, arXiv:1902.08153, among others): each such layer
 multiplies integers; additions, norms, attention products and biases stay float. The input is quantized where the layer
@@ -13,20 +13,24 @@ from sophq_func.core.operations import LAYERS
 from sophq_func.planning.strategies._dataflow import MULTIPLIERS, choose, contracted, source_of
 
 FUNCTIONS = LAYERS - {"embedding", "bilinear"}
+"""Functions that count as layers."""
+
 INPUT = ("0", "input")
+"""Roles of the operand that a function multiplies with its weight, given by position or by keyword."""
 
 
 def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
-    """The operands of a node that the strategy quantizes: an input where it is read, a weight at its source."""
+    """The operands of a node that the strategy quantizes: an input where it is read, a weight where it was made."""
     if node.is_module(*MULTIPLIERS, *requests.layers):
         return list(node.operands[:1])
     if node.function in FUNCTIONS:
-        return [o if o.role in INPUT else source_of(graph, o) for o in node.operands if contracted(node, o)]
+        operands = [operand for operand in node.operands if contracted(node, operand)]
+        return [operand if operand.role in INPUT else source_of(graph, operand) for operand in operands]
     return list(node.operands) if requests.listed(node) else []
 
 
 def place_layers(graph: Graph, requests: Requests) -> Placement:
-    """Every operand that a layer multiplies with its weight."""
+    """Quantize every operand that a layer multiplies with its weight."""
     return Placement(choose(graph, requests, read))
 
 

@@ -1,4 +1,7 @@
-"""``CNN`` and ``Transformer``: the placement rules of the TPU chips (semantics.md 5.4)."""
+"""``CNN`` and ``Transformer``: the placement rules of sophgo-mq for TPU chips.
+
+sophgo-mq collects the values in passes over the graph; each pass is a function here.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,32 @@ from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests
 from sophq_func.numerics.scheme import override
 from sophq_func.planning.strategies._base import floating_operands, is_tensor_input
 
+# Module classes, and operations of modules or functions, whose inputs are quantized.
 MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
 OPERATIONS = frozenset(
     "abs adaptive_avg_pool2d add avg_pool2d cat celu clamp div elu gelu glu gumbel_softmax hardsigmoid hardswish "
     "interpolate layer_norm logsigmoid matmul max_pool2d mish mul prelu selu sigmoid silu softplus softshrink sub "
     "tanh".split()
 )
-"""What has its inputs quantized: module classes, and operations, be they modules or functions."""
 
 NOT_SELECTED = frozenset(("floor_divide", "remainder", "type_as"))
-"""Whose results are not quantized for the sake of those that take them."""
+"""Operations whose results are not quantized as inputs of others."""
 
 PASSED = frozenset(("relu", "relu6", "dropout", "flatten"))
-"""What a value passes before it is quantized."""
+"""Operations behind which a value is quantized, instead of before."""
 
+# Module classes and operations whose inputs the strategy Transformer quantizes; other values it only observes.
 TRANSFORMER_MODULES = (nn.Conv2d, nn.Linear)
 TRANSFORMER_OPERATIONS = frozenset(("matmul",))
-"""Whose inputs the strategy Transformer quantizes; all else it only observes."""
 
 OBSERVED = Preset(override(observe_only=True), "strategy Transformer: no contraction reads it")
 
 WEIGHTS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)
+"""Module classes whose weights are quantized."""
 
 
 def is_passed(node: Node) -> bool:
-    """Whether a value that feeds this node alone is quantized behind it."""
+    """Whether a value that a node takes is quantized behind the node."""
     return node.operation in PASSED
 
 
@@ -44,22 +48,33 @@ def is_quantized(node: Node, requests: Requests) -> bool:
 
 
 def requested_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
-    """Pass A: inputs of quantized operations, unless they are the product in a ``mul`` that feeds an ``add``."""
+    """The inputs of quantized operations, without those of :func:`is_skipped`."""
     chosen: dict[str, str] = {}
     for node in graph:
         asked = requests.asks(node)
         if asked or (asked is None and is_quantized(node, requests) and not is_passed(node)):
             for value in floating_operands(graph, node):
-                producer = graph.producer(value)
-                merged = node.operation == "add" and producer.operation == "mul"
-                lone = producer.kind == "input" and not is_tensor_input(graph, producer)
-                if asked or not (merged or lone or producer.operation in NOT_SELECTED):
+                if asked or not is_skipped(graph, node, graph.producer(value)):
                     chosen.setdefault(value, f"input of {node.name}")
     return chosen
 
 
+def is_skipped(graph: Graph, node: Node, producer: Node) -> bool:
+    """Whether the result of a node is not quantized as an input of another one.
+
+    Args:
+      graph: fused.
+      node: the node that takes the value.
+      producer: the node that makes it.
+    """
+    # sophgo-mq counts on the two to be merged to one operation.
+    is_multiply_add = node.operation == "add" and producer.operation == "mul"
+    is_vector_input = producer.kind == "input" and not is_tensor_input(graph, producer)
+    return is_multiply_add or is_vector_input or producer.operation in NOT_SELECTED
+
+
 def requested_outputs(graph: Graph, requests: Requests) -> dict[str, str]:
-    """Pass B: results of quantized operations; where a passed operation follows, its result instead."""
+    """The results of quantized operations; where a passed operation follows, its result instead."""
     chosen: dict[str, str] = {}
     for node in graph:
         if requests.asks(node) is False or not is_quantized(node, requests):
@@ -76,24 +91,26 @@ def requested_outputs(graph: Graph, requests: Requests) -> dict[str, str]:
 
 
 def model_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
-    """Pass C: floating inputs of the model with more than one axis."""
-    inputs = (node for node in graph if is_tensor_input(graph, node) and requests.asks(node) is not False)
+    """The floating inputs of the model with more than one axis."""
+    inputs = [node for node in graph if is_tensor_input(graph, node) and requests.asks(node) is not False]
     return {node.name: "input of the model" for node in inputs if graph.values[node.name].floating}
 
 
 def transformer_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
-    """Pass D: inputs of convolutions, linear layers and matrix products."""
+    """The inputs of convolutions, linear layers and matrix products."""
     chosen: dict[str, str] = {}
     for node in graph:
         asked = requests.asks(node)
-        layer = node.is_module(*TRANSFORMER_MODULES, *requests.layers) or node.operation in TRANSFORMER_OPERATIONS
-        if asked or (asked is None and (layer or requests.listed(node))):
+        is_module = node.is_module(*TRANSFORMER_MODULES, *requests.layers)
+        is_listed = is_module or node.operation in TRANSFORMER_OPERATIONS or requests.listed(node)
+        if asked or (asked is None and is_listed):
             chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
     return chosen
 
 
 def place_cnn(graph: Graph, requests: Requests) -> Placement:
-    """Inputs and outputs of quantized operations, and the model's inputs."""
+    """Quantize inputs and results of the operations in the list, and the inputs of the model."""
+    # Where passes agree on a value, the last one names the reason.
     return Placement(
         transformer_inputs(graph, requests)
         | model_inputs(graph, requests)
@@ -103,10 +120,11 @@ def place_cnn(graph: Graph, requests: Requests) -> Placement:
 
 
 def place_transformer(graph: Graph, requests: Requests) -> Placement:
-    """Inputs of quantized operations and of the model; only those of contractions quantize, the rest observe."""
+    """Quantize inputs of convolutions, linear layers and matrix products; observe the other inputs in the list."""
     quantized = transformer_inputs(graph, requests)
     chosen = quantized | model_inputs(graph, requests) | requested_inputs(graph, requests)
-    return Placement(chosen, presets={value_quantizer(value): OBSERVED for value in chosen.keys() - quantized.keys()})
+    observed = chosen.keys() - quantized.keys()
+    return Placement(chosen, presets={value_quantizer(value): OBSERVED for value in observed})
 
 
 PLACEMENTS.add("CNN", Strategy(place_cnn, WEIGHTS, int4_inputs=True))
