@@ -430,9 +430,9 @@ def test_degenerate_values_make_a_whole_page() -> None:
 
 def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _, _ = measured()
-    with pytest.raises(sq.StateError, match="this folder"):
+    with pytest.raises(sq.StateError, match="folder"):
         found.to_html(tmp_path / "none" / "report.html")
-    with pytest.raises(sq.StateError, match="this path"):
+    with pytest.raises(sq.StateError, match="path"):
         found.to_csv(tmp_path)
 
     def full(*args: Any) -> None:
