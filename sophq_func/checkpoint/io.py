@@ -85,13 +85,18 @@ class Checkpoint:
         """
         if not isinstance(q, Quantized | Plan):
             raise CheckpointError(
-                explain("check", "this is not possible", got=type(q).__name__, allowed="a sq.Quantized or a sq.Plan")
+                explain(
+                    "check",
+                    "a checkpoint cannot be compared with this",
+                    got=type(q).__name__,
+                    allowed="a sq.Quantized or a sq.Plan",
+                )
             )
         found = differences(q, self.plan, self.qparams, self.ostate, self.params)
         if found:
             because = f"{len(found)} {'thing differs' if len(found) == 1 else 'things differ'}"
             fix = "build the model from the plan of the file, or calibrate anew"
-            said = explain(self.path, "using it here is not possible", because=because, fix=fix)
+            said = explain(self.path, "the checkpoint does not fit", because=because, fix=fix)
             raise CheckpointError("\n  ".join([said, *found]))
         return self
 
@@ -178,7 +183,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         parts = _parts(tensors, text)
         _check_parts(parts)
     except (ArithmeticError, RecursionError, ValueError) as error:
-        refuse(file, "reading a checkpoint", str(error), "save it again, from the model")
+        refuse(file, "the checkpoint cannot be read", str(error), "save it again, from the model")
     metadata = {key: text[key] for key in ("library", "torch") if key in text} | {"version": version}
     if "plan" in parts:
         metadata["digest"] = parts["plan"].digest()  # not as it is written: a plan of an older version had another one
@@ -188,7 +193,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
 
 def _path(path: object, where: str) -> Path:
     if not isinstance(path, str | os.PathLike) or "\0" in os.fsdecode(path):
-        raise CheckpointError(explain(where, "this path is not possible", got=path, allowed="a string or a pathlib.Path"))
+        raise CheckpointError(explain(where, "this is not a path", got=path, allowed="a string or a pathlib.Path"))
     return Path(os.fsdecode(path))
 
 
@@ -196,25 +201,23 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(explain("load", "this device is not possible", got=device, allowed="'cpu', 'cuda', ...")) from None
+        raise ConfigError(explain("load", "this is not a device", got=device, allowed="'cpu', 'cuda', ...")) from None
 
 
 def _check_parts(parts: Mapping[str, Any]) -> None:
     """Raise a :class:`StateError` unless the parts fit together."""
     plan = parts.get("plan")
     if not parts:
-        raise StateError(
-            explain("checkpoint", "saving nothing is not possible", allowed="plan=, qparams=, ostate= or params=")
-        )
+        raise StateError(explain("checkpoint", "there is nothing to save", allowed="plan=, qparams=, ostate= or params="))
     if plan is not None and not isinstance(plan, Plan):
         raise StateError(
-            explain("plan", "this type is not possible", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan")
+            explain("plan", "the plan has the wrong type", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan")
         )
     if "ostate" in parts:
         if plan is None:
             because = "the plan's observers say what the states are"
             raise StateError(
-                explain("ostate", "a state without its plan is not possible", because=because, fix="plan=q.plan")
+                explain("ostate", "observer states cannot be saved without their plan", because=because, fix="plan=q.plan")
             )
         check_ostate(plan, parts["ostate"])
     if "qparams" in parts:
@@ -223,7 +226,11 @@ def _check_parts(parts: Mapping[str, Any]) -> None:
         got = type(parts["params"]).__name__
         raise StateError(
             explain(
-                "params", "this type is not possible", got=got, allowed="a dict {name: Tensor}", fix="sq.params_of(model)"
+                "params",
+                "the params have the wrong type",
+                got=got,
+                allowed="a dict {name: Tensor}",
+                fix="sq.params_of(model)",
             )
         )
 
@@ -239,7 +246,7 @@ def _flat(parts: Mapping[str, Any]) -> Tensors:
     named = {(part, name): leaf for part, own in leaves.items() for name, leaf in own.items()}
     problems = [
         explain(
-            part, f"the entry {short(name)} is not possible", got=type(leaf).__name__, allowed="a Tensor with a dotted name"
+            part, f"the entry {short(name)} cannot be saved", got=type(leaf).__name__, allowed="a Tensor with a dotted name"
         )
         for (part, name), leaf in named.items()
         if not isinstance(name, str) or not isinstance(leaf, Tensor)

@@ -80,10 +80,10 @@ class Header(NamedTuple):
     seals: dict[str, str]
 
 
-def refuse(path: Path, doing: str, because: str, fix: str) -> NoReturn:
-    """Raise the one error of a file that cannot be written or read; a reason that is endless is cut."""
+def refuse(path: Path, sentence: str, because: str, fix: str) -> NoReturn:
+    """Raise :class:`CheckpointError` for a file that cannot be written or read; long reasons are truncated."""
     because = because if len(because) <= LONGEST_REASON else f"{because[:LONGEST_REASON]}..."
-    raise CheckpointError(explain(str(path), f"{doing} is not possible", because=because, fix=fix)) from None
+    raise CheckpointError(explain(str(path), sentence, because=because, fix=fix)) from None
 
 
 def short(value: object) -> str:
@@ -100,7 +100,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         head = _head(entries, metadata, dict.fromkeys(names, UNSEALED))
         _read_header(head[: _length(head[:8], len(head))], len(head) + max((e.end for e in entries.values()), default=0))
     except ValueError as error:
-        refuse(path, "writing a checkpoint", str(error), "save plain, dense tensors by their names in the model")
+        refuse(path, "the checkpoint cannot be written", str(error), "save plain, dense tensors by their names in the model")
     seals = {}
     with replacing(path) as file:
         file.write(head)
@@ -120,7 +120,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
       OSError: it is not there or may not be read.
     """
     if path.exists() and not path.is_file():
-        refuse(path, "reading a checkpoint", "it is a folder or a device", "give the path of a file that sq.save wrote")
+        refuse(
+            path, "the checkpoint cannot be read", "it is a folder or a device", "give the path of a file that sq.save wrote"
+        )
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -135,7 +137,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, header.metadata
     except (RecursionError, ValueError) as error:
         fix = "take another copy of the file, or save it again"
-        refuse(path, "reading a checkpoint", str(error), fix)
+        refuse(path, "the checkpoint cannot be read", str(error), fix)
 
 
 # Writing

@@ -17,7 +17,7 @@ AT_ONCE = 2**16
 def per_byte(bits: int) -> int:
     """How many codes of ``bits`` bits share a byte: 8, 4, 2, 2 for 1 to 4 bits, and 1 for 5 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ConfigError(explain("pack", "this bit width is not possible", got=bits, allowed="1..8"))
+        raise ConfigError(explain("pack", "codes of this width cannot be packed", got=bits, allowed="1..8 bits"))
     return 8 // bits
 
 
@@ -44,13 +44,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     count = per_byte(bits)
     if codes.is_floating_point() or codes.is_complex():
-        raise StateError(explain("pack", "these codes is not possible", got=codes.dtype, allowed="an integer dtype"))
+        raise StateError(explain("pack", "codes must be integers", got=codes.dtype, allowed="an integer dtype"))
     flat = codes.detach().reshape(-1)
     if flat.numel():
         low, high = int(flat.min()), int(flat.max())
         if high >= 1 << bits or low < -(1 << bits - 1) or (low < 0 and high >= 1 << bits - 1):
             raise StateError(
-                explain("pack", f"{bits} bits is not possible", got=f"codes from {low} to {high}", fix="pack with more bits")
+                explain(
+                    "pack",
+                    f"the codes do not fit in {bits} bits",
+                    got=f"codes from {low} to {high}",
+                    fix="pack with more bits",
+                )
             )
     packed = torch.empty(-(-flat.numel() // count), dtype=torch.uint8, device=flat.device)
     shifts = bits * torch.arange(count, device=flat.device)
@@ -84,7 +89,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
     if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
         got, allowed = f"{packed.dtype} of shape {tuple(packed.shape)}", f"torch.uint8 of shape {expected}"
         raise StateError(
-            explain("unpack", f"{bits}-bit codes of shape {tuple(shape)} is not possible", got=got, allowed=allowed)
+            explain("unpack", f"these bytes do not hold {bits}-bit codes of shape {tuple(shape)}", got=got, allowed=allowed)
         )
     shifts = bits * torch.arange(count, device=packed.device)
     codes = torch.empty(size, dtype=torch.int8 if signed else torch.uint8, device=packed.device)

@@ -23,8 +23,8 @@ Axes = Mapping[str, Mapping[int, str]]
 
 Bounds = dict[str, dict[str, int]]
 
-OF_BATCH = "dynamic_batch=False, or a model that takes its size from its input"
-OF_AXES = "leave it out of dynamic_axes, or a model that takes its size from its input"
+OF_BATCH = "pass dynamic_batch=False, or make the model take its sizes from its input"
+OF_AXES = "leave it out of dynamic_axes, or make the model take its sizes from its input"
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,14 @@ def _misspelled(where: str, axes: Any) -> Iterator[str]:
     fix = "dynamic_axes={'x': {0: 'batch', 1: 'length'}}"
     if not isinstance(axes, Mapping) or not all(isinstance(own, Mapping) for own in axes.values()):
         yield explain(
-            where, "this dynamic_axes is not possible", got=axes, allowed="arguments, each with names by axis", fix=fix
+            where, "dynamic_axes must name sizes by argument and axis", got=axes, allowed="{argument: {axis: name}}", fix=fix
         )
         return
     for argument, own in axes.items():
         for axis, name in own.items():
             if not isinstance(name, str) or not name.isidentifier():
-                what = f"this name for axis {axis} of {argument!r}"
-                yield explain(where, f"{what} is not possible", got=name, allowed="an identifier", fix=fix)
+                sentence = f"axis {axis} of {argument!r} cannot have this name"
+                yield explain(where, sentence, got=name, allowed="an identifier", fix=fix)
 
 
 def _missing(where: str, axes: Axes, given: Mapping[str, Tensor]) -> Iterator[str]:
@@ -176,13 +176,13 @@ def _missing(where: str, axes: Axes, given: Mapping[str, Tensor]) -> Iterator[st
         for axis, name in own.items():
             if type(axis) is not int or not 0 <= axis < len(shape):
                 allowed = f"0 to {len(shape) - 1}" if shape else "none"
-                yield explain(where, f"this axis of {argument!r} is not possible", got=axis, allowed=allowed)
+                yield explain(where, f"{argument!r} has no such axis", got=axis, allowed=allowed)
                 continue
             size, first = sizes.setdefault(name, (shape[axis], f"axis {axis} of {argument!r}"))
             if size != shape[axis]:
                 because = f"{first} has {size} in the example, axis {axis} of {argument!r} has {shape[axis]}"
                 yield explain(
-                    where, f"one size {name!r} is not possible", because=because, fix="another name for one of them"
+                    where, f"{name!r} cannot name two sizes", because=because, fix="give one of the axes another name"
                 )
 
 
@@ -197,7 +197,8 @@ def _refusal(where: str, message: str, axes: Axes | None) -> str:
     """One sentence for what torch.export says."""
     if axes is None:
         head = message.strip().partition("\n")[0]
-        return explain(where, "a batch of any size is not possible", because=f"torch.export says: {head}", fix=OF_BATCH)
+        sentence = "the model cannot be exported for batches of any size"
+        return explain(where, sentence, because=f"torch.export says: {head}", fix=OF_BATCH)
     suggested = [line for line in suggested_fixes(message) if suggested_range(line) is None]
     named = {name for line in suggested for name in re.findall(r"\w+", line)}
     places: dict[str, list[str]] = {}
@@ -208,7 +209,7 @@ def _refusal(where: str, message: str, axes: Axes | None) -> str:
     sizes = ", ".join(f"{name!r} ({', '.join(of)})" for name, of in at_fault.items())
     because = f"torch.export says: {reasons_of_refusal(message)[0]}"
     because += f"; it suggests {', '.join(suggested)}" if suggested else ""
-    return explain(where, f"any size for {sizes} is not possible", because=because, fix=OF_AXES)
+    return explain(where, f"the model cannot be exported for any size of {sizes}", because=because, fix=OF_AXES)
 
 
 def output_names(exported: ExportedProgram) -> list[str]:

@@ -81,10 +81,12 @@ def value_linear(piece: RunQuantizer, grid: Grid) -> LinearGrid | str:
         return FROM_THE_TENSOR
     granularity, ndim = grid.granularity, len(piece.site.shape)
     if not isinstance(granularity, PerTensor | PerChannel):
-        return f"{type(granularity).__name__} on an activation"
+        return f"no operator has {type(granularity).__name__} on an activation"
     if isinstance(granularity, PerTensor):
         return _linear(grid, None)
-    return _linear(grid, (granularity.axis or 0) % ndim) if ndim > 1 else "PerChannel on a tensor of one axis"
+    if ndim < 2:
+        return "no operator has PerChannel on a tensor of one axis"
+    return _linear(grid, (granularity.axis or 0) % ndim)
 
 
 def weight_linear(stored: Stored) -> LinearCodes | str:
@@ -100,9 +102,9 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
     elif isinstance(granularity, PerBlock):
         axis, size, rows = 0, granularity.columns, granularity.rows
     elif not isinstance(granularity, PerTensor | PerChannel):
-        return f"{type(granularity).__name__} on a weight"
+        return f"no operator has {type(granularity).__name__} on a weight"
     if size and (axis, stored.codes.ndim) != (0, 2):
-        return f"{type(granularity).__name__} on other than the rows of a matrix"
+        return f"no operator has {type(granularity).__name__} on anything but the rows of a matrix"
     linear = _linear(grid.grid, axis)
     if isinstance(linear, str):
         return linear
@@ -128,16 +130,16 @@ def _linear(grid: Grid, axis: int | None) -> LinearGrid | str:
     """The grid with its scale and zero point in the types of the operators."""
     if not grid.is_integer:
         if grid.dtype not in FLOAT8:
-            return f"codes of {grid.format}" if grid.format != "table" else "codes of a table"
+            return "no operator has " + ("codes of a table" if grid.format == "table" else f"codes of {grid.format}")
         scale = grid.parts["scale"]
         return LinearGrid(scale, torch.zeros_like(scale).to(grid.dtype), 0, 0, axis)
     assert grid.low is not None and grid.high is not None
     low, high = int(grid.low.min()), int(grid.high.max())
     if not bool((grid.low == low).all() & (grid.high == high).all()):
-        return "channels with other outermost codes than their neighbours"
+        return "its channels have different outermost codes"
     dtype = _type(low, high)
     if dtype is None:
-        return f"codes from {low} to {high} have no type"
+        return f"no type holds codes from {low} to {high}"
     scale, zero_point = grid.parts["scale"].float(), grid.parts["zero_point"].to(dtype)
     linear = LinearGrid(scale, zero_point, low, high, axis)
     if scale.ndim:

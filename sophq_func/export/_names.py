@@ -88,21 +88,27 @@ def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> 
     Without a file, tensors are called as the plan calls values.
 
     Raises:
-      ConfigError: a name for a quantizer that the plan has not, a quantizer whose op type is not known.
+      ConfigError: a name for a quantizer that is not in the plan; a quantizer whose op type is not known.
     """
     unknown = [name for name in names if name not in plan]
-    raise_all([f"tables: names has {name!r}, which the plan has not; {near(name, plan)}." for name in unknown])
+    raise_all([f"tables: names has {name!r}, which is not in the plan; {near(name, plan)}." for name in unknown])
     found, problems = {}, []
     for name in plan:
         find = _weight_op if plan.site(name).role == "weight" else _op
         op = names.get(name) or find(plan, name, file)
         if not op:
             does = plan.site(name).operation or plan.site(name).pattern or "its call"
-            because = (
-                f"no op type of ONNX is known for {does!r}" if file is None else "no tensor of the ONNX file is its value"
-            )
+            if file is None:
+                because = f"no op type of ONNX is known for {does!r}"
+            else:
+                because = "no tensor of the ONNX file is its value"
             problems.append(
-                explain(name, "a name is not possible", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}')
+                explain(
+                    name,
+                    "the tables have no name for this quantizer",
+                    because=because,
+                    fix=f'names={{{name!r}: "<tensor>_<op type>"}}',
+                )
             )
         found[name] = op
     raise_all(problems, ConfigError)

@@ -71,7 +71,7 @@ def finished(
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     if size > LARGEST:
         raise ConfigError(
-            explain("export.onnx", "a file of this size is not possible", got=size, allowed=f"up to {LARGEST} bytes")
+            explain("export.onnx", "the model is too large for one file", got=size, allowed=f"up to {LARGEST} bytes")
         )
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)

@@ -27,7 +27,7 @@ from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams
 
 BYTES = (torch.int8, torch.uint8)
-MIXES = "its mask mixes"
+MIXES = "its mask is neither 0 nor 1"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -203,8 +203,10 @@ def program(
                 del tensors[weight.site.parameter]
             else:
                 tensors[weight.site.parameter] = arranged(weight.seen(params), weight.site)
-        fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
-        texts = [explain(name, f"{where} is not possible", because=why, fix=fix) for name, why in problems.items()]
+        fix = "give it a plain grid, leave it out by a rule, or pass simulate=True to compute it in floating point"
+        texts = [
+            explain(name, f"{where} cannot express this quantizer", because=why, fix=fix) for name, why in problems.items()
+        ]
         raise_all([] if simulate else texts, ConfigError)
         skeleton = _with_folded_biases(q, tensors, found, target.stores_biases)
     return Program(skeleton, q, tensors, found, target)
@@ -212,10 +214,12 @@ def program(
 
 def _check(where: str, q: Quantized) -> None:
     if not isinstance(q, Quantized):
-        raise StateError(explain(where, "this model is not possible", got=type(q).__name__, allowed="a sq.Quantized"))
+        fix = "q = sq.quantize(model, config, example_args=(x,))"
+        got = type(q).__name__
+        raise StateError(explain(where, "the model is not quantized", got=got, allowed="a sq.Quantized", fix=fix))
     if q.training:
         because = "BatchNorm would use the statistics of the batch"
-        raise StateError(explain(where, "a model in training mode is not possible", because=because, fix="q.eval()"))
+        raise StateError(explain(where, "a model in training mode cannot be exported", because=because, fix="q.eval()"))
 
 
 def _acting(q: Quantized) -> list[WeightQuantizer]:

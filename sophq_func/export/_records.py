@@ -88,17 +88,17 @@ def records(plan: Plan, qparams: Mapping[str, QParams], ops: Mapping[str, str]) 
 
 def _problem(plan: Plan, name: str, config: QuantizerConfig, qparams: QParams) -> str:
     if config.scheme.dynamic:
-        because, fix = "the table holds ranges that are known beforehand", "dynamic=False"
-        return explain(name, "a dynamic range is not possible", because=because, fix=fix)
+        because, fix = "their ranges are constants", "dynamic=False"
+        return explain(name, "the tables cannot hold a dynamic range", because=because, fix=fix)
     allowed = (PerTensor, PerChannel) if plan.site(name).role == "weight" else (PerTensor,)
     if not isinstance(config.scheme.granularity, allowed):
         words = " or ".join(f"{cls.__name__}()" for cls in allowed)
-        return explain(name, "this granularity is not possible", got=config.scheme.granularity, allowed=words)
+        return explain(name, "the tables cannot hold this granularity", got=config.scheme.granularity, allowed=words)
     made = pieces.build(config.fake_quantize)
     grid = grid_of(made, qparams, config.scheme) if made.integer else None
     if isinstance(grid, Refusal) and not config.observe_only:
         fix = "sq.fake_quantize.fixed(), or sq.fake_quantize.learnable()"
-        return explain(name, f"steps of {config.fake_quantize!r} is not possible", because=grid.because, fix=fix)
+        return explain(name, f"the tables cannot hold the steps of {config.fake_quantize!r}", because=grid.because, fix=fix)
     return ""
 
 
@@ -177,9 +177,7 @@ def one_each(found: list[Record]) -> list[Record]:
     for record in found:
         other = taken.setdefault(record.entry, record)
         if replace(other, quantizer=record.quantizer) != record:
-            because, fix = f"{other.quantizer} has it, too", f"names={{{record.quantizer!r}: ...}}"
-            problems.append(
-                explain(record.quantizer, f"the name {record.entry!r} is not possible", because=because, fix=fix)
-            )
+            because, fix = f"{other.quantizer} has it, with other values", f"names={{{record.quantizer!r}: ...}}"
+            problems.append(explain(record.quantizer, f"the name {record.entry!r} is taken", because=because, fix=fix))
     raise_all(problems, ConfigError)
     return list(taken.values())

@@ -107,8 +107,13 @@ def translated(where: str, exported: ExportedProgram, opset: int) -> torch.onnx.
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        because, fix = f"torch.onnx says: {str(cause).splitlines()[0]}", "write that operation another way"
-        raise ConfigError(explain(where, "an operation of this model is not possible", because=because, fix=fix)) from error
+        because, fix = (
+            f"torch.onnx says: {str(cause).splitlines()[0]}",
+            "rewrite that operation with ones that torch.onnx supports",
+        )
+        raise ConfigError(
+            explain(where, "an operation of this model cannot be written to ONNX", because=because, fix=fix)
+        ) from error
     assert written is not None
     return written
 
@@ -118,7 +123,7 @@ def require(where: str) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "pip install sophq-func[onnx]"
-        raise ConfigError(explain(where, f"writing ONNX without {' and '.join(missing)} is not possible", fix=fix))
+        raise ConfigError(explain(where, f"{' and '.join(missing)} must be installed to write ONNX", fix=fix))
 
 
 @contextlib.contextmanager
@@ -146,7 +151,7 @@ class _Onnx:
 
     def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         if not (stored or grid.full or grid.ends):
-            return "codes that do not fill their type, with several scales"
+            return "its codes do not fill their type, and it has several scales"
         return grid if stored or self.signed else grid.unsigned()
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:

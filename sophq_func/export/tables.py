@@ -95,7 +95,7 @@ def tables(
     if work_mode not in WORK_MODES:
         raise ConfigError(unknown("tables", "work mode", work_mode, WORK_MODES))
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise ConfigError(explain("tables", "this name is not possible", got=name, allowed="the beginning of a file name"))
+        raise ConfigError(explain("tables", "file names cannot begin with this name", got=name, allowed="a file name"))
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
     for own, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[own].scale, weight, scheme.granularity)

@@ -100,12 +100,12 @@ class _Decomposed:
 
     def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         if grid.dtype not in BYTES:
-            return f"codes of {str(grid.dtype).removeprefix('torch.')}"
+            return f"PT2E has no operators for codes of {str(grid.dtype).removeprefix('torch.')}"
         if grid.size:
-            return "one scale for each group"
+            return "PT2E has no operators with one scale for each group"
         if stored:
             return grid
-        return grid.unsigned() if grid.axis is None else "PerChannel on an activation"
+        return grid.unsigned() if grid.axis is None else "inductor has no kernels for PerChannel on an activation"
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         operators = self.operators

@@ -202,9 +202,7 @@ class Artifact:
         weights = self._metadata["weights"]
         if name not in weights:
             fix = near(name, weights) or "artifact.metadata['weights'] has the names"
-            raise StateError(
-                explain("artifact", f"codes of {name!r} is not possible", because="it was not converted", fix=fix)
-            )
+            raise StateError(explain("artifact", f"there are no codes of {name!r}", because="it was not converted", fix=fix))
         return dict(weights[name])
 
     def _part(self, name: str, part: str) -> Tensor:
@@ -218,7 +216,7 @@ def _taken(call: Any) -> Any:
     """The arguments of a run, 16-bit floats as float32."""
     if not is_plain(tensors(call)):
         fix = "run outside of vmap, grad and compile"
-        raise StateError(explain("artifact.run", "running on integers inside a transform is not possible", fix=fix))
+        raise StateError(explain("artifact.run", "an artifact cannot run inside a transform", fix=fix))
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, call)
 
 

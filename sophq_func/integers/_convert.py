@@ -56,7 +56,7 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
     if not isinstance(q, Quantized):
         fix = "q = sq.quantize(model, config, example_args=(x,))"
         raise StateError(
-            explain("convert", "this model is not possible", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
+            explain("convert", "the model is not quantized", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
         )
     q = q.eval()
     q.engine.check(params, qparams, "convert", "qparams")
@@ -64,7 +64,7 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
         raise StateError(
             explain(
                 "convert",
-                "reading codes inside a transform is not possible",
+                "codes cannot be read inside a transform",
                 fix="convert outside of vmap, grad and compile",
             )
         )
@@ -116,18 +116,20 @@ class _Conversion:
             return False
         share = share_on(self.qparams[name])
         if share not in (0.0, 1.0):
-            self._refuse(name, "a mask that mixes", because=f"it is {share:g} on", fix="sq.enabled(qparams, {name: True})")
+            self._refuse(name, "a mask must be 0 or 1", because=f"it is {share:g}", fix="sq.enabled(qparams, {name: True})")
         return share == 1.0
 
-    def _refuse(self, name: str, what: str, because: str, fix: str = "") -> None:
+    def _refuse(self, name: str, sentence: str, because: str, fix: str = "") -> None:
         if not any(problem.startswith(f"convert: {name}:") for problem in self.problems):
             fix = fix or "sq.fake_quantize.fixed(), or sq.fake_quantize.learnable()"
-            self.problems.append(explain(f"convert: {name}", f"{what} is not possible", because=because, fix=fix))
+            self.problems.append(explain(f"convert: {name}", sentence, because=because, fix=fix))
 
     def _is_finite(self, name: str) -> bool:
         if bool(self.qparams[name].scale.isfinite().all()):
             return True
-        self._refuse(name, "this scale", "it is not finite", "qparams = q.calibrate(params, batches)")
+        self._refuse(
+            name, "the scale is not finite", "no code stands for such a value", "qparams = q.calibrate(params, batches)"
+        )
         return False
 
     def _value(self, name: str, piece: RunQuantizer) -> None:
@@ -139,7 +141,7 @@ class _Conversion:
             return
         grid = stored_form(piece, own)
         if isinstance(grid, Refusal):
-            self._refuse(name, f"a grid of {spec!r}", grid.because)
+            self._refuse(name, f"the values of {spec!r} have no grid", grid.because)
             return
         assert not isinstance(grid, Stored)
         if not grid.is_integer:
@@ -164,7 +166,7 @@ class _Conversion:
             return
         found = stored_form(weight, self.qparams[name], self.params, frozen=self.q.frozen, wide=True)
         if isinstance(found, Refusal):
-            self._refuse(name, f"codes of {weight.config.fake_quantize!r}", found.because)
+            self._refuse(name, f"the values of {weight.config.fake_quantize!r} have no codes", found.because)
             return
         assert isinstance(found, Stored)
         self._keep_weight(weight, found)
@@ -209,7 +211,7 @@ class _Conversion:
             because, fix = "a chip adds it to sums of 32 bits", "look at the scales of the weight and of the layer's input"
             got = f"{float(code.abs().max()):.3g} steps"
             self.problems.append(
-                explain(f"convert: {key}", "a bias in int32 is not possible", got=got, because=because, fix=fix)
+                explain(f"convert: {key}", "the bias does not fit in int32", got=got, because=because, fix=fix)
             )
             return
         self.biases[key] = {"source": source}

@@ -125,8 +125,8 @@ def fitting(total: Tensor, where: str) -> Tensor:
     total = total.double()
     if total.numel() and not bool((total == total.round()).all() & (total >= INT32.min).all() & (total <= INT32.max).all()):
         got = f"sums from {total.min():.0f} to {total.max():.0f}"
-        because, fix = "a chip adds in 32 bits", "fewer bits, or a layer with fewer inputs"
-        raise StateError(explain(where, "adding up in int32 is not possible", got=got, because=because, fix=fix))
+        because, fix = "a chip adds in 32 bits", "use fewer bits, or a layer with fewer inputs"
+        raise StateError(explain(where, "the sums do not fit in int32", got=got, because=because, fix=fix))
     return total.to(torch.int32)
 
 
@@ -230,7 +230,14 @@ class Integers(Runner):
         else:
             code = _rounded(working(x), scale.float(), zero.float(), value.scheme).double()
         if bool(code.isnan().any()):
-            raise StateError(explain(name, "a code for NaN is not possible", fix="look at what reaches it"))
+            raise StateError(
+                explain(
+                    name,
+                    "NaN has no code",
+                    because="the grid is one of integers",
+                    fix="look for the operation that makes NaN",
+                )
+            )
         level = fitting(torch.minimum(torch.maximum(code, low), high) - zero, name)
         bound = int(torch.maximum(value.high - value.zero_point, value.zero_point - value.low).max())
         found = Whole(level, scale.expand(x.shape) if scale.ndim else scale, name, bound)
@@ -351,7 +358,9 @@ class Integers(Runner):
         if any(id(tensor) in self._dropped for tensor in tensors((args, kwargs))):
             because, fix = "the artifact folds it into the layer before it", "plan with an example that shows this call"
             raise StateError(
-                explain("artifact.run", "a BatchNorm behind another value is not possible", because=because, fix=fix)
+                explain(
+                    "artifact.run", "a folded BatchNorm cannot be computed behind another layer", because=because, fix=fix
+                )
             )
         return func(*args, **kwargs)
 
