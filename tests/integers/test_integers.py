@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.integers._integers import Integers, Known, Whole, fitting, rescaled
+from sophq_func.integers._integers import Integers, IntegerTensor, Noted, fitting, rescaled
 from tests.golden.models import INPUT_SHAPES, build
 from tests.helpers import ready
 from tests.ties import OUTPUT, are_decided, check_both, last_step, reference, shown
@@ -236,11 +236,11 @@ def test_what_is_said_to_be_integers_is(
     x = torch.randn(2, *INPUT_SHAPES[name][1:], generator=torch.Generator().manual_seed(seed))
     r = ready(build(name, seed).eval(), x, config=config(strategy, bits, symmetric, grain, pot_scale=pot))
     artifact = sq.convert(r.q, r.params, r.qparams)
-    noted: list[Known] = []
+    noted: list[Noted] = []
 
     class Watched(Integers):
-        def _note(self, tensor: Tensor, whole: Whole) -> None:
-            noted.append(Known(tensor.clone(), 0, whole))
+        def _note(self, tensor: Tensor, whole: IntegerTensor) -> None:
+            noted.append(Noted(tensor.clone(), 0, whole))
             super()._note(tensor, whole)
 
     with torch.no_grad():
