@@ -93,7 +93,7 @@ def layer_names(product: ir.Value) -> tuple[str, str]:
 
 
 def _clipped(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
-    """By parameter, weights on integer grids, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]``, not rounded."""
+    """Weights on integer grids, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]`` and not rounded."""
     clipped = {}
     for weight in q.engine.acting:
         own = qparams[weight.site.quantizer]
