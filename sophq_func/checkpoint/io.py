@@ -1,4 +1,4 @@
-"""Checkpoints: plan, qparams, observer states and params in one safetensors file that is checked on both ways."""
+"""Checkpoints: plan, qparams, observer states and params in one safetensors file, checked when written and when read."""
 
 from __future__ import annotations
 
@@ -25,31 +25,39 @@ from sophq_func.numerics.contracts import QParams, State
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.stored import digest_of_version_2
 
-FORMAT, VERSION = "sophq_func", 1
+FORMAT = "sophq_func"
+"""Marks files of :func:`save` among other safetensors files."""
+
+VERSION = 1
+"""Of the file's layout; files of older versions are migrated."""
+
 PARTS = ("params", "qparams", "ostate", "plan")
+"""What a file may hold; the first three prefix the names of its tensors."""
+
 KEYS = ("format", "version", "library", "torch", "parts")
+"""Entries of the text that every file has."""
 
 Tensors = dict[str, Tensor]
 Text = dict[str, str]
 Migration = Callable[[Tensors, Text], tuple[Tensors, Text]]
-"""Turns the tensors and the text of a file of one version into those of the next; must not change what it is given."""
+"""Turns the tensors and text of a file of one version into those of the next; must not change its arguments."""
 
 MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
-"""For each old version of the file, the step to the next. ``version`` in the text is set by the reader."""
+"""By old version, the migration to the next one. The reader itself sets ``version`` in the text."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Checkpoint:
-    """What a file holds; made by :func:`load`. A part that was not saved is ``None``.
+    """The contents of a file, read by :func:`load`. A part that was not saved is ``None``.
 
     Attributes:
       path: of the file.
-      plan: the plan, equal to the one that was saved.
+      plan: equal to the plan that was saved.
       qparams: ``{quantizer name: QParams}``.
       ostate: ``{quantizer name: observer state}``.
       params: ``{name: Tensor}``.
-      metadata: ``"version"`` of the file as it was written, ``"library"`` and ``"torch"`` that wrote it, ``"digest"`` of
-        the plan.
+      metadata: ``"version"`` of the file's layout before any migration; ``"library"`` and ``"torch"``, the versions that
+        wrote it; ``"digest"`` of the plan.
     """
 
     path: str
@@ -61,18 +69,26 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         parts = {name: getattr(self, name) for name in PARTS}
-        said = [repr(own) if name == "plan" else f"{len(own)} {name}" for name, own in parts.items() if own is not None]
-        return f"Checkpoint({self.path!r}: {', '.join(said)})"
+        saved = {name: part for name, part in parts.items() if part is not None}
+        texts = [repr(part) if name == "plan" else f"{len(part)} {name}" for name, part in saved.items()]
+        return f"Checkpoint({self.path!r}: {', '.join(texts)})"
 
     def check(self, q: Quantized | Plan) -> Checkpoint:
-        """Return this checkpoint if it fits a quantized model or a plan, so that ``load(path).check(q)`` is safe to use.
+        """Return this checkpoint if it fits a quantized model or a plan; ``load(path).check(q)`` is safe to use.
 
-        It fits when the quantizers are the same ones with the same configs at the same places, and states, qparams and,
-        for a model, params have their shapes and dtypes. Shapes of activations in the example, which come with the
-        batch, may differ where no tensor depends on them.
+        It fits if both have the same quantizers, with equal configs at equal sites, and if states, qparams and, for a
+        model, params have the expected shapes and dtypes. Shapes of activations, which depend on the example's batch,
+        may differ where no saved tensor depends on them.
+
+        Args:
+          q: the quantized model or the plan to use the checkpoint with.
+
+        Returns:
+          This checkpoint.
 
         Raises:
-          CheckpointError: lists every quantizer and parameter that is missing, unknown or different.
+          CheckpointError: the checkpoint does not fit; the message lists every quantizer and parameter that is missing,
+            unknown or different.
 
         Example:
           >>> import tempfile, sophq_func as sq
@@ -85,14 +101,19 @@ class Checkpoint:
         """
         if not isinstance(q, Quantized | Plan):
             raise CheckpointError(
-                explain("check", "this is not possible", got=type(q).__name__, allowed="a sq.Quantized or a sq.Plan")
+                explain(
+                    "check",
+                    "a checkpoint cannot be compared with this",
+                    got=type(q).__name__,
+                    allowed="a sq.Quantized or a sq.Plan",
+                )
             )
-        found = differences(q, self.plan, self.qparams, self.ostate, self.params)
-        if found:
-            because = f"{len(found)} {'thing differs' if len(found) == 1 else 'things differ'}"
+        lines = differences(q, self.plan, self.qparams, self.ostate, self.params)
+        if lines:
+            because = "1 thing differs" if len(lines) == 1 else f"{len(lines)} things differ"
             fix = "build the model from the plan of the file, or calibrate anew"
-            said = explain(self.path, "using it here is not possible", because=because, fix=fix)
-            raise CheckpointError("\n  ".join([said, *found]))
+            sentence = explain(self.path, "the checkpoint does not fit", because=because, fix=fix)
+            raise CheckpointError("\n  ".join([sentence, *lines]))
         return self
 
 
@@ -104,23 +125,23 @@ def save(
     ostate: Mapping[str, State] | None = None,
     params: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write what is given into one safetensors file, with checksums over all of it.
+    """Write the given parts into one safetensors file, with checksums of all tensors and text.
 
-    The file appears whole or not at all: a temporary file in the same folder is written, flushed to the disk and renamed.
-    Whatever fails, an older file at ``path`` stays as it was. Nothing is pickled. Tensors that share memory are written
-    each on its own; gradients are not written.
+    The file is written under a temporary name in the same folder, flushed to the disk and renamed, so that it is never
+    incomplete. If anything fails, an older file at ``path`` is unchanged. Nothing is pickled. Tensors that share memory
+    are written separately; gradients are not written.
 
     Args:
       path: of the file; an older one is replaced.
-      plan: ``q.plan``; without it nothing can say later whether the rest fits a model.
+      plan: ``q.plan``; without it :meth:`Checkpoint.check` can compare names, shapes and dtypes only.
       qparams: from ``q.calibrate`` or training, or a :func:`stack` of several.
-      ostate: from ``q.init`` or ``q.observe``; needs the plan, whose observers say what the states are.
+      ostate: from ``q.init`` or ``q.observe``; needs the plan, whose observers define the classes of the states.
       params: from :func:`params_of` or training.
 
     Raises:
-      CheckpointError: nothing is given, states do not fit the plan, scales are no numbers, tensors are sparse, batched or
-        without data, or have names that a file cannot hold.
-      OSError: from the system: no such folder, no space, no permission.
+      CheckpointError: no part is given; states do not fit the plan; a scale is NaN; a tensor is sparse, batched or
+        has no data; a name cannot be stored in a file.
+      OSError: from the operating system: no such folder, no space, no permission.
 
     Example:
       >>> import tempfile, sophq_func as sq
@@ -144,19 +165,22 @@ def save(
 
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a file that :func:`save` wrote, after checking all of it.
+    """Read and check a file that :func:`save` wrote.
 
-    Tensors are bit for bit those that were saved, on ``device``, without ``requires_grad``. Nothing in a file is ever run.
-    Observers that you registered must be registered again before their states can be read.
+    Tensors have the bits that were saved and no ``requires_grad``. No code in a file is ever run. Observers of your own
+    must be registered before their states can be read.
 
     Args:
       path: of the file.
-      device: where its tensors go.
+      device: of the returned tensors.
+
+    Returns:
+      A :class:`Checkpoint`; call its ``check`` before you use it with a model.
 
     Raises:
-      CheckpointError: the file is truncated, damaged or none of ours; it is of a version that cannot be read; its parts do
-        not fit together, or hold what :func:`save` refuses.
-      OSError: from the system: no such file, no permission.
+      CheckpointError: the file is truncated, damaged or was not written by :func:`save`; its version cannot be read; its
+        parts do not fit together, or hold something that :func:`save` refuses.
+      OSError: from the operating system: no such file, no permission.
 
     Example:
       >>> import tempfile, sophq_func as sq
@@ -170,7 +194,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
       >>> torch.equal(q.apply(found.params, found.qparams, x), q.apply(params, qparams, x))
       True
     """
-    file, place = _path(path, "load"), _device(device)
+    file, target = _path(path, "load"), _device(device)
     tensors, text = sealed.read(file)
     try:
         version = text.get("version", "")
@@ -178,17 +202,20 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         parts = _parts(tensors, text)
         _check_parts(parts)
     except (ArithmeticError, RecursionError, ValueError) as error:
-        refuse(file, "reading a checkpoint", str(error), "save it again, from the model")
+        refuse(file, "the checkpoint cannot be read", str(error), "save it again, from the model")
     metadata = {key: text[key] for key in ("library", "torch") if key in text} | {"version": version}
     if "plan" in parts:
-        metadata["digest"] = parts["plan"].digest()  # not as it is written: a plan of an older version had another one
-    moved = {name: own if name == "plan" else tree_map(lambda t: t.to(place), own) for name, own in parts.items()}
+        # Computed, not copied from the file: plans of older versions had another digest.
+        metadata["digest"] = parts["plan"].digest()
+    moved = {name: tree_map(lambda t: t.to(target), part) for name, part in parts.items() if name != "plan"}
+    if "plan" in parts:
+        moved["plan"] = parts["plan"]
     return Checkpoint(path=str(file), metadata=MappingProxyType(sorted_dict(metadata)), **moved)
 
 
 def _path(path: object, where: str) -> Path:
     if not isinstance(path, str | os.PathLike) or "\0" in os.fsdecode(path):
-        raise CheckpointError(explain(where, "this path is not possible", got=path, allowed="a string or a pathlib.Path"))
+        raise CheckpointError(explain(where, "this is not a path", got=path, allowed="a string or a pathlib.Path"))
     return Path(os.fsdecode(path))
 
 
@@ -196,25 +223,23 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(explain("load", "this device is not possible", got=device, allowed="'cpu', 'cuda', ...")) from None
+        raise ConfigError(explain("load", "this is not a device", got=device, allowed="'cpu', 'cuda', ...")) from None
 
 
 def _check_parts(parts: Mapping[str, Any]) -> None:
     """Raise a :class:`StateError` unless the parts fit together."""
     plan = parts.get("plan")
     if not parts:
-        raise StateError(
-            explain("checkpoint", "saving nothing is not possible", allowed="plan=, qparams=, ostate= or params=")
-        )
+        raise StateError(explain("checkpoint", "there is nothing to save", allowed="plan=, qparams=, ostate= or params="))
     if plan is not None and not isinstance(plan, Plan):
         raise StateError(
-            explain("plan", "this type is not possible", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan")
+            explain("plan", "the plan has the wrong type", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan")
         )
     if "ostate" in parts:
         if plan is None:
             because = "the plan's observers say what the states are"
             raise StateError(
-                explain("ostate", "a state without its plan is not possible", because=because, fix="plan=q.plan")
+                explain("ostate", "observer states cannot be saved without their plan", because=because, fix="plan=q.plan")
             )
         check_ostate(plan, parts["ostate"])
     if "qparams" in parts:
@@ -223,23 +248,31 @@ def _check_parts(parts: Mapping[str, Any]) -> None:
         got = type(parts["params"]).__name__
         raise StateError(
             explain(
-                "params", "this type is not possible", got=got, allowed="a dict {name: Tensor}", fix="sq.params_of(model)"
+                "params",
+                "the params have the wrong type",
+                got=got,
+                allowed="a dict {name: Tensor}",
+                fix="sq.params_of(model)",
             )
         )
 
 
 def _flat(parts: Mapping[str, Any]) -> Tensors:
-    """All tensors by their names in the file: ``<part>.<name>``."""
+    """All tensors by their names in the file, ``<part>.<name>``.
+
+    Raises:
+      StateError: an entry is not a tensor, or its name is not a string.
+    """
     states = parts.get("ostate", {}).items()
     leaves = {
         "params": parts.get("params", {}),
         "qparams": flat(parts.get("qparams", {})),
         "ostate": {f"{name}.{field}": leaf for name, state in states for field, leaf in state._asdict().items()},
     }
-    named = {(part, name): leaf for part, own in leaves.items() for name, leaf in own.items()}
+    named = {(part, name): leaf for part, tensors in leaves.items() for name, leaf in tensors.items()}
     problems = [
         explain(
-            part, f"the entry {short(name)} is not possible", got=type(leaf).__name__, allowed="a Tensor with a dotted name"
+            part, f"the entry {short(name)} cannot be saved", got=type(leaf).__name__, allowed="a Tensor with a dotted name"
         )
         for (part, name), leaf in named.items()
         if not isinstance(name, str) or not isinstance(leaf, Tensor)
@@ -252,28 +285,28 @@ def _flat(parts: Mapping[str, Any]) -> Tensors:
 
 
 def _migrated(tensors: Tensors, text: Text) -> tuple[Tensors, Text]:
-    """Tensors and text as the version of today has them."""
+    """Tensors and text in the layout of the current version."""
     if text.get("format") != FORMAT:
         raise ValueError(f"its format is {short(text.get('format'))}, not {FORMAT!r}: sq.save did not write it")
     spelled = text.get("version", "")
     version = int(spelled) if spelled.isascii() and spelled.isdigit() and len(spelled) < 10 else -1
     if not 0 <= version <= VERSION:
-        raise ValueError(f"its version is {short(spelled)}, and this library reads up to {VERSION}; a newer one may read it")
+        raise ValueError(f"its version is {short(spelled)}, and this library reads up to {VERSION}: install a newer one")
     for step in range(version, VERSION):
         if step not in MIGRATIONS:
-            raise ValueError(f"its version is {version}, and nothing is known that migrates from {step} to {step + 1}")
+            raise ValueError(f"its version is {version}, and there is no migration from {step} to {step + 1}")
         tensors, text = MIGRATIONS[step](dict(tensors), dict(text))
     return tensors, {**text, "version": str(VERSION)}
 
 
 def _parts(tensors: Tensors, text: Text) -> dict[str, Any]:
-    """The parts that the text announces, from the tensors; not yet checked against each other."""
+    """The parts that the text lists, made of the tensors; they are not yet checked against each other."""
     names = text.get("parts", "").split(" ")
     if len(set(names)) < len(names) or not set(names) <= set(PARTS):
-        raise ValueError(f"its parts are {short(text.get('parts'))}, and there are {' '.join(PARTS)}")
+        raise ValueError(f"its parts are {short(text.get('parts'))}, and a file may have {' '.join(PARTS)}")
     keys = {*KEYS, *(("plan", "digest") if "plan" in names else ())}
     if text.keys() != keys:
-        raise ValueError(f"its text lacks, or has beyond what there is, {short(sorted(text.keys() ^ keys))}")
+        raise ValueError(f"entries of its text are missing or unknown: {short(sorted(text.keys() ^ keys))}")
     groups: dict[str, Tensors] = {name: {} for name in names if name != "plan"}
     for name, tensor in sorted(tensors.items()):
         part, _, rest = name.partition(".")
@@ -307,11 +340,15 @@ def _qparams(leaves: Tensors) -> dict[str, QParams]:
 
 
 def _states(plan: Plan, leaves: Tensors) -> dict[str, State]:
-    """Observer states, of the classes that the plan's observers have."""
-    found = expected(plan)
-    wanted = {f"{name}.{field}" for name, own in found.items() for field in own.state}
-    different = sorted(wanted ^ leaves.keys())
-    if different:
-        missing = different[0] in wanted
-        raise ValueError(f"its ostate {'lacks' if missing else 'holds, beyond what the plan has,'} {short(different[0])}")
-    return sorted_dict({name: own.cls(*(leaves[f"{name}.{f}"] for f in own.state)) for name, own in found.items()})
+    """Observer states, in the classes of the plan's observers."""
+    layouts = expected(plan)
+    wanted = {f"{name}.{field}" for name, layout in layouts.items() for field in layout.state}
+    lacking, unknown = sorted(wanted - leaves.keys()), sorted(leaves.keys() - wanted)
+    if lacking:
+        raise ValueError(f"its ostate lacks {short(lacking[0])}")
+    if unknown:
+        raise ValueError(f"its ostate holds {short(unknown[0])}, which is not in the plan")
+    states: dict[str, State] = {}
+    for name, layout in layouts.items():
+        states[name] = layout.cls(*(leaves[f"{name}.{field}"] for field in layout.state))
+    return sorted_dict(states)

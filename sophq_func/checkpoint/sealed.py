@@ -1,11 +1,11 @@
-"""Tensors and text in one safetensors file, sealed: put in place whole or not at all, read bit for bit or refused.
+"""Write and read tensors and text in one safetensors file with checksums; a damaged file is refused.
 
 The file is a plain safetensors file: eight bytes with the length of a JSON header, the header, the data. Two entries of the
-header's text seal it: ``tensors`` holds a SHA-256 of each tensor with its dtype and shape, ``sha256`` one of all the text.
-The seal finds damage, not forgery: whoever can write the file can seal it anew. So everything that the header says is
-checked first, and reading never runs anything that a file holds.
+header's text hold the checksums, called seals here: ``tensors`` a SHA-256 of each tensor with its dtype and shape,
+``sha256`` one of all the text. They find damage, not forgery: whoever can write the file can compute new ones. So
+everything in the header is checked before it is used, and no code in a file is ever run.
 
-Tensors are written and read one by one, each hashed on its way: beside them, neither way holds more than one of them.
+Tensors are written, read and hashed one by one, so that neither needs the memory of more than one further tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONGEST_HEADER = 100_000_000
 """In bytes; the limit of safetensors itself."""
 
 LONGEST_REASON = 4000
-"""In characters: a file may say anything, and errors quote it."""
+"""In characters: errors quote texts from a file, which may have any length."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -54,16 +54,16 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 SEAL, SEALS = "sha256", "tensors"
 
 ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
-"""Dtypes as they follow each other in a file, as safetensors has it: wide ones first, so that each tensor is aligned."""
+"""The order of dtypes in a file, that of safetensors: wide ones first, so that each tensor is aligned."""
 
 CHANGED = "it was written to while it was read"
 
 UNSEALED = "0" * 64
-"""As long as a SHA-256 in hexadecimal: what stands in the header until the data have been hashed."""
+"""Placeholder in the header until the data have been hashed, as long as a SHA-256 in hexadecimal."""
 
 
 class Entry(NamedTuple):
-    """What a header says of one tensor; the bytes count from the end of the header."""
+    """A header's entry for one tensor; ``begin`` and ``end`` are byte offsets from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,7 +72,14 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A header that has been checked: where the data starts, the tensors in order, the text without the seals."""
+    """A checked header.
+
+    Attributes:
+      length: where the data start, in bytes from the start of the file.
+      entries: of the tensors, by name.
+      metadata: the text without the checksums.
+      seals: the checksum of each tensor, by name.
+    """
 
     length: int
     entries: dict[str, Entry]
@@ -80,27 +87,28 @@ class Header(NamedTuple):
     seals: dict[str, str]
 
 
-def refuse(path: Path, doing: str, because: str, fix: str) -> NoReturn:
-    """Raise the one error of a file that cannot be written or read; a reason that is endless is cut."""
+def refuse(path: Path, sentence: str, because: str, fix: str) -> NoReturn:
+    """Raise :class:`CheckpointError` for a file that cannot be written or read; long reasons are truncated."""
     because = because if len(because) <= LONGEST_REASON else f"{because[:LONGEST_REASON]}..."
-    raise CheckpointError(explain(str(path), f"{doing} is not possible", because=because, fix=fix)) from None
+    raise CheckpointError(explain(str(path), sentence, because=because, fix=fix)) from None
 
 
 def short(value: object) -> str:
-    """A value from a file that nobody vouches for, escaped and cut, to be shown in an error."""
+    """An untrusted value from a file, escaped and truncated, for an error sentence."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Put a sealed file at ``path``: at every moment, and after a failure, there is the old file or the new one, whole."""
+    """Write a file with checksums at ``path``; at every moment, and after a failure, it is the old or the whole new one."""
     try:
         names = _in_order(tensors)
         entries = _entries({name: tensors[name] for name in names})
         head = _head(entries, metadata, dict.fromkeys(names, UNSEALED))
+        # Checked as a reader will check it, before anything is written.
         _read_header(head[: _length(head[:8], len(head))], len(head) + max((e.end for e in entries.values()), default=0))
     except ValueError as error:
-        refuse(path, "writing a checkpoint", str(error), "save plain, dense tensors by their names in the model")
+        refuse(path, "the checkpoint cannot be written", str(error), "save plain, dense tensors by their names in the model")
     seals = {}
     with replacing(path) as file:
         file.write(head)
@@ -113,14 +121,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the text of a file that :func:`write` made.
+    """The tensors, on the CPU, and the text of a file that :func:`write` wrote.
 
     Raises:
-      CheckpointError: the file is not whole, not sealed, or holds what no such file holds.
-      OSError: it is not there or may not be read.
+      CheckpointError: the file is truncated or damaged, has no checksums, or breaks a rule of the format.
+      OSError: there is no such file, or no permission.
     """
     if path.exists() and not path.is_file():
-        refuse(path, "reading a checkpoint", "it is a folder or a device", "give the path of a file that sq.save wrote")
+        refuse(
+            path, "the checkpoint cannot be read", "it is a folder or a device", "give the path of a file that sq.save wrote"
+        )
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -135,26 +145,32 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, header.metadata
     except (RecursionError, ValueError) as error:
         fix = "take another copy of the file, or save it again"
-        refuse(path, "reading a checkpoint", str(error), fix)
+        refuse(path, "the checkpoint cannot be read", str(error), fix)
 
 
 # Writing
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors as they follow each other in the file, after it is checked that it can hold them."""
+    """The names of the tensors in the order of the file.
+
+    Raises:
+      ValueError: a file cannot hold a tensor or its name.
+    """
     for name, tensor in tensors.items():
         problem = name_problem(name)
         if problem:
             raise ValueError(f"the name {short(name)} {problem}")
         if not is_plain([tensor]) or tensor.layout != torch.strided or tensor.dtype not in CODES:
             found = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
-            raise ValueError(f"{short(name)} is no plain dense tensor of a dtype that the format has: {found}")
+            raise ValueError(
+                f"{short(name)} cannot be stored, only plain dense tensors of dtypes that safetensors has: {found}"
+            )
     return sorted(tensors, key=lambda name: (ORDER.index(CODES[tensors[name].dtype]), name))
 
 
 def _entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """What the header says of each tensor, one behind the other."""
+    """The header's entry for each tensor; their data follow each other without gaps."""
     entries, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -174,9 +190,9 @@ def _head(entries: Mapping[str, Entry], metadata: Mapping[str, str], seals: Mapp
 
 
 def name_problem(name: str) -> str:
-    """What is wrong with a tensor's name, which is dotted and not a path; nothing where it may stay.
+    """What is wrong with a tensor's name, to continue an error sentence; empty for a valid name.
 
-    No name is ever used as a path here; but other tools unpack such files into folders.
+    Names that look like paths are refused because other tools unpack such files into folders.
     """
     if any(not part for part in name.split(".")):
         return "has an empty part between its dots"
@@ -186,7 +202,7 @@ def name_problem(name: str) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The data of a tensor, which is copied only where it does not lie in one piece on the CPU."""
+    """The bytes of a tensor, copied only if it is not contiguous on the CPU."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
 
@@ -195,7 +211,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _length(head: bytes, size: int) -> int:
-    """Where the data starts, from the first eight bytes."""
+    """Where the data start, from the first eight bytes."""
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > size - 8:
         raise ValueError(f"it ends before its header does: {size} bytes, truncated or no safetensors file")
@@ -205,7 +221,7 @@ def _length(head: bytes, size: int) -> int:
 
 
 def _read_header(head: bytes, size: int) -> Header:
-    """Check all that can be checked without the data, the seal of the text included."""
+    """The header, after everything is checked that can be checked without the data; also the checksum of the text."""
     found = parse(head[8:].decode("utf-8"), "the header")
     metadata = found.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -219,12 +235,12 @@ def _read_header(head: bytes, size: int) -> Header:
     seals = parse(metadata.pop(SEALS), "the list of checksums")
     different = sorted(seals.keys() ^ entries.keys())
     if different:
-        raise ValueError(f"its checksums are of other tensors than it holds: {short(different[0])}")
+        raise ValueError(f"its checksums and its tensors have different names: {short(different[0])}")
     return Header(len(head), entries, metadata, seals)
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
-    """A JSON object in which no name stands twice and every number is one."""
+    """A JSON object; repeated names, and numbers that JSON does not have, are errors."""
     found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     if not isinstance(found, dict):
         raise ValueError(f"{what} is no JSON object")
@@ -235,7 +251,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the name {short(name)} stands twice")
+        raise ValueError(f"the name {short(name)} is there twice")
     return found
 
 
@@ -244,7 +260,7 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _entry(name: str, value: Any) -> Entry:
-    """One tensor's entry in the header, whose size agrees with its place."""
+    """One tensor's entry in the header, checked: its shape and dtype take as many bytes as its offsets span."""
     problem = name_problem(name)
     if problem:
         raise ValueError(f"the tensor name {short(name)} {problem}")
@@ -265,7 +281,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_places(entries: Mapping[str, Entry], size: int) -> None:
-    """Raise unless the tensors fill the data, one after the other."""
+    """Raise ValueError unless the tensors fill the data without gaps or overlaps."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
@@ -276,7 +292,7 @@ def _check_places(entries: Mapping[str, Entry], size: int) -> None:
 
 
 def _read_tensor(file: BinaryIO, name: str, entry: Entry, seal: str) -> Tensor:
-    """The tensor whose data are next in a file, checked."""
+    """The tensor whose bytes are next in a file, after its checksum is checked."""
     size = entry.end - entry.begin
     raw = torch.empty(size, dtype=torch.uint8)
     data = raw.numpy().data

@@ -1,6 +1,6 @@
-"""The stored form of a quantizer: its grid, its codes, their packing, and back; or the one reason why there is none.
+"""The stored form of a quantizer: its grid, its codes and their packing; or the reason why it has none.
 
-Whatever stores or reports a quantizer asks :func:`stored_form`, and adds only what its own form cannot say.
+All exports, artifacts and reports call :func:`stored_form`, and refuse further only what their own format cannot express.
 """
 
 from sophq_func.codes.grid import Grid as Grid

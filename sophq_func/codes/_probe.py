@@ -1,4 +1,4 @@
-"""Whether a quantizer of values is the plain integer grid that a runtime has, found out by trying it."""
+"""Test by trial whether an activation's quantizer computes the plain integer grid that a runtime computes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from sophq_func.numerics.ranges import min_max, positive, range_to_qparams
 from sophq_func.numerics.scheme import PerTensor, QScheme
 
 COUNT = 4096
-"""How many values are tried where one scale is for all."""
+"""Number of trial values for a quantizer with one scale."""
 
 BESIDE_TIES = 0.8
-"""Values are tried up to so far, together below and above a code: rounding orders differ at ties, half a step away."""
+"""Width of the interval around each code, in steps, from which trial values are drawn: ties, where rounding orders differ,
+are at a width of 1."""
 
 
 def reached_bounds(piece: RunQuantizer, grid: Grid, own: QParams) -> tuple[Tensor, Tensor] | None:
-    """Smallest and largest code that come out; ``None`` where codes are not ``clamp(round(x / s) + z)``.
+    """The smallest and largest code that a quantizer makes; ``None`` if its codes are not ``clamp(round(x / s) + z)``.
 
-    Both are tried on values far beyond the grid, and rounding on values off the ties. A clipping bound between two codes
-    may round away the outermost one, which is why the bounds are not read off the scheme.
+    The bounds are tested with values far outside the grid, and rounding with values between ties. The bounds are not taken
+    from the scheme because a quantizer that clips between two codes may never make the outermost one.
 
     Args:
       piece: the quantizer.
-      grid: what it would be, with the bounds of the scheme.
-      own: its qparams, with the scale in force.
+      grid: the grid that it may have, with the bounds of the scheme.
+      own: its qparams, with the scale that it uses.
     """
     assert grid.low is not None and grid.high is not None
     trial, granularity = _Trial(piece, own, grid.low, grid.high), grid.granularity
@@ -56,7 +57,7 @@ def zero_code(own: QParams, low: Tensor, high: Tensor, scheme: QScheme) -> Tenso
 
 
 class _Trial(NamedTuple):
-    """A quantizer that is tried, its qparams, and the bounds of its scheme."""
+    """A quantizer under test, its qparams, and the bounds of its scheme."""
 
     piece: RunQuantizer
     own: QParams
@@ -64,7 +65,7 @@ class _Trial(NamedTuple):
     high: Tensor
 
     def levels(self, y: Tensor, own: QParams) -> Tensor | None:
-        """``y / s`` as integers, int32, where each is one to within rounding and inside the bounds; else ``None``."""
+        """``y / s`` as int32; ``None`` unless all are integers up to rounding and inside the bounds."""
         if not bool(y.isfinite().all()):
             return None
         granularity = self.piece.scheme.granularity
@@ -76,7 +77,7 @@ class _Trial(NamedTuple):
         return level.to(torch.int32) if bool((near & (level >= low) & (level <= high)).all()) else None
 
     def outermost(self, x: Tensor, bound: Tensor) -> Tensor:
-        """The code that becomes of values beyond a bound, where it is the same everywhere; else the bound."""
+        """The code of values beyond a bound, if all of them have the same; else the bound."""
         level = self.levels(self.piece.fake_quantize.apply(x, self.own, self.piece.scheme), self.own)
         if level is None:
             return bound
@@ -86,7 +87,7 @@ class _Trial(NamedTuple):
         return lowest.to(torch.int32) if bool((codes == lowest).all()) else bound
 
     def fits(self, x: Tensor, low: Tensor, high: Tensor) -> bool:
-        """Whether the fake quantizer does to ``x`` what a runtime does with these outermost codes."""
+        """Whether the fake quantizer gives ``x`` the values that a runtime gives it with these outermost codes."""
         scheme, own = self.piece.scheme, self.own
         made = self.piece.fake_quantize.apply(x, own, scheme)
         if scheme.dynamic:

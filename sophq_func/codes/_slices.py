@@ -1,4 +1,4 @@
-"""A weight as its quantizer sees it, slice by slice: no more than one slice is ever held in float32."""
+"""A weight as its quantizer sees it, in slices, so that only one slice at a time is in memory in float32."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
 
 SIZE = 2**18
-"""Elements of a slice: a megabyte in float32, of which encoding holds about ten at once."""
+"""Elements of a slice: 1 MiB in float32; encoding holds about ten tensors of this size at once."""
 
 
 class Slice(NamedTuple):
-    """A part of a weight along one axis, and the qparams of that part."""
+    """A part of a weight, and the qparams of that part.
+
+    Attributes:
+      axis: along which the weight is cut.
+      start: index of the first element along it.
+      seen: the part as the quantizer sees it.
+      qparams: of the part.
+    """
 
     axis: int
     start: int
@@ -26,12 +33,13 @@ class Slice(NamedTuple):
 
 
 def slices(weight: WeightQuantizer, params: Params, qparams: QParams, dtype: torch.dtype | None = None) -> Iterator[Slice]:
-    """The weight in slices whose codes are those of the whole; in one where that cannot be.
+    """The weight in slices that have the same codes as the whole weight; in one slice if it cannot be cut.
 
     Args:
       weight: the quantizer.
-      params, qparams: the model's params, and the quantizer's own qparams.
-      dtype: of the slices; ``None``: that of the weight.
+      params: of the model.
+      qparams: of the quantizer.
+      dtype: of the slices; ``None`` for that of the weight.
     """
     shape = params[weight.site.parameter].shape
     axis, unit = _cut(weight, len(shape))
@@ -47,23 +55,23 @@ def slices(weight: WeightQuantizer, params: Params, qparams: QParams, dtype: tor
 
 
 def _cut(weight: WeightQuantizer, ndim: int) -> tuple[int, int]:
-    """Along which axis, and in multiples of how many, a weight may be cut; multiples of 0: it may not.
+    """The axis along which a weight may be cut, and the unit of a slice's length; a unit of 0 if it may not be cut.
 
-    Elements that share a scale stay together, but for one scale of all, which a slice is given. Along the axis of the
-    scales the number of elements to a scale stays what it is, which quantizers that learn their step depend on.
+    Elements that share a scale stay in one slice, except for a single scale, which every slice gets. The cut is along the
+    axis of the scales, so that the number of elements to a scale, on which learned steps depend, stays the same.
     """
     granularity, fake = weight.scheme.granularity, weight.fake_quantize
-    whole = weight.scheme.dynamic or not fake.local or is_regrouped(weight.site) or ndim == 0
-    if whole or not isinstance(granularity, PerTensor | PerChannel | PerGroup | PerBlock):
+    needs_whole = weight.scheme.dynamic or not fake.local or is_regrouped(weight.site) or ndim == 0
+    if needs_whole or not isinstance(granularity, PerTensor | PerChannel | PerGroup | PerBlock):
         return 0, 0
     axis = (granularity.axis or 0) % ndim if isinstance(granularity, PerChannel | PerGroup) else 0
-    if fake.block_size and axis == ndim - 1:
+    if fake.block_size and axis == ndim - 1:  # blocks lie along the last axis
         return 0, 0
     return axis, granularity.rows if isinstance(granularity, PerBlock) else 1
 
 
 def _part_of(qparams: QParams, shape: torch.Size, axis: int, place: tuple[int, int], unit: int) -> QParams:
-    """The qparams of a slice: cut as the weight what has its shape, along the first axis what has that of the scale."""
+    """The qparams of a slice: tensors shaped like the weight are cut like it, those shaped like the scale along axis 0."""
     start, length = place
 
     def cut(value: Tensor) -> Tensor:

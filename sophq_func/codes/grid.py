@@ -1,4 +1,4 @@
-"""What the codes of one tensor stand for, as a value; reading them back."""
+"""The grid of a tensor's codes: their type, and how they are converted to real numbers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sophq_func.numerics.scheme import Granularity
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Grid:
-    """The codes of one tensor: their type, and what turns them into real numbers.
+    """The type of a tensor's codes, and the tensors that convert them to real numbers.
 
-    Integers are ``real = (code - zero_point) * scale``; float8 ``code * scale``; float16 and bfloat16 the code itself; of
-    tables ``table[code]``, times what each block of the last axis shares, times the scale.
+    Integers: ``real = (code - zero_point) * scale``; float8: ``code * scale``; float16 and bfloat16: ``code``; tables:
+    ``table[code] * scale``, times the exponent or scale of each block of the last axis, if there is one.
 
     Attributes:
       format: ``"int4"``, ``"uint8"``, ``"float8_e4m3fn"``, ``"table"``, ``"float16"``, ``"bfloat16"``, ...
       bits: width of a code.
-      granularity: which elements share a scale, in the tensor as its quantizer sees it.
-      parts: by sorted name, those there are of ``scale`` (float32), ``zero_point`` (int32), ``table`` (float32, ascending),
-        ``exponent`` (uint8, biased) and ``block_scale`` (float8).
-      low, high: of integers, the smallest and largest code that comes out, int32, ``()`` or shaped like the scale.
-      block_size: of blocks.
-      dynamic: scale and zero point are those of each tensor, and no parts.
+      granularity: which elements share a scale, in the layout in which the quantizer sees the tensor.
+      parts: the tensors, sorted by name, as far as the format has them: ``scale`` (float32), ``zero_point`` (int32),
+        ``table`` (float32, ascending), ``exponent`` (uint8, biased) and ``block_scale`` (float8).
+      low, high: of integers, the smallest and largest code that the quantizer makes, int32, ``()`` or shape of the scale.
+      block_size: elements of a block; 0 without blocks.
+      dynamic: scale and zero point are computed from each tensor, so that ``parts`` does not have them.
     """
 
     format: str
@@ -53,18 +53,18 @@ class Grid:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which unpacked codes are held."""
+        """The dtype of unpacked codes."""
         if self.is_integer:
             return storage(self.bits, self.is_signed)
         dtype: torch.dtype = torch.uint8 if self.format == "table" else getattr(torch, self.format)
         return dtype
 
     def read(self, codes: Tensor, parts: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What codes stand for, float32; made of operations that ``torch.export`` can record.
+        """The real numbers of codes, float32, computed with operations that ``torch.export`` can record.
 
         Args:
-          codes: in the layout that the quantizer sees; float8 may come as bit patterns, uint8.
-          parts: the same tensors as those of the grid, where they are held elsewhere.
+          codes: in the layout in which the quantizer sees the tensor; float8 may also be given as bit patterns, uint8.
+          parts: equal tensors to use instead of the grid's own, such as the buffers of a module.
         """
         parts = self.parts if parts is None else parts
         unit = self._unit(codes, parts)
@@ -76,16 +76,18 @@ class Grid:
         return unit * expand(parts["scale"], unit, self.granularity) if "scale" in parts else unit
 
     def _unit(self, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """The numbers that codes stand for before they are scaled."""
+        """The numbers of codes before they are scaled."""
         if self.is_integer:
             level = codes.float()
             return level - expand(parts["zero_point"].float(), level, self.granularity)
         if self.format == "table":
             return parts["table"][codes.long()]
-        return _as_float8(codes, self.dtype).float() if self.bits == 8 else codes.float()
+        if self.bits == 8:
+            return _as_float8(codes, self.dtype).float()
+        return codes.float()
 
     def ends(self) -> tuple[Tensor, Tensor]:
-        """What the outermost codes of an integer grid stand for, shaped like the scale."""
+        """The real numbers of the smallest and largest code of an integer grid, in the shape of the scale."""
         assert self.low is not None and self.high is not None
         zero, scale = self.parts["zero_point"], self.parts["scale"]
         return (self.low - zero) * scale, (self.high - zero) * scale
@@ -97,7 +99,7 @@ def is_integer(form: str) -> bool:
 
 
 def integer_format(low: int, high: int) -> tuple[str, int]:
-    """The format of codes from ``low`` to ``high``, and its bits.
+    """The narrowest integer format with codes from ``low`` to ``high``, and its width in bits.
 
     Example:
       >>> integer_format(-8, 7), integer_format(0, 255)
@@ -114,13 +116,15 @@ def storage(bits: int, signed: bool) -> torch.dtype:
     """The dtype of unpacked codes."""
     if bits <= 8:
         return torch.int8 if signed else torch.uint8
+    # torch computes little with uint16: unsigned codes of 16 bits are held in int32.
     return torch.int16 if bits <= 15 + signed else torch.int32
 
 
 def _as_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes in a float8 dtype, also if they are bit patterns."""
     return codes.view(dtype) if codes.dtype == torch.uint8 else codes
 
 
 def _by_blocks(unit: Tensor, shared: Tensor, size: int) -> Tensor:
-    """``unit`` times what each block of its last axis shares, ``(..., blocks)``."""
+    """``unit`` times ``shared``, which has a number for each block of the last axis: ``(..., blocks)``."""
     return from_blocks(to_blocks(unit, size) * shared.unsqueeze(-1), unit)

@@ -1,4 +1,4 @@
-"""Codes of few bits, two or more to a byte."""
+"""Pack codes of up to 4 bits, two or more to a byte."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, StateError, explain
 
 AT_ONCE = 2**16
-"""Bytes that are packed or unpacked at once: their codes take 8 bytes each meanwhile."""
+"""Bytes that are packed or unpacked at once: meanwhile each of their codes takes 8 bytes, so that this bounds the memory."""
 
 
 def per_byte(bits: int) -> int:
     """How many codes of ``bits`` bits share a byte: 8, 4, 2, 2 for 1 to 4 bits, and 1 for 5 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ConfigError(explain("pack", "this bit width is not possible", got=bits, allowed="1..8"))
+        raise ConfigError(explain("pack", "codes of this width cannot be packed", got=bits, allowed="1..8 bits"))
     return 8 // bits
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes as bytes, the first of each byte in its lowest bits.
+    """Pack codes into bytes, the first code of each byte in its lowest bits.
 
     With ``n = 8 // bits`` codes to a byte, byte ``k`` is ``sum over i < n of (codes[k n + i] mod 2 ** bits) << (bits i)``,
-    the codes taken in the order of the flattened tensor. Signed codes are two's complement. What is left of a last byte,
-    and with 3 bits the two uppermost bits of every byte, is 0.
+    with the codes in the order of the flattened tensor. Signed codes are stored in two's complement. Unused bits are 0: the
+    rest of the last byte, and, with 3 bits, the two highest bits of every byte.
 
     Args:
       codes: integers of any shape, all from 0 to ``2 ** bits - 1``, or from ``-2 ** (bits - 1)`` to ``2 ** (bits - 1) - 1``.
-      bits: 1 to 8.
+      bits: width of a code, 1 to 8.
 
     Returns:
       uint8, shape ``(ceil(codes.numel() / n),)``.
 
     Raises:
-      ConfigError: the width. StateError: codes that do not fit, or are no integers.
+      ConfigError: ``bits`` is not 1 to 8.
+      StateError: a code does not fit in ``bits`` bits, or ``codes`` has no integer dtype.
 
     Example:
       >>> pack(torch.tensor([1, -1, 7]), 4)
@@ -44,36 +45,45 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     count = per_byte(bits)
     if codes.is_floating_point() or codes.is_complex():
-        raise StateError(explain("pack", "these codes is not possible", got=codes.dtype, allowed="an integer dtype"))
+        raise StateError(explain("pack", "codes must be integers", got=codes.dtype, allowed="an integer dtype"))
     flat = codes.detach().reshape(-1)
     if flat.numel():
         low, high = int(flat.min()), int(flat.max())
-        if high >= 1 << bits or low < -(1 << bits - 1) or (low < 0 and high >= 1 << bits - 1):
+        fits_unsigned = low >= 0 and high < 1 << bits
+        fits_signed = low >= -(1 << bits - 1) and high < 1 << bits - 1
+        if not fits_unsigned and not fits_signed:
             raise StateError(
-                explain("pack", f"{bits} bits is not possible", got=f"codes from {low} to {high}", fix="pack with more bits")
+                explain(
+                    "pack",
+                    f"the codes do not fit in {bits} bits",
+                    got=f"codes from {low} to {high}",
+                    fix="pack with more bits",
+                )
             )
     packed = torch.empty(-(-flat.numel() // count), dtype=torch.uint8, device=flat.device)
     shifts = bits * torch.arange(count, device=flat.device)
     for part, into in zip(torch.split(flat, AT_ONCE * count), torch.split(packed, AT_ONCE), strict=True):
-        whole = torch.constant_pad_nd(part.to(torch.int64), (0, -part.numel() % count)).reshape(-1, count)
-        into.copy_(((whole & (1 << bits) - 1) << shifts).sum(1))
+        padded = torch.constant_pad_nd(part.to(torch.int64), (0, -part.numel() % count))
+        patterns = padded.reshape(-1, count) & (1 << bits) - 1
+        into.copy_((patterns << shifts).sum(1))
     return packed
 
 
 def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Tensor:
-    """The inverse of :func:`pack`.
+    """Unpack codes from bytes; the inverse of :func:`pack`.
 
     Args:
       packed: uint8, from :func:`pack`.
-      bits: 1 to 8.
+      bits: width of a code, 1 to 8.
       shape: of the codes.
-      signed: whether the uppermost bit of a code counts ``-2 ** (bits - 1)``.
+      signed: whether codes are in two's complement.
 
     Returns:
-      The codes, int8 where signed, else uint8.
+      The codes, int8 if ``signed``, else uint8.
 
     Raises:
-      ConfigError: the width. StateError: bytes that are not as many as the shape needs.
+      ConfigError: ``bits`` is not 1 to 8.
+      StateError: ``packed`` is not uint8, or has another number of bytes than codes of this shape need.
 
     Example:
       >>> unpack(torch.tensor([241, 7], dtype=torch.uint8), 4, (3,), signed=True)
@@ -84,11 +94,14 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
     if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
         got, allowed = f"{packed.dtype} of shape {tuple(packed.shape)}", f"torch.uint8 of shape {expected}"
         raise StateError(
-            explain("unpack", f"{bits}-bit codes of shape {tuple(shape)} is not possible", got=got, allowed=allowed)
+            explain("unpack", f"these bytes do not hold {bits}-bit codes of shape {tuple(shape)}", got=got, allowed=allowed)
         )
     shifts = bits * torch.arange(count, device=packed.device)
     codes = torch.empty(size, dtype=torch.int8 if signed else torch.uint8, device=packed.device)
     for part, into in zip(torch.split(packed, AT_ONCE), torch.split(codes, AT_ONCE * count), strict=True):
-        found = (part.to(torch.int64)[:, None] >> shifts & (1 << bits) - 1).reshape(-1)[: into.numel()]
-        into.copy_(torch.where(found >= 1 << bits - 1, found - (1 << bits), found) if signed else found)
+        patterns = part.to(torch.int64)[:, None] >> shifts & (1 << bits) - 1
+        values = patterns.reshape(-1)[: into.numel()]  # without the unused codes of the last byte
+        if signed:
+            values = torch.where(values >= 1 << bits - 1, values - (1 << bits), values)
+        into.copy_(values)
     return codes.reshape(tuple(shape))

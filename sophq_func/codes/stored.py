@@ -1,8 +1,8 @@
-"""Which stored grid, and which codes, has this quantizer? The one answer, for whatever stores or reports them.
+"""The grid and the codes of a quantizer, for everything that stores or reports them.
 
-A weight has codes where its fake quantizer names them (:attr:`FakeQuantize.encode`), or where its values turn out to be
-codes times a scale. A quantizer of values has a grid where it computes what a runtime computes with that grid. All else is
-refused, by one reason.
+A weight has codes if its fake quantizer encodes them (:attr:`FakeQuantize.encode`), or if its values are found to be codes
+times a scale. A quantizer of activations has a grid if it computes what a runtime computes with that grid. Every other
+quantizer is refused with one reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST = EPS**2
 """The smallest scale of a format that is no integer grid."""
 
 BY_BLOCKS = ("exponent", "block_scale")
-"""The parts of a grid that are found in the weight itself."""
+"""The parts of a grid that are computed from the weight, one number for each block."""
 
 NOT_FINITE = "its scale is not finite"
 HOLDS_NAN = "the weight holds NaN"
@@ -41,22 +41,24 @@ MORE_THAN_ROUNDING = "it computes more than rounding to a grid"
 FROM_THE_TENSOR = "its scale is computed from the tensor at hand"
 
 ROUNDINGS = 4
-"""In units of the last place, how far from its grid a frozen value may lie: rounded when it was put on the grid, when a
-BatchNorm was divided out, and when it is folded in again."""
+"""How far a frozen value may be from its grid, in units of the last place.
+
+It was rounded when it was put on the grid and when a BatchNorm was divided out, and is rounded when that is folded in again.
+"""
 
 NUDGE = 2
-"""By so many units of the last place frozen values are enlarged before their blocks are found again.
+"""Units of the last place by which frozen values are enlarged before the exponents of their blocks are computed again.
 
-A power of two that lies one unit below its own value would give its block the next smaller exponent. No element of a block
-has as many bits, so that a value on the grid stays nearest to itself.
+A power of two that was rounded down by one unit would give its block the next smaller exponent. Elements of a
+block have far fewer bits than their dtype, so that two units of the last place move no value to another code.
 """
 
 
 class Refusal(NamedTuple):
-    """There is no stored form.
+    """A quantizer has no stored form.
 
     Attributes:
-      because: the one reason, to go on a sentence with "because".
+      because: the reason, a clause that continues a sentence after "because".
     """
 
     because: str
@@ -66,9 +68,9 @@ class Stored(NamedTuple):
     """A weight as codes.
 
     Attributes:
-      codes: in the weight's own layout, in the dtype of the grid.
-      grid: of the weight as its quantizer sees it.
-      site: where it is.
+      codes: in the layout of the parameter, in the dtype of the grid.
+      grid: in the layout in which the quantizer sees the weight.
+      site: of the quantizer, which says how both layouts are related.
     """
 
     codes: Tensor
@@ -76,10 +78,10 @@ class Stored(NamedTuple):
     site: Site
 
     def read(self, codes: Tensor | None = None, parts: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What the codes stand for: float32, BatchNorm folded in, in the weight's own layout.
+        """The real numbers of the codes, float32, BatchNorm folded in, in the layout of the parameter.
 
         Args:
-          codes, parts: the same codes, and the same parts of the grid, where they are held elsewhere.
+          codes, parts: equal tensors to use instead of these codes and the parts of the grid.
         """
         seen = arranged(self.codes if codes is None else codes, self.site)
         return arranged(self.grid.read(seen, parts), self.site)
@@ -93,14 +95,14 @@ def stored_form(
     frozen: bool = False,
     wide: bool = False,
 ) -> Stored | Grid | Refusal:
-    """The codes of a weight on their grid; the grid of a quantizer of values; or why there is none.
+    """The codes and the grid of a weight, or the grid of an activation's quantizer; or why there is none.
 
     Args:
-      quantizer: as the engine of a :class:`~sophq_func.model.quantized.Quantized` has it.
-      qparams: its own.
-      params: the model's, for a weight.
-      frozen: the params hold what the weight's quantizer has made already.
-      wide: 16-bit floats are encoded as float32; otherwise as ``apply`` does, in their own precision.
+      quantizer: from the engine of a :class:`~sophq_func.model.quantized.Quantized`.
+      qparams: of this quantizer.
+      params: of the model; needed for a weight.
+      frozen: whether the params hold quantized weights already.
+      wide: encode 16-bit floats as float32; otherwise in their own precision, as ``apply`` does.
     """
     if isinstance(quantizer, RunQuantizer):
         return value_grid(quantizer, qparams)
@@ -109,13 +111,13 @@ def stored_form(
 
 
 def share_on(qparams: QParams) -> float:
-    """How much of a quantizer is switched on by ``extras["enabled"]``: 1 without it, 0 where values pass."""
+    """The mask ``extras["enabled"]`` as a number: 1 for a quantizer that acts or has no mask, 0 for one that is off."""
     mask = qparams.extras.get("enabled")
     return 1.0 if mask is None else float(mask)
 
 
 def grid_of(fake: FakeQuantize, qparams: QParams, scheme: QScheme) -> Grid | Refusal:
-    """The grid that a quantizer's values lie on, as far as its qparams tell; or why there is none."""
+    """The grid of a quantizer's values, without the parts that depend on the tensor; or why there is none."""
     why = _uncoded(fake, qparams, scheme)
     if why:
         return Refusal(why)
@@ -125,7 +127,7 @@ def grid_of(fake: FakeQuantize, qparams: QParams, scheme: QScheme) -> Grid | Ref
 
 
 def _uncoded(fake: FakeQuantize, qparams: QParams, scheme: QScheme) -> str:
-    """Why a quantizer's values are no codes. Of an integer grid that does not name its codes they are looked for."""
+    """Why a quantizer's values have no codes; empty if they have, or if rounding to the grid may find them."""
     why = fake.uncoded(qparams, scheme)
     return affine.uncoded(qparams, scheme) if _is_looked_for(fake) and why == NO_CODES else why
 
@@ -135,7 +137,7 @@ def _is_looked_for(fake: FakeQuantize) -> bool:
 
 
 def _grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool) -> Grid:
-    """The grid of the qparams; what is found in each tensor, all of it where it is dynamic, is missing."""
+    """The grid of the qparams, without the parts that depend on the tensor; of a dynamic grid these are all parts."""
     element = fake.element
     if element is None:
         return integer_grid(fake, qparams, scheme, dynamic)
@@ -158,7 +160,7 @@ def _grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool) 
 
 
 def integer_grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool = False) -> Grid:
-    """The grid of scale, zero point and bounds, whatever else a quantizer with integer codes may compute."""
+    """The grid of scale, zero point and bounds; it does not check that the quantizer computes nothing else."""
     own = fake.grid(qparams, scheme)
     low, high = (torch.as_tensor(bound, device=own.scale.device).detach().to(torch.int32) for bound in bounds(own, scheme))
     name, bits = integer_format(int(low.min()), int(high.max()))
@@ -178,7 +180,7 @@ def integer_grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic:
 
 
 def value_grid(piece: RunQuantizer, qparams: QParams) -> Grid | Refusal:
-    """The grid of a quantizer that acts while the model runs; or why there is none."""
+    """The grid of an activation's quantizer; or why there is none."""
     fake, scheme = piece.fake_quantize, piece.scheme
     grid = grid_of(fake, qparams, scheme)
     if isinstance(grid, Refusal) or not grid.is_integer:
@@ -190,9 +192,9 @@ def value_grid(piece: RunQuantizer, qparams: QParams) -> Grid | Refusal:
 def weight_codes(
     weight: WeightQuantizer, params: Params, qparams: QParams, *, frozen: bool = False, wide: bool = False
 ) -> Stored | Refusal:
-    """A quantized weight as codes, BatchNorm folded in; or why that cannot be.
+    """A quantized weight as codes, BatchNorm folded in; or why it has none.
 
-    It is encoded in slices: beside the codes, no more than a few slices are held.
+    It is encoded in slices, so that only the codes and a few slices are in memory at once.
     """
     fake, scheme, parameter = weight.fake_quantize, weight.scheme, params[weight.site.parameter]
     grid = grid_of(fake, qparams, scheme)
@@ -203,7 +205,7 @@ def weight_codes(
         own = in_force(fake, weight.seen_part(params, dtype=dtype), qparams, scheme)
         grid = _grid(fake, own, scheme, False)
     codes = torch.empty(_shape_seen(weight, parameter), dtype=grid.dtype, device=parameter.device)
-    found: list[Mapping[str, Tensor]] = []
+    parts_of_slices: list[Mapping[str, Tensor]] = []
     axis = 0
     for part in slices(weight, params, qparams, dtype):
         coded = _encoded_again(fake, part, scheme, parameter.dtype) if frozen else _encoded(fake, part, scheme)
@@ -212,9 +214,9 @@ def weight_codes(
         axis = part.axis
         place = codes if codes.ndim == 0 else codes.narrow(axis, part.start, part.seen.shape[axis])
         place.copy_(coded.values)
-        found.append({name: coded.parts[name] for name in BY_BLOCKS if name in coded.parts})
-    names = found[0] if found else ()
-    by_blocks = {name: torch.cat([parts[name] for parts in found], axis) for name in names}
+        parts_of_slices.append({name: coded.parts[name] for name in BY_BLOCKS if name in coded.parts})
+    names = parts_of_slices[0] if parts_of_slices else ()
+    by_blocks = {name: torch.cat([parts[name] for parts in parts_of_slices], axis) for name in names}
     grid = replace(grid, parts=sorted_dict({**grid.parts, **by_blocks}))
     return Stored(arranged(codes, weight.site), grid, weight.site)
 
@@ -224,7 +226,7 @@ def _shape_seen(weight: WeightQuantizer, parameter: Tensor) -> torch.Size:
 
 
 def _encoded(fake: FakeQuantize, part: Slice, scheme: QScheme) -> Codes | Refusal:
-    """The codes of a slice, named by its fake quantizer, or looked for among what that makes."""
+    """The codes of a slice: encoded by its fake quantizer, or found by rounding its quantized values to the grid."""
     if _holds_nan(fake, part):
         return Refusal(HOLDS_NAN)
     if fake.encode is not None:
@@ -235,7 +237,7 @@ def _encoded(fake: FakeQuantize, part: Slice, scheme: QScheme) -> Codes | Refusa
 
 
 def _encoded_again(fake: FakeQuantize, part: Slice, scheme: QScheme, dtype: torch.dtype) -> Codes | Refusal:
-    """The codes of values that their fake quantizer has made already, and that were held in ``dtype`` since."""
+    """The codes of a slice that is quantized already, and was stored in ``dtype`` since."""
     if _holds_nan(fake, part):
         return Refusal(HOLDS_NAN)
     if fake.element is None or fake.encode is None or fake.decode is None:
@@ -248,12 +250,12 @@ def _encoded_again(fake: FakeQuantize, part: Slice, scheme: QScheme, dtype: torc
 
 
 def _holds_nan(fake: FakeQuantize, part: Slice) -> bool:
-    """Whether there is NaN, for which only floating-point codes have a code."""
+    """Whether a slice holds NaN and the format has no code for NaN, as only floating-point formats have."""
     return not isinstance(fake.element, torch.dtype) and bool(part.seen.isnan().any())
 
 
 def _nearest(fake: FakeQuantize, y: Tensor, part: Slice, scheme: QScheme) -> tuple[Codes, Tensor]:
-    """The integer codes nearest to ``y``, which became of the slice, and what they stand for."""
+    """The integer codes nearest to ``y``, the quantized slice, and their real numbers."""
     own = fake.grid(in_force(fake, part.seen, part.qparams, scheme), scheme)
     own = own._replace(scale=positive(own.scale))
     codes = affine.nearest(y, own, scheme)
@@ -261,5 +263,5 @@ def _nearest(fake: FakeQuantize, y: Tensor, part: Slice, scheme: QScheme) -> tup
 
 
 def _is_near(value: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ``y``, held in ``dtype``, is ``value`` but for roundings."""
+    """Whether ``y``, which was stored in ``dtype``, equals ``value`` up to :data:`ROUNDINGS`."""
     return bool(((value - y).abs() <= ROUNDINGS * torch.finfo(dtype).eps * y.abs()).all())

@@ -1,4 +1,4 @@
-"""What a quantized model becomes outside of this library; each target is one file that imports its packages when called."""
+"""Export a quantized model: one file for each target, which imports the packages that it needs only when it is called."""
 
 from sophq_func.export.onnx import onnx
 from sophq_func.export.tables import Tables, tables

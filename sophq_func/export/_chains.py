@@ -1,4 +1,7 @@
-"""Calls that only move values have the range of what they move: their entries are copies (semantics.md 10.2)."""
+"""Table entries for calls that only move values: copies of the entry of a neighbour, whose range they share.
+
+A chip's compiler looks up an entry for every op; sophgo-mq fills in these copies, and the tables here have the same ones.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +13,56 @@ from sophq_func.export._records import Record
 from sophq_func.planning.plan import Plan
 
 MOVES = frozenset(("Flatten", "Resize", "Reshape", "Transpose"))
-"""Op types whose result has the range of what they take."""
+"""Op types whose results have the range of their inputs."""
 
 LAYERS = frozenset(("Conv", "Gemm"))
-"""Op types whose copies are 4-bit ones where any activation is."""
+"""Op types whose copies get the ending ``_4`` as soon as one activation is 4-bit, as sophgo-mq names them."""
 
 
-def propagated(plan: Plan, found: Sequence[Record], file: FileNames | None = None) -> list[Record]:
-    """Records for calls in chains of moves that have none: that of the nearest call before, else of the nearest behind.
+def propagated(plan: Plan, records: Sequence[Record], file: FileNames | None = None) -> list[Record]:
+    """Copies of records for calls without one in chains of moves: of the nearest call before, else of the nearest behind.
 
-    The call right before a chain takes part in it. In a file, several calls may have one tensor: it has one entry.
+    The call right before a chain belongs to it. In a file, several calls may have the same tensor: it gets one entry.
+
+    Args:
+      plan: of the quantizers.
+      records: those of the quantizers.
+      file: names of the ONNX file, if there is one.
     """
-    chains = _Chains.of(plan, found, file)
-    four = any(record.bits == 4 for record in found if not record.is_weight)
-    copies = {record.entry: record for record in chains.copies(four)}
-    return [record for entry, record in copies.items() if entry not in {own.entry for own in found}]
+    chains = _Chains.of(plan, records, file)
+    has_four_bits = any(record.bits == 4 for record in records if not record.is_weight)
+    copies = {copy.entry: copy for copy in chains.copies(has_four_bits)}
+    taken = {record.entry for record in records}
+    return [copy for entry, copy in copies.items() if entry not in taken]
 
 
 @dataclass(frozen=True)
 class _Chains:
-    """By call: op types, names in the tables, records, and who feeds whom."""
+    """The traced calls; every attribute is by the name of a call.
 
-    kinds: Mapping[str, str]
+    Attributes:
+      op_types: of ONNX; empty where none is known.
+      ops: names in the tables.
+      owners: records of quantizers of results.
+      before: the calls whose results it takes.
+      behind: the calls that take its result.
+    """
+
+    op_types: Mapping[str, str]
     ops: Mapping[str, str]
     owners: Mapping[str, Record]
     before: Mapping[str, list[str]]
     behind: Mapping[str, list[str]]
 
     @staticmethod
-    def of(plan: Plan, found: Sequence[Record], file: FileNames | None) -> _Chains:
+    def of(plan: Plan, records: Sequence[Record], file: FileNames | None) -> _Chains:
         before: dict[str, list[str]] = {}
         behind: dict[str, list[str]] = {}
         for edge in plan.edges:
             before.setdefault(edge.target, []).append(edge.source)
             behind.setdefault(edge.source, []).append(edge.target)
-        results = (record for record in found if not record.is_weight and plan.site(record.quantizer).operand < 0)
+        activations = [record for record in records if not record.is_weight]
+        results = [record for record in activations if plan.site(record.quantizer).operand < 0]
         return _Chains(
             {call.name: OP_TYPES.get(operation(call.does), "") for call in plan.calls},
             {call.name: call_op(plan, call.name, file) for call in plan.calls},
@@ -53,22 +71,31 @@ class _Chains:
             behind,
         )
 
-    def copies(self, four: bool) -> Iterator[Record]:
-        """A copy for each call that lacks a record."""
-        for call, kind in self.kinds.items():
-            leads = any(self.kinds.get(user) in MOVES for user in self.behind.get(call, ()))
-            if call in self.owners or not kind or not self.ops[call] or not (kind in MOVES or leads):
+    def copies(self, has_four_bits: bool) -> Iterator[Record]:
+        """A copy for each call of a chain that has no record."""
+        for call, op_type in self.op_types.items():
+            has_name = op_type and self.ops[call]
+            if call in self.owners or not has_name:
                 continue
-            source = self._nearest(call, self.before) if kind in MOVES else None
+            is_move = op_type in MOVES
+            leads_a_chain = any(self.op_types.get(user) in MOVES for user in self.behind.get(call, ()))
+            if not is_move and not leads_a_chain:
+                continue
+            source = self._nearest(call, self.before) if is_move else None
             source = source or self._nearest(call, self.behind)
             if source is not None:
-                yield replace(source, op=self.ops[call], ending="_4" if four and kind in LAYERS else "_8")
+                ending = "_4" if has_four_bits and op_type in LAYERS else "_8"
+                yield replace(source, op=self.ops[call], ending=ending)
 
-    def _nearest(self, call: str, steps: Mapping[str, list[str]]) -> Record | None:
-        """The first record on the way, which goes through moves only."""
-        at = call
-        while steps.get(at):
-            at = steps[at][0]
-            if at in self.owners or self.kinds.get(at) not in MOVES:
-                return self.owners.get(at)
+    def _nearest(self, call: str, neighbours: Mapping[str, list[str]]) -> Record | None:
+        """The first record on a path from a call that goes through moves only.
+
+        Args:
+          neighbours: the calls before or behind each call; the path takes the first of them.
+        """
+        current = call
+        while neighbours.get(current):
+            current = neighbours[current][0]
+            if current in self.owners or self.op_types.get(current) not in MOVES:
+                return self.owners.get(current)
         return None

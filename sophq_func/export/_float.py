@@ -1,7 +1,7 @@
-"""The float ONNX file beside a chip's tables: BatchNorms folded, weights clipped to their range, and names for tensors.
+"""The float ONNX file beside a chip's tables: BatchNorms folded, weights clipped to their range, tensors named as planned.
 
-Each call of the model is marked while it is captured, by the name that the plan has for it. In the file the marks go, and
-tensors have these names.
+While the model is captured, each call is followed by a marker node with the call's name in the plan. The markers are
+removed from the file, and the tensors before them get these names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from sophq_func.capture.arguments import as_call
 from sophq_func.capture.frame import unwatched
+from sophq_func.codes import share_on
 from sophq_func.core.pytree import has_floating, tensors
+from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.export._capture import captured, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._names import FileNames
@@ -34,18 +36,22 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSET = 18
+"""The opset of torch.onnx's own operators, so that the graph need not be converted to another one."""
+
 MARK = "sophq_func::Named"
+"""Domain and op type of marker nodes."""
 
 Key = tuple[str, str, int]
+"""A call: path of its module, function (empty for the module itself), and how often it was called before."""
 
 
 def float_file(
     q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], example_args: Any
 ) -> tuple[bytes, FileNames]:
-    """The model without quantizers, as the compilers of chips take it: batches of the example's size, opset 18.
+    """The model without quantizers as an ONNX file, opset 18, for inputs of the example's shapes.
 
     Returns:
-      The file, and what is called how in it.
+      The file, and the names in it.
 
     Raises:
       ConfigError, StateError: see :func:`sophq_func.export.onnx`.
@@ -63,45 +69,46 @@ def float_file(
     with quiet():
         exported = captured("export.tables", made, args, kwargs, False).program
         written = translated("export.tables", exported, OPSET)
-        names = {key: name for name, key in made.names.items()}
+        names = {buffer: name for name, buffer in made.names.items()}
         ends = made.inputs(args, kwargs), output_names(exported)
-        proto, marks = _onnx_graph.finished(written.model, names, frozenset(), *ends)
-    values = {name: op_name(value) for name, value in marks.items()}
-    layers = {name: layer_names(_onnx_graph.product_of(value)) for name, value in marks.items()}
+        proto, marked = _onnx_graph.finished(written.model, names, frozenset(), *ends)
+    values = {name: op_name(value) for name, value in marked.items()}
+    layers = {name: layer_names(_onnx_graph.product_of(value)) for name, value in marked.items()}
     inputs = {node.name: node.argument for node in graph if node.kind == "input"}
     return proto.SerializeToString(), FileNames({**values, **inputs}, layers)
 
 
 def op_name(value: ir.Value) -> str:
-    """``<tensor>_<op type>``; empty where no node makes it."""
+    """``<tensor>_<op type>``; empty for a tensor that no node computes."""
     node = value.producer()
     return f"{value.name}_{node.op_type}" if node is not None else ""
 
 
 def layer_names(product: ir.Value) -> tuple[str, str]:
-    """Of the node that takes a weight: its own, and that of a ReLU that is the first to take its result."""
+    """Names of the node that takes a weight, and of a ReLU that is the first to take its result; else twice the same."""
     takers = [user for user, _ in product.uses()]
     first = takers[0].outputs[0] if takers and takers[0].op_type == "Relu" else product
     return op_name(product), op_name(first)
 
 
 def _clipped(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
-    """Weights of integer grids, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]``, not rounded."""
-    found = {}
+    """Weights on integer grids, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]`` and not rounded."""
+    clipped = {}
     for weight in q.engine.acting:
         own = qparams[weight.site.quantizer]
-        if weight.fake_quantize.integer and float(own.extras.get("enabled", torch.tensor(1.0))):
-            seen = weight.seen(params)
-            grid = weight.fake_quantize.grid(own, weight.scheme)
-            zero = torch.zeros_like(grid.scale) if weight.scheme.symmetric else grid.zero_point
-            ends = [(bound - zero) * positive(grid.scale) for bound in bounds(grid, weight.scheme)]
-            low, high = (expand(end, seen, weight.scheme.granularity) for end in ends)
-            found[weight.site.parameter] = arranged(seen.clamp(low, high), weight.site).detach()
-    return found
+        if not weight.fake_quantize.integer or not share_on(own):
+            continue
+        seen = weight.seen(params)
+        grid = weight.fake_quantize.grid(own, weight.scheme)
+        zero = torch.zeros_like(grid.scale) if weight.scheme.symmetric else grid.zero_point
+        ends = [(bound - zero) * positive(grid.scale) for bound in bounds(grid, weight.scheme)]
+        low, high = (expand(end, seen, weight.scheme.granularity) for end in ends)
+        clipped[weight.site.parameter] = arranged(seen.clamp(low, high), weight.site).detach()
+    return clipped
 
 
 class _Nothing:
-    """The target of a program without quantizers."""
+    """The target for programs without quantizers: every grid passes, and no operator is made."""
 
     stores_biases = False
     computes = False
@@ -117,20 +124,20 @@ class _Nothing:
 
 
 class _Marking(Runner):
-    """Puts a node behind each call, which says what the call is named."""
+    """Puts a marker node behind each planned call, with the call's name in the plan."""
 
     def __init__(self, names: Mapping[Key, str], schedule: Schedule) -> None:
         super().__init__(schedule, lambda name, x: x)
         self._names, self._calls = names, dict[tuple[str, str], int]()
 
-    def after_module(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
         return self._marked((path, ""), args, kwargs, super().after_module(path, module, args, kwargs, output))
 
-    def function(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def function(self, name: str, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
         return self._marked((self.scope, name), args, kwargs, super().function(name, func, args, kwargs))
 
-    def _marked(self, pair: tuple[str, str], args: Any, kwargs: Any, output: Any) -> Any:
-        if not tensors(output) or not has_floating(args, kwargs, output):
+    def _marked(self, pair: tuple[str, str], args: Args, kwargs: Kwargs, output: Output) -> Output:
+        if not tensors(output) or not has_floating(args, kwargs, output):  # as the plan counts calls
             return output
         call = self._calls.get(pair, 0)
         self._calls[pair] = call + 1

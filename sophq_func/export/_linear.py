@@ -1,6 +1,7 @@
-"""Grids as QuantizeLinear and DequantizeLinear have them: one scale, one for each channel, or one for each run of a row.
+"""Grids in the form of QuantizeLinear and DequantizeLinear: one scale, or one for each channel or group of a row.
 
-What :mod:`sophq_func.codes` stores, put into the form of these operators; or the reason why they cannot say it.
+The grids and codes of :mod:`sophq_func.codes` are converted to this form; or a clause says why these operators cannot
+express them.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from sophq_func.numerics.formats import FLOAT8
 from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
 
 TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16)
-"""Of integer codes; the first that holds them is taken."""
+"""Dtypes for integer codes: the first that holds them is used, so that narrow ones come first."""
 
 
 class LinearGrid(NamedTuple):
-    """Codes and what they stand for: ``real = (code - zero_point) * scale``.
+    """A grid as the operators have it: ``real = (code - zero_point) * scale``.
 
     Attributes:
       scale: float32, shape ``()``, ``(C,)`` or ``(C, groups)``.
-      zero_point: shaped like it, in the dtype of the codes.
-      low, high: smallest and largest code; of FP8, whose codes are the format's, 0.
-      axis: of the channels; ``None`` per tensor.
-      size: elements of a group along the axis behind the channels; 0 without groups.
-      ends: of one scale, what the outermost codes stand for, where the type has further codes beyond them.
-      number: of one scale, scale and zero point as numbers.
+      zero_point: shape of ``scale``, in the dtype of the codes.
+      low, high: smallest and largest code; both 0 for FP8, where every code of the format is used.
+      axis: of the channels; ``None`` for one scale.
+      size: elements of a group, along the axis after ``axis``; 0 without groups.
+      ends: for one scale, the real numbers of the outermost codes, if the dtype has codes beyond them; values are clipped
+        to them before QuantizeLinear, which clips to the dtype only.
+      number: for one scale, scale and zero point as Python numbers.
     """
 
     scale: Tensor
@@ -44,7 +46,7 @@ class LinearGrid(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which codes are held."""
+        """The dtype of the codes."""
         return self.zero_point.dtype
 
     @property
@@ -55,12 +57,12 @@ class LinearGrid(NamedTuple):
 
     @property
     def full(self) -> bool:
-        """Whether every code of the type is one of the grid's."""
+        """Whether the grid has every code of its dtype."""
         info = torch.iinfo(self.dtype) if not self.dtype.is_floating_point else None
         return info is None or (info.min, info.max) == (self.low, self.high)
 
     def unsigned(self) -> LinearGrid:
-        """The same values as codes from 0 on, where they are int8."""
+        """The same grid with int8 codes shifted by 128 to uint8; other dtypes unchanged."""
         if self.dtype != torch.int8:
             return self
         zero_point = (self.zero_point.to(torch.int16) + 128).to(torch.uint8)
@@ -69,27 +71,29 @@ class LinearGrid(NamedTuple):
 
 
 class LinearCodes(NamedTuple):
-    """A weight, or a bias, as codes on such a grid, in its own layout."""
+    """A weight or a bias as codes on a linear grid, in the layout of the parameter."""
 
     codes: Tensor
     grid: LinearGrid
 
 
 def value_linear(piece: RunQuantizer, grid: Grid) -> LinearGrid | str:
-    """The grid of a quantizer of values; or why the operators have none."""
+    """The linear grid of an activation's quantizer; or why it has none, as a clause."""
     if grid.dynamic:
         return FROM_THE_TENSOR
     granularity, ndim = grid.granularity, len(piece.site.shape)
     if not isinstance(granularity, PerTensor | PerChannel):
-        return f"{type(granularity).__name__} on an activation"
+        return f"no operator has {type(granularity).__name__} on an activation"
     if isinstance(granularity, PerTensor):
         return _linear(grid, None)
-    return _linear(grid, (granularity.axis or 0) % ndim) if ndim > 1 else "PerChannel on a tensor of one axis"
+    if ndim < 2:
+        return "no operator has PerChannel on a tensor of one axis"
+    return _linear(grid, (granularity.axis or 0) % ndim)
 
 
 def weight_linear(stored: Stored) -> LinearCodes | str:
-    """A weight with the codes that the operators have; or why there are none."""
-    grid, granularity = _as_float8(stored), stored.grid.granularity
+    """A weight as codes on a linear grid; or why it has none, as a clause."""
+    as_float8, granularity = _as_float8(stored), stored.grid.granularity
     axis, size, rows = None, 0, 1
     if isinstance(granularity, PerChannel | PerGroup) and is_regrouped(stored.site):
         return "the output channels of a grouped deconvolution lie along two axes"
@@ -100,19 +104,21 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
     elif isinstance(granularity, PerBlock):
         axis, size, rows = 0, granularity.columns, granularity.rows
     elif not isinstance(granularity, PerTensor | PerChannel):
-        return f"{type(granularity).__name__} on a weight"
+        return f"no operator has {type(granularity).__name__} on a weight"
     if size and (axis, stored.codes.ndim) != (0, 2):
-        return f"{type(granularity).__name__} on other than the rows of a matrix"
-    linear = _linear(grid.grid, axis)
+        return f"no operator has {type(granularity).__name__} on anything but the rows of a matrix"
+    linear = _linear(as_float8.grid, axis)
     if isinstance(linear, str):
         return linear
-    scale, zero_point = (part.repeat_interleave(rows, 0) if rows > 1 else part for part in linear[:2])
-    linear = linear._replace(scale=scale, zero_point=zero_point, size=size)
-    return LinearCodes(grid.codes.to(linear.dtype), linear)
+    linear = linear._replace(size=size)
+    if rows > 1:  # the operators have blocks of one row only: each row gets the scales of its block
+        scale, zero_point = linear.scale.repeat_interleave(rows, 0), linear.zero_point.repeat_interleave(rows, 0)
+        linear = linear._replace(scale=scale, zero_point=zero_point)
+    return LinearCodes(as_float8.codes.to(linear.dtype), linear)
 
 
 def _as_float8(stored: Stored) -> Stored:
-    """Codes of a table whose every entry is an E4M3 number as these numbers; others as they are."""
+    """Codes of a table as E4M3 numbers, if every entry of the table is one; else unchanged."""
     table = stored.grid.parts.get("table")
     if table is None or stored.grid.block_size:
         return stored
@@ -125,19 +131,19 @@ def _as_float8(stored: Stored) -> Stored:
 
 
 def _linear(grid: Grid, axis: int | None) -> LinearGrid | str:
-    """The grid with its scale and zero point in the types of the operators."""
+    """The grid with scale and zero point in the dtypes of the operators; or why it has none, as a clause."""
     if not grid.is_integer:
         if grid.dtype not in FLOAT8:
-            return f"codes of {grid.format}" if grid.format != "table" else "codes of a table"
+            return "no operator has " + ("codes of a table" if grid.format == "table" else f"codes of {grid.format}")
         scale = grid.parts["scale"]
         return LinearGrid(scale, torch.zeros_like(scale).to(grid.dtype), 0, 0, axis)
     assert grid.low is not None and grid.high is not None
     low, high = int(grid.low.min()), int(grid.high.max())
     if not bool((grid.low == low).all() & (grid.high == high).all()):
-        return "channels with other outermost codes than their neighbours"
+        return "its channels have different outermost codes"
     dtype = _type(low, high)
     if dtype is None:
-        return f"codes from {low} to {high} have no type"
+        return f"no type holds codes from {low} to {high}"
     scale, zero_point = grid.parts["scale"].float(), grid.parts["zero_point"].to(dtype)
     linear = LinearGrid(scale, zero_point, low, high, axis)
     if scale.ndim:
@@ -148,6 +154,7 @@ def _linear(grid: Grid, axis: int | None) -> LinearGrid | str:
 
 
 def _type(low: int, high: int) -> torch.dtype | None:
+    """The narrowest dtype that holds these codes and is signed exactly if they are."""
     for dtype in TYPES:
         info = torch.iinfo(dtype)
         if info.min <= low and high <= info.max and (low < 0) == (info.min < 0):

@@ -1,4 +1,4 @@
-"""What a chip's compiler calls the places of quantizers: ``<tensor>_<op type>`` of the ONNX node that makes a tensor."""
+"""Names of quantizers in a chip's tables: ``<tensor>_<op type>`` of the ONNX node that computes the tensor."""
 
 from __future__ import annotations
 
@@ -67,15 +67,16 @@ OP_TYPES: Mapping[str, str] = {
     "transpose": "Transpose",
     "view": "Reshape",
 }
-"""Op type of the ONNX node that does an operation, by the operation's canonical name."""
+"""The op type of the ONNX node for an operation, by the operation's canonical name."""
 
 
 class FileNames(NamedTuple):
-    """What is called how in an ONNX file, by call of the traced model.
+    """Names in an ONNX file, by call of the traced model.
 
     Attributes:
-      values: ``<tensor>_<op type>``, of inputs the name alone.
-      layers: the same of the node that takes a layer's weight; and of the ReLU that is the first behind it, if there is one.
+      values: of the result of each call, ``<tensor>_<op type>``; of each input of the model, its name.
+      layers: of each call two names, ``<tensor>_<op type>``: that of the node with the layer's weight, and that of a ReLU
+        which is the first to take its result; without a ReLU both are the same.
     """
 
     values: Mapping[str, str]
@@ -83,41 +84,47 @@ class FileNames(NamedTuple):
 
 
 def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> dict[str, str]:
-    """For each quantizer what the tables call its place; see :func:`sophq_func.export.tables` for ``names``.
+    """The name of each quantizer in the tables, by quantizer.
 
-    Without a file, tensors are called as the plan calls values.
+    Args:
+      plan: of the quantizers.
+      names: names that the user gives; see :func:`sophq_func.export.tables`.
+      file: names of the ONNX file; without one, tensors are named as in the plan.
 
     Raises:
-      ConfigError: a name for a quantizer that is not in the plan, a quantizer whose op type is not known.
+      ConfigError: a name for a quantizer that is not in the plan; a quantizer whose op type is not known.
     """
     unknown = [name for name in names if name not in plan]
     raise_all([f"tables: names has {name!r}, which is not in the plan; {near(name, plan)}." for name in unknown])
-    found, problems = {}, []
+    named, problems = {}, []
     for name in plan:
-        find = _weight_op if plan.site(name).role == "weight" else _op
-        op = names.get(name) or find(plan, name, file)
+        name_of = _weight_op if plan.site(name).role == "weight" else _op
+        op = names.get(name) or name_of(plan, name, file)
         if not op:
             does = plan.site(name).operation or plan.site(name).pattern or "its call"
-            because = (
-                f"no op type of ONNX is known for {does!r}" if file is None else "no tensor of the ONNX file is its value"
-            )
+            if file is None:
+                because = f"no op type of ONNX is known for {does!r}"
+            else:
+                because = "no tensor of the ONNX file is its value"
             problems.append(
-                explain(name, "a name is not possible", because=because, fix=f'names={{{name!r}: "<tensor>_<op type>"}}')
+                explain(
+                    name,
+                    "the tables have no name for this quantizer",
+                    because=because,
+                    fix=f'names={{{name!r}: "<tensor>_<op type>"}}',
+                )
             )
-        found[name] = op
+        named[name] = op
     raise_all(problems, ConfigError)
-    return found
+    return named
 
 
 def _op(plan: Plan, name: str, file: FileNames | None) -> str:
-    """Of a value: the tensor behind the last call of its group, and that call's op type; of an input, its name.
-
-    A quantizer before a call is named after the call that makes what it takes.
-    """
+    """The name of an activation's quantizer: that of the result of its call, or of the last call of its group."""
     site = plan.site(name)
     if site.argument:
         return site.value if file is None else file.values[site.value]
-    if site.operand >= 0:
+    if site.operand >= 0:  # it quantizes an operand, which is the result of the call before
         source = next((edge.source for edge in plan.edges if name in edge.through), "")
         return call_op(plan, source, file)
     tensor = site.members[-1] if site.members else site.value
@@ -125,21 +132,25 @@ def _op(plan: Plan, name: str, file: FileNames | None) -> str:
 
 
 def call_op(plan: Plan, name: str, file: FileNames | None) -> str:
-    """The same for a call of the traced model; empty where the op type is not known."""
+    """The name of the result of a call of the traced model; empty where the op type is not known."""
     call = next((call for call in plan.calls if call.name == name), None)
     if call is None:
         return ""
     if not call.does:
         return name if file is None else file.values.get(name, "")
     quantizers = (*call.weights, value_quantizer(name))
-    members = next((plan.site(own).members for own in quantizers if own in plan), ())
+    members = next((plan.site(quantizer).members for quantizer in quantizers if quantizer in plan), ())
     return _joined(members[-1] if members else name, operation(call.does), file)
 
 
 def _weight_op(plan: Plan, name: str, file: FileNames | None) -> str:
-    """Of a weight: its layer's tensor; per channel, that of a ReLU which is the first to take it."""
+    """The name of a weight's quantizer: that of its layer's result; per channel, that of a ReLU right behind it.
+
+    So sophgo-mq names them, and so the compilers look them up.
+    """
     site = plan.site(name)
-    call = next((call.name for call in plan.calls if name in call.weights), site.members[0] if site.members else site.path)
+    layer = site.members[0] if site.members else site.path
+    call = next((call.name for call in plan.calls if name in call.weights), layer)
     tensor = site.members[0] if site.members else call
     per_channel = isinstance(plan[name].scheme.granularity, PerChannel)
     if file is not None:
@@ -155,28 +166,35 @@ def _weight_op(plan: Plan, name: str, file: FileNames | None) -> str:
 
 def _does(plan: Plan, call: str) -> str:
     """The operation of a call of the traced model."""
-    word = next((own.does for own in plan.calls if own.name == call), "")
+    word = next((planned.does for planned in plan.calls if planned.name == call), "")
     return operation(word)
 
 
 def operation(word: str) -> str:
-    """The operation that makes the result of a call: of a class of torch.nn, a function, or the last of a pattern.
+    """The canonical name of the operation that computes a call's result.
+
+    Args:
+      word: what is called: a class of torch.nn, a function, or a pattern, whose last operation counts.
 
     Example:
       >>> operation("ReLU"), operation("relu"), operation("ConvBnReLU2d")
       ('relu', 'relu', 'relu')
     """
-    part = PATTERNS.get(word).parts[-1] if word in PATTERNS else getattr(nn, word, word)
+    if word in PATTERNS:
+        part = PATTERNS.get(word).parts[-1]
+    else:
+        part = getattr(nn, word, word)
     return family(part) if isinstance(part, type) else canonical(part)
 
 
 def last_operation(site: Site) -> str:
-    """What makes the tensor of a site: the operation of its only call, or of the last of its group."""
+    """The operation that computes the tensor of a site: that of its only call, or of the last call of its group."""
     return operation(site.pattern) if site.pattern else site.operation
 
 
 def _joined(tensor: str, does: str, file: FileNames | None) -> str:
+    """The file's name for a tensor; without a file ``<tensor>_<op type>``. Empty where there is none."""
     if file is not None:
         return file.values.get(tensor, "")
-    kind = OP_TYPES.get(does, "")
-    return f"{tensor}_{kind}" if kind else ""
+    op_type = OP_TYPES.get(does, "")
+    return f"{tensor}_{op_type}" if op_type else ""

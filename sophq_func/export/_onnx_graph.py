@@ -1,12 +1,13 @@
-"""The graph that torch.onnx writes, put into the form in which runtimes look for integer kernels.
+"""Rewrite the graph that torch.onnx makes into the patterns that runtimes fuse into integer kernels.
 
 * A weight that is transposed behind its DequantizeLinear is stored transposed instead.
-* Rows of a table are looked up among the codes, so that only those of a batch are dequantized.
+* An embedding looks up codes instead of real numbers, so that only the rows of a batch are dequantized.
+* A linear layer of a MatMul and an Add becomes a Gemm with an int32 bias.
 * Codes of up to four bits become INT4 or UINT4.
 * The mean over an image becomes GlobalAveragePool.
-* What guards a softmax against NaN is gone where the mask before it is finite.
-* Tensors have the names that parameters and quantizers have; nothing is left that says where the file was made.
-* Nodes that only tell the name of a tensor are gone, and the tensor has that name.
+* A guard of a softmax against NaN is removed where the mask before it is finite.
+* Tensors get the names of parameters and quantizers; metadata about the machine and the code that made the file go.
+* Marker nodes, which carry the name of a tensor, are removed, and the tensor gets the name.
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from sophq_func.core.errors import ConfigError, explain
 
 NARROW = {np.dtype(np.int8): ml_dtypes.int4, np.dtype(np.uint8): ml_dtypes.uint4}
+"""The 4-bit dtype for codes that are held in bytes."""
+
 BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 FLOAT8 = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2}
+
 MARK = "Named"
+"""Op type of marker nodes."""
+
 MOVES = frozenset(("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"))
+"""Op types whose results are values of their input, so that they are on its grid."""
+
 LARGEST = 2**31 - 1
+"""Bytes in a protobuf message at most."""
 
 
 def finished(
@@ -40,19 +49,20 @@ def finished(
     outputs: Sequence[str],
     sizes: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
-    """The checked file, and the tensors of it that were marked, by the name in the mark.
+    """The checked file, and its marked tensors by name.
 
     Args:
       model: from torch.onnx; it is changed.
-      names: of initializers, by the name that they have.
-      narrow: which of them, by that name, are codes of four bits.
-      inputs, outputs: names of the model's.
-      sizes: names of those that may differ, by the symbols that they have.
+      names: new names of initializers, by present name.
+      narrow: present names of the initializers that are 4-bit codes.
+      inputs, outputs: new names of the model's inputs and outputs.
+      sizes: new names of dynamic sizes, by present symbol.
 
     Raises:
-      ConfigError: more than one file can hold.
+      ConfigError: the model is too large for one file.
     """
     graph = model.graph
+    # Rewrites come first: they match the pattern of torch.onnx, and leave DequantizeLinear where codes are narrowed.
     for node in list(graph):
         rewrite = REWRITES.get(node.op_type)
         if rewrite is not None:
@@ -61,7 +71,8 @@ def finished(
     for node in list(graph):
         if node.op_type in MOVES:
             _still_codes(graph, node)
-        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and _base(node.inputs[0].name) in narrow:
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is not None and _base(codes.name) in narrow:
             _narrowed(graph, node)
     RemoveUnusedNodesPass()(model)
     _named(graph, names, inputs, outputs)
@@ -71,39 +82,45 @@ def finished(
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     if size > LARGEST:
         raise ConfigError(
-            explain("export.onnx", "a file of this size is not possible", got=size, allowed=f"up to {LARGEST} bytes")
+            explain("export.onnx", "the model is too large for one file", got=size, allowed=f"up to {LARGEST} bytes")
         )
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    return proto, {
-        name: value for name, value in marked.items() if value.producer() is None or value.uses() or value.is_graph_output()
-    }
+    return proto, {name: value for name, value in marked.items() if _is_in_file(value)}
+
+
+def _is_in_file(value: ir.Value) -> bool:
+    """Whether a tensor was not removed as unused."""
+    return value.producer() is None or bool(value.uses()) or value.is_graph_output()
 
 
 def _unmarked(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Take away the nodes that name a tensor, the first of which it is called by; returns the tensors by name."""
-    found: dict[str, ir.Value] = {}
+    """Remove marker nodes, and return the marked tensors by name; a tensor with several marks gets the first name."""
+    marked: dict[str, ir.Value] = {}
     for node in [node for node in graph if node.op_type == MARK]:
-        value, made, name = node.inputs[0], node.outputs[0], node.attributes["name"].as_string()
+        value, name = node.inputs[0], node.attributes["name"].as_string()
         assert value is not None
-        if value not in found.values() and value.producer() is not None:
-            value.name, product = name, product_of(value)
-            product.name = name if product is value else f"{name}.matmul"
-        found[name] = value
-        ir.convenience.replace_all_uses_with(made, value, replace_graph_outputs=True)
+        if value not in marked.values() and value.producer() is not None:
+            value.name = name
+            product = product_of(value)
+            if product is not value:
+                product.name = f"{name}.matmul"
+        marked[name] = value
+        ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-    return found
+    return marked
 
 
 def product_of(value: ir.Value) -> ir.Value:
-    """Of the result of a linear layer with more than two axes, which is an Add of the bias, the MatMul's; else the value."""
+    """The MatMul's result in ``Add(MatMul, bias)``, a linear layer with more than two axes; else the value itself."""
     node = value.producer()
     if node is None or node.op_type != "Add":
         return value
-    stored = [given for given in node.inputs if given is not None and given.const_value is not None]
-    makers = {given: given.producer() for given in node.inputs if given is not None}
-    products = [given for given, maker in makers.items() if maker is not None and maker.op_type == "MatMul"]
-    return products[0] if stored and products else value
+    terms = [term for term in node.inputs if term is not None]
+    has_bias = any(term.const_value is not None for term in terms)
+    makers = {term: term.producer() for term in terms}
+    products = [term for term, maker in makers.items() if maker is not None and maker.op_type == "MatMul"]
+    return products[0] if has_bias and products else value
 
 
 def _base(name: str | None) -> str:
@@ -112,15 +129,18 @@ def _base(name: str | None) -> str:
 
 
 def _transposed(graph: ir.Graph, node: ir.Node) -> None:
-    """``Transpose(DequantizeLinear(w))`` as ``DequantizeLinear(transposed w)``."""
+    """Rewrite ``Transpose(DequantizeLinear(w))`` as ``DequantizeLinear(transposed w)``."""
     source = _dequantized(node.inputs[0])
     if source is None or "perm" not in node.attributes:
         return
     perm = list(node.attributes["perm"].as_ints())
     codes, scale, zero = (_array(value) for value in source.inputs)
-    grouped = scale.ndim > 1
-    moved = [codes.transpose(perm), *((part.transpose(perm) if grouped else part) for part in (scale, zero))]
-    stored = [_initializer(graph, f"{v.name}_transposed", m) for v, m in zip(source.inputs, moved, strict=True)]
+    arrays = [codes.transpose(perm), scale, zero]
+    if scale.ndim > 1:  # one scale for each block of a row
+        arrays[1:] = [scale.transpose(perm), zero.transpose(perm)]
+    stored = [
+        _initializer(graph, f"{value.name}_transposed", array) for value, array in zip(source.inputs, arrays, strict=True)
+    ]
     attributes = {name: attribute.value for name, attribute in source.attributes.items()}
     if "axis" in attributes:
         attributes["axis"] = perm.index(attributes["axis"] % len(perm))
@@ -128,33 +148,43 @@ def _transposed(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _looked_up(graph: ir.Graph, node: ir.Node) -> None:
-    """``Gather(DequantizeLinear(w), rows)`` as ``DequantizeLinear(Gather(w, rows))``."""
+    """Rewrite ``Gather(DequantizeLinear(w), rows)`` as ``DequantizeLinear(Gather(w, rows))``.
+
+    Scales of one tensor, or of the columns, stay as they are. Scales of rows, or of blocks of a row, are looked up like the
+    codes; looked-up rows have their scales as blocks along the last axis.
+    """
     source = _dequantized(node.inputs[0])
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     rows = node.inputs[1]
     if source is None or axis != 0 or rows is None or rows.shape is None:
         return
     codes, scale, zero = source.inputs
-    found = ir.node("Gather", [codes, rows], {"axis": 0})
-    if "axis" not in source.attributes:
-        _replace(graph, node, [found, ir.node("DequantizeLinear", [found.outputs[0], scale, zero])])
+    gathered = ir.node("Gather", [codes, rows], {"axis": 0})
+    has_one_scale = "axis" not in source.attributes
+    if has_one_scale:
+        _replace(graph, node, [gathered, ir.node("DequantizeLinear", [gathered.outputs[0], scale, zero])])
         return
-    width, last = _array(codes).shape[-1], len(rows.shape)
     if len(_array(codes).shape) != 2:
         return
-    if source.attributes["axis"].as_int() == 1 and "block_size" not in source.attributes:
-        _replace(graph, node, [found, ir.node("DequantizeLinear", [found.outputs[0], scale, zero], {"axis": last})])
+    width, last = _array(codes).shape[-1], len(rows.shape)
+    has_scales_of_columns = source.attributes["axis"].as_int() == 1 and "block_size" not in source.attributes
+    if has_scales_of_columns:
+        _replace(graph, node, [gathered, ir.node("DequantizeLinear", [gathered.outputs[0], scale, zero], {"axis": last})])
         return
     shape = _array(scale).shape
-    tables = [_initializer(graph, f"{v.name}_rows", _array(v).reshape(shape[0], -1)) for v in (scale, zero)]
+    blocks = shape[1] if len(shape) > 1 else 1
+    tables = [_initializer(graph, f"{value.name}_rows", _array(value).reshape(shape[0], -1)) for value in (scale, zero)]
     parts = [ir.node("Gather", [table, rows], {"axis": 0}) for table in tables]
-    inputs = [found.outputs[0], *(part.outputs[0] for part in parts)]
-    block = {"axis": last, "block_size": width // (shape[1] if len(shape) > 1 else 1)}
-    _replace(graph, node, [found, *parts, ir.node("DequantizeLinear", inputs, block)])
+    inputs = [gathered.outputs[0], *(part.outputs[0] for part in parts)]
+    dequantize = ir.node("DequantizeLinear", inputs, {"axis": last, "block_size": width // blocks})
+    _replace(graph, node, [gathered, *parts, dequantize])
 
 
 def _linear(graph: ir.Graph, node: ir.Node) -> None:
-    """``Add(MatMul(x, w), b)`` with stored ``w`` and ``b`` as ``Gemm``, which adds the bias among the integers."""
+    """Rewrite ``Add(MatMul(x, w), b)`` with stored ``w`` and ``b`` as ``Gemm``, whose kernels add an int32 bias.
+
+    A Gemm takes matrices, so that ``x`` is reshaped to rows before it, and the result back behind it.
+    """
     for product, bias in (node.inputs, node.inputs[::-1]):
         matmul, stored = None if product is None else product.producer(), _dequantized(bias)
         if matmul is None or stored is None or matmul.op_type != "MatMul" or len(product.uses()) != 1:
@@ -174,14 +204,15 @@ def _linear(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _shape_of_rows(graph: ir.Graph, x: ir.Value, width: int) -> tuple[list[ir.Node], ir.Value]:
-    """The shape of ``x`` with a last axis of ``width``, and the nodes that make it where more than one size is unknown.
+    """The shape of ``x`` with a last axis of ``width``, and the nodes that compute it if more than one size is unknown.
 
-    It is taken from the codes of ``x`` where there are some: a DequantizeLinear with another user is left by itself.
+    It is computed from the codes of ``x``, if ``x`` has codes, because runtimes fuse a DequantizeLinear only if nothing
+    else reads its result.
     """
     lead = [dim if isinstance(dim, int) else -1 for dim in (x.shape or ())[:-1]]
     if lead.count(-1) <= 1:
         back = np.array([*lead, width])
-        return [], _initializer(graph, "shape_" + "_".join(map(str, back)), back)
+        return [], _initializer(graph, "shape_" + "_".join(map(str, back)), back)  # Reshape fills in a single -1
     source = x.producer()
     measured = x if source is None or source.op_type != "DequantizeLinear" else source.inputs[0]
     sizes = ir.node("Shape", [measured], {"start": 0, "end": -1})
@@ -190,7 +221,7 @@ def _shape_of_rows(graph: ir.Graph, x: ir.Value, width: int) -> tuple[list[ir.No
 
 
 def _pooled(graph: ir.Graph, node: ir.Node) -> None:
-    """``ReduceMean`` over both axes of images as ``GlobalAveragePool``."""
+    """Rewrite ``ReduceMean`` over both axes of images as ``GlobalAveragePool``."""
     x, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
     keeps = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
     if x is None or x.shape is None or len(x.shape) != 4 or axes is None or axes.const_value is None or not keeps:
@@ -200,10 +231,10 @@ def _pooled(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _rectified(graph: ir.Graph, node: ir.Node) -> None:
-    """``Relu`` in the form in which runtimes fuse it, or do not fuse it wrongly.
+    """Rewrite ``Relu`` before a grid in a form that runtimes fuse correctly.
 
-    Before a uint8 grid whose smallest code is below that of 0: behind it, among the codes, as ``max(code, zero)``. Before
-    an FP8 grid: as ``Max(x, 0)``, because ONNX Runtime 1.32 takes FP8 for unsigned and drops a ``Relu`` there.
+    Before a uint8 grid with a zero point above 0 it becomes ``max(code, zero_point)`` behind the grid. Before an FP8 grid
+    it becomes ``Max(x, 0)``, because ONNX Runtime 1.32 takes FP8 for unsigned and drops a ``Relu`` there.
     """
     users = [user for user, _ in node.outputs[0].uses()]
     if not users or any(user.op_type != "QuantizeLinear" or user.inputs[2] is None for user in users):
@@ -227,9 +258,10 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _unguarded(graph: ir.Graph, node: ir.Node) -> None:
-    """``Where(IsNaN(s), 0, s)`` as ``s`` in torch's own attention, where the mask before the Softmax ``s`` is finite.
+    """Rewrite ``Where(IsNaN(s), 0, s)`` as ``s`` in torch's own attention, if the mask before the Softmax ``s`` is finite.
 
-    torch.onnx guards masks of booleans against rows of minus infinity, but what it writes for that is the least float.
+    torch.onnx adds this guard against rows of minus infinity in boolean masks, but writes the smallest float for minus
+    infinity, so that no row is NaN.
     """
     test, _, guarded = (None if value is None else value.producer() for value in node.inputs)
     if not _comes_from(node, "aten.scaled_dot_product_attention") or test is None or guarded is None:
@@ -244,12 +276,12 @@ def _unguarded(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _comes_from(node: ir.Node, function: str) -> bool:
-    """Whether torch.onnx wrote a node for this function of torch."""
+    """Whether torch.onnx made a node from this function of torch."""
     return function in node.metadata_props.get("pkg.torch.onnx.fx_node", "")
 
 
 def _is_finite(values: Sequence[ir.Value | None]) -> bool:
-    """Whether they are stored finite numbers."""
+    """Whether all values are stored finite numbers."""
     return all(v is not None and v.const_value is not None and np.isfinite(v.const_value.numpy()).all() for v in values)
 
 
@@ -261,10 +293,11 @@ REWRITES = {
     "Relu": _rectified,
     "Where": _unguarded,
 }
+"""By op type of the node that a pattern ends with."""
 
 
 def _still_codes(graph: ir.Graph, node: ir.Node) -> None:
-    """A grid once more behind an operation that only moves data: where runtimes look for one."""
+    """Repeat a grid behind an operation that only moves data, because runtimes match a grid right before a kernel."""
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
     made = node.outputs[0]
     if source is None or source.op_type != "DequantizeLinear" or "axis" in source.attributes or made.is_graph_output():
@@ -278,11 +311,13 @@ def _still_codes(graph: ir.Graph, node: ir.Node) -> None:
     dequantize.outputs[0].shape, dequantize.outputs[0].type = made.shape, made.type
     graph.insert_after(node, [quantize, dequantize])
     for user, index in uses:
-        user.replace_input_with(index, (quantize if user.op_type == "Shape" else dequantize).outputs[0])
+        # The shape of the codes is the same: the result of a DequantizeLinear should have no second user.
+        replacement = quantize if user.op_type == "Shape" else dequantize
+        user.replace_input_with(index, replacement.outputs[0])
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear of stored codes that makes a value."""
+    """The DequantizeLinear of stored codes that computes a value; ``None`` if another node does."""
     node = None if value is None else value.producer()
     if node is None or node.op_type != "DequantizeLinear" or any(v is None or v.const_value is None for v in node.inputs):
         return None
@@ -295,7 +330,7 @@ def _array(value: ir.Value | None) -> Any:
 
 
 def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    """A stored tensor, which is there once."""
+    """The initializer of this name; made from ``array`` if there is none."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
         graph.register_initializer(
@@ -305,7 +340,7 @@ def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
-    """``new`` nodes in the place of a node, the last of which makes what it made."""
+    """Put ``new`` nodes in the place of a node; the result of the last one replaces its result."""
     old, made = node.outputs[0], new[-1].outputs[0]
     made.shape, made.type = old.shape, old.type
     graph.insert_before(node, list(new))
@@ -314,7 +349,7 @@ def _replace(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
 
 
 def _narrowed(graph: ir.Graph, node: ir.Node) -> None:
-    """Codes and zero points of a DequantizeLinear in four bits each."""
+    """Store the codes and zero points of a DequantizeLinear in four bits each."""
     for index in (0, 2):
         value = node.inputs[index]
         array = _array(value)
@@ -323,7 +358,7 @@ def _narrowed(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _named(graph: ir.Graph, names: Mapping[str, str], inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Everything by the name that it has in the model."""
+    """Rename initializers, results of quantizers, inputs and outputs after the model."""
     for value in list(graph.initializers.values()):
         stem, _, suffix = str(value.name).partition("_")
         if stem in names:
@@ -339,19 +374,21 @@ def _named(graph: ir.Graph, names: Mapping[str, str], inputs: Sequence[str], out
 
 
 def _sized(graph: ir.Graph, names: Mapping[str, str]) -> None:
-    """Sizes of the graph's tensors by their names, also in expressions."""
+    """Rename the dynamic sizes in the shapes of all tensors, also inside expressions."""
 
-    def called(dim: int | ir.SymbolicDim) -> int | str | None:
-        text = dim if isinstance(dim, int) else dim.value
-        return re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), text) if isinstance(text, str) else text
+    def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
+        size = dim if isinstance(dim, int) else dim.value
+        if not isinstance(size, str):
+            return size
+        return re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), size)
 
     for value in _values(graph):
         if value.shape is not None:
-            value.shape = ir.Shape([called(dim) for dim in value.shape])
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
 def _anonymous(model: ir.Model) -> None:
-    """Nothing in the file that only tells how it was made."""
+    """Remove what only tells how the file was made, such as stack traces with paths."""
     for value in _values(model.graph):
         value.metadata_props.clear()
     for node in model.graph:

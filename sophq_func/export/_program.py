@@ -1,14 +1,14 @@
-"""A quantized model as a module that torch.export captures: stored codes for weights, a target's own operations for grids.
+"""A quantized model as a module for torch.export: weights as stored codes, quantizers as operations of a target.
 
-It is the run that ``q.apply`` makes, with another effect at each quantizer. BatchNorms that were folded into weights are
-gone; their layers have the folded bias.
+The module runs the model as ``q.apply`` does, with another effect at each quantizer. Folded BatchNorms are skipped, and
+their layers have the folded bias.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import Parameter, Signature
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sophq_func.capture.arguments import map_inputs
 from sophq_func.codes import Refusal, Stored, share_on, stored_form
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
+from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
 from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.quantized import Quantized
@@ -26,40 +27,48 @@ from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams
 
 BYTES = (torch.int8, torch.uint8)
-MIXES = "its mask mixes"
+"""Dtypes of codes that may be stored in four bits."""
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+MIXES = "its mask is neither 0 nor 1"
+
+Call = tuple[Args, dict[str, Any]]
+"""Positional and keyword arguments of a model."""
 
 
 class Target(Protocol):
-    """How an export spells grids.
+    """The operators with which a form of export expresses grids.
 
     Attributes:
-      stores_biases: biases that the plan rounds are stored as int32; otherwise as floats, with the same values.
-      computes: weights whose codes no operator reads may be read by arithmetic: looked up, multiplied, reshaped.
+      stores_biases: store biases that the plan rounds as int32; otherwise as floats, with the same values.
+      computes: weights whose codes no operator can read may be read by arithmetic: look-ups, products, reshapes.
     """
 
     stores_biases: bool
     computes: bool
 
     def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
-        """A grid, of a stored weight or not, as the target has it; or why it cannot be spelled."""
+        """The grid in the form that the target expresses; or why it cannot, as a clause.
+
+        Args:
+          grid: of a quantizer.
+          stored: whether it is the grid of a stored weight, which is only read.
+        """
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
-        """``x`` as codes and back."""
+        """``x`` rounded to codes and read back."""
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
-        """What stored codes stand for."""
+        """The real numbers of stored codes, float32."""
 
 
-class Found(NamedTuple):
-    """What becomes of each quantizer.
+class Expressed(NamedTuple):
+    """How each quantizer is expressed; switched-off ones are in none of these.
 
     Attributes:
       stored: codes of weights and of rounded biases, by parameter.
       computed: weights whose codes are read by arithmetic, by parameter.
       grids: of activations, by quantizer.
-      simulated: quantizers that keep their own arithmetic.
+      simulated: quantizers of activations that are computed in floating point, by quantizer.
     """
 
     stored: dict[str, LinearCodes]
@@ -69,16 +78,16 @@ class Found(NamedTuple):
 
 
 class Program(nn.Module):
-    """A quantized model whose tensors are its buffers.
+    """A quantized model as a module, all of whose tensors are buffers.
 
     Attributes:
-      names: the buffer of each parameter, code, scale and zero point, by name.
-      watch: makes the runner of a run, where it shall do more than to act on values.
+      names: the buffer of each parameter, code tensor, scale and zero point, by name.
+      watch: makes another runner than the default one; ``None`` for the default.
     """
 
     watch: MakeRunner | None = None
 
-    def __init__(self, loop: Loop, q: Quantized, params: Params, found: Found, target: Target) -> None:
+    def __init__(self, loop: Loop, q: Quantized, params: Params, found: Expressed, target: Target) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
         self._loop = loop
@@ -89,16 +98,17 @@ class Program(nn.Module):
         for name, (codes, grid) in found.stored.items():
             self._hold(f"{name}_quantized", codes)
             self._hold_grid(name, grid)
-        for name, own in found.computed.items():
-            self._hold(f"{name}_quantized", own.codes)
-            for part, tensor in own.grid.parts.items():
+        for name, weight in found.computed.items():
+            self._hold(f"{name}_quantized", weight.codes)
+            for part, tensor in weight.grid.parts.items():
                 self._hold(f"{name}_{part}", tensor)
         self._values = {name: q.plan.site(name).value or name for name in found.grids}
         for name, grid in found.grids.items():
             self._hold_grid(self._values[name], grid)
 
     def _hold(self, name: str, tensor: Tensor) -> None:
-        key = f"t{len(self.names)}"
+        """Register a copy of a tensor as a buffer."""
+        key = f"t{len(self.names)}"  # names of buffers may not have dots
         self.names[name] = key
         self.register_buffer(key, tensor.detach().clone())
 
@@ -109,53 +119,58 @@ class Program(nn.Module):
     def _tensor(self, name: str) -> Tensor:
         return self.get_buffer(self.names[name])
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The quantized model."""
+    def run(self, *args: Any, **kwargs: Any) -> Output:
+        """Run the quantized model."""
         params = {name: self._tensor(name) for name in self._plain}
         for name, (_, grid) in self._found.stored.items():
             codes, scale = self._tensor(f"{name}_quantized"), self._tensor(f"{name}_scale")
             params[name] = self._target.dequantize(codes, scale, self._tensor(f"{name}_zero_point"), grid)
-        for name, own in self._found.computed.items():
-            parts = {part: self._tensor(f"{name}_{part}") for part in own.grid.parts}
-            params[name] = own.read(self._tensor(f"{name}_quantized"), parts)
+        for name, weight in self._found.computed.items():
+            parts = {part: self._tensor(f"{name}_{part}") for part in weight.grid.parts}
+            params[name] = weight.read(self._tensor(f"{name}_quantized"), parts)
         return self._loop.run(params, self._effect, args, kwargs, watch=self.watch)[0]
 
     def narrow(self) -> list[str]:
-        """Parameters whose codes need no more than four bits."""
+        """Names of parameters whose codes fit in four bits."""
         return [name for name, (_, grid) in self._found.stored.items() if grid.dtype in BYTES and grid.bits <= 4]
 
-    def signature(self, count: int, kwargs: Mapping[str, Any]) -> inspect.Signature:
-        """That of a call with ``count`` positional arguments, each by its name."""
-        kinds, (names, rest) = inspect.Parameter, self._loop.arguments
-        given = [*names[:count], *(f"{rest}_{i}" for i in range(count - len(names)))]
-        positional = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in given]
-        return inspect.Signature([*positional, *(kinds(name, kinds.KEYWORD_ONLY) for name in kwargs)])
+    def signature(self, count: int, kwargs: Mapping[str, Any]) -> Signature:
+        """A signature for calls with ``count`` positional arguments and these keyword arguments.
 
-    def inputs(self, args: Any, kwargs: Any) -> list[str]:
-        """Names of the tensors among a call's arguments."""
-        found: list[str] = []
+        Arguments that the model takes as ``*rest`` are ``rest_0``, ``rest_1``, ...
+        """
+        names, rest = self._loop.arguments
+        extra = [f"{rest}_{i}" for i in range(count - len(names))]
+        positional = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in (*names[:count], *extra)]
+        keywords = [Parameter(name, Parameter.KEYWORD_ONLY) for name in kwargs]
+        return Signature([*positional, *keywords])
+
+    def inputs(self, args: Args, kwargs: Kwargs) -> list[str]:
+        """Names of the tensors among a call's arguments, in order."""
+        names: list[str] = []
 
         def note(name: str, x: Tensor) -> Tensor:
-            found.append(name)
+            names.append(name)
             return x
 
         self.map_inputs(args, kwargs, note)
-        return found
+        return names
 
-    def map_inputs(self, args: Any, kwargs: Any, f: Callable[[str, Tensor], Any]) -> Call:
-        """``f`` applied to each tensor among a call's arguments, which is told its name."""
+    def map_inputs(self, args: Args, kwargs: Kwargs, f: Callable[[str, Tensor], Tree]) -> Call:
+        """A call's arguments with ``f(name, tensor)`` in the place of each tensor."""
         return map_inputs(self._loop.arguments, args, kwargs, f)
 
-    def called_as(self, signature: inspect.Signature) -> None:
-        """Take calls of this signature, by whose names torch.export speaks of the arguments."""
+    def called_as(self, signature: Signature) -> None:
+        """Set the signature of ``forward``, from which torch.export takes the names of the arguments."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Output:
             return self.run(*args, **kwargs)
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         self.forward = forward
 
     def _effect(self, name: str, x: Tensor) -> Tensor:
+        """What the quantizer ``name`` does to an activation."""
         if name in self._found.simulated:
             return self._found.simulated[name](x)
         grid = self._found.grids.get(name)
@@ -176,20 +191,20 @@ def program(
     """A quantized model in eval mode, ready for torch.export.
 
     Args:
-      where: who asks, for errors.
+      where: the function that the user called, for errors.
       q, params, qparams: see :meth:`Quantized.apply`.
-      target: how grids are spelled, and which.
-      simulate: quantizers that it cannot spell keep their arithmetic, in floating point.
+      target: expresses grids in operators.
+      simulate: compute quantizers that the target cannot express in floating point.
 
     Raises:
-      ConfigError: quantizers that the target cannot spell, each with the reason.
-      StateError: training mode; see :meth:`Quantized.apply`.
+      ConfigError: the target cannot express some quantizers; the message gives the reason for each.
+      StateError: the model is in training mode; see :meth:`Quantized.apply`.
     """
     _check(where, q)
     q.engine.check(params, qparams, where, "qparams")
     with torch.no_grad():
         found, problems = _activations(q, qparams, target)
-        tensors = dict(round_biases(q.engine.acting, params, q.engine.effective(qparams)))  # of frozen ones they are
+        tensors = dict(round_biases(q.engine.acting, params, q.engine.effective(qparams)))  # frozen ones are rounded
         for weight in _acting(q):
             result = _stored(weight, params, qparams[weight.site.quantizer], target, q.frozen)
             if isinstance(result, str):
@@ -202,8 +217,10 @@ def program(
                 del tensors[weight.site.parameter]
             else:
                 tensors[weight.site.parameter] = arranged(weight.seen(params), weight.site)
-        fix = "give it a plain grid, leave it out by a rule, or simulate=True to compute it in floating point"
-        texts = [explain(name, f"{where} is not possible", because=why, fix=fix) for name, why in problems.items()]
+        fix = "give it a plain grid, leave it out by a rule, or pass simulate=True to compute it in floating point"
+        texts = [
+            explain(name, f"{where} cannot express this quantizer", because=why, fix=fix) for name, why in problems.items()
+        ]
         raise_all([] if simulate else texts, ConfigError)
         loop = _with_folded_biases(q, tensors, found, target.stores_biases)
     return Program(loop, q, tensors, found, target)
@@ -211,10 +228,12 @@ def program(
 
 def _check(where: str, q: Quantized) -> None:
     if not isinstance(q, Quantized):
-        raise StateError(explain(where, "this model is not possible", got=type(q).__name__, allowed="a sq.Quantized"))
+        fix = "q = sq.quantize(model, config, example_args=(x,))"
+        got = type(q).__name__
+        raise StateError(explain(where, "the model is not quantized", got=got, allowed="a sq.Quantized", fix=fix))
     if q.training:
         because = "BatchNorm would use the statistics of the batch"
-        raise StateError(explain(where, "a model in training mode is not possible", because=because, fix="q.eval()"))
+        raise StateError(explain(where, "a model in training mode cannot be exported", because=because, fix="q.eval()"))
 
 
 def _acting(q: Quantized) -> list[WeightQuantizer]:
@@ -222,26 +241,26 @@ def _acting(q: Quantized) -> list[WeightQuantizer]:
     return [weight for weight in q.engine.weights if not weight.config.observe_only]
 
 
-def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -> tuple[Found, dict[str, str]]:
-    """The grids of quantizers that act while the model runs; and those without one, with the reason."""
-    found, problems = Found({}, {}, {}, {}), {}
+def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -> tuple[Expressed, dict[str, str]]:
+    """How the quantizers of activations are expressed; and by quantizer, why one cannot be."""
+    found, problems = Expressed({}, {}, {}, {}), {}
     for name, piece in q.engine.running.items():
-        own = qparams[name]
-        share = share_on(own)
+        share = share_on(qparams[name])
         if piece.config.observe_only or share == 0:
             continue
-        result = _grid(piece, own) if share == 1 else MIXES
+        result = _grid(piece, qparams[name]) if share == 1 else MIXES
         if isinstance(result, LinearGrid):
             result = target.fitted(result, False)
         if isinstance(result, LinearGrid):
             found.grids[name] = result
         else:
             problems[name] = result
-            found.simulated[name] = partial(piece.quantize, qparams=own)
+            found.simulated[name] = partial(piece.quantize, qparams=qparams[name])
     return found, problems
 
 
 def _grid(piece: RunQuantizer, qparams: QParams) -> LinearGrid | str:
+    """The grid of an activation; or why it has none that operators take."""
     grid = stored_form(piece, qparams)
     if isinstance(grid, Refusal):
         return grid.because
@@ -252,7 +271,7 @@ def _grid(piece: RunQuantizer, qparams: QParams) -> LinearGrid | str:
 def _stored(
     weight: WeightQuantizer, params: Params, qparams: QParams, target: Target, frozen: bool
 ) -> LinearCodes | Stored | str | None:
-    """A weight as codes for the target's operators, or for arithmetic; or why not; ``None`` where it is switched off."""
+    """A weight as codes for the target's operators, or for arithmetic; or why it has none; ``None`` if switched off."""
     share = share_on(qparams)
     if share != 1:
         return None if share == 0 else MIXES
@@ -275,10 +294,10 @@ def _folded_weight(q: Quantized, weight: WeightQuantizer, params: Params, qparam
     return arranged(switched(seen, on_grid, qparams), weight.site)
 
 
-def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, stores: bool) -> Loop:
-    """The loop in which BatchNorms do nothing and layers have their bias, which goes into ``tensors``.
+def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Expressed, stores: bool) -> Loop:
+    """The loop over a model without folded BatchNorms, whose layers get the folded bias; it is written into ``tensors``.
 
-    A bias that is rounded is stored as int32 on its grid, where the target ``stores`` biases.
+    A rounded bias goes into ``found.stored`` as int32, if the target ``stores`` biases.
     """
     skipped: list[str] = []
     biases: dict[str, tuple[str, Tensor]] = {}
@@ -296,8 +315,9 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Found, 
 
 
 def _stored_bias(bias: Tensor, weight: LinearGrid, source: LinearGrid) -> LinearCodes:
-    """A bias as multiples of weight scale times input scale."""
+    """A bias in int32, as multiples of the weight's scale times the input's scale."""
     step = weight.scale * source.scale
+    # 2 ** 31 - 128 is the largest float32 that fits in int32.
     codes = (bias.float() / step).round().clamp(-(2.0**31), 2.0**31 - 128).to(torch.int32)
     grid = LinearGrid(step, torch.zeros_like(step, dtype=torch.int32), -(2**31), 2**31 - 1, 0 if step.ndim else None)
     return LinearCodes(codes, grid)

@@ -1,4 +1,4 @@
-"""What the tables of a chip say about each quantizer, as data (semantics.md 10.2)."""
+"""The contents of a chip's tables as data: one record for each quantizer."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ WORDS: Mapping[str, str] = {
     "nvfp4": "FP4",
     "bf16": "BF16",
 }
-"""What a q_table calls number formats, by fake quantizer."""
+"""Number formats as a q_table writes them, by the name of the fake quantizer."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One quantizer.
+    """What the tables hold about one quantizer.
 
     Attributes:
       quantizer: its name in the plan.
-      op: what the tables call it: of an activation the name without ``_8`` or ``_4``, of a weight without ``_weight``.
+      op: its name in the tables, for an activation without ``_8`` or ``_4``, for a weight without ``_weight``.
       is_weight: whether it quantizes a weight.
       is_channelwise: whether it has a step for each channel.
       bits: width of the codes, ``ceil(log2(levels))``.
       signed: whether codes below 0 exist.
-      quant_type: as in the q_table; ``"None"`` where that has no word for it.
-      steps, zero_points, lows, highs: for each scale, the step, the code of 0.0, and the values of the outermost codes.
-      threshold: ``step * max(-qmin, qmax)``, the largest of all scales.
-      ending: of the entry of an activation, where it is not that of its own width.
+      quant_type: the number type in the q_table; ``"None"`` where the q_table has no type for it.
+      steps, zero_points, lows, highs: for each scale the step, the code of 0.0, and the real numbers of the outermost codes.
+      threshold: the largest ``step * max(-qmin, qmax)`` of all scales.
+      ending: replaces ``_8`` or ``_4`` in the name of an activation; empty where the width decides.
     """
 
     quantizer: str
@@ -62,7 +62,7 @@ class Record:
 
     @property
     def has_range(self) -> bool:
-        """Whether there are steps; formats that scale each tensor have none."""
+        """Whether there are steps; formats that compute their scale from each tensor have none."""
         return bool(self.steps)
 
     @property
@@ -72,7 +72,7 @@ class Record:
 
     @property
     def suffix(self) -> str:
-        """What ends the name of an activation."""
+        """The end of an activation's name."""
         return self.ending or ("_4" if self.bits == 4 else "_8")
 
 
@@ -80,39 +80,48 @@ def records(plan: Plan, qparams: Mapping[str, QParams], ops: Mapping[str, str]) 
     """A record for each quantizer, in the order of the plan.
 
     Raises:
-      ConfigError: what no table of a chip can hold, all of it in one message.
+      ConfigError: the tables cannot hold some quantizers; one message lists all of them.
     """
-    raise_all([problem for name, config in plan.items() if (problem := _problem(plan, name, config, qparams[name]))])
+    problems = [_problem(plan, name, config, qparams[name]) for name, config in plan.items()]
+    raise_all([problem for problem in problems if problem])
     return [_record(plan, name, qparams[name], ops[name]) for name in plan]
 
 
 def _problem(plan: Plan, name: str, config: QuantizerConfig, qparams: QParams) -> str:
+    """Why the tables cannot hold a quantizer, as an error sentence; empty where they can."""
     if config.scheme.dynamic:
-        because, fix = "the table holds ranges that are known beforehand", "dynamic=False"
-        return explain(name, "a dynamic range is not possible", because=because, fix=fix)
+        because, fix = "their ranges are constants", "dynamic=False"
+        return explain(name, "the tables cannot hold a dynamic range", because=because, fix=fix)
     allowed = (PerTensor, PerChannel) if plan.site(name).role == "weight" else (PerTensor,)
     if not isinstance(config.scheme.granularity, allowed):
         words = " or ".join(f"{cls.__name__}()" for cls in allowed)
-        return explain(name, "this granularity is not possible", got=config.scheme.granularity, allowed=words)
-    made = pieces.build(config.fake_quantize)
-    grid = grid_of(made, qparams, config.scheme) if made.integer else None
+        return explain(name, "the tables cannot hold this granularity", got=config.scheme.granularity, allowed=words)
+    fake = pieces.build(config.fake_quantize)
+    grid = grid_of(fake, qparams, config.scheme) if fake.integer else None
     if isinstance(grid, Refusal) and not config.observe_only:
         fix = "sq.fake_quantize.fixed(), or sq.fake_quantize.learnable()"
-        return explain(name, f"steps of {config.fake_quantize!r} is not possible", because=grid.because, fix=fix)
+        return explain(name, f"the tables cannot hold the steps of {config.fake_quantize!r}", because=grid.because, fix=fix)
     return ""
 
 
 def _record(plan: Plan, name: str, qparams: QParams, op: str) -> Record:
     config, is_weight = plan[name], plan.site(name).role == "weight"
-    made = pieces.build(config.fake_quantize)
-    channelwise = isinstance(config.scheme.granularity, PerChannel)
+    fake = pieces.build(config.fake_quantize)
     word = "F32" if config.observe_only else WORDS.get(config.fake_quantize.name, "")
-    record = Record(name, op, is_weight, channelwise, 8, True, word or "None")
-    if made.integer:
-        grid = integer_grid(made, qparams, config.scheme)
+    record = Record(
+        quantizer=name,
+        op=op,
+        is_weight=is_weight,
+        is_channelwise=isinstance(config.scheme.granularity, PerChannel),
+        bits=8,
+        signed=True,
+        quant_type=word or "None",
+    )
+    if fake.integer:
+        grid = integer_grid(fake, qparams, config.scheme)
         return replace(_with_range(record, grid), quant_type=word or _word(grid))
-    if made.element in FLOAT8:
-        largest, steps = torch.finfo(made.element).max, positive(qparams.scale).detach()
+    if fake.element in FLOAT8:
+        largest, steps = torch.finfo(fake.element).max, positive(qparams.scale).detach()
         return replace(
             record,
             steps=_floats(steps),
@@ -125,7 +134,7 @@ def _record(plan: Plan, name: str, qparams: QParams, op: str) -> Record:
 
 
 def _with_range(record: Record, grid: Grid) -> Record:
-    """A record of an integer grid with its width, steps and outermost values."""
+    """The record with the width, steps and outermost values of its integer grid."""
     low, high = _outermost(grid)
     steps, zero_points = grid.parts["scale"], grid.parts["zero_point"]
     lows, highs = grid.ends()
@@ -147,13 +156,18 @@ def _outermost(grid: Grid) -> tuple[int, int]:
 
 
 def _word(grid: Grid) -> str:
-    """What a q_table calls integers of this width."""
+    """The q_table's type for the codes of this grid."""
     low, high = _outermost(grid)
-    return {4: "INT4", 8: "INT8" if low < 0 else "UINT8"}.get(_bits(low, high), "None")
+    bits = _bits(low, high)
+    if bits == 4:
+        return "INT4"  # signed or not: the q_table has no other 4-bit type
+    if bits == 8:
+        return "INT8" if low < 0 else "UINT8"
+    return "None"
 
 
 def _bits(low: int, high: int) -> int:
-    """The least width that has a code for each level.
+    """The smallest width, in bits, that has a code for each level.
 
     Example:
       >>> _bits(-127, 127), _bits(-8, 7), _bits(0, 255)
@@ -166,20 +180,18 @@ def _floats(values: Tensor) -> tuple[float, ...]:
     return tuple(map(float, values.reshape(-1).tolist()))
 
 
-def one_each(found: list[Record]) -> list[Record]:
-    """One record for each entry; several quantizers of one tensor may share it.
+def one_each(entries: list[Record]) -> list[Record]:
+    """The records with one for each name; several quantizers of one tensor may have the same.
 
     Raises:
-      ConfigError: they say different things.
+      ConfigError: records of the same name differ.
     """
     taken: dict[str, Record] = {}
     problems = []
-    for record in found:
+    for record in entries:
         other = taken.setdefault(record.entry, record)
         if replace(other, quantizer=record.quantizer) != record:
-            because, fix = f"{other.quantizer} has it, too", f"names={{{record.quantizer!r}: ...}}"
-            problems.append(
-                explain(record.quantizer, f"the name {record.entry!r} is not possible", because=because, fix=fix)
-            )
+            because, fix = f"{other.quantizer} has it, with other values", f"names={{{record.quantizer!r}: ...}}"
+            problems.append(explain(record.quantizer, f"the name {record.entry!r} is taken", because=because, fix=fix))
     raise_all(problems, ConfigError)
     return list(taken.values())

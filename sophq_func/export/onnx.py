@@ -1,4 +1,4 @@
-"""ONNX: QuantizeLinear and DequantizeLinear around float operations, weights stored as integers; runtimes fuse the rest."""
+"""Export to ONNX: QuantizeLinear and DequantizeLinear around float operations, which runtimes fuse into integer kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 21
+"""The first opset with INT4 and with scales for blocks of an axis."""
+
 NEEDED = ("onnx", "onnx_ir", "onnxscript")
+"""The packages of the extra ``onnx``."""
 
 
 def onnx(
@@ -46,31 +49,34 @@ def onnx(
 ) -> None:
     """Write a quantized model as an ONNX file (opset 21) that computes what :meth:`Quantized.apply` computes.
 
-    ``QuantizeLinear`` and ``DequantizeLinear`` stand where the plan has quantizers; weights are stored as codes: int8 or
-    uint8, INT4 up to four bits, FP8. BatchNorms are folded into the weights before them, and a bias that the plan rounds
-    is int32 with the scale ``s_weight * s_input``. A runtime that knows the pattern computes in integers. The file is
-    checked by ``onnx.checker`` and appears under its name when it is whole.
+    Each quantizer becomes ``QuantizeLinear`` and ``DequantizeLinear``; weights are stored as codes: int8 or uint8, INT4 up
+    to four bits, FP8. BatchNorms are folded into the weights before them. A bias that the plan rounds is int32 with the
+    scale ``s_weight * s_input``. Runtimes that fuse this pattern compute in integers. The file is checked by
+    ``onnx.checker``, written under a temporary name, and renamed when it is complete.
 
     Args:
       q: in eval mode; its weights may be frozen.
       params, qparams: see :meth:`Quantized.apply`.
       example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
       path: of the file.
-      signed: activations of signed grids are int8, as TensorRT wants them; otherwise uint8 with a zero point that is 128
-        higher, which stands for the same values and which ONNX Runtime's kernels for x86 want.
-      pack: codes of up to four bits are INT4 or UINT4; otherwise a byte each, with which ONNX Runtime computes in integers.
-      simulate: a quantizer that the operators cannot express is computed in floating point, as :meth:`Quantized.apply`
-        does, instead of refused.
-      dynamic_batch: tensors whose first axis is as long as that of the first tensor may have any length there.
-      dynamic_axes: names of sizes by argument and axis, as ``{"input_ids": {0: "batch", 1: "length"}}``: these may have any
-        length and no others, whatever ``dynamic_batch`` is. Equal names are equal sizes. Where the model takes a range
-        only (so many positions), the file says so in its metadata, under the name of the size. A tensor in a container
-        has the name that its input has in the file: ``args.0``, ``state.hidden``.
+      signed: store activations of signed grids as int8, as TensorRT needs; otherwise they are uint8 with a zero point that
+        is 128 higher, which gives the same values and is what ONNX Runtime's kernels for x86 take.
+      pack: store codes of up to four bits as INT4 or UINT4; otherwise as bytes, with which ONNX Runtime computes in
+        integers.
+      simulate: compute a quantizer that the operators cannot express in floating point, as :meth:`Quantized.apply` does,
+        instead of raising an error.
+      dynamic_batch: every tensor whose first axis is as long as that of the first tensor may have any batch size.
+      dynamic_axes: names for the sizes of axes that may have any length, by argument and axis:
+        ``{"input_ids": {0: "batch", 1: "length"}}``. Equal names are equal sizes. It replaces ``dynamic_batch``. If the
+        model accepts only a range of a size (a number of positions, for instance), the file's metadata hold the range
+        under the name of the size. A tensor in a container has the name of its input in the file: ``args.0``,
+        ``state.hidden``.
 
     Raises:
-      ConfigError: quantizers that cannot be expressed, each with the reason; the extra is not installed; the model has no
-        dynamic batch, or takes one size only along a dynamic axis; arguments or axes that are not there.
-      StateError: training mode, names that are missing or unknown.
+      ConfigError: quantizers cannot be expressed (the message gives the reason for each); the extra ``onnx`` is not
+        installed; the model does not accept all sizes of a dynamic axis; there is no such argument or axis; torch.onnx
+        cannot translate an operation; the file would exceed 2 GiB.
+      StateError: the model is in training mode; params or qparams are missing or unknown.
 
     Example:
       >>> import os, tempfile, sophq_func as sq
@@ -88,42 +94,51 @@ def onnx(
     args, kwargs = as_call(example_args, "export.onnx")
     made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
     with quiet():
-        found = captured("export.onnx", made, args, kwargs, dynamic_batch, dynamic_axes)
-        written = translated("export.onnx", found.program, OPSET)
-        names = {key: name for name, key in made.names.items()}
-        narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow() if pack)
-        ends = made.inputs(args, kwargs), output_names(found.program)
-        proto, _ = _onnx_graph.finished(written.model, names, narrow, *ends, found.sizes)
-    for name, known in found.ranges().items():
-        proto.metadata_props.add(key=name, value=known)
+        capture = captured("export.onnx", made, args, kwargs, dynamic_batch, dynamic_axes)
+        written = translated("export.onnx", capture.program, OPSET)
+        names = {buffer: name for name, buffer in made.names.items()}
+        narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow()) if pack else frozenset()
+        inputs, outputs = made.inputs(args, kwargs), output_names(capture.program)
+        proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
+    for name, limits in capture.ranges().items():
+        proto.metadata_props.add(key=name, value=limits)
     write_bytes(Path(path), proto.SerializeToString())
 
 
 def translated(where: str, exported: ExportedProgram, opset: int) -> torch.onnx.ONNXProgram:
-    """What torch.onnx makes of a captured program."""
+    """The ONNX model of a captured program, from torch.onnx.
+
+    Raises:
+      ConfigError: torch.onnx cannot translate an operation.
+    """
     try:
         written = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        because, fix = f"torch.onnx says: {str(cause).splitlines()[0]}", "write that operation another way"
-        raise ConfigError(explain(where, "an operation of this model is not possible", because=because, fix=fix)) from error
+        because, fix = (
+            f"torch.onnx says: {str(cause).splitlines()[0]}",
+            "rewrite that operation with ones that torch.onnx supports",
+        )
+        raise ConfigError(
+            explain(where, "an operation of this model cannot be written to ONNX", because=because, fix=fix)
+        ) from error
     assert written is not None
     return written
 
 
 def require(where: str) -> None:
-    """Raise a :class:`ConfigError` unless the extra is installed."""
+    """Raise a :class:`ConfigError` unless the packages of the extra ``onnx`` are installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "pip install sophq-func[onnx]"
-        raise ConfigError(explain(where, f"writing ONNX without {' and '.join(missing)} is not possible", fix=fix))
+        raise ConfigError(explain(where, f"{' and '.join(missing)} must be installed to write ONNX", fix=fix))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What torch.onnx tells about itself and about packages that are not needed stays unsaid."""
+    """Silence the logs and warnings of torch.onnx: its own progress, and packages that are not needed."""
     logger = logging.getLogger(LOGGER_OF_ONNX)
     silent = lambda record: False  # noqa: E731
     logger.addFilter(silent)
@@ -136,9 +151,9 @@ def quiet() -> Iterator[None]:
 
 
 class _Onnx:
-    """Grids as QuantizeLinear and DequantizeLinear."""
+    """The target ONNX: grids as QuantizeLinear and DequantizeLinear."""
 
-    stores_biases = True
+    stores_biases = True  # runtimes add int32 biases to their integer sums
     computes = True
 
     def __init__(self, signed: bool) -> None:
@@ -146,7 +161,7 @@ class _Onnx:
 
     def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         if not (stored or grid.full or grid.ends):
-            return "codes that do not fill their type, with several scales"
+            return "its codes do not fill their type, and it has several scales"
         return grid if stored or self.signed else grid.unsigned()
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
@@ -165,5 +180,5 @@ class _Onnx:
 def symbolic(
     name: str, inputs: tuple[Tensor, ...], attrs: dict[str, Any], dtype: torch.dtype, like: Tensor, version: int = OPSET
 ) -> Tensor:
-    """A node of the graph to be, whose result is shaped like ``like``."""
+    """An operator of ONNX for torch.export to record; its result has this dtype and the shape of ``like``."""
     return torch.onnx.ops.symbolic(name, inputs, attrs, dtype=dtype, shape=like.shape, version=version)

@@ -1,4 +1,4 @@
-"""Text for the compilers of sophgo's chips: calibration table, q_table and clip ranges (semantics.md 10.2 to 10.4)."""
+"""Export for the compilers of sophgo's chips: calibration table, q_table and clip ranges, in sophgo-mq's text formats."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import expand
 
 WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
+"""Modes that the first line of a calibration table may name."""
 
 
 class Tables(NamedTuple):
-    """Where :func:`tables` wrote.
+    """Paths of the files that :func:`tables` wrote.
 
     Attributes:
-      calibration, q_table, clip_ranges: the tables.
-      model: the float ONNX file, where there is one.
+      calibration, q_table, clip_ranges: of the tables.
+      model: of the float ONNX file; ``None`` without ``example_args``.
     """
 
     calibration: Path
@@ -49,38 +50,43 @@ def tables(
     names: Mapping[str, str] = MappingProxyType({}),
     work_mode: str = "QAT_all_int8",
 ) -> Tables:
-    """Write the files that a chip's compiler takes: tables, and with ``example_args`` the float ONNX file they refer to.
+    """Write the tables for a chip's compiler, and with ``example_args`` the float ONNX file that they refer to.
 
-    ``<name>_cali_table_from_sophgo_mq_sophgo_tpu``: for each activation ``threshold = s max(-qmin, qmax)``, ``min = s
-    (qmin - z)`` and ``max = s (qmax - z)``; for each weight its steps and zero points.
-    ``<name>_q_table_from_sophgo_mq_sophgo_tpu``: the type of each op. ``<name>_clip_ranges.json``: both as data.
-    ``<name>.onnx``: the model without quantizers, opset 18, BatchNorms folded into quantized weights, which are clipped to
-    their range but not rounded.
+    With step ``s`` (float, unit of the tensor), zero point ``z`` and the outermost codes ``qmin`` and ``qmax``:
+
+    * ``<name>_cali_table_from_sophgo_mq_sophgo_tpu``: for each activation ``threshold = s max(-qmin, qmax)``, ``min = s
+      (qmin - z)`` and ``max = s (qmax - z)``; for each weight its steps and zero points.
+    * ``<name>_q_table_from_sophgo_mq_sophgo_tpu``: the number type of each op.
+    * ``<name>_clip_ranges.json``: the contents of both, as JSON.
+    * ``<name>.onnx``: the model without quantizers, opset 18. BatchNorms are folded into quantized weights, which are
+      clipped to their range but not rounded.
 
     Args:
       q: a quantized model, planned for a chip.
       params, qparams: see :meth:`Quantized.apply`.
-      folder: must be there.
-      example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments; its size is the file's.
-        Without it there is no ONNX file.
-      name: what file names begin with.
-      names: by quantizer, ``<tensor>_<op type>``: the name of the tensor in the ONNX file and the op type of the node
-        that makes it; of inputs, the name alone; of weights that of the layer's result, or per channel of a ReLU behind
-        it. What is missing is called as in the ONNX file; without one it is named after the value: ``layer1.conv1_Conv``, a
-        fused group after its last call, as ``layer1.relu_Relu``.
+      folder: an existing folder.
+      example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the ONNX file accepts
+        inputs of these shapes only. Without it no ONNX file is written.
+      name: the beginning of all file names.
+      names: by quantizer, its name in the tables, ``<tensor>_<op type>``: the tensor in the ONNX file, and the op type of
+        the node that computes it. For an input of the model it is the input's name; for a weight the name of the layer's
+        result, or, per channel, of the ReLU behind it. Quantizers that are not listed get the names of the ONNX file;
+        without one they are named after the call: ``layer1.conv1_Conv``, and a fused group after its last call:
+        ``layer1.relu_Relu``.
       work_mode: ``"QAT_all_int8"``, ``"int4_and_int8_mix"`` or ``"int4_and_int8_mix_no_fc"``.
 
     Returns:
-      :class:`Tables`, the paths. Each file is written to a temporary name first, so that it is never half there.
+      The paths. Each file is written under a temporary name and renamed, so that it is never incomplete.
 
     Raises:
-      ConfigError: dynamic ranges, granularities that a table cannot hold, names that are missing or collide; the extra
-        ``onnx`` is not installed, where a file is to be written.
-      StateError: no such folder; see :meth:`Quantized.apply`.
+      ConfigError: a table cannot hold a dynamic range, a granularity or the steps of a quantizer; names are missing,
+        unknown or used twice; an unknown work mode; ``example_args`` without the extra ``onnx``.
+      StateError: there is no such folder; see :meth:`Quantized.apply`.
 
-    Differs from sophgo-mq: weights of 255 levels are 8 bits wide, so that the q_table has them; deconvolutions and
-    table formats are there; affine 4-bit activations are 4-bit ones; an unknown work mode is an error. Widths other than
-    4 and 8 are in the clip ranges and the calibration table, but have no type, so that the q_table leaves them out.
+    Differs from sophgo-mq: weights with 255 levels count as 8 bits wide, so that the q_table lists them; deconvolutions
+    and table formats are listed; affine 4-bit activations count as 4-bit; an unknown work mode is an error. Quantizers of
+    other widths than 4 and 8 are in the clip ranges and the calibration table, but not in the q_table, which has no type
+    for them.
 
     Example:
       >>> import tempfile, torch, sophq_func as sq
@@ -95,31 +101,31 @@ def tables(
     if work_mode not in WORK_MODES:
         raise ConfigError(unknown("tables", "work mode", work_mode, WORK_MODES))
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise ConfigError(explain("tables", "this name is not possible", got=name, allowed="the beginning of a file name"))
+        raise ConfigError(explain("tables", "file names cannot begin with this name", got=name, allowed="a file name"))
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
-    for own, (weight, scheme) in q.weights_seen(params).items():
-        expand(qparams[own].scale, weight, scheme.granularity)
+    for quantizer, (weight, scheme) in q.weights_seen(params).items():
+        expand(qparams[quantizer].scale, weight, scheme.granularity)  # raises where the steps do not fit the weight
     data, file = (b"", None) if example_args is None else float_file(q, params, qparams, example_args)
-    found = one_each(records(q.plan, qparams, ops(q.plan, names, file)))
-    found += propagated(q.plan, found, file)
+    entries = one_each(records(q.plan, qparams, ops(q.plan, names, file)))
+    entries += propagated(q.plan, entries, file)
     start = Path(folder) / name
-    texts = (calibration_table(found, work_mode), q_table(found), clip_ranges(found))
-    endings = (
-        "_cali_table_from_sophgo_mq_sophgo_tpu",
-        "_q_table_from_sophgo_mq_sophgo_tpu",
-        "_clip_ranges.json",
-    )
-    written = [write_text("tables", f"{start}{end}", text) for end, text in zip(endings, texts, strict=True)]
+    texts = {
+        "_cali_table_from_sophgo_mq_sophgo_tpu": calibration_table(entries, work_mode),
+        "_q_table_from_sophgo_mq_sophgo_tpu": q_table(entries),
+        "_clip_ranges.json": clip_ranges(entries),
+    }
+    # All texts exist before the first file does: an error in one of them leaves no file behind.
+    paths = Tables(*(write_text("tables", f"{start}{ending}", text) for ending, text in texts.items()))
     if file is None:
-        return Tables(*written)
+        return paths
     model = start.with_name(f"{name}.onnx")
     write_bytes(model, data)
-    return Tables(written[0], written[1], written[2], model)
+    return paths._replace(model=model)
 
 
-def calibration_table(found: Iterable[Record], work_mode: str) -> str:
-    """Thresholds and ranges of activations, 8-bit ones first, and steps and zero points of weights, as text."""
-    ranged = [record for record in found if record.has_range]
+def calibration_table(entries: Iterable[Record], work_mode: str) -> str:
+    """The calibration table: ranges of activations, 8-bit ones first, then steps and zero points of weights."""
+    ranged = [record for record in entries if record.has_range]
     activations = [record for record in ranged if not record.is_weight]
     return "\n".join(
         [
@@ -144,23 +150,35 @@ def _weight_line(record: Record) -> str:
     return f"{record.entry} {len(record.steps)} {steps} {len(record.zero_points)} {zeros}"
 
 
-def q_table(found: Iterable[Record]) -> str:
-    """The type of each op, as text."""
-    lines = [f"{r.entry if r.is_weight else r.op} {r.quant_type}" for r in found if r.quant_type != "None"]
+def q_table(entries: Iterable[Record]) -> str:
+    """The q_table: the number type of each op."""
+    typed = [record for record in entries if record.quant_type != "None"]
+    lines = [f"{record.entry if record.is_weight else record.op} {record.quant_type}" for record in typed]
     return "\n".join(["# qtable from sophgo_mq", "# op_name  quantize_mode", *lines, ""])
 
 
-def clip_ranges(found: Iterable[Record]) -> str:
-    """Everything about each quantizer that has a range, as JSON."""
-    entries = {record.entry: _entry(record) for record in found if record.has_range}
-    return json.dumps({"sophgo_tpu": entries, "w_qscheme": "", "a_qscheme": ""}, indent=4) + "\n"
+def clip_ranges(entries: Iterable[Record]) -> str:
+    """The clip ranges: all that is known about each quantizer with a range, as JSON."""
+    ranges = {record.entry: _entry(record) for record in entries if record.has_range}
+    return json.dumps({"sophgo_tpu": ranges, "w_qscheme": "", "a_qscheme": ""}, indent=4) + "\n"
 
 
 def _entry(record: Record) -> dict[str, Any]:
-    told = {"bit": record.bits, "type": "int" if record.signed else "uint"}
-    origin = {} if record.is_channelwise else {"ori_name": "none"}
-    rest = {"quant_type": record.quant_type, "param_id": {"step": "null", "zero_point": "null"}}
+    """One quantizer in the clip ranges; keys, their order and the constant texts are those of sophgo-mq."""
+    entry: dict[str, Any] = {}
     if record.is_weight:
-        lists = {"step": record.steps, "zero_point": record.zero_points, "min": record.lows, "max": record.highs}
-        return {**{key: list(values) for key, values in lists.items()}, **told, **origin, **rest}
-    return {"threshold": record.threshold, "min": record.lows[0], "max": record.highs[0], **told, **origin, **rest}
+        entry["step"] = list(record.steps)
+        entry["zero_point"] = list(record.zero_points)
+        entry["min"] = list(record.lows)
+        entry["max"] = list(record.highs)
+    else:
+        entry["threshold"] = record.threshold
+        entry["min"] = record.lows[0]
+        entry["max"] = record.highs[0]
+    entry["bit"] = record.bits
+    entry["type"] = "int" if record.signed else "uint"
+    if not record.is_channelwise:
+        entry["ori_name"] = "none"
+    entry["quant_type"] = record.quant_type
+    entry["param_id"] = {"step": "null", "zero_point": "null"}
+    return entry

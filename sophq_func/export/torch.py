@@ -1,4 +1,4 @@
-"""A ``torch.export`` program with the operators of PT2E, which inductor lowers to integer kernels on x86."""
+"""Export to a ``torch.export`` program with the operators of PT2E, which inductor lowers to integer kernels on x86."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 BYTES = (pytorch.int8, pytorch.uint8)
+"""Dtypes of codes for which inductor has integer kernels."""
+
 MOVES = frozenset("flatten max_pool2d permute reshape squeeze transpose unsqueeze view".split())
+"""Operations behind which the grid of their input is repeated: their results are values of their input."""
 
 
 def torch(
@@ -34,23 +37,26 @@ def torch(
     dynamic_batch: bool = False,
     dynamic_axes: Axes | None = None,
 ) -> ExportedProgram:
-    """The quantized model as a program of torch, for ``torch.compile`` to run in integers.
+    """Export the quantized model as a program that ``torch.compile`` runs in integers.
 
-    ``quantized_decomposed.quantize_per_tensor`` and ``dequantize_per_tensor`` stand where the plan has quantizers, weights
-    are int8 or uint8 codes before a ``dequantize_per_channel``, BatchNorms are folded, biases are floats: the form that
-    PT2E's ``convert_pt2e`` leaves and that inductor's passes for x86 look for. Activations are uint8. In eager the program
+    Each quantizer becomes ``quantized_decomposed.quantize_per_tensor`` and ``dequantize_per_tensor``; weights are int8 or
+    uint8 codes before a ``dequantize_per_channel``; BatchNorms are folded; biases are floats; activations are uint8. This
+    is the form that PT2E's ``convert_pt2e`` makes and that inductor's passes for x86 match. In eager mode the program
     computes what :meth:`Quantized.apply` computes, in floating point.
 
     Args:
       q, params, qparams, example_args, simulate: see :func:`sophq_func.export.onnx`.
-      dynamic_batch: see there; by default only the batch of the example fits, for which inductor has faster kernels.
-      dynamic_axes: see there; the program has the ranges in ``program.range_constraints``.
+      dynamic_batch: see :func:`sophq_func.export.onnx`; by default the program accepts only the batch size of the example,
+        for which inductor has faster kernels.
+      dynamic_axes: see :func:`sophq_func.export.onnx`; ``program.range_constraints`` has the ranges of the sizes.
 
     Returns:
       The program; ``program.module()`` can be called and compiled.
 
     Raises:
-      ConfigError, StateError: see there.
+      ConfigError: quantizers cannot be expressed (the message gives the reason for each); the model does not accept all
+        sizes of a dynamic axis; there is no such argument or axis.
+      StateError: the model is in training mode; params or qparams are missing or unknown.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -72,7 +78,7 @@ def torch(
 
 
 def _still_codes(graph: Graph, operators: Any) -> None:
-    """Grids once more behind operations that only move data: the passes look for one right before each product."""
+    """Repeat grids behind operations that only move data, because inductor's passes match a grid right before a product."""
     quantize: Callable[..., Any] = operators.quantize_per_tensor.default
     dequantize: Callable[..., Any] = operators.dequantize_per_tensor.default
     for node in list(graph.nodes):
@@ -85,12 +91,14 @@ def _still_codes(graph: Graph, operators: Any) -> None:
             codes = graph.call_function(quantize, (node, *source.args[1:]))
         with graph.inserting_after(codes):
             real = graph.call_function(dequantize, (codes, *source.args[1:]))
+        # The new quantize operator itself keeps reading the node.
         node.replace_all_uses_with(real, delete_user_cb=lambda user, own=codes: user is not own)
-        codes.meta, real.meta = {**node.meta, "val": node.meta["val"].to(source.args[-1])}, dict(node.meta)
+        codes.meta = {**node.meta, "val": node.meta["val"].to(source.args[-1])}
+        real.meta = dict(node.meta)
 
 
 class _Decomposed:
-    """Grids as the operators of PT2E."""
+    """The target torch: grids as the operators of PT2E."""
 
     stores_biases = False
     computes = False  # inductor has integer kernels for codes that an operator reads
@@ -100,25 +108,25 @@ class _Decomposed:
 
     def fitted(self, grid: LinearGrid, stored: bool) -> LinearGrid | str:
         if grid.dtype not in BYTES:
-            return f"codes of {str(grid.dtype).removeprefix('torch.')}"
+            return f"PT2E has no operators for codes of {str(grid.dtype).removeprefix('torch.')}"
         if grid.size:
-            return "one scale for each group"
+            return "PT2E has no operators with one scale for each group"
         if stored:
             return grid
-        return grid.unsigned() if grid.axis is None else "PerChannel on an activation"
+        return grid.unsigned() if grid.axis is None else "inductor has no kernels for PerChannel on an activation"
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
         operators = self.operators
         step, zero = grid.number
         codes = operators.quantize_per_tensor.default(x, step, zero, grid.low, grid.high, grid.dtype)
-        found: Tensor = operators.dequantize_per_tensor.default(codes, step, zero, grid.low, grid.high, grid.dtype)
-        return found
+        real: Tensor = operators.dequantize_per_tensor.default(codes, step, zero, grid.low, grid.high, grid.dtype)
+        return real
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, grid: LinearGrid) -> Tensor:
-        operators, rest = self.operators, (grid.low, grid.high, grid.dtype)
-        found: Tensor
+        limits = grid.low, grid.high, grid.dtype
+        real: Tensor
         if grid.axis is None:
-            found = operators.dequantize_per_tensor.default(codes, *grid.number, *rest)
+            real = self.operators.dequantize_per_tensor.default(codes, *grid.number, *limits)
         else:
-            found = operators.dequantize_per_channel.default(codes, scale, zero_point, grid.axis, *rest)
-        return found
+            real = self.operators.dequantize_per_channel.default(codes, scale, zero_point, grid.axis, *limits)
+        return real

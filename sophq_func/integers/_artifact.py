@@ -1,4 +1,4 @@
-"""A quantized model as integers: tensors, a plan, and what is what."""
+"""A converted model: integer tensors, the plan they were made by, and metadata that describes each tensor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from sophq_func.codes import BY_BLOCKS, Grid, Stored, is_integer, unpack
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
-from sophq_func.integers._integers import Given, Integers, Value, Whole
+from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.integers._integers import IntegerModel, Integers, IntegerTensor, ValueGrid
 from sophq_func.model.finite import check_reached
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.schedule import Schedule
@@ -26,16 +27,23 @@ from sophq_func.numerics.layout import expand
 from sophq_func.planning.plan import Plan
 
 HALF = (torch.float16, torch.bfloat16)
+"""Dtypes of arguments that a run widens: integers are exact in float32 up to 2 ** 24, in float16 only up to 2 ** 11."""
+
 PACKED = 4
-"""Codes of at most so many bits share bytes."""
+"""Largest width, in bits, at which two or more codes fit in a byte, so that weights are packed."""
+
+Entry: TypeAlias = Mapping[str, Any]
+"""What the metadata say of one weight: its quantizer, format, bits, shape, parts, BatchNorm and bias."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Artifact:
-    """A quantized model as integers: a frozen value, made by :func:`convert`, equal by plan, metadata and every bit.
+    """A quantized model as integers, made by :func:`convert`; it cannot be changed.
+
+    Two artifacts are equal if their plans, their metadata and every bit of their tensors are equal.
 
     Attributes:
-      plan: the plan it was made by.
+      plan: the plan of the model that was converted.
     """
 
     plan: Plan
@@ -46,135 +54,170 @@ class Artifact:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What is what, JSON-able, a copy.
+        """Describes the tensors; a copy that :mod:`json` can write.
 
-        ``"version"``, ``"digest"`` of the plan, ``"torch"``, ``"weights"``, ``"biases"`` and ``"values"`` by name, and
-        ``"folded"``: the parameters that are folded away.
+        Keys: ``"version"`` of this format, ``"digest"`` of the plan, ``"torch"``: the version that converted the model,
+        ``"weights"``, ``"biases"`` and ``"values"``: an entry for each by name, ``"folded"``: names of the BatchNorm
+        parameters that are folded into weights and biases.
         """
         return copy.deepcopy(dict(self._metadata))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, sorted; a new dict. ``docs/convert.md`` goes through them name by name."""
+        """All tensors in a new dict, sorted by name; ``docs/convert.md`` explains each name."""
         return dict(self._tensors)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """The size of all tensors together, in bytes."""
         return sum(t.numel() * t.element_size() for t in self._tensors.values())
 
     def __repr__(self) -> str:
-        found = self._metadata
-        kinds = ", ".join(sorted({entry["format"] for entry in found["weights"].values()})) or "none"
-        coded = sum(self._size(f"{name}.codes") for name in found["weights"])
-        parts = f"{len(found['weights'])} weights ({kinds}) in {coded} bytes, {len(found['values'])} grids of values"
-        return f"Artifact({parts}, {self.size_bytes} bytes in all, plan {found['digest'][:12]})"
+        weights, values = self._metadata["weights"], self._metadata["values"]
+        formats = ", ".join(sorted({entry["format"] for entry in weights.values()})) or "none"
+        size_of_codes = sum(self._size(f"{name}.codes") for name in weights)
+        parts = f"{len(weights)} weights ({formats}) in {size_of_codes} bytes, {len(values)} grids of values"
+        return f"Artifact({parts}, {self.size_bytes} bytes in all, plan {self._metadata['digest'][:12]})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Artifact):
             return NotImplemented
-        same = (
-            self.plan == other.plan and self._metadata == other._metadata and self._tensors.keys() == other._tensors.keys()
-        )
-        return same and all(_same(tensor, other._tensors[name]) for name, tensor in self._tensors.items())
+        if self.plan != other.plan or self._metadata != other._metadata:
+            return False
+        if self._tensors.keys() != other._tensors.keys():
+            return False
+        return all(_are_equal(tensor, other._tensors[name]) for name, tensor in self._tensors.items())
 
     def __hash__(self) -> int:
         return hash(self._metadata["digest"])
 
     def codes(self, name: str) -> Tensor:
-        """The codes of a weight, unpacked, in its own shape; integers are ``real = (code - zero_point) * scale``.
+        """The unpacked codes of a weight; of integer formats, ``real = (code - zero_point) * scale``.
+
+        Args:
+          name: of the parameter, such as ``"layer1.conv.weight"``.
+
+        Returns:
+          Shape of the weight; int8, uint8, int16 or int32; of FP8 formats the bit patterns, uint8;
+          of 16-bit floats the numbers themselves.
+
+        Raises:
+          StateError: the artifact has no codes for this name.
+        """
+        entry, stored = self._entry(name), self._part(name, "codes")
+        if entry["bits"] > PACKED:
+            return stored
+        return unpack(stored, entry["bits"], entry["shape"], signed=entry["format"].startswith("int"))
+
+    def weight(self, name: str) -> Tensor:
+        """The real numbers that the codes of a weight stand for, with the BatchNorm behind it folded in.
 
         Args:
           name: of the parameter.
 
-        Raises:
-          StateError: it has no codes.
-        """
-        entry, kept = self._entry(name), self._part(name, "codes")
-        if entry["bits"] > PACKED:
-            return kept
-        return unpack(kept, entry["bits"], entry["shape"], signed=entry["format"].startswith("int"))
+        Returns:
+          float32, shape of the weight.
 
-    def weight(self, name: str) -> Tensor:
-        """The numbers that the codes of a weight stand for, float32, with a BatchNorm behind it folded in."""
+        Raises:
+          StateError: the artifact has no codes for this name.
+        """
         return self._stored(name).read()
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on integers: the reference for what a chip computes. Exact, slow, without gradients.
+    def run(self, *args: Any, **kwargs: Any) -> Output:
+        """Run the model on its integers: a reference for what a chip computes, exact and slow, without gradients.
 
-        ``docs/convert.md`` says what is computed in integers and what in float.
+        ``docs/convert.md`` lists what is computed in integers and what in floating point.
+
+        Args:
+          args, kwargs: those of the model; float16 and bfloat16 tensors are widened to float32.
 
         Returns:
           What the model returns, in real numbers.
 
         Raises:
-          StateError: a sum that does not fit int32; see also :meth:`Quantized.apply`.
+          StateError: a sum does not fit in int32; a quantizer meets NaN; it is called inside a transform; see also
+            :meth:`Quantized.apply`.
         """
         return self._run(args, kwargs)[0]
 
     def computed(self, *args: Any, **kwargs: Any) -> dict[str, int]:
-        """How often a run computes each operation in integers; ``"quantize"`` starts from real numbers."""
+        """Run the model, and count the operations that are computed in integers.
+
+        Args:
+          args, kwargs: see :meth:`run`.
+
+        Returns:
+          The count of each operation by name. ``"quantize"`` is a quantizer that takes real numbers, ``"requantize"``
+          one that takes integers.
+        """
         return dict(sorted(self._run(args, kwargs)[1].computed.items()))
 
-    def _run(self, args: Any, kwargs: Any) -> tuple[Any, Integers]:
+    def _run(self, args: Args, kwargs: Kwargs) -> tuple[Output, Integers]:
         runs: list[Integers] = []
 
         def watch(schedule: Schedule) -> Integers:
             runs.append(Integers(schedule, given))
             return runs[0]
 
-        args, kwargs = _taken((args, kwargs))
+        args, kwargs = _widened((args, kwargs))
         with torch.inference_mode(False), torch.no_grad():
             given = self._given()
             output, _ = self._q.engine.loop.run(self._parameters(given), given.other, args, kwargs, watch=watch)
         return output, runs[0]
 
-    def _given(self) -> Given:
+    def _given(self) -> IntegerModel:
+        """The tensors in the form in which the executor computes with them."""
         weights, biases = self._metadata["weights"], self._metadata["biases"]
-        wholes = {name: self._whole(name) for name, entry in weights.items() if is_integer(entry["format"])}
-        rounded = {name: self._whole_bias(name) for name, entry in biases.items() if entry["source"]}
-        folds = {name: (entry["bias"], entry["norm"]) for name, entry in weights.items() if entry["norm"]}
-        keys = {key for key, _ in folds.values()}
-        extra: dict[str, Whole | Tensor] = {key: rounded[key] if key in rounded else self._tensors[key] for key in keys}
-        wholes |= {name: whole for name, whole in rounded.items() if name not in keys}
+        integers = {name: self._weight_integers(name) for name, entry in weights.items() if is_integer(entry["format"])}
+        rounded = {name: self._bias_integers(name) for name, entry in biases.items() if entry["source"]}
+        # The executor itself adds the bias of a folded BatchNorm; all other rounded biases are parameters like weights.
+        folded = {name: (entry["bias"], entry["norm"]) for name, entry in weights.items() if entry["norm"]}
+        names = {bias for bias, _ in folded.values()}
+        extra: dict[str, IntegerTensor | Tensor] = {}
+        for name in names:
+            extra[name] = rounded[name] if name in rounded else self._tensors[name]
+        integers |= {name: bias for name, bias in rounded.items() if name not in names}
         values = {name: self._value(name) for name in self._metadata["values"] if name not in self._floats}
-        return Given(values, self._other, wholes, folds, extra, frozenset(self._metadata["folded"]))
+        return IntegerModel(values, self._other, integers, folded, extra, frozenset(self._metadata["folded"]))
 
-    def _parameters(self, given: Given) -> dict[str, Tensor]:
-        """What the model runs with: real numbers for what the executor has no integers for."""
+    def _parameters(self, given: IntegerModel) -> dict[str, Tensor]:
+        """The parameters that the model is called with, in real numbers; the executor looks up which have integers."""
         found, device = {}, next((t.device for t in self._tensors.values()), None)
         for name, empty in self._q.engine.empty_params().items():
             if name in given.wholes:
                 found[name] = given.wholes[name].real(torch.float32)
             elif name in self._metadata["weights"]:
                 found[name] = self.weight(name)
-            elif name in given.dropped:
+            elif name in given.dropped:  # of a folded BatchNorm, which is not computed
                 found[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
             elif name in self._tensors:
                 found[name] = self._tensors[name].clone()
-            else:  # the bias of a layer that a BatchNorm is folded into, which the executor adds itself
+            else:  # the bias of a layer with a folded BatchNorm, which the executor replaces: NaN shows a use of it
                 found[name] = torch.full(empty.shape, torch.nan, device=device)
         return found
 
     def _other(self, name: str, x: Tensor) -> Tensor:
-        """A value whose quantizer is no integer grid."""
-        own = self._floats.get(name)
-        if own is None:
+        """``x``, quantized in floating point where its quantizer has a grid that is none of integers."""
+        qparams = self._floats.get(name)
+        if qparams is None:
             return x
-        check_reached(name, own)
-        return self._q.quantize_value(name, x, own)
+        check_reached(name, qparams)
+        return self._q.quantize_value(name, x, qparams)
 
-    def _whole(self, name: str) -> Whole:
+    def _weight_integers(self, name: str) -> IntegerTensor:
         entry, stored = self._entry(name), self._stored(name)
+        # Scales are laid out for the weight as its quantizer sees it; the result has the layout of the parameter.
         codes = arranged(stored.codes.to(torch.int32), stored.site)
         granularity, parts = stored.grid.granularity, stored.grid.parts
         level = codes - expand(parts["zero_point"], codes, granularity)
         scale = expand(parts["scale"].double(), codes, granularity)
-        spread = arranged(scale.expand(level.shape), stored.site) if scale.ndim else scale
-        return Whole(arranged(level, stored.site), spread, entry["quantizer"], (1 << entry["bits"]) - 1)
+        if scale.ndim:
+            scale = arranged(scale.expand(level.shape), stored.site)
+        largest = (1 << entry["bits"]) - 1  # a code less its zero point: the distance of the outermost codes
+        return IntegerTensor(arranged(level, stored.site), scale, entry["quantizer"], largest)
 
     def _stored(self, name: str) -> Stored:
-        """The codes of a weight, on their grid."""
+        """The codes of a weight with their grid."""
         entry = self._entry(name)
         site, config = self.plan.site(entry["quantizer"]), self.plan[entry["quantizer"]]
         parts = {part: self._part(name, part) for part in entry["parts"]}
@@ -187,24 +230,25 @@ class Artifact:
         )
         return Stored(self.codes(name), grid, site)
 
-    def _whole_bias(self, name: str) -> Whole:
+    def _bias_integers(self, name: str) -> IntegerTensor:
         scale = self._part(name, "scale").double()
         level = self._part(name, "codes")
-        return Whole(level, scale.expand(level.shape) if scale.ndim else scale, self._metadata["biases"][name]["source"])
+        return IntegerTensor(
+            level, scale.expand(level.shape) if scale.ndim else scale, self._metadata["biases"][name]["source"]
+        )
 
-    def _value(self, name: str) -> Value:
+    def _value(self, name: str) -> ValueGrid:
         low, high = self._part(name, "qmin"), self._part(name, "qmax")
         scheme = self.plan[name].scheme
-        scale, zero = (low.float(), low) if scheme.dynamic else (self._part(name, "scale"), self._part(name, "zero_point"))
-        return Value(scheme, scale, zero, low, high)
+        if scheme.dynamic:  # scale and zero point come from each tensor; these are placeholders of the same shape
+            return ValueGrid(scheme, low.float(), low, low, high)
+        return ValueGrid(scheme, self._part(name, "scale"), self._part(name, "zero_point"), low, high)
 
-    def _entry(self, name: str) -> Mapping[str, Any]:
+    def _entry(self, name: str) -> Entry:
         weights = self._metadata["weights"]
         if name not in weights:
             fix = near(name, weights) or "artifact.metadata['weights'] has the names"
-            raise StateError(
-                explain("artifact", f"codes of {name!r} is not possible", because="it was not converted", fix=fix)
-            )
+            raise StateError(explain("artifact", f"there are no codes of {name!r}", because="it was not converted", fix=fix))
         return dict(weights[name])
 
     def _part(self, name: str, part: str) -> Tensor:
@@ -214,16 +258,25 @@ class Artifact:
         return math.prod(self._tensors[name].shape) * self._tensors[name].element_size()
 
 
-def _taken(call: Any) -> Any:
-    """The arguments of a run, 16-bit floats as float32."""
+def _widened(call: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
+    """The arguments of a call, with 16-bit floats as float32.
+
+    Raises:
+      StateError: a tensor belongs to a transform of torch.func or to a compiler.
+    """
     if not is_plain(tensors(call)):
         fix = "run outside of vmap, grad and compile"
-        raise StateError(explain("artifact.run", "running on integers inside a transform is not possible", fix=fix))
-    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, call)
+        raise StateError(explain("artifact.run", "an artifact cannot run inside a transform", fix=fix))
+    widened: tuple[Args, Kwargs] = tree_map(_as_float32, call)
+    return widened
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit."""
+def _as_float32(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; NaN equals the same NaN."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
 
 

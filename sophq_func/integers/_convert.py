@@ -1,4 +1,4 @@
-"""From a quantized model to an artifact: every weight as codes, every bias and grid with it, nothing given changed."""
+"""Convert a quantized model to an artifact: weights as codes, biases and grids as integers. No argument is changed."""
 
 from __future__ import annotations
 
@@ -22,27 +22,33 @@ from sophq_func.numerics.formats import FLOAT8
 from sophq_func.numerics.layout import rows
 
 VERSION = 1
+"""Version of the metadata's format."""
+
 LIMIT = 2.0**31 - 2**7
-"""The largest float32 that is an int32: the largest bias."""
+"""The largest bias, in steps: the largest float32 that fits in int32."""
+
+IDLE_BIAS = 2**30
+"""Steps that a bias takes in a channel of zero weights, whose scale is free: any number well below LIMIT would do."""
 
 
 def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /) -> Artifact:
-    """A quantized model, in eval mode, as integers: weights, biases, scales, zero points, BatchNorm folded.
+    """Convert a quantized model to integers: weights, biases, scales and zero points, with BatchNorms folded in.
 
-    A weight is ``real = (code - zero_point) * scale`` with the BatchNorm behind it folded in, its codes packed where they
-    have at most 4 bits (:func:`sophq_func.pack`); a bias ``round(B / (s_weight s_input))``, int32; tables, FP8 and MX keep
-    their codes. ``docs/convert.md`` goes through all tensors name by name.
+    A weight is stored as codes, ``real = (code - zero_point) * scale``; up to 4 bits they are packed
+    (:func:`sophq_func.pack`). A bias is ``round(B / (s_weight s_input))``, int32. Weights in FP8, MX formats and tables are
+    stored as the codes of these formats. The model is converted as it computes in eval mode. ``docs/convert.md`` explains
+    every tensor by name.
 
     Args:
-      q: what :func:`sophq_func.quantize` or ``q.freeze`` returned.
+      q: from :func:`sophq_func.quantize` or ``q.freeze``.
       params, qparams: see :meth:`Quantized.apply`; they are not changed.
 
     Returns:
-      The :class:`Artifact`; ``artifact.run`` computes with these integers.
+      An :class:`Artifact`; ``artifact.run`` computes with its integers.
 
     Raises:
-      StateError: quantizers whose values are no codes (all of them in one message), scales that are not finite, biases
-        beyond int32; inside a transform; see also :meth:`Quantized.apply`.
+      StateError: quantizers whose values have no codes (one message lists all of them); a scale is not finite; a bias does
+        not fit in int32; it is called inside a transform; see also :meth:`Quantized.apply`.
 
     Example:
       >>> import sophq_func as sq
@@ -56,7 +62,7 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
     if not isinstance(q, Quantized):
         fix = "q = sq.quantize(model, config, example_args=(x,))"
         raise StateError(
-            explain("convert", "this model is not possible", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
+            explain("convert", "the model is not quantized", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
         )
     q = q.eval()
     q.engine.check(params, qparams, "convert", "qparams")
@@ -64,7 +70,7 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
         raise StateError(
             explain(
                 "convert",
-                "reading codes inside a transform is not possible",
+                "codes cannot be read inside a transform",
                 fix="convert outside of vmap, grad and compile",
             )
         )
@@ -73,11 +79,20 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
 
 
 class _Conversion:
-    """One conversion while it is made."""
+    """Collects the tensors and metadata of an artifact, quantizer by quantizer, and every problem on the way.
+
+    Attributes:
+      params: of the model; biases and BatchNorms in float32.
+      on: quantizers that act.
+      problems: what cannot be converted, as error sentences; they are raised together.
+      tensors, weights, biases, values: of the artifact; see :class:`Artifact`.
+      floats: qparams of activations that have no integer grid.
+      gone: parameters that the artifact does not hold, because codes or a folded bias replace them.
+    """
 
     def __init__(self, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> None:
         small = {name for weight in q.engine.weights for name in _beside(weight)}  # weights are widened slice by slice
-        self.params = {name: _wide(p) if name in small else p.detach() for name, p in params.items()}
+        self.params = {name: _widened(p) if name in small else p.detach() for name, p in params.items()}
         self.q, self.qparams = q, q.engine.effective({name: qparams[name] for name in q.plan})
         self.problems: list[str] = []
         self.on = {name for name in q.plan if self._is_on(name)}
@@ -89,6 +104,12 @@ class _Conversion:
         self.gone: set[str] = set()
 
     def artifact(self) -> Artifact:
+        """The converted model.
+
+        Raises:
+          StateError: all problems, in one message.
+        """
+        # Values first: the step of a bias is that of its layer's input times that of the weight.
         for name, piece in self.q.engine.running.items():
             if name in self.on:
                 self._value(name, piece)
@@ -111,91 +132,109 @@ class _Conversion:
         return Artifact(self.q.plan, metadata, sorted_dict({**rest, **self.tensors}), self.q, sorted_dict(self.floats))
 
     def _is_on(self, name: str) -> bool:
-        """Whether a quantizer acts; one that is half on has no codes."""
+        """Whether a quantizer acts; one with a mask between 0 and 1 is a problem, because mixed values have no codes."""
         if self.q.plan[name].observe_only:
             return False
         share = share_on(self.qparams[name])
         if share not in (0.0, 1.0):
-            self._refuse(name, "a mask that mixes", because=f"it is {share:g} on", fix="sq.enabled(qparams, {name: True})")
+            self._refuse(name, "a mask must be 0 or 1", because=f"it is {share:g}", fix="sq.enabled(qparams, {name: True})")
         return share == 1.0
 
-    def _refuse(self, name: str, what: str, because: str, fix: str = "") -> None:
-        if not any(problem.startswith(f"convert: {name}:") for problem in self.problems):
+    def _refuse(self, name: str, sentence: str, because: str, fix: str = "") -> None:
+        """Note the first problem of a quantizer; later ones follow from it."""
+        where = f"convert: {name}"
+        if not any(problem.startswith(f"{where}:") for problem in self.problems):
             fix = fix or "sq.fake_quantize.fixed(), or sq.fake_quantize.learnable()"
-            self.problems.append(explain(f"convert: {name}", f"{what} is not possible", because=because, fix=fix))
+            self.problems.append(explain(where, sentence, because=because, fix=fix))
 
     def _is_finite(self, name: str) -> bool:
         if bool(self.qparams[name].scale.isfinite().all()):
             return True
-        self._refuse(name, "this scale", "it is not finite", "qparams = q.calibrate(params, batches)")
+        self._refuse(
+            name, "the scale is not finite", "no code stands for such a value", "qparams = q.calibrate(params, batches)"
+        )
         return False
 
     def _value(self, name: str, piece: RunQuantizer) -> None:
-        own, spec = self.qparams[name], piece.config.fake_quantize
-        if piece.config.optional and bool(own.scale.isnan().any()):  # no batch has reached it
-            self._keep_float(name, spec.name, own)
+        """Convert the grid of an activation."""
+        qparams, spec = self.qparams[name], piece.config.fake_quantize
+        is_unused = piece.config.optional and bool(qparams.scale.isnan().any())  # no batch has reached it
+        if is_unused:
+            self._keep_float(name, spec.name, qparams)
             return
         if not self._is_finite(name):
             return
-        grid = stored_form(piece, own)
+        grid = stored_form(piece, qparams)
         if isinstance(grid, Refusal):
-            self._refuse(name, f"a grid of {spec!r}", grid.because)
+            self._refuse(name, f"the values of {spec!r} have no grid", grid.because)
             return
         assert not isinstance(grid, Stored)
         if not grid.is_integer:
-            self._keep_float(name, spec.name, own)
+            self._keep_float(name, spec.name, qparams)
             return
         assert grid.low is not None and grid.high is not None
         self.values[name] = "dynamic" if grid.dynamic else "integer"
         self._keep(name, qmin=grid.low, qmax=grid.high, **grid.parts)
 
-    def _keep_float(self, name: str, kind: str, own: QParams) -> None:
-        """A quantizer that is no integer grid, which runs as it is."""
+    def _keep_float(self, name: str, kind: str, qparams: QParams) -> None:
+        """Keep a quantizer without an integer grid, which the artifact runs in floating point."""
         self.values[name] = kind
-        self.floats[name] = own
-        self._keep(name, scale=own.scale)
+        self.floats[name] = qparams
+        self._keep(name, scale=qparams.scale)
 
     def _keep(self, owner: str, **parts: Tensor) -> None:
+        """Put copies of tensors into the artifact as ``<owner>.<part>``."""
         self.tensors.update({f"{owner}.{part}": tensor.detach().clone() for part, tensor in parts.items()})
 
     def _weight(self, weight: WeightQuantizer) -> None:
+        """Convert a weight, and the bias of its layer."""
         name = weight.site.quantizer
         if not self._is_finite(name):
             return
-        found = stored_form(weight, self.qparams[name], self.params, frozen=self.q.frozen, wide=True)
-        if isinstance(found, Refusal):
-            self._refuse(name, f"codes of {weight.config.fake_quantize!r}", found.because)
+        stored = stored_form(weight, self.qparams[name], self.params, frozen=self.q.frozen, wide=True)
+        if isinstance(stored, Refusal):
+            self._refuse(name, f"the values of {weight.config.fake_quantize!r} have no codes", stored.because)
             return
-        assert isinstance(found, Stored)
-        self._keep_weight(weight, found)
+        assert isinstance(stored, Stored)
+        self._keep_weight(weight, stored)
 
-    def _keep_weight(self, weight: WeightQuantizer, found: Stored) -> None:
-        site, norm, grid = weight.site, weight.norm, found.grid
+    def _keep_weight(self, weight: WeightQuantizer, stored: Stored) -> None:
+        """Put the codes of a weight, its grid and its entry into the artifact."""
+        site, norm, grid = weight.site, weight.norm, stored.grid
+        # A folded BatchNorm gives its layer a bias, also where the layer has none or shares its own.
         bias = f"{site.path}.bias".removeprefix(".") if norm else site.bias
         self.weights[site.parameter] = {
             "quantizer": site.quantizer,
             "format": grid.format,
             "bits": grid.bits,
-            "shape": list(found.codes.shape),
+            "shape": list(stored.codes.shape),
             "parts": sorted(grid.parts),
             "norm": site.norm if norm else "",
             "bias": bias if norm else "",
         }
-        own_layout = {name: arranged(part, site) if name in BY_BLOCKS else part for name, part in grid.parts.items()}
-        codes = pack(found.codes, grid.bits) if grid.bits <= PACKED else _bit_patterns(found.codes)
-        self.tensors[f"{site.parameter}.codes"] = codes  # made here, so that it need not be copied
-        self._keep(site.parameter, **{name: _bit_patterns(part) for name, part in own_layout.items()})
+        codes = pack(stored.codes, grid.bits) if grid.bits <= PACKED else _bit_patterns(stored.codes)
+        self.tensors[f"{site.parameter}.codes"] = codes  # a new tensor already, which need not be copied
+        for name, part in grid.parts.items():
+            in_own_layout = arranged(part, site) if name in BY_BLOCKS else part
+            self._keep(site.parameter, **{name: _bit_patterns(in_own_layout)})
+        # A bias that several layers share has no single step, and stays a parameter.
         if bias and (norm or self._owners(bias) == 1):
-            self._bias(weight, found, bias, site.source if grid.is_integer else "")
+            self._bias(weight, stored, bias, site.source if grid.is_integer else "")
         if norm and self._owners(site.bias) == 1:
             self.gone.add(site.bias)
 
     def _owners(self, parameter: str) -> int:
-        """How many layers' bias a parameter is."""
+        """How many layers have this parameter as their bias."""
         return len({path for path, _ in self.q.engine.holders(parameter)})
 
-    def _bias(self, weight: WeightQuantizer, found: Stored, key: str, source: str) -> None:
-        """The folded bias: int32 where the plan rounds it, else real."""
+    def _bias(self, weight: WeightQuantizer, stored: Stored, key: str, source: str) -> None:
+        """Convert the folded bias of a layer: int32 where the plan rounds it, else real numbers.
+
+        Args:
+          weight, stored: the layer's weight, and its codes.
+          key: name of the bias in the artifact.
+          source: the quantizer of the layer's input; empty where the plan does not round the bias.
+        """
         real = weight.folded_bias(self.params)
         self.gone.discard(key)
         self.biases[key] = {"source": ""}
@@ -203,13 +242,13 @@ class _Conversion:
         if step is None:
             self.tensors[key] = real + self._shift(weight)
             return
-        step = self._widened(weight, found, step, real)
+        step = self._enlarged(weight, stored, step, real)
         code = (real / step).round()
         if bool((code.abs() > LIMIT).any()):
             because, fix = "a chip adds it to sums of 32 bits", "look at the scales of the weight and of the layer's input"
             got = f"{float(code.abs().max()):.3g} steps"
             self.problems.append(
-                explain(f"convert: {key}", "a bias in int32 is not possible", got=got, because=because, fix=fix)
+                explain(f"convert: {key}", "the bias does not fit in int32", got=got, because=because, fix=fix)
             )
             return
         self.biases[key] = {"source": source}
@@ -217,35 +256,44 @@ class _Conversion:
         self._keep(key, codes=code.to(torch.int32), scale=step)
 
     def _shift(self, weight: WeightQuantizer) -> Tensor | float:
-        """What the plan's rounding adds to a bias that stays real: 16-bit floats have steps for biases, but no integers."""
+        """What the plan's rounding adds to a bias that is stored in real numbers, as beside weights in 16-bit floats."""
         site = weight.site
         if not site.source:
             return 0.0
         return weight.bias_shift(self.params, self.qparams[site.quantizer], self.qparams[site.source])
 
-    def _widened(self, weight: WeightQuantizer, found: Stored, step: Tensor, real: Tensor) -> Tensor:
-        """The step, larger where all weights are 0, so that their scale plays no part, and the bias did not fit."""
-        site = weight.site
-        name, scheme = f"{site.parameter}.scale", weight.scheme
-        over = (real / step).abs() > LIMIT
-        over = over if step.ndim else over.any()
-        if not bool(over.any()):
+    def _enlarged(self, weight: WeightQuantizer, stored: Stored, step: Tensor, real: Tensor) -> Tensor:
+        """The step of a bias, enlarged where all weights are zero and the bias would overflow.
+
+        Zero weights are zero at any scale, so that the scale of the weight is enlarged with the step.
+        """
+        overflows = (real / step).abs() > LIMIT
+        largest = real.abs()
+        if step.ndim == 0:
+            overflows, largest = overflows.any(), largest.max()
+        if not bool(overflows.any()):
             return step
-        idle = rows(arranged(found.read(), site), scheme.granularity).eq(0).all(-1)
-        wider = torch.where(over & idle, (real if step.ndim else real.abs().max()).abs() / 2**30, step)
-        self.tensors[name] = torch.where(over & idle, self.tensors[name] * (wider / step), self.tensors[name])
-        return wider
+        seen = arranged(stored.read(), weight.site)
+        is_zero = rows(seen, weight.scheme.granularity).eq(0).all(-1)
+        enlarged = torch.where(overflows & is_zero, largest / IDLE_BIAS, step)
+        name = f"{weight.site.parameter}.scale"
+        scale = self.tensors[name]
+        self.tensors[name] = torch.where(overflows & is_zero, scale * (enlarged / step), scale)
+        return enlarged
 
     def _step(self, weight: WeightQuantizer, source: str) -> Tensor | None:
-        """``s_weight s_input``, ``()`` or one for each output channel; ``None`` where it is no such thing."""
+        """``s_weight s_input``, ``()`` or ``(out,)``; ``None`` where a sum of the layer has no single scale."""
         if self.values.get(source) != "integer":
             return None
-        given, own = self.tensors[f"{source}.scale"], self.tensors[f"{weight.site.parameter}.scale"]
-        per_channel = own.ndim == 1 and getattr(weight.config.scheme.granularity, "axis", None) == weight.site.axis
-        return own * given if given.ndim == 0 and (own.ndim == 0 or per_channel) else None
+        input_scale, weight_scale = self.tensors[f"{source}.scale"], self.tensors[f"{weight.site.parameter}.scale"]
+        axis = getattr(weight.config.scheme.granularity, "axis", None)
+        is_per_channel = weight_scale.ndim == 1 and axis == weight.site.axis
+        if input_scale.ndim != 0 or not (weight_scale.ndim == 0 or is_per_channel):
+            return None
+        return weight_scale * input_scale
 
     def _folded(self) -> set[str]:
-        """The tensors of each BatchNorm that is called behind converted layers only."""
+        """The tensors of BatchNorms that are folded wherever they are called: behind converted layers, and nowhere else."""
         behind: dict[str, list[str]] = {}
         for weight in self.q.engine.weights:
             if weight.norm:
@@ -257,22 +305,22 @@ class _Conversion:
 
 
 def _beside(weight: WeightQuantizer) -> list[str]:
-    """The parameters that a weight is converted with: the bias of its layer, and the BatchNorm behind it."""
+    """Names of the parameters that are folded with a weight: the bias of its layer, and the BatchNorm behind it."""
     norm = weight.norm
     folded = [] if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
     return [weight.site.bias, *folded]
 
 
-def _wide(p: Tensor) -> Tensor:
-    """A constant, narrow floats as float32."""
+def _widened(p: Tensor) -> Tensor:
+    """The tensor without its gradient; 16-bit and 8-bit floats as float32."""
     return p.detach().float() if p.is_floating_point() and p.element_size() < 4 else p.detach()
 
 
 def _copied(p: Tensor) -> Tensor:
-    """A copy that shares nothing with what was given, as :func:`_wide` has it."""
-    return _wide(p) if p.is_floating_point() and p.element_size() < 4 else p.clone()
+    """The same in memory of its own."""
+    return _widened(p) if p.is_floating_point() and p.element_size() < 4 else p.clone()
 
 
 def _bit_patterns(codes: Tensor) -> Tensor:
-    """Codes of float8 as bytes; others as they are."""
+    """FP8 codes as uint8, which every file format holds; other codes unchanged."""
     return codes.view(torch.uint8) if codes.dtype in FLOAT8 else codes

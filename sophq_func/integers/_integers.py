@@ -1,11 +1,11 @@
-"""A chip in slow motion: run a model on the integers of an artifact, with int32 sums, from grid to grid.
+"""Run a model on the integers of an artifact, as a chip does: products and sums in int32 between two grids.
 
-A tensor that is known as integers, ``real = level * scale`` with the zero point taken off, runs through convolutions,
-linear layers, matrix products and additions as these integers; what only moves data, and ReLU, moves them along. The next
-quantizer brings their int32 sums onto its grid by a fixed-point multiplier (arXiv:1712.05877, section 2.2). All else sees
-the real numbers and computes in float.
+A tensor is noted as integers when it equals ``level * scale``, where ``level = code - zero_point``. Convolutions, linear
+layers, matrix products and additions compute with the levels of noted tensors; operations that only move data, and ReLU,
+pass them on. The next quantizer brings int32 sums onto its grid with a fixed-point multiplier (arXiv:1712.05877, section
+2.2). Every other operation computes in floating point, with the real numbers.
 
-Products are summed in float64, which is exact for integers below 2 ** 53; each sum must fit int32.
+Products are summed in float64, which is exact for integers below 2 ** 53; each sum must fit in int32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import writes_into
 from sophq_func.core.operations import DROPOUTS, MOVES, called
 from sophq_func.core.pytree import tensors
+from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.runner import Runner
 from sophq_func.model.schedule import Schedule
 from sophq_func.numerics.affine import working
@@ -29,20 +30,27 @@ from sophq_func.numerics.scheme import PerTensor, QScheme
 
 INT32 = torch.iinfo(torch.int32)
 SAME = frozenset(("clone", "contiguous", "detach", "float", "to", "type_as", *DROPOUTS))
-"""What returns its first operand, number for number."""
+"""Operations that return their first operand with the same numbers; dropout is one of them in eval mode."""
 
 LAYERS = frozenset(("linear", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))))
+"""Operations with a weight and a bias, by canonical name."""
+
 PRODUCTS = frozenset(("matmul", "mm", "bmm"))
+"""Products of two activations, by canonical name."""
+
+HEADROOM = 30
+"""Bits that the terms of an addition may use: the sum of two numbers below 2 ** 30 fits in int32."""
 
 
-class Whole(NamedTuple):
-    """A tensor as integers.
+class IntegerTensor(NamedTuple):
+    """A tensor as integers times a scale.
 
     Attributes:
       level: int32; ``real = level * scale``.
       scale: float64; shape ``()``, or that of ``level``.
-      origin: the quantizer on whose grid it is, or of a bias the one whose scale it was rounded to; empty for sums.
-      largest: bound of ``|level|`` on a quantizer's grid; 0 elsewhere.
+      origin: the quantizer on whose grid the tensor is; of a bias, the quantizer of the layer's input, whose scale is part
+        of the bias's step; empty for sums.
+      largest: bound of ``|level|`` on a quantizer's grid; 0 for sums and biases.
     """
 
     level: Tensor
@@ -51,12 +59,12 @@ class Whole(NamedTuple):
     largest: int = 0
 
     def real(self, dtype: torch.dtype) -> Tensor:
-        """The numbers that it stands for."""
+        """``level * scale`` in this dtype."""
         return (self.level * self.scale).to(dtype)
 
 
-class Value(NamedTuple):
-    """The grid of an activation; its scale and zero point are of no account where the scheme is dynamic."""
+class ValueGrid(NamedTuple):
+    """The integer grid of an activation; where the scheme is dynamic, scale and zero point are not used."""
 
     scheme: QScheme
     scale: Tensor
@@ -65,32 +73,32 @@ class Value(NamedTuple):
     high: Tensor
 
 
-class Given(NamedTuple):
-    """What an artifact gives the executor.
+class IntegerModel(NamedTuple):
+    """An artifact in the form in which :class:`Integers` computes with it.
 
     Attributes:
       values: the integer grids of activations, by quantizer.
-      other: what happens to a value that has none, told the quantizer and the tensor.
+      other: quantizes an activation without an integer grid; takes the name of the quantizer and the tensor.
       wholes: parameters that are integers, by name.
-      biases: of layers that a BatchNorm is folded into, by name of the weight: that of the bias, and the BatchNorm.
-      extra: these biases, by name: integers, or real numbers.
-      dropped: names of parameters that are folded away.
+      biases: of each weight with a BatchNorm folded in, by the weight's name: the names of the bias and of the BatchNorm.
+      extra: the values of these biases, by name: integers, or real numbers.
+      dropped: names of the parameters of BatchNorms that are folded into weights.
     """
 
-    values: Mapping[str, Value]
+    values: Mapping[str, ValueGrid]
     other: Callable[[str, Tensor], Tensor]
-    wholes: Mapping[str, Whole]
+    wholes: Mapping[str, IntegerTensor]
     biases: Mapping[str, tuple[str, str]]
-    extra: Mapping[str, Whole | Tensor]
+    extra: Mapping[str, IntegerTensor | Tensor]
     dropped: frozenset[str]
 
 
-class Known(NamedTuple):
-    """An entry of the executor's memory: a tensor, its version when it was noted, and what it is."""
+class Noted(NamedTuple):
+    """A tensor that was noted as integers, with its version at that time: a later version holds other numbers."""
 
     tensor: Tensor
     version: int
-    whole: Whole
+    whole: IntegerTensor
 
 
 def rescaled(level: Tensor, ratio: Tensor) -> Tensor:
@@ -111,27 +119,36 @@ def rescaled(level: Tensor, ratio: Tensor) -> Tensor:
     """
     mantissa, exponent = torch.frexp(ratio)
     multiplier = (mantissa * 2**31).round().to(torch.int64)
-    shift = (31 - exponent).to(torch.int64)
     product = level.to(torch.int64) * multiplier
-    least = shift.clamp(1, 62)
-    down = product >> least
-    rest, half = product - (down << least), torch.ones_like(least) << (least - 1)
-    up = (rest > half) | ((rest == half) & (down % 2 == 1))
-    return torch.where(shift > 62, 0, down + up.to(torch.int64))
+    shift = (31 - exponent).to(torch.int64)
+    # int64 cannot be shifted by more than 63 bits; |product| <= 2 ** 62, so that any longer shift rounds to 0.
+    possible = shift.clamp(1, 62)
+    floor = product >> possible
+    remainder = product - (floor << possible)
+    half = torch.ones_like(possible) << (possible - 1)
+    is_odd = floor % 2 == 1
+    rounds_up = (remainder > half) | ((remainder == half) & is_odd)
+    return torch.where(shift > 62, 0, floor + rounds_up.to(torch.int64))
 
 
 def fitting(total: Tensor, where: str) -> Tensor:
-    """Exact sums as int32."""
+    """Exact sums, in any dtype, as int32.
+
+    Raises:
+      StateError: a sum is outside int32.
+    """
     total = total.double()
-    if total.numel() and not bool((total == total.round()).all() & (total >= INT32.min).all() & (total <= INT32.max).all()):
+    is_integer = (total == total.round()).all()
+    is_inside = (total >= INT32.min).all() & (total <= INT32.max).all()
+    if total.numel() and not bool(is_integer & is_inside):
         got = f"sums from {total.min():.0f} to {total.max():.0f}"
-        because, fix = "a chip adds in 32 bits", "fewer bits, or a layer with fewer inputs"
-        raise StateError(explain(where, "adding up in int32 is not possible", got=got, because=because, fix=fix))
+        because, fix = "a chip adds in 32 bits", "use fewer bits, or a layer with fewer inputs"
+        raise StateError(explain(where, "the sums do not fit in int32", got=got, because=because, fix=fix))
     return total.to(torch.int32)
 
 
 def constant_along(scale: Tensor, dims: tuple[int, ...]) -> Tensor | None:
-    """The scale, once for all of ``dims``, which are kept; ``None`` where it varies there."""
+    """The scale with ``dims`` reduced to size 1; ``None`` where it varies along them."""
     if scale.ndim == 0:
         return scale
     low, high = scale.amin(dims, keepdim=True), scale.amax(dims, keepdim=True)
@@ -139,64 +156,76 @@ def constant_along(scale: Tensor, dims: tuple[int, ...]) -> Tensor | None:
 
 
 def output_scale(name: str, scale: Tensor, groups: int) -> Tensor | None:
-    """A weight's scale for each output channel, shape ``()`` or ``(out,)``; ``None`` where it varies inside one."""
+    """A weight's scale for each output channel, shape ``()`` or ``(out,)``; ``None`` where it varies inside one.
+
+    Args:
+      name: the operation, one of ``LAYERS``.
+      scale: shape ``()``, or that of the weight.
+      groups: of the convolution.
+    """
     if scale.ndim == 0:
         return scale
+    # A deconvolution's weight is (in, out / groups, ...): its output channels lie along two axes.
     if name.startswith("conv_transpose"):
         scale = scale.reshape(groups, scale.shape[0] // groups, scale.shape[1], -1).transpose(1, 2).flatten(0, 1)
-    found = constant_along(scale.flatten(1), (1,))
-    return None if found is None else found.squeeze(1)
+    per_channel = constant_along(scale.flatten(1), (1,))
+    return None if per_channel is None else per_channel.squeeze(1)
 
 
 class Integers(Runner):
-    """Runs a model on integers as far as they reach.
+    """Runs a model in integers wherever the operands of a call are noted as integers, else in floating point.
+
+    Tensors are found again by their ``id``. An entry holds its tensor, so that no other one gets that id.
 
     Attributes:
-      computed: names of the calls that were done in integers, with how often each was.
+      computed: how often each operation was computed in integers, by name.
     """
 
-    def __init__(self, schedule: Schedule, given: Given) -> None:
+    def __init__(self, schedule: Schedule, model: IntegerModel) -> None:
         super().__init__(schedule, self._quantized)
-        self._given = given
-        self._known: dict[int, Known] = {}
+        self._model = model
+        self._noted_as: dict[int, Noted] = {}
         self._folded: dict[int, Tensor] = {}
         self._folds: dict[int, tuple[str, str]] = {}
         self._dropped: set[int] = set()
         self.computed: dict[str, int] = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, whole in self._given.wholes.items():
+        for name, whole in self._model.wholes.items():
             self._note(tensors[name], whole)
-        self._folds = {id(tensors[name]): fold for name, fold in self._given.biases.items()}
-        self._dropped = {id(tensors[name]) for name in self._given.dropped}
+        self._folds = {id(tensors[name]): fold for name, fold in self._model.biases.items()}
+        self._dropped = {id(tensors[name]) for name in self._model.dropped}
 
     def looks_inside(self) -> bool:
         return True
 
-    def compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def compute(self, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
         name = called(func)
         if name == "batch_norm":
             return self._normalized(func, args, kwargs)
-        first = args[0] if args else kwargs.get("input")
-        whole = self._lookup(first)
         if name in LAYERS:
             return self._layer(name, func, args, kwargs)
-        if name in PRODUCTS and whole is not None:
-            total = self._product(func, args, kwargs)
-            if total is not None:
-                return self._noted(total.real(first.dtype), total, name)
+        first: Any = args[0] if args else kwargs.get("input")
+        integers = self._lookup(first)
+        if name in PRODUCTS and integers is not None:
+            product = self._product(func, args, kwargs)
+            if product is not None:
+                return self._noted(product.real(first.dtype), product, name)
+        # The sum is made before the call: an addition in place changes its first operand.
         total = self._sum(args, kwargs) if name == "add" else None
         output = func(*args, **kwargs)
         if total is not None and isinstance(output, Tensor):
             return self._noted(output.copy_(total.real(output.dtype)), total, name)
-        if whole is not None and (name == "relu" or name in MOVES or name in SAME):
-            self._move(name, func, whole, (first, args, kwargs), output)
+        if integers is not None and (name == "relu" or name in MOVES or name in SAME):
+            self._move(name, func, integers, (first, args, kwargs), output)
         return output
 
-    def _note(self, tensor: Tensor, whole: Whole) -> None:
-        self._known[id(tensor)] = Known(tensor, writes_into(tensor), whole)
+    def _note(self, tensor: Tensor, whole: IntegerTensor) -> None:
+        """Remember that a tensor equals these integers."""
+        self._noted_as[id(tensor)] = Noted(tensor, writes_into(tensor), whole)
 
-    def _noted(self, tensor: Tensor, whole: Whole, name: str) -> Tensor:
+    def _noted(self, tensor: Tensor, whole: IntegerTensor, name: str) -> Tensor:
+        """The tensor, noted and counted as a result of this operation."""
         self._count(name)
         self._note(tensor, whole)
         return tensor
@@ -204,61 +233,66 @@ class Integers(Runner):
     def _count(self, name: str) -> None:
         self.computed[name] = self.computed.get(name, 0) + 1
 
-    def _lookup(self, tensor: Any) -> Whole | None:
-        """What a tensor is known as, unless it, or a view of it, was written to since."""
-        known = self._known.get(id(tensor))
-        return known.whole if known is not None and known.version == writes_into(known.tensor) else None
+    def _lookup(self, tensor: Any) -> IntegerTensor | None:
+        """The integers of a tensor, unless it, or a view of it, was written to since they were noted."""
+        noted = self._noted_as.get(id(tensor))
+        if noted is None or noted.version != writes_into(noted.tensor):
+            return None
+        return noted.whole
 
-    def _on_grid(self, tensor: Any) -> Whole | None:
-        """The same, of a tensor on a quantizer's grid."""
+    def _on_grid(self, tensor: Any) -> IntegerTensor | None:
+        """The integers of a tensor on a quantizer's grid: small enough to be multiplied, as sums are not."""
         whole = self._lookup(tensor)
         return whole if whole is not None and whole.largest else None
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
-        """The effect: onto the grid of a quantizer, from integers if it can be."""
-        value = self._given.values.get(name)
+        """The effect of a run: ``x`` on the grid of a quantizer, from its integers where it has them."""
+        value = self._model.values.get(name)
         if value is None:
-            return self._given.other(name, x)
-        value = _at_hand(value, x)
+            return self._model.other(name, x)
+        value = _grid_for(value, x)
+        integers = self._lookup(x)
+        granularity = value.scheme.granularity
         scale, zero, low, high = (
-            expand(part.double(), x, value.scheme.granularity)
-            for part in (value.scale, value.zero_point, value.low, value.high)
+            expand(part.double(), x, granularity) for part in (value.scale, value.zero_point, value.low, value.high)
         )
-        whole = self._lookup(x)
-        if whole is not None and not value.scheme.dynamic:
-            code = rescaled(whole.level, whole.scale / scale) + zero
+        if integers is not None and not value.scheme.dynamic:
+            code = rescaled(integers.level, integers.scale / scale) + zero
         else:
             code = _rounded(working(x), scale.float(), zero.float(), value.scheme).double()
         if bool(code.isnan().any()):
-            raise StateError(explain(name, "a code for NaN is not possible", fix="look at what reaches it"))
+            because, fix = "the grid is one of integers", "look for the operation that makes NaN"
+            raise StateError(explain(name, "NaN has no code", because=because, fix=fix))
         level = fitting(torch.minimum(torch.maximum(code, low), high) - zero, name)
-        bound = int(torch.maximum(value.high - value.zero_point, value.zero_point - value.low).max())
-        found = Whole(level, scale.expand(x.shape) if scale.ndim else scale, name, bound)
-        return self._noted(found.real(x.dtype), found, "quantize" if whole is None else "requantize")
+        largest = int(torch.maximum(value.high - value.zero_point, value.zero_point - value.low).max())
+        quantized = IntegerTensor(level, scale.expand(x.shape) if scale.ndim else scale, name, largest)
+        return self._noted(quantized.real(x.dtype), quantized, "quantize" if integers is None else "requantize")
 
-    def _layer(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A convolution or linear layer; with the bias of the BatchNorm that is folded into its weight."""
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        x, weight, bias = given["input"], self._on_grid(given["weight"]), given.get("bias")
-        rest = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
-        key, norm = self._folds.get(id(given["weight"]), ("", ""))
+    def _layer(self, name: str, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
+        """The result of a convolution or linear layer, with the bias of a BatchNorm that is folded into its weight."""
+        operands = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        x, weight, bias = operands["input"], operands["weight"], operands.get("bias")
+        options = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
+        bias_name, norm = self._folds.get(id(weight), ("", ""))
         if norm:
-            bias = self._given.extra[key]
-        whole = self._on_grid(x)
+            bias = self._model.extra[bias_name]
 
         def run(data: Tensor, kernel: Tensor) -> Tensor:
-            result: Tensor = func(data, kernel, None, *args[3:], **rest)
+            result: Tensor = func(data, kernel, None, *args[3:], **options)
             return result
 
         output = None
-        if whole is not None and weight is not None and given["weight"].ndim > 1:
-            groups = args[6] if len(args) > 6 else rest.get("groups", 1)
-            output = self._integer_layer(name, run, (whole, weight, groups), bias, x.dtype)
+        integers, weight_integers = self._on_grid(x), self._on_grid(weight)
+        if integers is not None and weight_integers is not None and weight.ndim > 1:
+            groups = args[6] if len(args) > 6 else options.get("groups", 1)  # the seventh argument of all convolutions
+            output = self._integer_layer(name, run, (integers, weight_integers, groups), bias, x.dtype)
         if not norm:
             return func(*args, **kwargs) if output is None else output
         if output is None:
-            output = run(x, given["weight"])
-            output = output + _beside(bias.real(output.dtype) if isinstance(bias, Whole) else bias, output, name)
+            output = run(x, weight)
+            folded_bias = self._model.extra[bias_name]
+            real = folded_bias.real(output.dtype) if isinstance(folded_bias, IntegerTensor) else folded_bias
+            output = output + _beside(real, output, name)
         self._folded[id(output)] = output
         return output
 
@@ -266,35 +300,48 @@ class Integers(Runner):
         self,
         name: str,
         run: Callable[[Tensor, Tensor], Tensor],
-        operands: tuple[Whole, Whole, int],
-        bias: Whole | Tensor | None,
+        operands: tuple[IntegerTensor, IntegerTensor, int],
+        bias: IntegerTensor | Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor | None:
+        """The layer in integers, a bias on the grid of the sums included; ``None`` where the scales vary inside a sum.
+
+        Args:
+          name: the operation.
+          run: the layer without its bias, of an input and a weight.
+          operands: the input, the weight, and the groups of a convolution.
+          bias: integers, or real numbers, which are added in float64.
+          dtype: of the result.
+        """
         x, weight, groups = operands
-        every = tuple(range(x.scale.ndim)) if name != "linear" else (-1,)
-        across, out = constant_along(x.scale, every), output_scale(name, weight.scale, groups)
-        if across is None or out is None:
+        # A linear layer sums along the last axis alone, so that each row may have its own scale.
+        summed = (-1,) if name == "linear" else tuple(range(x.scale.ndim))
+        input_scale, weight_scale = constant_along(x.scale, summed), output_scale(name, weight.scale, groups)
+        if input_scale is None or weight_scale is None:
             return None
         total = run(x.level.double(), weight.level.double())
-        scale = across.reshape(()) * _beside(out, total, name) if name != "linear" else across * out
-        scale = scale.expand(total.shape) if scale.ndim else scale
-        known = bias if isinstance(bias, Whole) else self._lookup(bias)
-        if known is not None and known.origin == x.origin:
-            total, bias = total + _beside(known.level, total, name), None
-        whole = Whole(fitting(total, name), scale)
-        if bias is None:
-            return self._noted(whole.real(dtype), whole, name)
-        real = known.real(torch.float64) if known is not None else torch.as_tensor(bias)
+        if name == "linear":
+            scale = input_scale * weight_scale
+        else:
+            scale = input_scale.reshape(()) * _beside(weight_scale, total, name)
+        integer_bias = bias if isinstance(bias, IntegerTensor) else self._lookup(bias)
+        is_on_grid = integer_bias is not None and integer_bias.origin == x.origin
+        if integer_bias is not None and is_on_grid:
+            total = total + _beside(integer_bias.level, total, name)
+        sums = IntegerTensor(fitting(total, name), scale.expand(total.shape) if scale.ndim else scale)
+        if bias is None or is_on_grid:
+            return self._noted(sums.real(dtype), sums, name)
+        real = torch.as_tensor(bias) if integer_bias is None else integer_bias.real(torch.float64)
         self._count(name)
-        return (whole.real(torch.float64) + _beside(real, total, name)).to(dtype)
+        return (sums.real(torch.float64) + _beside(real, total, name)).to(dtype)
 
-    def _product(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Whole | None:
-        """A matrix product of two tensors that are both on a grid, each with one scale along what is summed."""
+    def _product(self, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> IntegerTensor | None:
+        """The product of two matrices on grids, each with one scale along the summed axis; else ``None``."""
         operands = [*args, *kwargs.values()]
         if len(operands) != 2 or any(operand.ndim < 2 for operand in operands):
             return None
         if getattr(func, "__name__", "") == "__rmatmul__":
-            operands.reverse()
+            operands.reverse()  # a.__rmatmul__(b) is b @ a
         a, b = map(self._on_grid, operands)
         if a is None or b is None:
             return None
@@ -303,12 +350,13 @@ class Integers(Runner):
             return None
         total = torch.matmul(a.level.double(), b.level.double())
         scale = rows * columns
-        return Whole(fitting(total, "matmul"), scale.expand(total.shape) if scale.ndim else scale)
+        return IntegerTensor(fitting(total, "matmul"), scale.expand(total.shape) if scale.ndim else scale)
 
-    def _sum(self, args: Any, kwargs: Any) -> Whole | None:
-        """Two terms on grids of one scale each: both are brought to a common, finer step, and added in int32.
+    def _sum(self, args: Args, kwargs: Kwargs) -> IntegerTensor | None:
+        """The sum of two tensors on grids of one scale each, added in int32 on a common, finer grid; else ``None``.
 
-        With ``c = 2 max(s_a, s_b)`` and ``n`` bits of headroom, ``round(level * 2 ** n * s / c)`` of each.
+        With ``c = 2 max(s_a, s_b)`` and ``n`` free bits, each term is ``round(level * 2 ** n * s / c)``, at most half of
+        ``level * 2 ** n``. The sum has the step ``c / 2 ** n``.
         """
         operands = [*args, *kwargs.values()]
         if len(operands) != 2:
@@ -316,13 +364,24 @@ class Integers(Runner):
         a, b = map(self._on_grid, operands)
         if a is None or b is None or a.scale.ndim or b.scale.ndim:
             return None
-        headroom = 30 - max(a.largest, b.largest).bit_length()
+        free_bits = HEADROOM - max(a.largest, b.largest).bit_length()
         common = 2 * torch.maximum(a.scale, b.scale)
-        first, second = (rescaled(term.level << headroom, term.scale / common) for term in (a, b))
-        return Whole(fitting(first + second, "add"), common / 2**headroom)
+        first, second = (rescaled(term.level << free_bits, term.scale / common) for term in (a, b))
+        return IntegerTensor(fitting(first + second, "add"), common / 2**free_bits)
 
-    def _move(self, name: str, func: Callable[..., Any], whole: Whole, call: tuple[Any, Any, Any], output: Any) -> None:
-        """Note the results of what moves data, or of ReLU; what turns out to be other numbers is not noted."""
+    def _move(
+        self,
+        name: str,
+        func: Callable[..., Output],
+        whole: IntegerTensor,
+        call: tuple[Tensor, Args, Kwargs],
+        output: Output,
+    ) -> None:
+        """Note the results of a call that moves data, or of ReLU: the same call moves level and scale.
+
+        A result is noted only where it equals its integers, because a call may do more than its name says (``pad`` with
+        another number than 0, ``to`` another dtype).
+        """
         first, args, kwargs = call
 
         def moved(data: Tensor) -> list[Tensor]:
@@ -334,45 +393,48 @@ class Integers(Runner):
 
         results = [result for result in tensors(output) if result.is_floating_point()]
         levels = moved(whole.level.double())
-        scales = moved(whole.scale) if whole.scale.ndim and name != "relu" else [whole.scale] * len(levels)
+        has_one_scale = whole.scale.ndim == 0 or name == "relu"
+        scales = [whole.scale] * len(levels) if has_one_scale else moved(whole.scale)
         for result, level, scale in zip(results, levels, scales, strict=False):
-            found = whole._replace(level=level.to(torch.int32), scale=scale)
-            same = (
-                result.dtype == first.dtype and result.shape == level.shape and torch.equal(found.real(result.dtype), result)
-            )
-            if same and torch.equal(found.level.double(), level):
-                self._note(result, found)
+            if result.dtype != first.dtype or result.shape != level.shape:
+                continue
+            candidate = whole._replace(level=level.to(torch.int32), scale=scale)
+            is_equal = torch.equal(candidate.real(result.dtype), result)
+            if is_equal and torch.equal(candidate.level.double(), level):
+                self._note(result, candidate)
 
-    def _normalized(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A BatchNorm: nothing is left to do behind the layer that it is folded into."""
+    def _normalized(self, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
+        """The result of a BatchNorm: its input, where it is folded into the layer that made that."""
         x = args[0] if args else kwargs["input"]
-        if self._folded.pop(id(x), None) is not None:  # once: the next BatchNorm, if there is one, is another
+        if self._folded.pop(id(x), None) is not None:  # popped: a second BatchNorm behind the layer is computed
             return x
         if any(id(tensor) in self._dropped for tensor in tensors((args, kwargs))):
             because, fix = "the artifact folds it into the layer before it", "plan with an example that shows this call"
             raise StateError(
-                explain("artifact.run", "a BatchNorm behind another value is not possible", because=because, fix=fix)
+                explain(
+                    "artifact.run", "a folded BatchNorm cannot be computed behind another layer", because=because, fix=fix
+                )
             )
         return func(*args, **kwargs)
 
 
-def _at_hand(value: Value, x: Tensor) -> Value:
-    """The grid itself, or with a dynamic scheme that of the range of ``x``."""
+def _grid_for(value: ValueGrid, x: Tensor) -> ValueGrid:
+    """The grid; with a dynamic scheme, the one that covers the range of ``x``."""
     if not value.scheme.dynamic:
         return value
     limits = int(value.low.min()), int(value.high.max())
-    found = range_to_qparams(*min_max(x, value.scheme.granularity), value.scheme, limits=limits)
-    return value._replace(scale=found.scale, zero_point=found.zero_point)
+    qparams = range_to_qparams(*min_max(x, value.scheme.granularity), value.scheme, limits=limits)
+    return value._replace(scale=qparams.scale, zero_point=qparams.zero_point)
 
 
 def _rounded(x: Tensor, scale: Tensor, zero: Tensor, scheme: QScheme) -> Tensor:
-    """Codes, not clamped, in the rounding order of ``learnable``: kernel order per tensor, else expression order."""
-    if isinstance(scheme.granularity, PerTensor):
+    """Codes, not clamped, in the rounding order of the fake quantizer ``learnable``, so that both give the same codes."""
+    if isinstance(scheme.granularity, PerTensor):  # as torch's kernel for one scale
         return torch.round(x * (1 / scale)) + zero
     return torch.round(x / scale + zero)
 
 
 def _beside(channels: Tensor, like: Tensor, name: str) -> Tensor:
     """A number for each output channel, in a shape that broadcasts against a layer's result."""
-    after = 0 if name == "linear" else int(name[-2])
+    after = 0 if name == "linear" else int(name[-2])  # "conv2d": two axes behind the channels
     return channels if channels.ndim == 0 else channels.reshape(-1, *(1,) * after)

@@ -225,7 +225,7 @@ def test_tensors_go_to_the_device_that_is_asked_for(tmp_path: Path) -> None:
     sq.save(tmp_path / "a", plan=r.q.plan, qparams=r.qparams, ostate=ostate, params=r.params)
     found = sq.load(tmp_path / "a", device=torch.device("meta"))
     assert all(t.is_meta for part in (found.qparams, found.ostate, found.params) for t in leaves(part))
-    says(sq.ConfigError, lambda: sq.load(tmp_path / "a", device="gpu9"), "this device", "'gpu9'")
+    says(sq.ConfigError, lambda: sq.load(tmp_path / "a", device="gpu9"), "this is not a device", "'gpu9'")
 
 
 PART = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="./\\"), min_size=1, max_size=6)

@@ -39,21 +39,21 @@ def test_the_first_code_is_in_the_lowest_bits(bits: int, codes: list[int]) -> No
 
 @pytest.mark.parametrize("bits", [0, 9, 4.0, True])
 def test_a_width_that_is_none_is_refused(bits: object) -> None:
-    with pytest.raises(sq.ConfigError, match=r"pack: this bit width is not possible: got .*, allowed 1\.\.8"):
+    with pytest.raises(sq.ConfigError, match=r"pack: codes of this width cannot be packed: got .*, allowed 1\.\.8"):
         sq.pack(torch.tensor([1]), bits)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("codes", [[8, -1], [16], [-9]])
 def test_codes_that_do_not_fit_are_refused(codes: list[int]) -> None:
-    with pytest.raises(sq.StateError, match="pack: 4 bits is not possible: got 'codes from"):
+    with pytest.raises(sq.StateError, match="pack: the codes do not fit in 4 bits: got 'codes from"):
         sq.pack(torch.tensor(codes), 4)
 
 
 def test_what_is_no_integer_is_refused() -> None:
-    with pytest.raises(sq.StateError, match="these codes"):
+    with pytest.raises(sq.StateError, match="codes must be integers"):
         sq.pack(torch.tensor([1.0]), 4)
 
 
 def test_bytes_of_another_shape_are_refused() -> None:
-    with pytest.raises(sq.StateError, match=r"4-bit codes of shape \(3, 3\) is not possible: .*allowed .*\(5,\)"):
+    with pytest.raises(sq.StateError, match=r"these bytes do not hold 4-bit codes of shape \(3, 3\): .*allowed .*\(5,\)"):
         sq.unpack(torch.zeros(4, dtype=torch.uint8), 4, (3, 3), signed=True)

@@ -38,18 +38,18 @@ GRAINS: dict[str, Granularity] = {
 }
 OFF_GRID = "its values do not lie on the grid of these qparams"
 TORCH = (
-    "codes of float8_e4m3fn",
-    "codes of float8_e5m2",
-    "codes of a table",
-    "codes of float16",
-    "codes of bfloat16",
-    "one scale for each group",
-    "PerToken on a weight",
+    "PT2E has no operators for codes of float8_e4m3fn",
+    "PT2E has no operators for codes of float8_e5m2",
+    "no operator has codes of a table",
+    "no operator has codes of float16",
+    "no operator has codes of bfloat16",
+    "PT2E has no operators with one scale for each group",
+    "no operator has PerToken on a weight",
 )
-"""What export.torch cannot say by itself."""
+"""What export.torch cannot express, beyond what has no codes."""
 
-TABLES = ("a dynamic range", "this granularity")
-"""What a chip's tables cannot say by themselves."""
+TABLES = ("the tables cannot hold a dynamic range", "the tables cannot hold this granularity")
+"""What a chip's tables cannot hold, beyond what has no codes."""
 
 ROUNDED_OTHERWISE = ("learnable", "dorefa")
 """``learnable`` multiplies with a neighbour of its scale, as recorded numbers want it; ``dorefa`` divides by its steps."""

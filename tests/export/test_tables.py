@@ -264,12 +264,12 @@ def test_files_have_their_names_and_nothing_changes(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "dynamic": ({"dynamic": True}, {}, "a dynamic range"),
-    "channels": ({"granularity": sq.PerChannel(1)}, {}, "this granularity"),
+    "dynamic": ({"dynamic": True}, {}, "the tables cannot hold a dynamic range"),
+    "channels": ({"granularity": sq.PerChannel(1)}, {}, "the tables cannot hold this granularity"),
     "mode": ({}, {"work_mode": "QAT_all_int4"}, "work mode 'QAT_all_int4' is not known"),
-    "folder in name": ({}, {"name": "../out"}, "this name"),
+    "folder in name": ({}, {"name": "../out"}, "file names cannot begin with this name"),
     "unknown name": ({}, {"names": {"fc.weight_fake_quan": "y"}}, "did you mean 'fc.weight_fake_quant'"),
-    "same name": ({}, {"names": {"x.post_act_fake_quantizer": "fc_Gemm"}}, "the name 'fc_Gemm_8'"),
+    "same name": ({}, {"names": {"x.post_act_fake_quantizer": "fc_Gemm"}}, "the name 'fc_Gemm_8' is taken"),
 }
 
 
@@ -318,7 +318,9 @@ def test_steps_of_values_that_are_no_codes_are_refused(tmp_path: Path) -> None:
     written(made, tmp_path)
     name = "x.post_act_fake_quantizer"
     between = made.qparams[name]._replace(zero_point=made.qparams[name].zero_point + 0.25)
-    with pytest.raises(sq.ConfigError, match=r"steps of lsq_plus.* is not possible \(because its zero point is no code"):
+    with pytest.raises(
+        sq.ConfigError, match=r"the tables cannot hold the steps of lsq_plus.* \(because its zero point is no code"
+    ):
         written(made._replace(qparams={**made.qparams, name: between}), tmp_path)
 
 

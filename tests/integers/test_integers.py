@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.integers._integers import Integers, Known, Whole, fitting, rescaled
+from sophq_func.integers._integers import Integers, IntegerTensor, Noted, fitting, rescaled
 from tests.golden.models import INPUT_SHAPES, build
 from tests.helpers import Digits, accuracy, ready
 from tests.ties import check_both
@@ -179,20 +179,20 @@ def test_a_fixed_point_product_is_rounded_once(level: int, ratio: float) -> None
 
 
 def test_sums_beyond_32_bits_are_refused() -> None:
-    with pytest.raises(sq.StateError, match="linear: adding up in int32 is not possible: got 'sums from 0 to 2147483648'"):
+    with pytest.raises(sq.StateError, match="linear: the sums do not fit in int32: got 'sums from 0 to 2147483648'"):
         fitting(torch.tensor([0.0, 2.0**31], dtype=torch.float64), "linear")
     model, x = nn.Linear(64, 2, bias=False).eval(), torch.ones(3, 64)
     model.weight.data.fill_(1.0)
     wide = sq.QuantConfig(weight=sq.override(bits=16), activation=sq.override(bits=16))
     r = ready(model, x, config=wide)
-    with pytest.raises(sq.StateError, match="adding up in int32"):
+    with pytest.raises(sq.StateError, match="the sums do not fit in int32"):
         sq.convert(r.q, r.params, r.qparams).run(x)
 
 
 def test_nan_has_no_code() -> None:
     model, x = nn.Linear(4, 2).eval(), torch.randn(3, 4)
     r = ready(model, x)
-    with pytest.raises(sq.StateError, match=r"input\.post_act_fake_quantizer: a code for NaN"):
+    with pytest.raises(sq.StateError, match=r"input\.post_act_fake_quantizer: NaN has no code"):
         sq.convert(r.q, r.params, r.qparams).run(x * torch.nan)
 
 
@@ -213,11 +213,11 @@ def test_what_is_said_to_be_integers_is(
     x = torch.randn(2, *INPUT_SHAPES[name][1:], generator=torch.Generator().manual_seed(seed))
     r = ready(build(name, seed).eval(), x, config=config(strategy, bits, symmetric, grain, pot_scale=pot))
     artifact = sq.convert(r.q, r.params, r.qparams)
-    noted: list[Known] = []
+    noted: list[Noted] = []
 
     class Watched(Integers):
-        def _note(self, tensor: Tensor, whole: Whole) -> None:
-            noted.append(Known(tensor.clone(), 0, whole))
+        def _note(self, tensor: Tensor, whole: IntegerTensor) -> None:
+            noted.append(Noted(tensor.clone(), 0, whole))
             super()._note(tensor, whole)
 
     with torch.no_grad():
