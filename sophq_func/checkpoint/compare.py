@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import zip_longest
-from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def differences(
     return found
 
 
-def _of_names(names: Mapping[str, Any], here: Plan) -> Iterator[str]:
+def _of_names(names: Mapping[str, object], here: Plan) -> Iterator[str]:
     yield from (f"missing in the file: {name}" for name in here if name not in names)
     yield from (f"unknown to the plan: {name}" for name in names if name not in here)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sophq_func.capture import reasons_of_refusal, refusals_of_export, suggested_fixes, suggested_range
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.pytree import flatten, paths, tensors, tree_map
-from sophq_func.core.types import Args
+from sophq_func.core.types import Args, Tree
 from sophq_func.export._program import Call, Program
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _exported(made: Program, sized: Call, bounds: Bounds) -> ExportedProgram:
     signature = made.signature(len(args), kwargs)
     dims: dict[str, Any] = {}
 
-    def shape(leaf: Any) -> Any:
+    def shape(leaf: Tree) -> dict[int, Any] | None:
         names = leaf.axes if isinstance(leaf, _Sized) else {}
         for name in names.values():
             limits = {"min": 1, **bounds.get(name, {})}
@@ -128,7 +128,7 @@ def _symbols(program: ExportedProgram, sized: Call) -> dict[str, str]:
     return symbols
 
 
-def _example(leaf: Any) -> Any:
+def _example(leaf: Tree) -> Tree:
     """The example's tensor, with dynamic axes of size 1 repeated: torch.export makes a size of 1 a constant."""
     if not isinstance(leaf, _Sized):
         return leaf
@@ -144,7 +144,7 @@ def _by_batch(call: Call, dynamic: bool) -> Call:
     if not dynamic or not first_sizes:
         return call
 
-    def sized(leaf: Any) -> Any:
+    def sized(leaf: Tree) -> Tree:
         has_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == first_sizes[0]
         return _Sized(leaf, {0: "batch"}) if has_batch else leaf
 
@@ -170,7 +170,7 @@ def _by_name(where: str, made: Program, call: Call, axes: Axes) -> Call:
     return named
 
 
-def _misspelled(where: str, axes: Any) -> Iterator[str]:
+def _misspelled(where: str, axes: object) -> Iterator[str]:
     """Errors where ``axes`` is not a mapping of arguments to mappings of axes to identifiers."""
     fix = "dynamic_axes={'x': {0: 'batch', 1: 'length'}}"
     if not isinstance(axes, Mapping) or not all(isinstance(names, Mapping) for names in axes.values()):

@@ -135,7 +135,7 @@ class Program(nn.Module):
         """Names of parameters whose codes fit in four bits."""
         return [name for name, (_, grid) in self._found.stored.items() if grid.dtype in BYTES and grid.bits <= 4]
 
-    def signature(self, count: int, kwargs: Mapping[str, Any]) -> Signature:
+    def signature(self, count: int, kwargs: Kwargs) -> Signature:
         """A signature for calls with ``count`` positional arguments and these keyword arguments.
 
         Arguments that the model takes as ``*rest`` are ``rest_0``, ``rest_1``, ...

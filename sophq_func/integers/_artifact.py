@@ -15,7 +15,7 @@ from sophq_func.codes import BY_BLOCKS, Grid, Stored, is_integer, unpack
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.integers._integers import IntegerModel, Integers, IntegerTensor, ValueGrid
 from sophq_func.model.finite import check_reached
 from sophq_func.model.quantized import Quantized
@@ -271,7 +271,7 @@ def _widened(call: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
     return widened
 
 
-def _as_float32(leaf: Any) -> Any:
+def _as_float32(leaf: Tree) -> Tree:
     return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
 
 
