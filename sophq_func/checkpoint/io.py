@@ -316,14 +316,14 @@ def _parts(tensors: Tensors, text: Text) -> Parts:
         if part not in groups or not rest:
             raise ValueError(f"it holds a tensor {short(name)} that belongs to none of its parts")
         groups[part][rest] = tensor
-    found: Parts = dict(groups)
+    parts: Parts = dict(groups)
     if "plan" in names:
-        found["plan"] = _plan(text["plan"], text["digest"])
-    if "qparams" in found:
-        found["qparams"] = _qparams(groups["qparams"])
-    if "ostate" in found and "plan" in found:
-        found["ostate"] = _states(found["plan"], groups["ostate"])
-    return found
+        parts["plan"] = _plan(text["plan"], text["digest"])
+    if "qparams" in parts:
+        parts["qparams"] = _qparams(groups["qparams"])
+    if "ostate" in parts and "plan" in parts:
+        parts["ostate"] = _states(parts["plan"], groups["ostate"])
+    return parts
 
 
 def _plan(text: str, digest: str) -> Plan:

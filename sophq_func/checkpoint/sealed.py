@@ -222,15 +222,15 @@ def _length(head: bytes, size: int) -> int:
 
 def _read_header(head: bytes, size: int) -> Header:
     """The header, after everything is checked that can be checked without the data; also the checksum of the text."""
-    found = parse(head[8:].decode("utf-8"), "the header")
-    metadata = found.pop("__metadata__", None)
+    header = parse(head[8:].decode("utf-8"), "the header")
+    metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("it has no text in its header, so that sq.save did not write it")
     if SEAL not in metadata or SEALS not in metadata:
         raise ValueError("it has no checksums, so that sq.save did not write it")
     if metadata.pop(SEAL) != _seal_of_text(metadata):
         raise ValueError("the text in its header is not what its checksum says: it was damaged")
-    entries = {name: _entry(name, value) for name, value in found.items()}
+    entries = {name: _entry(name, value) for name, value in header.items()}
     _check_places(entries, size - len(head))
     seals = parse(metadata.pop(SEALS), "the list of checksums")
     different = sorted(seals.keys() ^ entries.keys())
@@ -241,19 +241,19 @@ def _read_header(head: bytes, size: int) -> Header:
 
 def parse(text: str, what: str) -> dict[str, object]:
     """A JSON object; repeated names, and numbers that JSON does not have, are errors."""
-    found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    if not isinstance(found, dict):
+    value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    if not isinstance(value, dict):
         raise ValueError(f"{what} is no JSON object")
-    return found
+    return value
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The pairs as a dict, for :func:`json.loads`, which keeps the last of repeated names without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the name {short(name)} is there twice")
-    return found
+    return values
 
 
 def _no_number(text: str) -> NoReturn:
