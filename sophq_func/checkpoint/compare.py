@@ -1,11 +1,10 @@
-"""What differs between stored parts and the quantized model that they are to be used with, in a line each."""
+"""Compare the parts of a checkpoint with a quantized model: one line for each difference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import zip_longest
-from typing import Any
 
 from torch import Tensor
 
@@ -23,25 +22,34 @@ def differences(
     ostate: Mapping[str, State] | None,
     params: Mapping[str, Tensor] | None,
 ) -> list[str]:
-    """Every difference as a line that names the quantizer or parameter; none where the parts can be used with ``q``."""
+    """All differences, each as a line that names the quantizer or parameter; empty if the parts fit ``q``.
+
+    Args:
+      q: the quantized model or the plan to use the parts with.
+      plan, qparams, ostate, params: the parts; ``None`` for those that the checkpoint does not have.
+    """
     here = q.plan if isinstance(q, Quantized) else q
-    found = [] if plan is None else list(_of_plans(plan, here))
-    if plan is None and qparams is not None:
-        found += _of_names(qparams, here)
+    lines: list[str] = []
+    if plan is not None:
+        lines += _of_plans(plan, here)
+    elif qparams is not None:
+        lines += _of_names(qparams, here)
     weights = q.engine.empty_params() if isinstance(q, Quantized) else {}
     wanted = {} if qparams is None and ostate is None else expected(here, weights)
-    found += qparams_misfits(qparams or {}, wanted) + state_misfits(ostate or {}, wanted)
+    lines += qparams_misfits(qparams or {}, wanted) + state_misfits(ostate or {}, wanted)
     if params is not None and isinstance(q, Quantized):
-        found += _of_params(params, weights)
-    return found
+        lines += _of_params(params, weights)
+    return lines
 
 
-def _of_names(names: Mapping[str, Any], here: Plan) -> Iterator[str]:
+def _of_names(names: Mapping[str, object], here: Plan) -> Iterator[str]:
+    """Quantizers that only the file or only the plan has."""
     yield from (f"missing in the file: {name}" for name in here if name not in names)
     yield from (f"unknown to the plan: {name}" for name in names if name not in here)
 
 
 def _of_plans(stored: Plan, here: Plan) -> Iterator[str]:
+    """Differences of quantizers; and of the calls between them, if the quantizers are the same."""
     yield from _of_names(stored, here)
     for name, changed in stored.diff(here).changed.items():
         for field, (before, after) in changed.items():
@@ -54,37 +62,39 @@ def _of_plans(stored: Plan, here: Plan) -> Iterator[str]:
 
 
 def _of_calls(stored: Plan, here: Plan) -> Iterator[str]:
-    """What the model does otherwise between the quantizers, where these are the same."""
+    """Differences in how often modules and functions are called, and in what the plan leaves alone."""
     counts: Iterator[tuple[Counts, Counts]] = zip_longest(stored.counts, here.counts, fillvalue={})
     for number, (before, after) in enumerate(counts):
         for path, function in sorted(before.keys() | after.keys()):
             there, now = before.get((path, function), 0), after.get((path, function), 0)
             if there != now:
                 yield f"calls of {function or 'the module'} in {path!r}, example {number}: {there} in the file, {now} here"
-    for what, own, other in (
-        ("modules whose inside is not looked at", stored.opaque, here.opaque),
-        ("inputs that the model writes into", stored.written, here.written),
-    ):
-        if own != other:
-            yield f"{what}: {own!r} in the file, {other!r} here"
+    if stored.opaque != here.opaque:
+        yield f"modules whose inside is not traced: {stored.opaque!r} in the file, {here.opaque!r} here"
+    if stored.written != here.written:
+        yield f"inputs that the model writes into: {stored.written!r} in the file, {here.written!r} here"
 
 
 def _of_sites(name: str, before: Site, after: Site) -> Iterator[str]:
-    """Where a quantizer sits otherwise; the shape of an activation comes with the example's batch."""
+    """Differences of a quantizer's site, except for the shape of an activation, which depends on the example's batch."""
     if before.kind != after.kind:
-        yield f"{name}: its place is that of a {before.kind} in the file, of a {after.kind} here"
+        yield f"{name}: its site is that of a {before.kind} in the file, of a {after.kind} here"
         return
+    are_activations = before.role == after.role == "activation"
     for field in (f.name for f in fields(before) if f.compare):
         there, here = getattr(before, field), getattr(after, field)
-        if there != here and not (field == "shape" and before.role == after.role == "activation"):
-            yield f"{name}: {field} of its place is {there!r} in the file, {here!r} here"
+        depends_on_batch = field == "shape" and are_activations
+        if there != here and not depends_on_batch:
+            yield f"{name}: {field} of its site is {there!r} in the file, {here!r} here"
 
 
 def _of_params(params: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Iterator[str]:
+    """Parameters that only the file or only the model has, and those of another dtype or shape."""
     yield from (f"missing in the file: parameter {name}" for name in here if name not in params)
     yield from (f"unknown to the model: parameter {name}" for name in sorted(params) if name not in here)
-    both = {name: (params[name], Leaf(tuple(other.shape), other.dtype)) for name, other in here.items() if name in params}
-    front = front_axes(both.values())
-    for name, (own, leaf) in both.items():
-        if own.dtype != leaf.dtype or not is_shaped(own, leaf, front):
-            yield f"parameter {name}: {own.dtype} {tuple(own.shape)} in the file, {leaf} here"
+    in_both = [name for name in here if name in params]
+    pairs = {name: (params[name], Leaf(tuple(here[name].shape), here[name].dtype)) for name in in_both}
+    front = front_axes(pairs.values())  # the extra leading axes of a stack of several params
+    for name, (stored, expected_leaf) in pairs.items():
+        if stored.dtype != expected_leaf.dtype or not is_shaped(stored, expected_leaf, front):
+            yield f"parameter {name}: {stored.dtype} {tuple(stored.shape)} in the file, {expected_leaf} here"

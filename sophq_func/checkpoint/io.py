@@ -39,6 +39,9 @@ KEYS = ("format", "version", "library", "torch", "parts")
 
 Tensors = dict[str, Tensor]
 Text = dict[str, str]
+Parts = dict[str, Any]
+"""The parts of a file by name, which may have any type before they are checked."""
+
 Migration = Callable[[Tensors, Text], tuple[Tensors, Text]]
 """Turns the tensors and text of a file of one version into those of the next; must not change its arguments."""
 
@@ -226,7 +229,7 @@ def _device(device: str | torch.device) -> torch.device:
         raise ConfigError(explain("load", "this is not a device", got=device, allowed="'cpu', 'cuda', ...")) from None
 
 
-def _check_parts(parts: Mapping[str, Any]) -> None:
+def _check_parts(parts: Parts) -> None:
     """Raise a :class:`StateError` unless the parts fit together."""
     plan = parts.get("plan")
     if not parts:
@@ -257,7 +260,7 @@ def _check_parts(parts: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(parts: Mapping[str, Any]) -> Tensors:
+def _flat(parts: Parts) -> Tensors:
     """All tensors by their names in the file, ``<part>.<name>``.
 
     Raises:
@@ -299,7 +302,7 @@ def _migrated(tensors: Tensors, text: Text) -> tuple[Tensors, Text]:
     return tensors, {**text, "version": str(VERSION)}
 
 
-def _parts(tensors: Tensors, text: Text) -> dict[str, Any]:
+def _parts(tensors: Tensors, text: Text) -> Parts:
     """The parts that the text lists, made of the tensors; they are not yet checked against each other."""
     names = text.get("parts", "").split(" ")
     if len(set(names)) < len(names) or not set(names) <= set(PARTS):
@@ -313,14 +316,14 @@ def _parts(tensors: Tensors, text: Text) -> dict[str, Any]:
         if part not in groups or not rest:
             raise ValueError(f"it holds a tensor {short(name)} that belongs to none of its parts")
         groups[part][rest] = tensor
-    found: dict[str, Any] = dict(groups)
+    parts: Parts = dict(groups)
     if "plan" in names:
-        found["plan"] = _plan(text["plan"], text["digest"])
-    if "qparams" in found:
-        found["qparams"] = _qparams(groups["qparams"])
-    if "ostate" in found and "plan" in found:
-        found["ostate"] = _states(found["plan"], groups["ostate"])
-    return found
+        parts["plan"] = _plan(text["plan"], text["digest"])
+    if "qparams" in parts:
+        parts["qparams"] = _qparams(groups["qparams"])
+    if "ostate" in parts and "plan" in parts:
+        parts["ostate"] = _states(parts["plan"], groups["ostate"])
+    return parts
 
 
 def _plan(text: str, digest: str) -> Plan:

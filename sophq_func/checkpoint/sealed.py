@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Header(NamedTuple):
     length: int
     entries: dict[str, Entry]
     metadata: dict[str, str]
-    seals: dict[str, str]
+    seals: dict[str, object]
 
 
 def refuse(path: Path, sentence: str, because: str, fix: str) -> NoReturn:
@@ -181,10 +181,10 @@ def _entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
 def _head(entries: Mapping[str, Entry], metadata: Mapping[str, str], seals: Mapping[str, str]) -> bytes:
     """The first bytes of a file: the length of the header, and the header, filled with spaces up to a multiple of eight."""
     sealed = {**metadata, SEALS: json.dumps(seals, sort_keys=True)}
-    found: dict[str, Any] = {"__metadata__": {**sealed, SEAL: _seal_of_text(sealed)}}
+    header: dict[str, object] = {"__metadata__": {**sealed, SEAL: _seal_of_text(sealed)}}
     for name, (dtype, shape, begin, end) in entries.items():
-        found[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -222,15 +222,15 @@ def _length(head: bytes, size: int) -> int:
 
 def _read_header(head: bytes, size: int) -> Header:
     """The header, after everything is checked that can be checked without the data; also the checksum of the text."""
-    found = parse(head[8:].decode("utf-8"), "the header")
-    metadata = found.pop("__metadata__", None)
+    header = parse(head[8:].decode("utf-8"), "the header")
+    metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("it has no text in its header, so that sq.save did not write it")
     if SEAL not in metadata or SEALS not in metadata:
         raise ValueError("it has no checksums, so that sq.save did not write it")
     if metadata.pop(SEAL) != _seal_of_text(metadata):
         raise ValueError("the text in its header is not what its checksum says: it was damaged")
-    entries = {name: _entry(name, value) for name, value in found.items()}
+    entries = {name: _entry(name, value) for name, value in header.items()}
     _check_places(entries, size - len(head))
     seals = parse(metadata.pop(SEALS), "the list of checksums")
     different = sorted(seals.keys() ^ entries.keys())
@@ -239,27 +239,28 @@ def _read_header(head: bytes, size: int) -> Header:
     return Header(len(head), entries, metadata, seals)
 
 
-def parse(text: str, what: str) -> dict[str, Any]:
+def parse(text: str, what: str) -> dict[str, object]:
     """A JSON object; repeated names, and numbers that JSON does not have, are errors."""
-    found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    if not isinstance(found, dict):
+    value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    if not isinstance(value, dict):
         raise ValueError(f"{what} is no JSON object")
-    return found
+    return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The pairs as a dict, for :func:`json.loads`, which keeps the last of repeated names without a word."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the name {short(name)} is there twice")
-    return found
+    return values
 
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def _entry(name: str, value: Any) -> Entry:
+def _entry(name: str, value: object) -> Entry:
     """One tensor's entry in the header, checked: its shape and dtype take as many bytes as its offsets span."""
     problem = name_problem(name)
     if problem:
@@ -276,7 +277,7 @@ def _entry(name: str, value: Any) -> Entry:
     return Entry(dtype, tuple(shape), *place)
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
 
 
@@ -291,7 +292,7 @@ def _check_places(entries: Mapping[str, Entry], size: int) -> None:
         raise ValueError(f"its tensors take {end} bytes, and it holds {size}: it was cut or added to")
 
 
-def _read_tensor(file: BinaryIO, name: str, entry: Entry, seal: str) -> Tensor:
+def _read_tensor(file: BinaryIO, name: str, entry: Entry, seal: object) -> Tensor:
     """The tensor whose bytes are next in a file, after its checksum is checked."""
     size = entry.end - entry.begin
     raw = torch.empty(size, dtype=torch.uint8)

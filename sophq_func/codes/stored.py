@@ -161,13 +161,15 @@ def _grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool) 
 
 def integer_grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool = False) -> Grid:
     """The grid of scale, zero point and bounds; it does not check that the quantizer computes nothing else."""
-    own = fake.grid(qparams, scheme)
-    low, high = (torch.as_tensor(bound, device=own.scale.device).detach().to(torch.int32) for bound in bounds(own, scheme))
+    effective = fake.grid(qparams, scheme)
+    low, high = (
+        torch.as_tensor(bound, device=effective.scale.device).detach().to(torch.int32) for bound in bounds(effective, scheme)
+    )
     name, bits = integer_format(int(low.min()), int(high.max()))
     parts: dict[str, Tensor] = {}
     if not dynamic:
-        parts["scale"] = positive(own.scale.detach())
-        parts["zero_point"] = zero_code(own, low, high, scheme).detach()
+        parts["scale"] = positive(effective.scale.detach())
+        parts["zero_point"] = zero_code(effective, low, high, scheme).detach()
     return Grid(
         format=name,
         bits=bits,
@@ -202,8 +204,8 @@ def weight_codes(
         return grid
     dtype = torch.float32 if wide and parameter.is_floating_point() and parameter.element_size() < 4 else None
     if scheme.dynamic:  # the weight is a constant, and so is its range
-        own = in_force(fake, weight.seen_part(params, dtype=dtype), qparams, scheme)
-        grid = _grid(fake, own, scheme, False)
+        effective = in_force(fake, weight.seen_part(params, dtype=dtype), qparams, scheme)
+        grid = _grid(fake, effective, scheme, False)
     codes = torch.empty(_shape_seen(weight, parameter), dtype=grid.dtype, device=parameter.device)
     parts_of_slices: list[Mapping[str, Tensor]] = []
     axis = 0
@@ -256,10 +258,10 @@ def _holds_nan(fake: FakeQuantize, part: Slice) -> bool:
 
 def _nearest(fake: FakeQuantize, y: Tensor, part: Slice, scheme: QScheme) -> tuple[Codes, Tensor]:
     """The integer codes nearest to ``y``, the quantized slice, and their real numbers."""
-    own = fake.grid(in_force(fake, part.seen, part.qparams, scheme), scheme)
-    own = own._replace(scale=positive(own.scale))
-    codes = affine.nearest(y, own, scheme)
-    return codes, affine.decode(codes, own, scheme)
+    effective = fake.grid(in_force(fake, part.seen, part.qparams, scheme), scheme)
+    effective = effective._replace(scale=positive(effective.scale))
+    codes = affine.nearest(y, effective, scheme)
+    return codes, affine.decode(codes, effective, scheme)
 
 
 def _is_near(value: Tensor, y: Tensor, dtype: torch.dtype) -> bool:

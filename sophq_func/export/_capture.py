@@ -13,7 +13,7 @@ from torch import Tensor
 from sophq_func.capture import reasons_of_refusal, refusals_of_export, suggested_fixes, suggested_range
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.pytree import flatten, paths, tensors, tree_map
-from sophq_func.core.types import Args
+from sophq_func.core.types import Args, Tree
 from sophq_func.export._program import Call, Program
 
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ class Captured(NamedTuple):
 
 
 def captured(
-    where: str, made: Program, args: Args, kwargs: dict[str, Any], dynamic_batch: bool, axes: Axes | None = None
+    where: str, module: Program, args: Args, kwargs: dict[str, Any], dynamic_batch: bool, axes: Axes | None = None
 ) -> Captured:
     """The program of a module, captured by torch.export; only dynamic axes accept sizes other than those of the example.
 
     Args:
       where: the function that the user called, for errors.
-      made: the module.
+      module: from :func:`~sophq_func.export._program.program`.
       args, kwargs: the example.
       dynamic_batch: each first axis is dynamic that is as long as the first axis of the first tensor.
       axes: the dynamic axes; replaces ``dynamic_batch``.
@@ -79,42 +79,42 @@ def captured(
       ConfigError: there are no such axes, or the model does not accept other sizes.
     """
     if axes is not None:
-        sized = _by_name(where, made, (args, kwargs), axes)
+        sized = _by_name(where, module, (args, kwargs), axes)
     else:
         sized = _by_batch((args, kwargs), dynamic_batch)
     try:
-        program = _exported(made, sized, {})
+        program = _exported(module, sized, {})
     except refusals_of_export() as error:
         # Axes that the user names may be limited to a range that torch.export suggests; a second refusal is final.
         bounds = {} if axes is None else _bounds(str(error))
         if not bounds:
             raise ConfigError(_refusal(where, str(error), axes)) from error
         try:
-            program = _exported(made, sized, bounds)
+            program = _exported(module, sized, bounds)
         except refusals_of_export() as second:
             raise ConfigError(_refusal(where, str(second), axes)) from second
     return Captured(program, _symbols(program, sized))
 
 
-def _exported(made: Program, sized: Call, bounds: Bounds) -> ExportedProgram:
+def _exported(module: Program, sized: Call, bounds: Bounds) -> ExportedProgram:
     """The program that torch.export makes, with sizes limited to ``bounds``."""
     args, kwargs = tree_map(_example, sized)
-    signature = made.signature(len(args), kwargs)
+    signature = module.signature(len(args), kwargs)
     dims: dict[str, Any] = {}
 
-    def shape(leaf: Any) -> Any:
+    def shape(leaf: Tree) -> dict[int, Any] | None:
         names = leaf.axes if isinstance(leaf, _Sized) else {}
         for name in names.values():
             limits = {"min": 1, **bounds.get(name, {})}
             dims.setdefault(name, torch.export.Dim(name, **limits))
         return {axis: dims[name] for axis, name in names.items()} or None
 
-    given = signature.bind(*sized[0], **sized[1]).arguments
-    shapes = {name: tree_map(shape, value) for name, value in given.items()}
+    arguments = signature.bind(*sized[0], **sized[1]).arguments
+    shapes = {name: tree_map(shape, value) for name, value in arguments.items()}
 
-    made.called_as(signature)
+    module.called_as(signature)
     with torch.no_grad():
-        return torch.export.export(made, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
+        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
 
 
 def _symbols(program: ExportedProgram, sized: Call) -> dict[str, str]:
@@ -128,7 +128,7 @@ def _symbols(program: ExportedProgram, sized: Call) -> dict[str, str]:
     return symbols
 
 
-def _example(leaf: Any) -> Any:
+def _example(leaf: Tree) -> Tree:
     """The example's tensor, with dynamic axes of size 1 repeated: torch.export makes a size of 1 a constant."""
     if not isinstance(leaf, _Sized):
         return leaf
@@ -144,7 +144,7 @@ def _by_batch(call: Call, dynamic: bool) -> Call:
     if not dynamic or not first_sizes:
         return call
 
-    def sized(leaf: Any) -> Any:
+    def sized(leaf: Tree) -> Tree:
         has_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == first_sizes[0]
         return _Sized(leaf, {0: "batch"}) if has_batch else leaf
 
@@ -152,7 +152,7 @@ def _by_batch(call: Call, dynamic: bool) -> Call:
     return named
 
 
-def _by_name(where: str, made: Program, call: Call, axes: Axes) -> Call:
+def _by_name(where: str, module: Program, call: Call, axes: Axes) -> Call:
     """The call with the axes named that the user asks for.
 
     Raises:
@@ -165,12 +165,12 @@ def _by_name(where: str, made: Program, call: Call, axes: Axes) -> Call:
         return _Sized(x, axes.get(name, {}))
 
     raise_all(list(_misspelled(where, axes)))
-    named = made.map_inputs(*call, sized)
+    named = module.map_inputs(*call, sized)
     raise_all(list(_missing(where, axes, arguments)))
     return named
 
 
-def _misspelled(where: str, axes: Any) -> Iterator[str]:
+def _misspelled(where: str, axes: object) -> Iterator[str]:
     """Errors where ``axes`` is not a mapping of arguments to mappings of axes to identifiers."""
     fix = "dynamic_axes={'x': {0: 'batch', 1: 'length'}}"
     if not isinstance(axes, Mapping) or not all(isinstance(names, Mapping) for names in axes.values()):
@@ -185,14 +185,14 @@ def _misspelled(where: str, axes: Any) -> Iterator[str]:
                 yield explain(where, sentence, got=name, allowed="an identifier", fix=fix)
 
 
-def _missing(where: str, axes: Axes, given: Mapping[str, Tensor]) -> Iterator[str]:
+def _missing(where: str, axes: Axes, arguments: Mapping[str, Tensor]) -> Iterator[str]:
     """Errors for arguments and axes that the example does not have, and for one name of two sizes."""
     sizes: dict[str, tuple[int, str]] = {}
     for argument, names in axes.items():
-        if argument not in given:
-            yield unknown(where, "argument of dynamic_axes", argument, sorted(given))
+        if argument not in arguments:
+            yield unknown(where, "argument of dynamic_axes", argument, sorted(arguments))
             continue
-        shape = given[argument].shape
+        shape = arguments[argument].shape
         for axis, name in names.items():
             if type(axis) is not int or not 0 <= axis < len(shape):
                 allowed = f"0 to {len(shape) - 1}" if shape else "none"

@@ -60,17 +60,17 @@ def float_file(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.tables")
-    made = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False)
+    module = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False)
     for name, weight in _clipped(q, params, qparams).items():
-        made.get_buffer(made.names[name]).copy_(weight)
+        module.get_buffer(module.names[name]).copy_(weight)
     graph = q.engine.retrace(params, args, kwargs)
     calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
-    made.watch = partial(_Marking, calls)
+    module.watch = partial(_Marking, calls)
     with quiet():
-        exported = captured("export.tables", made, args, kwargs, False).program
+        exported = captured("export.tables", module, args, kwargs, False).program
         written = translated("export.tables", exported, OPSET)
-        names = {buffer: name for name, buffer in made.names.items()}
-        ends = made.inputs(args, kwargs), output_names(exported)
+        names = {buffer: name for name, buffer in module.names.items()}
+        ends = module.inputs(args, kwargs), output_names(exported)
         proto, marked = _onnx_graph.finished(written.model, names, frozenset(), *ends)
     values = {name: op_name(value) for name, value in marked.items()}
     layers = {name: layer_names(_onnx_graph.product_of(value)) for name, value in marked.items()}
@@ -95,11 +95,11 @@ def _clipped(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, Q
     """Weights on integer grids, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]`` and not rounded."""
     clipped = {}
     for weight in q.engine.acting:
-        own = qparams[weight.site.quantizer]
-        if not weight.fake_quantize.integer or not share_on(own):
+        weight_qparams = qparams[weight.site.quantizer]
+        if not weight.fake_quantize.integer or not share_on(weight_qparams):
             continue
         seen = weight.seen(params)
-        grid = weight.fake_quantize.grid(own, weight.scheme)
+        grid = weight.fake_quantize.grid(weight_qparams, weight.scheme)
         zero = torch.zeros_like(grid.scale) if weight.scheme.symmetric else grid.zero_point
         ends = [(bound - zero) * positive(grid.scale) for bound in bounds(grid, weight.scheme)]
         low, high = (expand(end, seen, weight.scheme.granularity) for end in ends)

@@ -269,7 +269,7 @@ def _unguarded(graph: ir.Graph, node: ir.Node) -> None:
     masked = guarded.inputs[0].producer() if guarded.op_type == "Softmax" and guarded.inputs[0] is not None else None
     if test.op_type != "IsNaN" or test.inputs[0] is not guarded.outputs[0] or masked is None or masked.op_type != "Add":
         return
-    masks = [given.producer() for given in masked.inputs if given is not None]
+    masks = [term.producer() for term in masked.inputs if term is not None]
     if any(mask is not None and mask.op_type == "Where" and _is_finite(mask.inputs[1:]) for mask in masks):
         ir.convenience.replace_all_uses_with(node.outputs[0], guarded.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
@@ -299,16 +299,16 @@ REWRITES = {
 def _still_codes(graph: ir.Graph, node: ir.Node) -> None:
     """Repeat a grid behind an operation that only moves data, because runtimes match a grid right before a kernel."""
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
-    made = node.outputs[0]
-    if source is None or source.op_type != "DequantizeLinear" or "axis" in source.attributes or made.is_graph_output():
+    moved = node.outputs[0]
+    if source is None or source.op_type != "DequantizeLinear" or "axis" in source.attributes or moved.is_graph_output():
         return
     _, scale, zero = source.inputs
-    if zero is None or zero.dtype not in BYTES or all(user.op_type == "QuantizeLinear" for user, _ in made.uses()):
+    if zero is None or zero.dtype not in BYTES or all(user.op_type == "QuantizeLinear" for user, _ in moved.uses()):
         return
-    uses = list(made.uses())
-    quantize = ir.node("QuantizeLinear", [made, scale, zero])
+    uses = list(moved.uses())
+    quantize = ir.node("QuantizeLinear", [moved, scale, zero])
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
-    dequantize.outputs[0].shape, dequantize.outputs[0].type = made.shape, made.type
+    dequantize.outputs[0].shape, dequantize.outputs[0].type = moved.shape, moved.type
     graph.insert_after(node, [quantize, dequantize])
     for user, index in uses:
         # The shape of the codes is the same: the result of a DequantizeLinear should have no second user.
@@ -341,10 +341,10 @@ def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
 
 def _replace(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
     """Put ``new`` nodes in the place of a node; the result of the last one replaces its result."""
-    old, made = node.outputs[0], new[-1].outputs[0]
-    made.shape, made.type = old.shape, old.type
+    old, result = node.outputs[0], new[-1].outputs[0]
+    result.shape, result.type = old.shape, old.type
     graph.insert_before(node, list(new))
-    ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
@@ -367,9 +367,9 @@ def _named(graph: ir.Graph, names: Mapping[str, str], inputs: Sequence[str], out
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[1] is not None:
             stem = str(node.inputs[1].name).removesuffix("_scale")
             node.outputs[0].name = f"{stem}_{node.op_type.replace('Linear', 'd').lower()}"
-    for values, given in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        if len(values) == len(given):
-            for value, name in zip(values, given, strict=True):
+    for values, new_names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        if len(values) == len(new_names):
+            for value, name in zip(values, new_names, strict=True):
                 value.name = name
 
 

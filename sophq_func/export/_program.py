@@ -87,23 +87,23 @@ class Program(nn.Module):
 
     watch: MakeRunner | None = None
 
-    def __init__(self, loop: Loop, q: Quantized, params: Params, found: Expressed, target: Target) -> None:
+    def __init__(self, loop: Loop, q: Quantized, params: Params, expressed: Expressed, target: Target) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
         self._loop = loop
-        self._found, self._target = found, target
-        self._plain = sorted(params.keys() - found.stored.keys())
+        self._found, self._target = expressed, target
+        self._plain = sorted(params.keys() - expressed.stored.keys())
         for name in self._plain:
             self._hold(name, params[name])
-        for name, (codes, grid) in found.stored.items():
+        for name, (codes, grid) in expressed.stored.items():
             self._hold(f"{name}_quantized", codes)
             self._hold_grid(name, grid)
-        for name, weight in found.computed.items():
+        for name, weight in expressed.computed.items():
             self._hold(f"{name}_quantized", weight.codes)
             for part, tensor in weight.grid.parts.items():
                 self._hold(f"{name}_{part}", tensor)
-        self._values = {name: q.plan.site(name).value or name for name in found.grids}
-        for name, grid in found.grids.items():
+        self._values = {name: q.plan.site(name).value or name for name in expressed.grids}
+        for name, grid in expressed.grids.items():
             self._hold_grid(self._values[name], grid)
 
     def _hold(self, name: str, tensor: Tensor) -> None:
@@ -134,7 +134,7 @@ class Program(nn.Module):
         """Names of parameters whose codes fit in four bits."""
         return [name for name, (_, grid) in self._found.stored.items() if grid.dtype in BYTES and grid.bits <= 4]
 
-    def signature(self, count: int, kwargs: Mapping[str, Any]) -> Signature:
+    def signature(self, count: int, kwargs: Kwargs) -> Signature:
         """A signature for calls with ``count`` positional arguments and these keyword arguments.
 
         Arguments that the model takes as ``*rest`` are ``rest_0``, ``rest_1``, ...
@@ -203,7 +203,7 @@ def program(
     _check(where, q)
     q.engine.check(params, qparams, where, "qparams")
     with torch.no_grad():
-        found, problems = _activations(q, qparams, target)
+        expressed, problems = _activations(q, qparams, target)
         tensors = dict(round_biases(q.engine.acting, params, q.engine.effective(qparams)))  # frozen ones are rounded
         for weight in _acting(q):
             result = _stored(weight, params, qparams[weight.site.quantizer], target, q.frozen)
@@ -211,9 +211,9 @@ def program(
                 problems[weight.site.quantizer] = result
                 tensors[weight.site.parameter] = _folded_weight(q, weight, params, qparams[weight.site.quantizer])
             elif isinstance(result, LinearCodes):
-                found.stored[weight.site.parameter] = result
+                expressed.stored[weight.site.parameter] = result
             elif isinstance(result, Stored):
-                found.computed[weight.site.parameter] = result
+                expressed.computed[weight.site.parameter] = result
                 del tensors[weight.site.parameter]
             else:
                 tensors[weight.site.parameter] = arranged(weight.seen(params), weight.site)
@@ -222,8 +222,8 @@ def program(
             explain(name, f"{where} cannot express this quantizer", because=why, fix=fix) for name, why in problems.items()
         ]
         raise_all([] if simulate else texts, ConfigError)
-        loop = _with_folded_biases(q, tensors, found, target.stores_biases)
-    return Program(loop, q, tensors, found, target)
+        loop = _with_folded_biases(q, tensors, expressed, target.stores_biases)
+    return Program(loop, q, tensors, expressed, target)
 
 
 def _check(where: str, q: Quantized) -> None:
@@ -243,7 +243,7 @@ def _acting(q: Quantized) -> list[WeightQuantizer]:
 
 def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -> tuple[Expressed, dict[str, str]]:
     """How the quantizers of activations are expressed; and by quantizer, why one cannot be."""
-    found, problems = Expressed({}, {}, {}, {}), {}
+    expressed, problems = Expressed({}, {}, {}, {}), {}
     for name, piece in q.engine.running.items():
         share = share_on(qparams[name])
         if piece.config.observe_only or share == 0:
@@ -252,11 +252,11 @@ def _activations(q: Quantized, qparams: Mapping[str, QParams], target: Target) -
         if isinstance(result, LinearGrid):
             result = target.fitted(result, False)
         if isinstance(result, LinearGrid):
-            found.grids[name] = result
+            expressed.grids[name] = result
         else:
             problems[name] = result
-            found.simulated[name] = partial(piece.quantize, qparams=qparams[name])
-    return found, problems
+            expressed.simulated[name] = partial(piece.quantize, qparams=qparams[name])
+    return expressed, problems
 
 
 def _grid(piece: RunQuantizer, qparams: QParams) -> LinearGrid | str:
@@ -275,16 +275,16 @@ def _stored(
     share = share_on(qparams)
     if share != 1:
         return None if share == 0 else MIXES
-    found = stored_form(weight, qparams, params, frozen=frozen)
-    if isinstance(found, Refusal):
-        return found.because
-    assert isinstance(found, Stored)
-    linear = weight_linear(found)
+    form = stored_form(weight, qparams, params, frozen=frozen)
+    if isinstance(form, Refusal):
+        return form.because
+    assert isinstance(form, Stored)
+    linear = weight_linear(form)
     grid = linear if isinstance(linear, str) else target.fitted(linear.grid, True)
     if isinstance(linear, LinearCodes) and isinstance(grid, LinearGrid):
         return linear._replace(grid=grid)
     assert isinstance(grid, str)
-    return found if target.computes else grid
+    return form if target.computes else grid
 
 
 def _folded_weight(q: Quantized, weight: WeightQuantizer, params: Params, qparams: QParams) -> Tensor:
@@ -294,10 +294,10 @@ def _folded_weight(q: Quantized, weight: WeightQuantizer, params: Params, qparam
     return arranged(switched(seen, on_grid, qparams), weight.site)
 
 
-def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Expressed, stores: bool) -> Loop:
+def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], expressed: Expressed, stores: bool) -> Loop:
     """The loop over a model without folded BatchNorms, whose layers get the folded bias; it is written into ``tensors``.
 
-    A rounded bias goes into ``found.stored`` as int32, if the target ``stores`` biases.
+    A rounded bias goes into ``expressed.stored`` as int32, if the target ``stores`` biases.
     """
     skipped: list[str] = []
     biases: dict[str, tuple[str, Tensor]] = {}
@@ -309,8 +309,10 @@ def _with_folded_biases(q: Quantized, tensors: dict[str, Tensor], found: Express
             tensors[name] = (bias - tensors[norm.mean]) * norm.factor(tensors) + tensors[norm.bias]
             skipped.append(site.norm)
             biases[site.path] = name, tensors[name]
-        if stores and site.source in found.grids and site.parameter in found.stored and name in tensors:
-            found.stored[name] = _stored_bias(tensors[name], found.stored[site.parameter].grid, found.grids[site.source])
+        if stores and site.source in expressed.grids and site.parameter in expressed.stored and name in tensors:
+            expressed.stored[name] = _stored_bias(
+                tensors[name], expressed.stored[site.parameter].grid, expressed.grids[site.source]
+            )
     return q.engine.altered(skipped, biases)
 
 

@@ -92,13 +92,13 @@ def onnx(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.onnx")
-    made = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
+    module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
     with quiet():
-        capture = captured("export.onnx", made, args, kwargs, dynamic_batch, dynamic_axes)
+        capture = captured("export.onnx", module, args, kwargs, dynamic_batch, dynamic_axes)
         written = translated("export.onnx", capture.program, OPSET)
-        names = {buffer: name for name, buffer in made.names.items()}
-        narrow = frozenset(made.names[f"{name}_quantized"] for name in made.narrow()) if pack else frozenset()
-        inputs, outputs = made.inputs(args, kwargs), output_names(capture.program)
+        names = {buffer: name for name, buffer in module.names.items()}
+        narrow = frozenset(module.names[f"{name}_quantized"] for name in module.narrow()) if pack else frozenset()
+        inputs, outputs = module.inputs(args, kwargs), output_names(capture.program)
         proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
     for name, limits in capture.ranges().items():
         proto.metadata_props.add(key=name, value=limits)

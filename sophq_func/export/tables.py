@@ -163,9 +163,9 @@ def clip_ranges(entries: Iterable[Record]) -> str:
     return json.dumps({"sophgo_tpu": ranges, "w_qscheme": "", "a_qscheme": ""}, indent=4) + "\n"
 
 
-def _entry(record: Record) -> dict[str, Any]:
+def _entry(record: Record) -> dict[str, object]:
     """One quantizer in the clip ranges; keys, their order and the constant texts are those of sophgo-mq."""
-    entry: dict[str, Any] = {}
+    entry: dict[str, object] = {}
     if record.is_weight:
         entry["step"] = list(record.steps)
         entry["zero_point"] = list(record.zero_points)

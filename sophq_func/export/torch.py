@@ -69,8 +69,8 @@ def torch(
     """
     operators = quantized_operators()
     args, kwargs = as_call(example_args, "export.torch")
-    made = program("export.torch", q, params, qparams, _Decomposed(operators), simulate)
-    exported = captured("export.torch", made, args, kwargs, dynamic_batch, dynamic_axes).program
+    module = program("export.torch", q, params, qparams, _Decomposed(operators), simulate)
+    exported = captured("export.torch", module, args, kwargs, dynamic_batch, dynamic_axes).program
     exported.graph.eliminate_dead_code()
     _still_codes(exported.graph, operators)
     exported.graph_module.recompile()

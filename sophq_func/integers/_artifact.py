@@ -15,7 +15,7 @@ from sophq_func.codes import BY_BLOCKS, Grid, Stored, is_integer, unpack
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.integers._integers import IntegerModel, Integers, IntegerTensor, ValueGrid
 from sophq_func.model.finite import check_reached
 from sophq_func.model.quantized import Quantized
@@ -156,13 +156,13 @@ class Artifact:
         runs: list[Integers] = []
 
         def watch(schedule: Schedule) -> Integers:
-            runs.append(Integers(schedule, given))
+            runs.append(Integers(schedule, model))
             return runs[0]
 
         args, kwargs = _widened((args, kwargs))
         with torch.inference_mode(False), torch.no_grad():
-            given = self._given()
-            output, _ = self._q.engine.loop.run(self._parameters(given), given.other, args, kwargs, watch=watch)
+            model = self._given()
+            output, _ = self._q.engine.loop.run(self._parameters(model), model.other, args, kwargs, watch=watch)
         return output, runs[0]
 
     def _given(self) -> IntegerModel:
@@ -180,21 +180,21 @@ class Artifact:
         values = {name: self._value(name) for name in self._metadata["values"] if name not in self._floats}
         return IntegerModel(values, self._other, integers, folded, extra, frozenset(self._metadata["folded"]))
 
-    def _parameters(self, given: IntegerModel) -> dict[str, Tensor]:
+    def _parameters(self, model: IntegerModel) -> dict[str, Tensor]:
         """The parameters that the model is called with, in real numbers; the executor looks up which have integers."""
-        found, device = {}, next((t.device for t in self._tensors.values()), None)
+        parameters, device = {}, next((t.device for t in self._tensors.values()), None)
         for name, empty in self._q.engine.empty_params().items():
-            if name in given.wholes:
-                found[name] = given.wholes[name].real(torch.float32)
+            if name in model.wholes:
+                parameters[name] = model.wholes[name].real(torch.float32)
             elif name in self._metadata["weights"]:
-                found[name] = self.weight(name)
-            elif name in given.dropped:  # of a folded BatchNorm, which is not computed
-                found[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
+                parameters[name] = self.weight(name)
+            elif name in model.dropped:  # of a folded BatchNorm, which is not computed
+                parameters[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
             elif name in self._tensors:
-                found[name] = self._tensors[name].clone()
+                parameters[name] = self._tensors[name].clone()
             else:  # the bias of a layer with a folded BatchNorm, which the executor replaces: NaN shows a use of it
-                found[name] = torch.full(empty.shape, torch.nan, device=device)
-        return found
+                parameters[name] = torch.full(empty.shape, torch.nan, device=device)
+        return parameters
 
     def _other(self, name: str, x: Tensor) -> Tensor:
         """``x``, quantized in floating point where its quantizer has a grid that is none of integers."""
@@ -225,7 +225,7 @@ class Artifact:
             format=entry["format"],
             bits=entry["bits"],
             granularity=arranged_scheme(config.scheme, site).granularity,
-            parts={part: arranged(own, site) if part in BY_BLOCKS else own for part, own in parts.items()},
+            parts={part: arranged(tensor, site) if part in BY_BLOCKS else tensor for part, tensor in parts.items()},
             block_size=pieces.build(config.fake_quantize).block_size,
         )
         return Stored(self.codes(name), grid, site)
@@ -271,7 +271,7 @@ def _widened(call: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
     return widened
 
 
-def _as_float32(leaf: Any) -> Any:
+def _as_float32(leaf: Tree) -> Tree:
     return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
 
 

@@ -233,14 +233,14 @@ class Integers(Runner):
     def _count(self, name: str) -> None:
         self.computed[name] = self.computed.get(name, 0) + 1
 
-    def _lookup(self, tensor: Any) -> IntegerTensor | None:
+    def _lookup(self, tensor: object) -> IntegerTensor | None:
         """The integers of a tensor, unless it, or a view of it, was written to since they were noted."""
         noted = self._noted_as.get(id(tensor))
         if noted is None or noted.version != writes_into(noted.tensor):
             return None
         return noted.whole
 
-    def _on_grid(self, tensor: Any) -> IntegerTensor | None:
+    def _on_grid(self, tensor: object) -> IntegerTensor | None:
         """The integers of a tensor on a quantizer's grid: small enough to be multiplied, as sums are not."""
         whole = self._lookup(tensor)
         return whole if whole is not None and whole.largest else None
