@@ -20,7 +20,7 @@ Part: TypeAlias = type[nn.Module] | Callable[..., Any] | str
 
 
 class Fused:
-    """The base of all fused patterns. A subclass stands for a chain of calls, each of which is the only user of the last.
+    """The base of all fused patterns. A subclass is a chain of calls: each call is the only user of the one before.
 
     Attributes:
       parts: one for each call, in order. If the second is a BatchNorm, it is folded into the weight of the first.

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from sophq_func.config.names import underscored
 
 Role = Literal["weight", "activation"]
+
+Data: TypeAlias = dict[str, Any]
+"""An object of JSON."""
 
 
 class CallSite(NamedTuple):
@@ -157,16 +160,16 @@ class Site(Neutral):
         names = self.names()
         return frozenset((*names, *map(underscored, names)))
 
-    def to_data(self) -> dict[str, Any]:
+    def to_data(self) -> Data:
         """The site as data that JSON can hold."""
         return {"kind": self.kind, **asdict(self)}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Data:
         """The fields that the numbers of a model depend on, as data: those that take part in comparisons."""
         return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
     @staticmethod
-    def from_data(data: Mapping[str, Any]) -> Site:
+    def from_data(data: Data) -> Site:
         """The inverse of :meth:`to_data`.
 
         Raises:

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
-from sophq_func.config.site import Site
+from sophq_func.config.site import Data, Site
 from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, near
 from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
@@ -115,10 +115,10 @@ class Plan(Mapping[str, QuantizerConfig]):
             origin,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Data:
         return {**self.__dict__, "origin": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Data) -> None:
         self.__dict__.update(state)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -241,7 +241,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         """The model's graph with its quantizers, in the DOT language; :func:`sophq_func.draw` draws it."""
         return picture.dot(self.wiring, self._configs)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> Data:
         """All that a model's numbers depend on, as data; what only explains is left out."""
         return {
             "quantizers": [
@@ -274,7 +274,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         """SHA-256 of everything that a model's numbers depend on, in hexadecimal; equal exactly for equal plans."""
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
-    def check(self, names: Mapping[str, Any], what: str, types: Mapping[str, type], known: Collection[str] = ()) -> None:
+    def check(self, names: Mapping[str, object], what: str, types: Mapping[str, type], known: Collection[str] = ()) -> None:
         """Check that a state has an entry of the right class for each quantizer, and no others.
 
         Args:

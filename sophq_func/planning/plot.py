@@ -30,6 +30,9 @@ DOTS_PER_INCH = 110
 NAME_LENGTH = 38
 """Characters that a box has room for; of a longer name only the end is written."""
 
+Style: TypeAlias = dict[str, Any]
+"""Keyword arguments of a patch or an arrow of matplotlib."""
+
 Point: TypeAlias = tuple[float, float]
 """Right and down from the first input, in inches."""
 
@@ -142,7 +145,7 @@ def _arrow(axes: Axes, source: Point, target: Point, pills: Container[Point]) ->
     (x0, y0), (x1, y1) = _rim(source, 1), _rim(target, -1)
     start = (x0, y0 + PILL[1] / 2) if (x0, y0) in pills else (x0, y0)
     end = (x1, y1 - PILL[1] / 2) if (x1, y1) in pills else (x1, y1)
-    style: dict[str, Any] = {"arrowstyle": "-|>", "color": "#777777", "lw": 1.0, "shrinkA": 0, "shrinkB": 0}
+    style: Style = {"arrowstyle": "-|>", "color": "#777777", "lw": 1.0, "shrinkA": 0, "shrinkB": 0}
     rows = (target[1] - source[1]) / ROW
     if rows > 1.5 and source[0] == target[0]:
         start, end = (x0 + BOX[0] / 2, source[1]), (x1 + BOX[0] / 2, target[1])
@@ -180,13 +183,13 @@ def _pills(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Point]]:
 def _pill(axes: Axes, point: Point, plan: Plan, name: str) -> None:
     config, site = plan[name], plan.site(name)
     color = WEIGHT_COLOR if site.role == "weight" else ACTIVATION_COLOR
-    style: dict[str, Any] = {"facecolor": "white" if config.observe_only else color, "edgecolor": "#333333"}
+    style: Style = {"facecolor": "white" if config.observe_only else color, "edgecolor": "#333333"}
     style |= {"boxstyle": "round,pad=0,rounding_size=0.1", "linestyle": "--" if config.observe_only else "-"}
     _patch(axes, point, PILL, style)
     axes.text(*point, short(config), ha="center", va="center", fontsize=6)
 
 
-def _patch(axes: Axes, center: Point, size: Point, style: dict[str, Any]) -> None:
+def _patch(axes: Axes, center: Point, size: Point, style: Style) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     corner = (center[0] - size[0] / 2, center[1] - size[1] / 2)

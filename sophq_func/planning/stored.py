@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from sophq_func.config.rules import Rule
-from sophq_func.config.site import ComputedSite, Site, ValueSite, WeightSite
+from sophq_func.config.site import ComputedSite, Data, Site, ValueSite, WeightSite
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.scheme import QuantizerConfig, config_from_data
 from sophq_func.planning.picture import Call, Edge, Wiring
@@ -17,9 +17,6 @@ from sophq_func.planning.unite import Counts
 
 VERSION = 3
 """The version of the text that is written. It grows when the fields of a plan or of a site change."""
-
-Data: TypeAlias = dict[str, Any]
-"""An object of JSON."""
 
 
 class Stored(NamedTuple):

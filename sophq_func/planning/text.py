@@ -18,7 +18,7 @@ FIELDS = (*SCHEME_FIELDS, "observer", "fake_quantize", "observe_only", "optional
 """Fields of a config, with those of its scheme, in the order in which they are explained."""
 
 
-def setting(config: QuantizerConfig, name: str) -> Any:
+def setting(config: QuantizerConfig, name: str) -> object:
     """One field of a config or of its scheme."""
     return getattr(config.scheme if name in SCHEME_FIELDS else config, name)
 

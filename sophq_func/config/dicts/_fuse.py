@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from sophq_func.config.matching import matches_by_name, type_text
-from sophq_func.config.patterns import PATTERNS, Fused, fused
+from sophq_func.config.dicts._keys import Table
+from sophq_func.config.matching import TypeKey, matches_by_name, type_text
+from sophq_func.config.patterns import PATTERNS, Fused, Part, fused
 
 BUILT_IN = {PATTERNS.get(name).parts: PATTERNS.get(name) for name in PATTERNS}
 """The registered patterns by their parts. A dictionary that spells one out means that one, not a second of another name."""
@@ -26,10 +27,10 @@ class Fusion(NamedTuple):
 
     patterns: tuple[type[Fused], ...] = ()
     layers: tuple[type[nn.Module], ...] = ()
-    aliases: Mapping[Any, Any] = {}
+    aliases: Mapping[TypeKey, TypeKey] = {}
 
 
-def read_fusion(given: Mapping[str, Any]) -> Fusion:
+def read_fusion(given: Table) -> Fusion:
     """What the tables of the dictionary add: the first two patterns, the third and fourth layers."""
     sequences = dict(given.get("additional_fuser_method_mapping") or {})
     sequences |= {_in_order(key): value for key, value in (given.get("additional_fusion_pattern") or {}).items()}
@@ -37,7 +38,9 @@ def read_fusion(given: Mapping[str, Any]) -> Fusion:
     replaced = dict(given.get("additional_qat_module_mapping") or {})
     replaced |= given.get("additional_qat_module_mappings") or {}
     patterns = {parts: BUILT_IN.get(parts) or fused(_name(parts), *parts) for parts in sequences}
-    aliases = {target: patterns[parts] for parts, target in sequences.items() if isinstance(target, type)}
+    aliases: dict[TypeKey, TypeKey] = {
+        target: patterns[parts] for parts, target in sequences.items() if isinstance(target, type)
+    }
     # A class that stands for a pattern may be replaced once more: its replacement means the pattern, too.
     aliases |= {target: aliases.get(source, source) for source, target in replaced.items()}
     layers = tuple(source for source in replaced if _is_layer(source) and source not in aliases)
@@ -58,11 +61,11 @@ def _in_order(pattern: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(flat)
 
 
-def _name(parts: tuple[Any, ...]) -> str:
+def _name(parts: tuple[Part, ...]) -> str:
     """A pattern's name from its parts: ``LinearGELU``."""
     return "".join(type_text(part).strip("'").rpartition(".")[2] for part in parts)
 
 
-def _is_layer(source: Any) -> bool:
+def _is_layer(source: object) -> bool:
     """Whether a class is that of a module, and no fused group."""
     return isinstance(source, type) and issubclass(source, nn.Module) and not matches_by_name(source)

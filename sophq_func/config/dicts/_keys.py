@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -15,38 +15,41 @@ from sophq_func.core.registry import Registry
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 from sophq_func.numerics.scheme import as_bits
 
-Check = Callable[[str, Any], str]
+Table: TypeAlias = Mapping[str, Any]
+"""One of the dictionaries, or an entry of one. What its values may be depends on the key, see ``KEYS``."""
+
+Check: TypeAlias = Callable[[str, object], str]
 """From the place of a value, for errors, and the value, to what is wrong with it; empty if nothing is."""
 
 
-def _of(what: str, good: Callable[[Any], bool]) -> Check:
+def _of(what: str, good: Callable[[object], bool]) -> Check:
     """A check by a predicate; ``what`` names the allowed values."""
 
-    def check(where: str, value: Any) -> str:
+    def check(where: str, value: object) -> str:
         return "" if good(value) else explain(where, "the value is of a wrong kind", got=value, allowed=what)
 
     return check
 
 
 def _one_of(kind: str, allowed: tuple[str, ...]) -> Check:
-    def check(where: str, value: Any) -> str:
+    def check(where: str, value: object) -> str:
         return "" if isinstance(value, str) and value in allowed else unknown(where, kind, value, allowed)
 
     return check
 
 
 def _registered(registry: Registry[Any]) -> Check:
-    def check(where: str, value: Any) -> str:
+    def check(where: str, value: object) -> str:
         known = isinstance(value, str) and value in registry
         return "" if known else unknown(where, registry.kind, value, registry.spellings())
 
     return check
 
 
-def _raised(read: Callable[[Any, str], Any]) -> Check:
+def _raised(read: Callable[[object, str], object]) -> Check:
     """A check by a function that raises a :class:`ConfigError`."""
 
-    def check(where: str, value: Any) -> str:
+    def check(where: str, value: object) -> str:
         try:
             read(value, where)
         except ConfigError as error:
@@ -56,65 +59,65 @@ def _raised(read: Callable[[Any, str], Any]) -> Check:
     return check
 
 
-def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
+def _is_list(value: object, good: Callable[[object], bool]) -> bool:
     return isinstance(value, list | tuple) and all(map(good, value))
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_class(value: Any) -> bool:
+def _is_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
-def _is_name_or_class(value: Any) -> bool:
+def _is_name_or_class(value: object) -> bool:
     return _is_text(value) or (isinstance(value, type) and is_type_key(value))
 
 
-def _is_dict(value: Any, is_key: Callable[[Any], bool], is_item: Callable[[Any], bool] | None = None) -> bool:
+def _is_dict(value: object, is_key: Callable[[object], bool], is_item: Callable[[object], bool] | None = None) -> bool:
     if not isinstance(value, Mapping) or not all(map(is_key, value)):
         return False
     return is_item is None or all(map(is_item, value.values()))
 
 
-def _is_pattern(value: Any) -> bool:
+def _is_pattern(value: object) -> bool:
     return isinstance(value, tuple) and len(value) > 1 and all(is_type_key(part) or _is_pattern(part) for part in value)
 
 
-def _is_patterns(value: Any) -> bool:
+def _is_patterns(value: object) -> bool:
     return _is_dict(value, _is_pattern, callable)
 
 
-def _is_any_class(value: Any) -> bool:
+def _is_any_class(value: object) -> bool:
     return isinstance(value, type)
 
 
-def _is_bool(value: Any) -> bool:
+def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_any_text(value: Any) -> bool:
+def _is_any_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_text_list(value: Any) -> bool:
+def _is_text_list(value: object) -> bool:
     return _is_list(value, _is_text)
 
 
-def _is_false(value: Any) -> bool:
+def _is_false(value: object) -> bool:
     return value is False
 
 
-def _is_attributes(value: Any) -> bool:
+def _is_attributes(value: object) -> bool:
     return _is_dict(value, _is_any_text, _is_text_list)
 
 
-def mapping(where: str, value: Any) -> str:
+def mapping(where: str, value: object) -> str:
     """A check for dictionaries whose keys are checked later."""
     if isinstance(value, Mapping):
         return ""

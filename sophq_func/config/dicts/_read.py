@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.dicts._fuse import Fusion, read_fusion
-from sophq_func.config.dicts._keys import KEYS, REQUIRED, mapping
-from sophq_func.config.matching import type_text
+from sophq_func.config.dicts._keys import KEYS, REQUIRED, Table, mapping
+from sophq_func.config.matching import TypeKey, type_text
 from sophq_func.config.names import is_value_quantizer, is_weight_quantizer, underscored
 from sophq_func.config.rules import DEFAULT_CHIP, ROLES, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import Role
@@ -36,7 +36,7 @@ INITIAL = ("scale", "zero_point")
 """Parameters of a quantizer that sophgo-mq sets before calibration, which overwrites them."""
 
 
-def from_dicts(prepare_custom_config_dict: Mapping[str, Any]) -> QuantConfig:
+def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
     """Translate the dictionaries of sophgo-mq into a config.
 
     Its rules come in this order: types, names (a module before what is in it), exclusions, observed quantizers, additional
@@ -106,7 +106,7 @@ class _Reader:
             self.problems.append(text if text.startswith(where) else f"{where}: {text}")
             return None
 
-    def mapping(self, name: str, value: Any, where: str = "", further: Sequence[str] = ()) -> dict[str, Any]:
+    def mapping(self, name: str, value: object, where: str = "", further: Sequence[str] = ()) -> dict[str, Any]:
         """The entries of a dictionary that are right; each other one becomes a problem.
 
         Args:
@@ -116,8 +116,8 @@ class _Reader:
           further: keys that are allowed beside those of ``KEYS``, and checked elsewhere.
         """
         where = where or name
-        if problem := mapping(where, value):
-            self.problems.append(problem)
+        if not isinstance(value, Mapping):
+            self.problems.append(mapping(where, value))
             return {}
         checks = KEYS[name]
         right = {}
@@ -135,7 +135,7 @@ class _Reader:
                 right[key] = item
         return right
 
-    def quant_dict(self, quant: Mapping[str, Any], given: object) -> ChipSpec:
+    def quant_dict(self, quant: Table, given: object) -> ChipSpec:
         """Check that nothing is missing, and return the chip's spec.
 
         Args:
@@ -157,7 +157,7 @@ class _Reader:
             )
         return CHIPS.get(quant.get("chip", DEFAULT_CHIP))
 
-    def half(self, role: Role, qconfig: Mapping[str, Any], chip: ChipSpec) -> QuantizerConfig:
+    def half(self, role: Role, qconfig: Table, chip: ChipSpec) -> QuantizerConfig:
         """The config of every quantizer of a role that no rule changes."""
         default = chip.weight if role == "weight" else chip.activation
         # The keys of the weights start with w, those of the activations with a.
@@ -176,7 +176,7 @@ class _Reader:
             values["scheme"] = self.scheme(key, self.mapping("qscheme", given, key, further), default)
         return default if None in values.values() else override(**values)(default)
 
-    def options(self, registry: Factories[Any], spec: Spec, given: Mapping[str, Mapping[str, Any]]) -> Spec | None:
+    def options(self, registry: Factories[Any], spec: Spec, given: Mapping[str, Table]) -> Spec | None:
         """``spec`` with further options; ``None`` if one is wrong.
 
         Args:
@@ -191,7 +191,7 @@ class _Reader:
             spec = made
         return spec
 
-    def fake_quantize(self, qconfig: Mapping[str, Any], letter: str, default: Spec) -> Spec | None:
+    def fake_quantize(self, qconfig: Table, letter: str, default: Spec) -> Spec | None:
         """The fake quantizer of one role, with its options."""
         name = FAKE_QUANTIZERS.canonical(qconfig.get(f"{letter}_fakequantize", default.name))
         key = f"{letter}_fakeq_params"
@@ -203,9 +203,7 @@ class _Reader:
         base = default if name == default.name else FAKE_QUANTIZERS.spec(name)
         return self.options(FAKE_QUANTIZERS, base, {key: given})
 
-    def scheme(
-        self, where: str, given: Mapping[str, Any], default: QuantizerConfig, per_channel: str = "per_channel"
-    ) -> QScheme | None:
+    def scheme(self, where: str, given: Table, default: QuantizerConfig, per_channel: str = "per_channel") -> QScheme | None:
         """A whole grid. What is left out has the default of sophgo-mq, except for ``symmetric_range``, which is the chip's.
 
         There, a scheme that is given replaces the chip's as a whole, so that the range is lost silently.
@@ -229,7 +227,7 @@ class _Reader:
 
         return self.attempt(where, read)
 
-    def types(self, qconfig: Mapping[str, Any], chip: ChipSpec, fusion: Fusion) -> list[Rule]:
+    def types(self, qconfig: Table, chip: ChipSpec, fusion: Fusion) -> list[Rule]:
         """Rules of ``object_type``; on TPU chips they do not match grouped convolutions."""
         where = None if chip.placement else not_grouped
         rules = []
@@ -240,7 +238,7 @@ class _Reader:
                 rules.append(Rule(type=fusion.aliases.get(key, key), where=where, **change, origin=origin))
         return rules
 
-    def names(self, qconfig: Mapping[str, Any], chip: ChipSpec) -> list[Rule]:
+    def names(self, qconfig: Table, chip: ChipSpec) -> list[Rule]:
         """Rules of ``module_name`` and of the lists of operations, which replace entries of the same name."""
         rules: list[Rule] = []
         for name, entry in qconfig.get("module_name", {}).items():
@@ -257,7 +255,7 @@ class _Reader:
                 rules.append(Rule(name=name, weight=weight, activation=activation, origin=key))
         return _containers_first(rules)
 
-    def entry(self, where: str, entry: Any, chip: ChipSpec) -> dict[str, Any]:
+    def entry(self, where: str, entry: object, chip: ChipSpec) -> dict[str, Any]:
         """What one entry changes, as arguments of a rule; empty if something is wrong with the entry."""
         problems_before = len(self.problems)
         mode = entry.get("mode") if isinstance(entry, Mapping) else None
@@ -276,7 +274,7 @@ class _Reader:
         values["scheme"] = self.scheme(where, given, default, "wperchannel")
         return {mode: override(**values)} if len(self.problems) == problems_before else {}
 
-    def quantizers(self, given: Mapping[str, Any], fusion: Fusion) -> list[Rule]:
+    def quantizers(self, given: Table, fusion: Fusion) -> list[Rule]:
         """Rules of the third dictionary."""
         rules = []
         for item in given.get("exclude_module_name", ()):
@@ -294,7 +292,7 @@ class _Reader:
             rules += [rule(name=item, origin=key) for item in given.get(key, ())]
         return rules
 
-    def operations(self, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    def operations(self, given: Table) -> tuple[TypeKey, ...]:
         """Functions and module classes whose inputs are quantized beside those that the strategy lists."""
         return (*given.get("additional_function_type", ()), *given.get("additional_module_type", ()))
 
@@ -312,7 +310,7 @@ def _containers_first(rules: Sequence[Rule]) -> list[Rule]:
     return sorted(rules, key=order)
 
 
-def _checked(registry: Factories[Any], name: str, options: Mapping[str, Any]) -> Spec:
+def _checked(registry: Factories[Any], name: str, options: Table) -> Spec:
     """A spec whose options are known and have allowed values."""
     spec = registry.spec(name, **options)
     registry.build(spec)
@@ -339,14 +337,14 @@ ONE_OF_THEM = "take it out of one of the two keys"
 """How to mend a contradiction."""
 
 
-def contradictions(quant: Mapping[str, Any], qconfig: Mapping[str, Any], quantizer: Mapping[str, Any]) -> Iterator[str]:
+def contradictions(quant: Table, qconfig: Table, quantizer: Table) -> Iterator[str]:
     """What the dictionaries both ask for and forbid."""
     yield from _contradicting_modes(quant)
     yield from _excluded_weights(qconfig, quantizer)
     yield from _excluded_operations(quantizer)
 
 
-def _contradicting_modes(quant: Mapping[str, Any]) -> Iterator[str]:
+def _contradicting_modes(quant: Table) -> Iterator[str]:
     """Values of ``quant_dict`` that cannot be combined."""
     is_weight_only = quant.get("quantmode") == "weight_only"
     if is_weight_only and quant.get("strategy") == "CNN":
@@ -359,7 +357,7 @@ def _contradicting_modes(quant: Mapping[str, Any]) -> Iterator[str]:
         yield explain("quant_dict['bf16_mix_prec']", sentence, because=because, fix=fix)
 
 
-def _excluded_weights(qconfig: Mapping[str, Any], quantizer: Mapping[str, Any]) -> Iterator[str]:
+def _excluded_weights(qconfig: Table, quantizer: Table) -> Iterator[str]:
     """Weights that one key quantizes or observes, and ``exclude_module_name`` leaves float."""
     excluded = [name for name in quantizer.get("exclude_module_name", ()) if isinstance(name, str)]
     entries = {name: entry for name, entry in qconfig.get("module_name", {}).items() if isinstance(entry, Mapping)}
@@ -377,7 +375,7 @@ def _excluded_weights(qconfig: Mapping[str, Any], quantizer: Mapping[str, Any]) 
             yield explain("module_only_enable_observer", sentence, because=because, fix=ONE_OF_THEM)
 
 
-def _excluded_operations(quantizer: Mapping[str, Any]) -> Iterator[str]:
+def _excluded_operations(quantizer: Table) -> Iterator[str]:
     """Operations that one key adds to the strategy's list, and another excludes."""
     removed = [*quantizer.get("exclude_function_type", ()), *quantizer.get("exclude_module_name", ())]
     excluded = {_operation(key) for key in removed}
@@ -393,7 +391,7 @@ def _owners(name: str, excluded: Iterable[str]) -> list[str]:
     return [owner for owner in excluded if f"{underscored(name)}_".startswith(f"{underscored(owner)}_")]
 
 
-def _operation(key: Any) -> str:
+def _operation(key: TypeKey) -> str:
     """The operation that a type key means: one name for a function and for the modules that do the same."""
     if isinstance(key, type):
         return family(key) or key.__name__
