@@ -453,7 +453,7 @@ def requested(config: QuantConfig, site: Site) -> Request:
 
 
 def not_grouped(site: Site) -> bool:
-    """Whether a site is none of a grouped or depthwise ``Conv2d``.
+    """Whether a site is not that of a grouped or depthwise ``Conv2d``.
 
     sophgo-mq applies no entry of ``object_type`` to these: they stay as the global config says.
     """

@@ -158,5 +158,5 @@ def test_a_predicate_may_ask_every_site_for_every_attribute() -> None:
         asked.append((site.output, site.operand, site.more, site.source, site.input, site.inputs, site.call))
         return site.groups > 1 or bool(site.pattern)
 
-    planned(Functional(), torch.ones(2, 3), rules=(sq.Rule(where=where, weight=FOUR),))
+    planned(Functional(), torch.ones(2, 3), rules=(sq.Rule(where=where, weight=FOUR, activation=FOUR),))
     assert len(asked) > 10
