@@ -43,7 +43,7 @@ class ChipSpec:
 CHIPS: Registry[ChipSpec] = Registry("chip")
 
 _CHANNELS = QScheme(granularity=PerChannel())
-# Codes from -127 to 127: these chips have no -128 for weights.
+# Codes from -127 to 127, as sophgo-mq gives the weights on these chips.
 _NARROW_CHANNELS = QScheme(granularity=PerChannel(), symmetric_range=True)
 _WEIGHT = QuantizerConfig(scheme=_CHANNELS, observer=minmax(), fake_quantize=learnable())
 _NARROW_WEIGHT = QuantizerConfig(scheme=_NARROW_CHANNELS, observer=minmax(), fake_quantize=learnable())
