@@ -157,7 +157,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "function": (("report", "maker:mak", "a.json"), "did you mean 'make'"),
     "result": (("report", "maker:wrong", "a.json"), "a tuple (model, batches)"),
     "raises": (("report", "maker:broken", "a.json"), "RuntimeError: no weights"),
-    "folder": (("export", "maker:make", "a.json", "none"), "this folder"),
+    "folder": (("export", "maker:make", "a.json", "none"), "folder of this file"),
 }
 
 

@@ -17,10 +17,10 @@ from tests.contracts import GRANULARITIES, KINDS, calibrated, observed, sample, 
 from tests.contracts.test_fake_quantize_laws import ALL, made
 
 UNCODED = {
-    "adaround": "its rounding is soft: between two codes, as long as it is learned",
+    "adaround": "its rounding is soft: while it is learned, values lie between two codes",
     "dorefa": "0 lies between two of its codes",
-    "fpxgroup": "its groups run over the ends of rows, with scales that are found anew in each tensor",
-    "fpxgroup_double": "its groups run over the ends of rows, with scales that are found anew in each tensor",
+    "fpxgroup": "its groups run over the ends of rows, with scales that are computed anew from each tensor",
+    "fpxgroup_double": "its groups run over the ends of rows, with scales that are computed anew from each tensor",
     "nnie": "its codes stand for logarithms, not for multiples of a scale",
     "qdrop_half": "it rounds at random",
 }
@@ -124,4 +124,4 @@ def test_columns_that_make_up_for_each_other(act_order: bool) -> None:
     assert_reads_back(fq, x, observed(x, scheme)._replace(extras=hessian), scheme)
     grouped = made("gptq", group_size=4)
     why = reason(grouped, observed(x, scheme)._replace(extras=hessian), scheme)
-    assert why == "its scales are found column by column, and not kept"
+    assert why == "its scales are computed column by column, and not kept"
