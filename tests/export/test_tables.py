@@ -298,7 +298,7 @@ def test_an_operation_without_an_op_type_needs_a_name(tmp_path: Path) -> None:
 def test_steps_that_do_not_fit_the_weight_are_refused(tmp_path: Path) -> None:
     q, params, qparams = small()
     name = "fc.weight_fake_quant"
-    with pytest.raises(sq.StateError, match="this shape"):
+    with pytest.raises(sq.StateError, match="their shape does not fit"):
         tables(q, params, {**qparams, name: qparams[name]._replace(scale=torch.ones(2))}, tmp_path)
     with pytest.raises(sq.StateError, match="not calibrated"):
         tables(q, params, {}, tmp_path)
@@ -319,7 +319,7 @@ def test_steps_of_values_that_are_no_codes_are_refused(tmp_path: Path) -> None:
     name = "x.post_act_fake_quantizer"
     between = made.qparams[name]._replace(zero_point=made.qparams[name].zero_point + 0.25)
     with pytest.raises(
-        sq.ConfigError, match=r"the tables cannot hold the steps of lsq_plus.* \(because its zero point is no code"
+        sq.ConfigError, match=r"the tables cannot hold the steps of lsq_plus.* \(because its zero point is not a code"
     ):
         written(made._replace(qparams={**made.qparams, name: between}), tmp_path)
 
