@@ -302,7 +302,7 @@ def test_steps_that_do_not_fit_the_weight_are_refused(tmp_path: Path) -> None:
         tables(q, params, {**qparams, name: qparams[name]._replace(scale=torch.ones(2))}, tmp_path)
     with pytest.raises(sq.StateError, match="not calibrated"):
         tables(q, params, {}, tmp_path)
-    with pytest.raises(sq.StateError, match="this folder"):
+    with pytest.raises(sq.StateError, match="folder of this file"):
         tables(q, params, qparams, tmp_path / "none")
 
 
