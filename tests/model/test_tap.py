@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
+from tests.helpers import Digits
 
 CNN = sq.QuantConfig(chip="BM1690", strategy="CNN")
 
@@ -127,6 +128,14 @@ def test_blocks_of_a_resnet_compute_what_the_tap_saw(name: str) -> None:
 @pytest.mark.parametrize("pattern", ["model.layers.*", None])
 def test_blocks_of_a_llama_compute_what_the_tap_saw(name: str, pattern: str | None) -> None:
     assert_blocks_agree(llama(CONFIGS[name]), pattern, [f"model.layers.{i}" for i in range(4)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_of_the_trained_digits_network_compute_what_the_tap_saw(name: str, digits: Digits) -> None:
+    case = Case(digits.model, CONFIGS[name], digits.test[:64])
+    assert_blocks_agree(case, None, ["layer1", "layer2"])
+    assert_blocks_agree(case, "[sl]*", ["stem", "layer1", "layer2"])
 
 
 def test_every_leaf_and_every_function_is_shown_where_no_quantizer_sits() -> None:
