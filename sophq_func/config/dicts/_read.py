@@ -62,12 +62,12 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
       (Rule(name='head', weight=None, requests=False),)
     """
     reader = _Reader()
-    whole = reader.mapping("prepare_custom_config_dict", prepare_custom_config_dict)
-    quant = reader.mapping("quant_dict", whole.get("quant_dict", {}))
-    qconfig = reader.mapping("extra_qconfig_dict", whole.get("extra_qconfig_dict", {}))
-    quantizer = reader.mapping("extra_quantizer_dict", whole.get("extra_quantizer_dict", {}))
-    fuse = reader.mapping("extra_fuse_dict", whole.get("extra_fuse_dict", {}))
-    chip = reader.quant_dict(quant, whole.get("quant_dict"))
+    dictionaries = reader.valid_entries("prepare_custom_config_dict", prepare_custom_config_dict)
+    quant = reader.valid_entries("quant_dict", dictionaries.get("quant_dict", {}))
+    qconfig = reader.valid_entries("extra_qconfig_dict", dictionaries.get("extra_qconfig_dict", {}))
+    quantizer = reader.valid_entries("extra_quantizer_dict", dictionaries.get("extra_quantizer_dict", {}))
+    fuse = reader.valid_entries("extra_fuse_dict", dictionaries.get("extra_fuse_dict", {}))
+    chip = reader.quant_dict(quant, dictionaries.get("quant_dict"))
     fusion = reader.attempt("extra_fuse_dict", partial(read_fusion, fuse)) or Fusion()
     weight = reader.half("weight", qconfig, chip)
     activation = reader.half("activation", qconfig, chip)
@@ -75,7 +75,7 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
     reader.problems += contradictions(quant, qconfig, quantizer)
     raise_all(reader.problems)
     for key, why in NEEDLESS.items():
-        if whole.get(key) is not None:
+        if dictionaries.get(key) is not None:
             deprecated(f"{key} has no effect and is not needed: {why}. Fix: leave it out.")
     # What sophgo-mq switches on beside a strategy is here a strategy of its own, in the place of the named one.
     strategy = "BF16Mixed" if quant.get("bf16_mix_prec") else quant["strategy"]
@@ -86,7 +86,7 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
         weight=weight,
         activation=activation,
         rules=tuple(rules),
-        leaf_module=tuple(whole.get("leaf_module") or ()),
+        leaf_module=tuple(dictionaries.get("leaf_module") or ()),
         operations=tuple(fusion.aliases.get(key, key) for key in reader.operations(quantizer)),
         weight_layers=fusion.layers,
         patterns=fusion.patterns,
@@ -114,7 +114,7 @@ class _Reader:
             self.problems.append(text if text.startswith(where) else f"{where}: {text}")
             return None
 
-    def mapping(self, name: str, value: object, where: str = "", further: Sequence[str] = ()) -> dict[str, Any]:
+    def valid_entries(self, name: str, value: object, where: str = "", further: Sequence[str] = ()) -> dict[str, Any]:
         """The entries of a dictionary whose keys are known and whose values pass their checks; others become problems.
 
         Args:
@@ -182,7 +182,7 @@ class _Reader:
             "fake_quantize": self.fake_quantize(qconfig, letter, default.fake_quantize),
         }
         if key in qconfig:
-            values["scheme"] = self.scheme(key, self.mapping("qscheme", given, key, further), default)
+            values["scheme"] = self.scheme(key, self.valid_entries("qscheme", given, key, further), default)
         has_problem = None in values.values()  # noted already; the default lets reading go on to further problems
         return default if has_problem else override(**values)(default)
 
@@ -281,7 +281,7 @@ class _Reader:
             fix = hint or "{'mode': 'weight', 'bit': 4}"
             self.problems.append(explain(where, "the mode is neither of the two", got=mode, allowed=allowed, fix=fix))
             return {}
-        given = self.mapping(f"entry with mode {mode!r}", entry, where)
+        given = self.valid_entries(f"entry with mode {mode!r}", entry, where)
         # The keys of an entry start with the letter of the role, too, but without the underscore of ``w_observer``.
         values: dict[str, Any] = {}
         if f"{mode[0]}observer" in given:
