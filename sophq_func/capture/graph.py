@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from sophq_func.core.operations import family
 
 Class: TypeAlias = type
-"""``type``, in a class with an attribute of that name."""
+"""The builtin ``type``, for annotations in a class whose field ``type`` hides it."""
 
 Option: TypeAlias = Any
 """Value of a module's plain attribute: a bool, a number, or a tuple of ints."""
@@ -24,8 +24,9 @@ class Operand:
       slot: its index among all tensors of the call.
       value: name of the value that it is; empty for parameters and constants.
       parameter: canonical name of the parameter that it is; empty for others.
-      stale: name of the value with which an in-place operation has overwritten the memory of this tensor, where the call
-        takes the tensor as the value that it was before; else empty.
+      stale: name of the value that an in-place operation wrote into the memory of this tensor, where the call is given
+        the tensor object from before that operation; else empty. A call with that object does not see the tensor that a
+        quantizer puts in the place of the value.
     """
 
     role: str
@@ -42,9 +43,9 @@ class Value:
     Attributes:
       name: unique; the call's name, with ``.<index>`` where the call makes several tensors.
       node: name of the call.
-      index: which of the tensors that the call makes.
+      index: its place among the tensors that the call makes, from 0.
       floating: whether its dtype is a floating one.
-      shape: in the example.
+      shape: that of the tensor in the traced example.
       output: whether the model returns it.
       view: whether it shares memory with an operand of its call.
       overwritten: whether the model returns it and an in-place operation has written into its memory.
@@ -71,7 +72,8 @@ class Node:
       path: path of the leaf module called, or of the module in which a function is called.
       paths: every path of that module; more than one where it is registered twice.
       function: canonical name; empty for modules.
-      call: how many counted calls of this module, or of this function in this module, came before.
+      call: number of the call, from 0: how many counted calls of this module, or of this function in this module, came
+        before.
       counted: whether a floating tensor goes in or comes out. Other calls, such as arithmetic on indices, do not count,
         since a compiled run may leave some out.
       type: class of the leaf module, or of the fused pattern; ``None`` for functions and inputs.
@@ -81,7 +83,7 @@ class Node:
       options: plain attributes of a leaf module that decide about quantization (``groups``, ``eps``, ...).
       members: the calls of a fused group, first to last; empty otherwise.
       argument: of an input, the name of the argument of ``forward``.
-      also: names of further inputs for which the example has the same tensor.
+      also: of an input, names of further arguments for which the example has the same tensor.
     """
 
     name: str
@@ -113,13 +115,17 @@ class Node:
     @property
     def norm(self) -> Node | None:
         """The BatchNorm that is the second member of a group; ``None`` where there is none."""
+        # Only a BatchNorm directly behind the layer can be folded into its weight.
         if len(self.members) < 2 or self.members[1].operation != "batch_norm":
             return None
         return self.members[1]
 
     @property
     def operation(self) -> str:
-        """Canonical name of the function called, of that which a module's class calls, or of a group's first call."""
+        """Canonical name of the function that is called; for a module, of the function that its class stands for.
+
+        A group has the operation of its first call.
+        """
         first = self.first
         if first.kind == "module" and first.type is not None:
             return family(first.type)
@@ -138,7 +144,7 @@ class Scope:
     Attributes:
       path: of the module, the first where it has several.
       start: index of the first call made in it, among the nodes of the graph.
-      stop: index behind the last one.
+      stop: index of the last one, plus 1.
     """
 
     path: str
@@ -184,7 +190,7 @@ class Graph:
         return len(self.nodes)
 
     def users(self, value: str) -> list[tuple[Node, Operand]]:
-        """Each call that takes a value, with the operand that the value is there."""
+        """Each call that takes a value, with the operand as which it takes the value."""
         return self._users[value]
 
     def producer(self, value: str) -> Node:
@@ -196,6 +202,7 @@ class Graph:
         lines = [f"Graph({inputs}):"]
         for node in self:
             if node.kind != "input":
+                # "..." stands for a constant, which has no name.
                 operands = ", ".join(o.value or o.parameter or "..." for o in node.operands)
                 lines.append(f"  {node.name}({operands})")
         return "\n".join(lines)

@@ -67,35 +67,39 @@ class Grid:
           parts: equal tensors to use instead of the grid's own, such as the buffers of a module.
         """
         parts = self.parts if parts is None else parts
-        unit = self._unit(codes, parts)
+        real = self._unscaled(codes, parts)
         if "exponent" in parts:
-            unit = _by_blocks(unit, torch.exp2(parts["exponent"].float() - E8M0_BIAS), self.block_size)
+            block_scale = torch.exp2(parts["exponent"].float() - E8M0_BIAS)
+            real = _times_blocks(real, block_scale, self.block_size)
         if "block_scale" in parts:
-            shared = _as_float8(parts["block_scale"], torch.float8_e4m3fn)
-            unit = _by_blocks(unit, shared.float(), self.block_size)
-        return unit * expand(parts["scale"], unit, self.granularity) if "scale" in parts else unit
+            block_scale = _as_float8(parts["block_scale"], torch.float8_e4m3fn).float()
+            real = _times_blocks(real, block_scale, self.block_size)
+        return real * expand(parts["scale"], real, self.granularity) if "scale" in parts else real
 
-    def _unit(self, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """The numbers of codes before they are scaled."""
+    def _unscaled(self, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """The numbers that codes mean before any scale is applied."""
         if self.is_integer:
             level = codes.float()
             return level - expand(parts["zero_point"].float(), level, self.granularity)
         if self.format == "table":
             return parts["table"][codes.long()]
-        if self.bits == 8:
+        if self.bits == 8:  # of the formats that are left, the float8 ones; the others are float16 and bfloat16
             return _as_float8(codes, self.dtype).float()
         return codes.float()
 
     def ends(self) -> tuple[Tensor, Tensor]:
-        """The real numbers of the smallest and largest code of an integer grid, in the shape of the scale."""
+        """The real numbers of the smallest and largest code, in the shape of the scale.
+
+        Only of an integer grid that is not dynamic.
+        """
         assert self.low is not None and self.high is not None
         zero, scale = self.parts["zero_point"], self.parts["scale"]
         return (self.low - zero) * scale, (self.high - zero) * scale
 
 
-def is_integer(form: str) -> bool:
+def is_integer(format_name: str) -> bool:
     """Whether the codes of a format are integers."""
-    return form.startswith(("int", "uint"))
+    return format_name.startswith(("int", "uint"))
 
 
 def integer_format(low: int, high: int) -> tuple[str, int]:
@@ -106,25 +110,34 @@ def integer_format(low: int, high: int) -> tuple[str, int]:
       (('int4', 4), ('uint8', 8))
     """
     if low < 0:
+        # In two's complement n bits and a sign reach from -(2 ** n) to 2 ** n - 1: one number further below 0 than above.
         bits = max((-low - 1).bit_length(), high.bit_length()) + 1
         return f"int{bits}", bits
-    bits = max(high.bit_length(), 1)
+    bits = max(high.bit_length(), 1)  # a grid whose only code is 0 takes a bit, too
     return f"uint{bits}", bits
 
 
 def storage(bits: int, signed: bool) -> torch.dtype:
-    """The dtype of unpacked codes."""
+    """The dtype of unpacked codes of this width."""
     if bits <= 8:
         return torch.int8 if signed else torch.uint8
     # torch computes little with uint16: unsigned codes of 16 bits are held in int32.
-    return torch.int16 if bits <= 15 + signed else torch.int32
+    bits_in_int16 = 16 if signed else 15
+    return torch.int16 if bits <= bits_in_int16 else torch.int32
 
 
 def _as_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes in a float8 dtype, also if they are bit patterns."""
+    """Codes in a float8 dtype; bit patterns, uint8, are reinterpreted."""
     return codes.view(dtype) if codes.dtype == torch.uint8 else codes
 
 
-def _by_blocks(unit: Tensor, shared: Tensor, size: int) -> Tensor:
-    """``unit`` times ``shared``, which has a number for each block of the last axis: ``(..., blocks)``."""
-    return from_blocks(to_blocks(unit, size) * shared.unsqueeze(-1), unit)
+def _times_blocks(numbers: Tensor, block_scale: Tensor, size: int) -> Tensor:
+    """``numbers`` times the scale of the block of the last axis that each is in.
+
+    Args:
+      numbers: ``(..., n)``.
+      block_scale: ``(..., blocks)``.
+      size: elements of a block.
+    """
+    blocks = to_blocks(numbers, size)
+    return from_blocks(blocks * block_scale.unsqueeze(-1), numbers)

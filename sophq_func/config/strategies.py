@@ -29,7 +29,8 @@ class Preset:
     Attributes:
       change: the fields that it sets.
       why: the reason, in words.
-      yields: whether ``weight`` or ``activation`` of the config override it, too, if they set one of these fields.
+      yields: whether the preset also gives way, as a whole, to ``QuantConfig.weight`` or ``QuantConfig.activation`` where
+        that sets one of the same fields.
     """
 
     change: Override
@@ -43,8 +44,9 @@ class Requests(NamedTuple):
     Attributes:
       asks: from a node to what rules say about the quantizers around it: ``True``, its inputs are quantized; ``False``, it
         is no reason to quantize anything; ``None``, the strategy decides.
-      listed: from a node to whether the config adds its class or function to the strategy's list of operations.
-      layers: module classes whose weights are quantized beside those of the strategy.
+      listed: from a node to whether ``QuantConfig.operations`` has its class or function: operations whose inputs are
+        quantized beside those that the strategy lists.
+      layers: module classes whose weights are quantized beside ``Strategy.weights``.
       free: whether there is no chip, so that every grid is allowed.
     """
 
@@ -59,9 +61,10 @@ class SharedInput(NamedTuple):
 
     Attributes:
       consumer: name of the first of the calls, which names the quantizer and is what rules match.
-      uses: for each call its name, and the slot of the value among its operands.
+      uses: for each call its name, and the slot of the value among its operands (``Operand.slot``).
       why: the reason, in words.
-      value: name of the value, if this quantizer is needless behind another of the same kind; empty if it is always there.
+      value: name of the value, if this quantizer is left out where the value itself has a quantizer of the same kind;
+        empty if it is never left out.
     """
 
     consumer: str
@@ -76,7 +79,7 @@ class Placement(NamedTuple):
     Attributes:
       chosen: by name of a value with a quantizer, the reason for it, in words; in no particular order.
       inputs: by name of a quantizer, those that sit before some calls only.
-      presets: by name of a quantizer, weights included, what the strategy sets in its config.
+      presets: by name of a quantizer, be it of a value or of a weight, what the strategy sets in its config.
     """
 
     chosen: Mapping[str, str]
@@ -90,9 +93,10 @@ class Strategy(NamedTuple):
     Attributes:
       place: from a fused graph, and what the config says about placement, to a :class:`Placement`.
       weights: module classes whose weights are quantized.
-      functions: whether weights that functions outside of leaf modules multiply with are quantized, too.
+      functions: whether weights of functions are quantized, too: of those that the model calls outside of leaf modules,
+        such as ``F.linear``.
       rounds_bias: whether biases are rounded to multiples of input scale times weight scale.
-      int4_inputs: whether layers with 4-bit weights and activations get a quantizer of their own on the input.
+      int4_inputs: whether a layer whose weight and result rules set to 4 bits gets a quantizer of its own on the input.
     """
 
     place: Callable[[Graph, Requests], Placement]

@@ -17,9 +17,9 @@ from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, positive, qpar
 from sophq_func.numerics.scheme import QScheme
 
 LOST_BITS = 2.0**-22
-"""More than the relative error of a range that went through a scale and back, of a few roundings of 2 ** -24 each.
+"""The share by which an observed range is made smaller, so that a power of two does not round up to the next one.
 
-The range is made smaller by so much, so that an observed power of two does not round up to the next one.
+A range that went through a scale and back has an error of a few roundings, of 2 ** -24 each; this is more than that.
 """
 
 
@@ -61,19 +61,21 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
         return initial._replace(scale=torch.where(qparams.scale.isnan(), qparams.scale, initial.scale))
 
     def grid(qparams: QParams, scheme: QScheme) -> QParams:
-        lo, hi = _clip(qparams, scheme)
+        lo, hi = _clip_bounds(qparams, scheme)
         of_range = range_to_qparams(lo.detach(), hi.detach(), scheme, limits=bounds(qparams, scheme))
         return of_range._replace(extras=qparams.extras)
 
     def clip(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor:
         work = working(x)
-        lo, hi = (expand(bound, x, scheme.granularity) for bound in _clip(qparams, scheme))
+        lo, hi = (expand(bound, x, scheme.granularity) for bound in _clip_bounds(qparams, scheme))
+        # >= above and < below: an x that equals the upper bound has no gradient, one that equals the lower bound has
         return torch.where(work >= hi, hi, torch.where(work < lo, lo, work))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         clipped = clip(x, qparams, scheme)
         constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
-        return ste(clipped, fake_quantize(clipped.detach(), constant, scheme, "kernel")).to(x.dtype)
+        quantized = fake_quantize(clipped.detach(), constant, scheme, "kernel")
+        return ste(clipped, quantized).to(x.dtype)
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(clip(x.detach(), qparams, scheme), grid(qparams, scheme), scheme, "kernel")
@@ -98,8 +100,11 @@ def _decoding(grid: GridInForce) -> Decode:
     return decode
 
 
-def _clip(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
-    """The bounds that are applied: ``max(|alpha|, 2 ** -23)``, and ``n_alpha`` clamped to at most 0."""
+def _clip_bounds(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
+    """The bounds ``(l, hi)`` that are applied: ``hi = max(|alpha|, 2 ** -23)``; ``l`` is ``-hi``, or ``min(n_alpha, 0)``.
+
+    Both have the gradient of what is learned also where they are clamped, so that it can be learned out of there.
+    """
     hi = positive(qparams.extras["alpha"])
     if scheme.symmetric:
         return -hi, hi
@@ -117,7 +122,8 @@ def tqt() -> FakeQuantize:
 
     Gradient, eq. (7) and (8) of the paper, ceil straight-through: that of
     :func:`sophq_func.numerics.affine.fake_quantize` to ``x``, and ``s ln(2)`` times that to the scale to
-    ``log2_t``: ``s ln(2) (round(x / s) - x / s)`` inside, ``s ln(2) n`` and ``s ln(2) p`` beyond.
+    ``log2_t``: ``s ln(2) (round(x / s) - x / s)`` inside, ``s ln(2) n`` and ``s ln(2) p`` beyond, where ``n`` and ``p`` are
+    the smallest and largest code.
 
     Differs from sophgo-mq: the threshold is learned; no kind of tensor has to be set first; one rounding for all kinds;
     small scales are not replaced by 1; affine, per channel and per group work.
@@ -133,11 +139,13 @@ def tqt() -> FakeQuantize:
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
         width = torch.maximum(-lo, hi) if scheme.symmetric else hi - lo
-        log2_t = torch.log2(width * (1 - LOST_BITS)).clamp(max=128)  # 128: a width that overflowed is infinite
+        # a width that overflowed is infinite; 2 ** 128 is the power of two above all finite ones
+        log2_t = torch.log2(width * (1 - LOST_BITS)).clamp(max=128)
         initial = grid(qparams._replace(extras=sorted_dict({**qparams.extras, "log2_t": log2_t})), scheme)
         if scheme.symmetric:
             return initial
         zero_point = clamp(scheme.qmin - torch.round(lo / initial.scale), scheme.qmin, scheme.qmax)
+        # int32 has no NaN; where the zero point is one, the scale is, too, and shows it
         return initial._replace(zero_point=torch.where(zero_point.isnan(), 0, zero_point).to(torch.int32))
 
     def grid(qparams: QParams, scheme: QScheme) -> QParams:
@@ -145,6 +153,7 @@ def tqt() -> FakeQuantize:
         low, high = bounds(qparams, scheme)
         sign_bits = 1 if scheme.symmetric else 0
         exponent = ste(log2_t, log2_t.ceil()) - (_bits(low, high) - sign_bits)
+        # 2 ** 127 is float32's largest power of two
         return qparams._replace(scale=torch.exp2(exponent.clamp(min=math.log2(EPS), max=127)))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:

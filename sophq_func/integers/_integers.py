@@ -38,7 +38,7 @@ LAYERS = frozenset(("linear", *(f"{kind}{n}d" for kind in ("conv", "conv_transpo
 PRODUCTS = frozenset(("matmul", "mm", "bmm"))
 """Products of two activations, by canonical name."""
 
-HEADROOM = 30
+TERM_BITS = 30
 """Bits that the terms of an addition may use: the sum of two numbers below 2 ** 30 fits in int32."""
 
 
@@ -64,7 +64,13 @@ class IntegerTensor(NamedTuple):
 
 
 class ValueGrid(NamedTuple):
-    """The integer grid of an activation; where the scheme is dynamic, scale and zero point are not used."""
+    """The integer grid of an activation.
+
+    Attributes:
+      scheme: which elements share a scale; whether the grid is dynamic.
+      scale, zero_point: in ``real = (code - zero_point) * scale``; not used where the scheme is dynamic.
+      low, high: the smallest and largest code.
+    """
 
     scheme: QScheme
     scale: Tensor
@@ -79,9 +85,11 @@ class IntegerModel(NamedTuple):
     Attributes:
       values: the integer grids of activations, by quantizer.
       other: quantizes an activation without an integer grid; takes the name of the quantizer and the tensor.
-      wholes: parameters that are integers, by name.
-      biases: of each weight with a BatchNorm folded in, by the weight's name: the names of the bias and of the BatchNorm.
-      extra: the values of these biases, by name: integers, or real numbers.
+      wholes: parameters that are stored as integers (whole numbers), by name.
+      biases: of each weight with a BatchNorm folded in, by the weight's name: the names of the bias that folding makes,
+        and of the BatchNorm.
+      extra: the values of these biases, by name: integers, or real numbers. :class:`Integers` adds them itself,
+        behind a layer that runs without a bias.
       dropped: names of the parameters of BatchNorms that are folded into weights.
     """
 
@@ -98,7 +106,7 @@ class Noted(NamedTuple):
 
     tensor: Tensor
     version: int
-    whole: IntegerTensor
+    integers: IntegerTensor
 
 
 def rescaled(level: Tensor, ratio: Tensor) -> Tensor:
@@ -121,7 +129,8 @@ def rescaled(level: Tensor, ratio: Tensor) -> Tensor:
     multiplier = (mantissa * 2**31).round().to(torch.int64)
     product = level.to(torch.int64) * multiplier
     shift = (31 - exponent).to(torch.int64)
-    # int64 cannot be shifted by more than 63 bits; |product| <= 2 ** 62, so that any longer shift rounds to 0.
+    # int64 cannot be shifted by more than 63 bits; |product| <= 2 ** 62, so that a shift by more than 62 rounds to 0. As
+    # the ratio is below 2 ** 30, no shift is below 1.
     possible = shift.clamp(1, 62)
     floor = product >> possible
     remainder = product - (floor << possible)
@@ -184,20 +193,22 @@ class Integers(Runner):
     def __init__(self, schedule: Schedule, model: IntegerModel) -> None:
         super().__init__(schedule, self._quantized)
         self._model = model
-        self._noted_as: dict[int, Noted] = {}
+        # All four by the ``id`` of a tensor: what is noted of it; results of layers that a BatchNorm is folded into, until
+        # the BatchNorm's call has come; of weights, the names in ``model.biases``; parameters of folded BatchNorms.
+        self._entries: dict[int, Noted] = {}
         self._folded: dict[int, Tensor] = {}
         self._folds: dict[int, tuple[str, str]] = {}
         self._dropped: set[int] = set()
         self.computed: dict[str, int] = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, whole in self._model.wholes.items():
-            self._note(tensors[name], whole)
+        for name, integers in self._model.wholes.items():
+            self._note(tensors[name], integers)
         self._folds = {id(tensors[name]): fold for name, fold in self._model.biases.items()}
         self._dropped = {id(tensors[name]) for name in self._model.dropped}
 
     def looks_inside(self) -> bool:
-        return True
+        return True  # what a leaf module calls is computed in integers, too
 
     def compute(self, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
         name = called(func)
@@ -220,14 +231,14 @@ class Integers(Runner):
             self._move(name, func, integers, (first, args, kwargs), output)
         return output
 
-    def _note(self, tensor: Tensor, whole: IntegerTensor) -> None:
-        """Remember that a tensor equals these integers."""
-        self._noted_as[id(tensor)] = Noted(tensor, writes_into(tensor), whole)
+    def _note(self, tensor: Tensor, integers: IntegerTensor) -> None:
+        """Remember that a tensor equals these integers times their scale."""
+        self._entries[id(tensor)] = Noted(tensor, writes_into(tensor), integers)
 
-    def _noted(self, tensor: Tensor, whole: IntegerTensor, name: str) -> Tensor:
-        """The tensor, noted and counted as a result of this operation."""
+    def _noted(self, tensor: Tensor, integers: IntegerTensor, name: str) -> Tensor:
+        """The tensor, noted as these integers and counted as a result of this operation."""
         self._count(name)
-        self._note(tensor, whole)
+        self._note(tensor, integers)
         return tensor
 
     def _count(self, name: str) -> None:
@@ -235,15 +246,15 @@ class Integers(Runner):
 
     def _lookup(self, tensor: object) -> IntegerTensor | None:
         """The integers of a tensor, unless it, or a view of it, was written to since they were noted."""
-        noted = self._noted_as.get(id(tensor))
+        noted = self._entries.get(id(tensor))
         if noted is None or noted.version != writes_into(noted.tensor):
             return None
-        return noted.whole
+        return noted.integers
 
     def _on_grid(self, tensor: object) -> IntegerTensor | None:
         """The integers of a tensor on a quantizer's grid: small enough to be multiplied, as sums are not."""
-        whole = self._lookup(tensor)
-        return whole if whole is not None and whole.largest else None
+        integers = self._lookup(tensor)
+        return integers if integers is not None and integers.largest else None
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         """The effect of a run: ``x`` on the grid of a quantizer, from its integers where it has them."""
@@ -265,11 +276,12 @@ class Integers(Runner):
             raise StateError(explain(name, "NaN has no code", because=because, fix=fix))
         level = fitting(torch.minimum(torch.maximum(code, low), high) - zero, name)
         largest = int(torch.maximum(value.high - value.zero_point, value.zero_point - value.low).max())
-        quantized = IntegerTensor(level, scale.expand(x.shape) if scale.ndim else scale, name, largest)
+        quantized = IntegerTensor(level, _for_each(scale, x), name, largest)
         return self._noted(quantized.real(x.dtype), quantized, "quantize" if integers is None else "requantize")
 
     def _layer(self, name: str, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
         """The result of a convolution or linear layer, with the bias of a BatchNorm that is folded into its weight."""
+        # The first three arguments of all these functions; what stands behind them, and other keywords, is passed on.
         operands = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
         x, weight, bias = operands["input"], operands["weight"], operands.get("bias")
         options = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
@@ -283,6 +295,7 @@ class Integers(Runner):
 
         output = None
         integers, weight_integers = self._on_grid(x), self._on_grid(weight)
+        # A linear layer may have a weight of one axis, which is no axis of output channels.
         if integers is not None and weight_integers is not None and weight.ndim > 1:
             groups = args[6] if len(args) > 6 else options.get("groups", 1)  # the seventh argument of all convolutions
             output = self._integer_layer(name, run, (integers, weight_integers, groups), bias, x.dtype)
@@ -325,10 +338,11 @@ class Integers(Runner):
         else:
             scale = input_scale.reshape(()) * _beside(weight_scale, total, name)
         integer_bias = bias if isinstance(bias, IntegerTensor) else self._lookup(bias)
+        # Its step is then that of the sums, so that it is added in integers; any other bias is added as real numbers.
         is_on_grid = integer_bias is not None and integer_bias.origin == x.origin
         if integer_bias is not None and is_on_grid:
             total = total + _beside(integer_bias.level, total, name)
-        sums = IntegerTensor(fitting(total, name), scale.expand(total.shape) if scale.ndim else scale)
+        sums = IntegerTensor(fitting(total, name), _for_each(scale, total))
         if bias is None or is_on_grid:
             return self._noted(sums.real(dtype), sums, name)
         real = torch.as_tensor(bias) if integer_bias is None else integer_bias.real(torch.float64)
@@ -349,14 +363,13 @@ class Integers(Runner):
         if rows is None or columns is None:
             return None
         total = torch.matmul(a.level.double(), b.level.double())
-        scale = rows * columns
-        return IntegerTensor(fitting(total, "matmul"), scale.expand(total.shape) if scale.ndim else scale)
+        return IntegerTensor(fitting(total, "matmul"), _for_each(rows * columns, total))
 
     def _sum(self, args: Args, kwargs: Kwargs) -> IntegerTensor | None:
         """The sum of two tensors on grids of one scale each, added in int32 on a common, finer grid; else ``None``.
 
-        With ``c = 2 max(s_a, s_b)`` and ``n`` free bits, each term is ``round(level * 2 ** n * s / c)``, at most half of
-        ``level * 2 ** n``. The sum has the step ``c / 2 ** n``.
+        The levels of both use at most ``TERM_BITS - n`` bits, so that ``n`` are free. With ``c = 2 max(s_a, s_b)`` each
+        term is ``round(level * 2 ** n * s / c)``, at most half of ``level * 2 ** n``. The sum has the step ``c / 2 ** n``.
         """
         operands = [*args, *kwargs.values()]
         if len(operands) != 2:
@@ -364,7 +377,7 @@ class Integers(Runner):
         a, b = map(self._on_grid, operands)
         if a is None or b is None or a.scale.ndim or b.scale.ndim:
             return None
-        free_bits = HEADROOM - max(a.largest, b.largest).bit_length()
+        free_bits = TERM_BITS - max(a.largest, b.largest).bit_length()
         common = 2 * torch.maximum(a.scale, b.scale)
         first, second = (rescaled(term.level << free_bits, term.scale / common) for term in (a, b))
         return IntegerTensor(fitting(first + second, "add"), common / 2**free_bits)
@@ -373,7 +386,7 @@ class Integers(Runner):
         self,
         name: str,
         func: Callable[..., Output],
-        whole: IntegerTensor,
+        integers: IntegerTensor,
         call: tuple[Tensor, Args, Kwargs],
         output: Output,
     ) -> None:
@@ -381,6 +394,13 @@ class Integers(Runner):
 
         A result is noted only where it equals its integers, because a call may do more than its name says (``pad`` with
         another number than 0, ``to`` another dtype).
+
+        Args:
+          name: the operation.
+          func: the function.
+          integers: those of the first operand.
+          call: the first operand, all arguments and keywords.
+          output: what the call returned.
         """
         first, args, kwargs = call
 
@@ -392,13 +412,14 @@ class Integers(Runner):
             return tensors(func(data, *args[1:], **kwargs) if args else func(**{**kwargs, "input": data}))
 
         results = [result for result in tensors(output) if result.is_floating_point()]
-        levels = moved(whole.level.double())
-        has_one_scale = whole.scale.ndim == 0 or name == "relu"
-        scales = [whole.scale] * len(levels) if has_one_scale else moved(whole.scale)
+        levels = moved(integers.level.double())
+        # ReLU clamps levels, and leaves each at its place.
+        keeps_scale = integers.scale.ndim == 0 or name == "relu"
+        scales = [integers.scale] * len(levels) if keeps_scale else moved(integers.scale)
         for result, level, scale in zip(results, levels, scales, strict=False):
             if result.dtype != first.dtype or result.shape != level.shape:
                 continue
-            candidate = whole._replace(level=level.to(torch.int32), scale=scale)
+            candidate = integers._replace(level=level.to(torch.int32), scale=scale)
             is_equal = torch.equal(candidate.real(result.dtype), result)
             if is_equal and torch.equal(candidate.level.double(), level):
                 self._note(result, candidate)
@@ -432,6 +453,11 @@ def _rounded(x: Tensor, scale: Tensor, zero: Tensor, scheme: QScheme) -> Tensor:
     if isinstance(scheme.granularity, PerTensor):  # as torch's kernel for one scale
         return torch.round(x * (1 / scale)) + zero
     return torch.round(x / scale + zero)
+
+
+def _for_each(scale: Tensor, like: Tensor) -> Tensor:
+    """A scale for each element of ``like``; one scale for all elements keeps its shape ``()``."""
+    return scale.expand(like.shape) if scale.ndim else scale
 
 
 def _beside(channels: Tensor, like: Tensor, name: str) -> Tensor:

@@ -57,7 +57,8 @@ class Quantized:
     engine: Engine
 
     def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False, whole: Plan | None = None) -> None:
-        # past __setattr__, which refuses
+        # ``skeleton`` is the model without its weights; ``whole``, for a part of a model, the plan of the whole model.
+        # The setter is that of object, since __setattr__ of this class refuses
         set_attribute = object.__setattr__
         set_attribute(self, "plan", plan)
         set_attribute(self, "training", skeleton.entry.training)
@@ -80,10 +81,11 @@ class Quantized:
         return Quantized, (self.engine.skeleton, self.plan, self.frozen, self.engine.whole)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
+        # A plan cannot be changed, so that copies may share it
         return self._with(copy.deepcopy(self.engine.skeleton, memo), self.frozen)
 
     def _with(self, skeleton: Skeleton, frozen: bool) -> Quantized:
-        """The same plan for another skeleton of the same model."""
+        """The same plan for another skeleton of the same model, or for the same skeleton with weights frozen or not."""
         return Quantized(skeleton, self.plan, frozen, self.engine.whole)
 
     @property
@@ -297,9 +299,9 @@ class Quantized:
         """The :meth:`part` at each module that a glob fits, none inside another, in execution order.
 
         Args:
-          pattern: a glob of module paths. ``None``: the residual blocks (the smallest module around ``x + f(x)`` or
-            ``g(x) + f(x)``, and of those the outermost), and outside of them the items of each ``ModuleList`` or
-            ``Sequential`` that are not single layers.
+          pattern: a glob of module paths. ``None`` finds the residual blocks, and outside of them the items of each
+            ``ModuleList`` or ``Sequential`` that are not single layers. A residual block is the smallest module around
+            ``x + f(x)`` or ``g(x) + f(x)``; where one lies inside another, the outer one is taken.
 
         Returns:
           The parts; several of a module that the model calls several times.
@@ -386,7 +388,8 @@ class Quantized:
 
         Returns:
           A quantized model that uses weights as they are given; and params with weights quantized and biases rounded,
-          detached. With the same qparams, whose entries for weights no longer matter, outputs are the same bit for bit.
+          detached. With these params and the same qparams it returns the same outputs bit for bit. It takes all qparams,
+          but no longer reads those of weights.
 
         Raises:
           StateError: names that are missing or unknown; the model is in training mode, in which the statistics that are
@@ -428,9 +431,9 @@ class Quantized:
           batch: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
           reduce: what to keep of an output, such as a loss; by default all of it.
           how: ``"loop"`` runs one setting after the other, and quantizes a weight once for settings that agree on it.
-            ``"vmap"`` runs chunks of them as one. ``"compile"`` is a loop over one compiled function; compiling pays where
-            settings are many. ``"auto"`` is ``"vmap"`` for a model so small that calling torch costs more than arithmetic,
-            if torch can map it, else ``"loop"``.
+            ``"vmap"`` runs chunks of the settings, each chunk as one batch. ``"compile"`` is a loop over one compiled
+            function; compiling pays where settings are many. ``"auto"`` is ``"vmap"`` for a model so small that calling
+            torch costs more than arithmetic, if torch can map it, else ``"loop"``.
           progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
 
         Returns:

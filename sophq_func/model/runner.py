@@ -26,12 +26,15 @@ T = TypeVar("T", bound=Tree)
 class Runner(Frame):
     """Applies an effect at each planned call of one run.
 
+    Calls are counted by *pair*: a module's path, and the function called in that module, empty for the module's own call.
+
     Attributes:
       schedule: at which calls.
       effect: what happens there.
       counts: how many calls of each pair the run has made so far.
-      quantized_inputs: by argument, the tensor that the run was given and what the effect made of it.
-      shared_results: by quantizer that acts before several calls, the last tensor and what the effect made of it.
+      quantized_inputs: by argument, the tensor that the run was given, and what the effect made of it.
+      shared_results: by quantizer that acts before several calls, the last tensor that it acted on, and what the effect
+        made of that.
       inner: quantizer of the weight that the running leaf module computes inside; empty elsewhere.
     """
 
@@ -92,6 +95,7 @@ class Runner(Frame):
             args, kwargs = self._on_operands(actions.operands, args, kwargs)
         output = self.compute(func, args, kwargs)
         if name == "setitem":  # x[i] = y returns nothing; what it makes is its first operand, written into
+            # No tensor can be put in the place of that operand, so no plan quantizes it: this counts, or observes.
             self._on_output(pair, args[0], floating)
             return output
         return self._on_output(pair, output, floating)
@@ -119,7 +123,10 @@ class Runner(Frame):
             raise self._mismatch()
 
     def check_so_far(self) -> None:
-        """Raise a :class:`StateError` if the run, up to here, made more calls than any of the examples."""
+        """Raise a :class:`StateError` unless the calls of the run, up to here, fit one of the examples.
+
+        They do if the run has made no more calls of any pair than the example.
+        """
         if not any(self._fits_within(counts) for counts in self.schedule.counts):
             raise self._mismatch()
 
@@ -130,7 +137,7 @@ class Runner(Frame):
         return all(self.counts[pair] <= count for pair, count in expected.items())
 
     def _is_skipped(self, pair: Pair) -> bool:
-        """Whether the run made no call of a pair, and may do so."""
+        """Whether the run made no call of a pair, and the plan allows it to leave that pair out."""
         # where torch.compile may have hidden the calls, 0 does not mean that there were none
         hidden = self.mode.compiling and pair in self.schedule.hidden
         return self.counts[pair] == 0 and pair in self.schedule.optional and not hidden
@@ -141,8 +148,8 @@ class Runner(Frame):
         wrong = [pair for pair, count in expected.items() if self.counts[pair] != count and not self._is_skipped(pair)]
         path, function = wrong[0]
         place = f"{path}.{function}".strip(".")
-        now, then = self.counts[path, function], expected[path, function]
-        text = f"{place}: this run calls it {now} times, the example {then} times"
+        in_run, in_example = self.counts[path, function], expected[path, function]
+        text = f"{place}: this run calls it {in_run} times, the example {in_example} times"
         if self.mode.compiling and (path, function) in self.schedule.hidden:
             why = f"torch.compile hides this spelling of {function}"
             return StateError(f"{text}, because {why}. Fix: write torch.{function}(x) or a module.")
@@ -150,7 +157,7 @@ class Runner(Frame):
         return StateError(f"{text}, {why}. Fix: plan with examples of both ways, or {OPTIONAL}.")
 
     def _actions(self, pair: Pair) -> Actions | None:
-        """What happens at the call of a pair that is made now."""
+        """What happens at the call of a pair that is made now, and not counted yet; ``None`` for nothing."""
         planned = self.schedule.actions.get(pair)
         return None if planned is None else planned.get(self.counts[pair])
 
@@ -164,17 +171,21 @@ class Runner(Frame):
             return output
         if not (floating or has_floating(output)):
             return output
-        actions = self._actions(pair)
+        actions = self._actions(pair)  # before the count: the number of this call is that of the calls before it
         self.counts[pair] += 1
         return output if actions is None else self._on_tensors(actions.outputs, output)
 
     def _on_operands(self, names: Mapping[int, str], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments of a call, with the effect on some of their tensors: quantizers by the tensor's index."""
         if args and isinstance(args[0], Tensor) and names.keys() == {0}:  # the usual case, without flattening
             return (self._on_tensors(names, args[0]), *args[1:]), kwargs
         return self._on_tensors(names, (args, kwargs))
 
     def _on_tensors(self, names: Mapping[int, str], tree: T) -> T:
-        """``tree`` with the effect on some of its tensors; what the effect computes is not watched."""
+        """``tree`` with the effect on some of its tensors: quantizers by the tensor's index.
+
+        What the effect computes is no call of the model, so it is not watched.
+        """
         if not names:
             return tree
         with self.aside(), unwatched():
@@ -182,6 +193,7 @@ class Runner(Frame):
         return result
 
     def _acted(self, names: Mapping[int, str], tree: Tree) -> Tree:
+        """:meth:`_on_tensors`, while nothing is watched."""
         if isinstance(tree, Tensor):
             return self._act(names[0], tree)
         leaves, rebuild = flatten(tree)
@@ -192,7 +204,7 @@ class Runner(Frame):
         return rebuild(leaves)
 
     def _act(self, name: str, tensor: Tensor) -> Tensor:
-        """The effect on a tensor, computed once where several calls read the same tensor."""
+        """The effect on one tensor, computed once where several calls read the same tensor."""
         if name not in self.schedule.shared:
             return self.effect(name, tensor)
         before, after = self.shared_results.get(name, (None, None))

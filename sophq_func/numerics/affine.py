@@ -69,10 +69,11 @@ def fake_quantize(
 ) -> Tensor:
     """Quantize and dequantize with the straight-through surrogate of LSQ (arXiv:1902.08153).
 
-    Forward ``y = s * (clamp(q, n, p) - z)`` with the code ``q`` in the given order. For gradients of any order the
-    function is ``y = s * where(n <= q <= p, x / s + c, clamp(q) - z)`` with the constant ``c = q - z - x / s``, so
-    inside ``dy/dx = 1``, ``dy/ds = q - z - x / s``, ``dy/dz = 0``; outside ``dy/dx = 0``, ``dy/ds`` is the bound less
-    ``z`` and ``dy/dz = -s``.
+    Forward ``y = s * (clamp(q, n, p) - z)``, where ``q`` is the code in the given order, not clamped yet, and ``n`` and
+    ``p`` are the smallest and largest code. For gradients of any order the function is
+    ``y = s * where(n <= q <= p, x / s + c, clamp(q) - z)`` with the constant ``c = q - z - x / s``, so inside
+    ``dy/dx = 1``, ``dy/ds = q - z - x / s``, ``dy/dz = 0``; outside ``dy/dx = 0``, ``dy/ds`` is the bound less ``z`` and
+    ``dy/dz = -s``.
 
     Args:
       x: any floating tensor.
@@ -97,7 +98,11 @@ def fake_quantize(
 def prepared(
     x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True, factor: Tensor | None = None
 ) -> Callable[[], Tensor]:
-    """A thunk that returns :func:`fake_quantize`; work that does not touch ``x`` runs eagerly."""
+    """A thunk that returns :func:`fake_quantize`.
+
+    Scale, zero point and bounds are computed now; ``x`` is rounded when the thunk is called, so that a weight can be
+    quantized as late as when its layer starts.
+    """
     granularity = scheme.granularity
     work = working(x)
     low, high = expanded_bounds(qparams, scheme, x)
@@ -109,7 +114,7 @@ def prepared(
         rounding = eager.Rounding(low, high, reciprocal=order == "kernel", shifted=order == "expression")
         y = eager.prepared(work, scale, zero, rounding, factor)
         return y if work is x else lambda: y().to(x.dtype)
-    if factor is None:
+    if factor is None:  # then what is rounded is ``x`` itself, and the step is the scale
         y = partial(recomputed, _composed, work, work, scale, scale, zero, low, high, order)
     else:
         y = partial(_composed_folded, work, factor, scale, zero, low, high, order)
@@ -177,7 +182,7 @@ def nearest(y: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
     In float64, so that the quotient is nearer to its code than to a tie.
     """
     scale = expand(qparams.scale.detach(), y, scheme.granularity).double()
-    level = (y.detach().double() / scale).round()
+    level = (y.detach().double() / scale).round()  # the code without its zero point
     if not scheme.symmetric:
         level = level + expand(_zero_point(qparams, scheme, True).detach().double(), y, scheme.granularity)
     low, high = expanded_bounds(qparams, scheme, y)
@@ -225,7 +230,7 @@ def _composed(
         # dy/dz = -s outside: the zero point moves the outermost values; inside it cancels
         level = level - torch.where(inside, 0, zero - fixed_zero)
     # y = step L + (x - const(x)) + (step - const(step)) slope: the last two terms are 0, and give dy/dx = 1 inside and
-    # dy/ds = slope, which is L - x / s inside and L outside
+    # dy/ds = slope, which is L - x / s inside and L outside. addcmul(a, b, c) is a + b c; the inner one is the first two
     within = torch.where(inside, x, 0)
     slope = level - torch.where(inside, ratio, 0)
     return torch.addcmul(torch.addcmul(within - within.detach(), fixed_step, level), step - fixed_step, slope)

@@ -71,9 +71,10 @@ class Point(NamedTuple):
       x: the tensor.
       step: the step ``r = s / d`` of the grid in ``x``: the scale, divided by the factor where there is one.
       zero: the zero point; ``None`` means 0.
-      divisor: the scale ``s``, or ``1 / s`` where the quotient is a product; a constant.
+      divisor: the scale ``s``, by which ``x`` is divided; with ``Rounding.reciprocal`` it is ``1 / s``, and ``x`` is
+        multiplied with it. A constant.
       factor: the factor ``d``, with 1 where it is 0; a constant.
-      dead: the mask where the factor is 0; a constant.
+      dead: the mask where the factor is 0, and the output is ``x``; a constant.
     """
 
     x: Tensor
@@ -129,7 +130,7 @@ def prepared(
 
 
 def _quotient(p: Point, rounding: Rounding, out: Tensor | None = None) -> Tensor:
-    """The number that is rounded, in a new tensor or in ``out``."""
+    """The number ``v`` that is rounded, in a new tensor or in ``out``; it has the zero point in it where that is shifted."""
     x = p.x if p.factor is None else torch.mul(p.x, p.factor, out=out)
     v = torch.mul(x, p.divisor, out=out) if rounding.reciprocal else torch.div(x, p.divisor, out=out)
     return v if p.zero is None or not rounding.shifted else torch.add(v, p.zero, out=out)
@@ -139,12 +140,16 @@ def _is_inside(v: Tensor, p: Point, rounding: Rounding) -> Tensor:
     """The mask of quotients whose codes lie inside the bounds."""
     if p.zero is None or rounding.shifted:
         return (v >= _last_inside(rounding.low, -1, v.dtype)) & (v <= _last_inside(rounding.high, 1, v.dtype))
+    # the code is round(v) + z, so that the bounds of round(v) are those of the code less z
     lowest, highest = _last_inside_of(rounding.low - p.zero, -1), _last_inside_of(rounding.high - p.zero, 1)
     return (v >= lowest) & (v <= highest)
 
 
 def _last_inside(code: int | Tensor, side: int, dtype: torch.dtype) -> float | Tensor:
-    """The outermost quotient that is rounded to the outermost code; ``side`` is 1 above and -1 below."""
+    """The outermost quotient that is rounded to an outermost code; ``side`` is 1 for the largest, -1 for the smallest.
+
+    It is the tie beyond the code, or the number before that where the tie is rounded away from the code.
+    """
     return _last_inside_of(code.to(dtype), side) if isinstance(code, Tensor) else _last_inside_int(code, side, dtype)
 
 
@@ -158,7 +163,7 @@ def _last_inside_int(code: int, side: int, dtype: torch.dtype) -> float:
 
 
 def _last_inside_of(codes: Tensor, side: int) -> Tensor:
-    """The same for outermost codes in a tensor, which may lie between two integers."""
+    """:func:`_last_inside` for codes in a tensor. Of one between two integers, the integer further inside counts."""
     whole = codes.floor() if side > 0 else codes.ceil()
     tie = whole + side / 2
     inwards = torch.full_like(tie, -side * math.inf)
@@ -210,24 +215,24 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
 
 def _gradient_parts(g: Tensor, p: Point, rounding: Rounding, out: Tensor, scratch: Sequence[Tensor]) -> Tensor:
     """Write ``m g`` to ``out``, and return ``g dy/dr`` in the second of two ``scratch`` tensors."""
-    v, level = scratch
+    v, code = scratch
     _quotient(p, rounding, out=v)
-    torch.round(v, out=level)
+    torch.round(v, out=code)
     if p.zero is not None and not rounding.shifted:
-        level.add_(p.zero)
-    level.clamp_(rounding.low, rounding.high)
+        code.add_(p.zero)
+    code.clamp_(rounding.low, rounding.high)
     if p.zero is None and isinstance(rounding.low, int) and isinstance(rounding.high, int):
         # one pass instead of the four of two comparisons, their conjunction and a selection: this kernel returns its first
         # argument where the second lies strictly between the limits, and 0 elsewhere
         limits = _first_outside_int(rounding.low, -1, v.dtype), _first_outside_int(rounding.high, 1, v.dtype)
         masked = torch.ops.aten.hardtanh_backward.grad_input
         masked(g, v, *limits, grad_input=out)
-        level.sub_(masked(v, v, *limits, grad_input=v))
+        slope = code.sub_(masked(v, v, *limits, grad_input=v))  # less v inside, less 0 outside
     else:
         inside = _is_inside(v, p, rounding)
         torch.where(inside, g, g.new_zeros(()), out=out)
-        level.sub_(_subtrahend(v, inside, p, rounding))
-    return level.mul_(g)
+        slope = code.sub_(_subtrahend(v, inside, p, rounding))
+    return slope.mul_(g)
 
 
 def _subtrahend(v: Tensor, inside: Tensor, p: Point, rounding: Rounding) -> Tensor:
@@ -238,7 +243,10 @@ def _subtrahend(v: Tensor, inside: Tensor, p: Point, rounding: Rounding) -> Tens
 
 
 def _mask_and_slope(p: Point, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """The mask ``dy/dx``, and the slope ``dy/dr``: constants, but for the zero point in the slope of codes outside."""
+    """The mask ``dy/dx``, and the slope ``dy/dr``.
+
+    They are constants, but for the slope of codes outside, which has a derivative with respect to the zero point.
+    """
     fixed = Point._make(None if t is None else t.detach() for t in p)
     v = _quotient(fixed, rounding)
     inside = _is_inside(v, fixed, rounding)
@@ -260,7 +268,7 @@ def _output(v: Tensor, p: Point, rounding: Rounding) -> Tensor:
 
 
 def _write_output(v: Tensor, p: Point, rounding: Rounding) -> None:
-    """The same, written over the quotient."""
+    """:func:`_output`, written over the quotient."""
     v.round_()
     if p.zero is None:
         v.clamp_(rounding.low, rounding.high)
@@ -333,7 +341,8 @@ class _FakeQuantize(torch.autograd.Function):
         p = Point(*ctx.saved_tensors)
         function = _Backward.apply if is_recording(g, *p) else _Backward.forward
         gx, gr, gz = function(g, *p, ctx.rounding)  # type: ignore[no-untyped-call]
-        return gx, gr, None if p.zero is None else gz, *(None,) * 4  # of the constants
+        # none for divisor, factor, dead and rounding, which are constants
+        return gx, gr, None if p.zero is None else gz, *(None,) * 4
 
     @staticmethod
     def jvp(ctx: _Context, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
@@ -380,7 +389,7 @@ class _Backward(torch.autograd.Function):
         scratch: list[Tensor] = []
         for g_block, gx_block, *point in _blocks(BACKWARD_BLOCK, g, gx, *p):
             block = Point(*point)
-            if not scratch or scratch[0].shape != gx_block.shape:  # of the first block, and of a shorter last one
+            if not scratch or scratch[0].shape != gx_block.shape:  # for the first block, and again for a shorter last one
                 scratch = [torch.empty_like(gx_block), torch.empty_like(gx_block)]
             terms = _gradient_parts(g_block, block, rounding, gx_block, scratch)
             # cloned where there is nothing to add up: the next block overwrites the scratch tensors
@@ -406,6 +415,7 @@ class _Backward(torch.autograd.Function):
         p = Point(*point)
         inside, slope = _mask_and_slope(p, ctx.rounding)
         to_g = torch.where(inside, ggx, 0) + slope * ggr
+        # x has no second derivative, nor have the four constants at the end; without a zero point the step has none either
         if p.zero is None:
             return to_g, *(None,) * 7
         g_outside = torch.where(inside, 0, g)

@@ -10,13 +10,21 @@ from sophq_func.numerics.contracts import Merge, State
 
 
 def check(where: str, what: str, got: object, allowed: str, *, ok: bool) -> None:
-    """Raise a :class:`ConfigError` for an option outside its bounds, unless ``ok``."""
+    """Raise a :class:`ConfigError` about an option unless it is ``ok``.
+
+    Args:
+      where: the observer.
+      what: the option, as a noun for the sentence.
+      got: its value.
+      allowed: the values that it may have, in words.
+      ok: whether ``got`` is one of them.
+    """
     if not ok:
         raise ConfigError(explain(where, f"this {what} is not possible", got=got, allowed=allowed))
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether ``value`` is an int or a float, and no bool."""
+    """Whether ``value`` is an int or a float, and no bool, which Python counts among the ints."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -31,7 +39,12 @@ def check_positive(where: str, what: str, value: object) -> None:
 
 
 def unmergeable(where: str, because: str) -> Merge:
-    """A ``merge`` that always raises a :class:`StateError`, with the reason ``because``."""
+    """The ``merge`` of an observer whose states cannot be merged: it raises a :class:`StateError`.
+
+    Args:
+      where: the observer.
+      because: why not.
+    """
 
     def merge(a: State, b: State) -> NoReturn:
         raise StateError(

@@ -1,4 +1,4 @@
-"""Fourth step: which biases are rounded, and with the scale of which input.
+"""Fourth step of a draft: which biases are rounded, and with the scale of which input.
 
 A chip adds the bias to a sum of products of integers, each of which stands for ``input scale * weight scale``. So the bias
 is rounded to a multiple of that product.
@@ -39,7 +39,7 @@ class Biases(NamedTuple):
 
 
 def round_biases(planned: Planned, weights: Sequence[WeightPlace]) -> Biases:
-    """Find the layers whose bias is rounded: those where one input scale and one weight belong to one bias.
+    """Find the layers whose bias is rounded: those with one input scale, one weight and one bias that belong together.
 
     Args:
       planned: what is quantized how.
@@ -60,13 +60,13 @@ def round_biases(planned: Planned, weights: Sequence[WeightPlace]) -> Biases:
         is_shared = len(biases) > 1 or any(weights_of_bias[bias] > 1 for bias in biases)
         if len(inputs) == 1 and not is_shared:
             sources[site.quantizer] = inputs.pop()
-        elif inputs != {""}:
+        elif inputs != {""}:  # without any input scale there is nothing to round with, and nothing to remark
             notes.append(f"the bias behind {site.parameter} is shared, or has inputs of several scales: not rounded")
     return Biases(sources, tuple(notes))
 
 
 def _bias_of(node: Node) -> str:
-    """Name of the parameter that is rounded: the layer's bias, or that of the BatchNorm behind it; empty without."""
+    """Name of the parameter that is rounded: the layer's bias, else that of the BatchNorm behind it; empty without both."""
     if bias := node.parameters.get("bias"):
         return bias
     return node.norm.parameters["bias"] if node.norm else ""
@@ -87,9 +87,11 @@ def _input_quantizer(planned: Planned, node: Node) -> str:
     """The quantizer that gives the scale of a layer's input; empty if there is none with one scale."""
     graph, operand = planned.graph, node.operands[0]
     if planned.strategy.functions:
+        # Such a strategy quantizes a value where it is made, before the calls that only move it.
         operand = source_of(graph, operand)
     while _is_bare_dropout(planned, operand.value):
         operand = graph.producer(operand.value).operands[0]
+    # A quantizer before the first operand (slot 0) of this call comes before that of the value.
     name = planned.inputs.get((node.name, 0), value_quantizer(operand.value))
     config = planned.configs.get(name)
     if config is None or config.scheme.granularity != PerTensor() or not is_scaled_grid(config):

@@ -23,7 +23,7 @@ OPERATIONS = "operations (additional_function_type, additional_module_type)"
 """The field of a config with further operations, for errors, beside the keys that it is translated from."""
 
 
-# A plan has few fake quantizers, and asks about each once a quantizer.
+# A plan has many quantizers, and few different specs among them.
 @lru_cache(maxsize=256)
 def _fake_quantizer(spec: Spec) -> FakeQuantize:
     """The functions that a spec describes."""
@@ -31,7 +31,7 @@ def _fake_quantizer(spec: Spec) -> FakeQuantize:
 
 
 def is_integer(config: QuantizerConfig) -> bool:
-    """Whether the quantizer's codes are integers, which a scale maps to values."""
+    """Whether the quantizer's codes are integers on a uniform grid, as its fake quantizer says; no float or table codes."""
     return _fake_quantizer(config.fake_quantize).integer
 
 
@@ -55,7 +55,7 @@ def violations(config: QuantConfig, site: Site, quantizer: QuantizerConfig, reas
       ConfigError: the observer or the fake quantizer is not registered.
     """
     name = FAKE_QUANTIZERS.canonical(quantizer.fake_quantize.name)
-    OBSERVERS.canonical(quantizer.observer.name)
+    OBSERVERS.canonical(quantizer.observer.name)  # for its error: no chip limits the observer
     if config.chip is None:
         return []
     problems = []
@@ -68,7 +68,8 @@ def violations(config: QuantConfig, site: Site, quantizer: QuantizerConfig, reas
     bits = quantizer.scheme.bits
     if allowed_bits is not None and is_integer(quantizer) and bits not in allowed_bits:
         sentence, allowed = f"the chip does not allow {bits} bits", " or ".join(map(str, allowed_bits))
-        because, fix = f"chip {config.chip}; set by {reasons['bits']}", f"bits={allowed_bits[-1]}"
+        because = f"chip {config.chip}; set by {reasons['bits']}"
+        fix = f"bits={allowed_bits[-1]}"  # the last one is the widest
         problems.append(explain(site.quantizer, sentence, got=bits, allowed=allowed, because=because, fix=fix))
     return problems
 
@@ -103,6 +104,7 @@ def unknown_names(names: Set[str], classes: Set[str], config: QuantConfig) -> li
     problems = [_unknown_type(OPERATIONS, key, classes, config) for key in config.operations]
     fitting = _fitting_names(names, {rule.name for rule in config.rules if rule.name is not None})
     for rule in config.rules:
+        # The key of a dictionary from which the rule was translated, if any, is what its author wrote.
         said = f"{rule.origin}: {rule!r}" if rule.origin else repr(rule)
         if rule.name is not None and not is_glob(rule.name):
             problems.append(_unknown_name(said, rule.name, fitting[rule.name], names))
@@ -137,6 +139,7 @@ def _unknown_name(said: str, wanted: str, fitting: Set[str], names: Set[str]) ->
     if not fitting:
         hint = near(wanted, names) or "see sq.trace(model, args) for the names"
         return f"{said}: the model has no {wanted!r}. Fix: {hint}"
+    # The dots single out a name that has dots more than ``wanted``; the name that is spelled like it needs a glob.
     fix = "write the dots of the one, a glob for the other" if wanted in fitting else "write the dots"
     return f"{said}: {wanted!r} fits {' and '.join(map(repr, sorted(fitting)))}. Fix: {fix}."
 
@@ -153,7 +156,7 @@ def _unknown_type(said: str, key: object, classes: Set[str], config: QuantConfig
     if not isinstance(key, str):
         return ""
     name = key.rpartition(".")[2]
-    class_name = name.removesuffix("_sophgo")
+    class_name = name.removesuffix("_sophgo")  # sophgo-mq's own classes are named so after those of torch
     patterns = {pattern.__name__ for pattern in config.patterns} | set(PATTERNS.spellings())
     if name in patterns or class_name in classes or hasattr(nn, class_name) or is_operation(canonical(key)):
         return ""

@@ -1,4 +1,4 @@
-"""First step: what the strategy and the rules say about where activation quantizers go."""
+"""First step of a draft: what the strategy and the rules say about where activation quantizers go."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sophq_func.planning.values import node_site, value_site
 
 
 class Placed(NamedTuple):
-    """Where activation quantizers go.
+    """A placement, and the rules that had a part in it.
 
     Attributes:
-      placement: that of the strategy, and the results that rules ask for.
-      used: indices of the rules that said something about it.
+      placement: where activation quantizers go: those of the strategy, and those behind calls for which rules ask.
+      used: indices of the rules that matched.
     """
 
     placement: Placement
@@ -36,21 +36,21 @@ def place(graph: Graph, strategy: Strategy, config: QuantConfig) -> Placed:
     """
     used: set[int] = set()
 
-    # A strategy goes over the graph several times.
+    # Cached, as a strategy goes over the graph several times, and asks about each node each time.
     @cache
     def site_of(name: str) -> Site:
         return node_site(graph, graph.nodes[name])
 
     placement = strategy.place(graph, _requests(config, site_of, used))
-    results, matched = _results_by_rules(graph, config)
-    # The strategy's reason for a value comes before that of a rule.
-    chosen = {**results, **placement.chosen}
+    chosen_by_rules, matched = _chosen_by_rules(graph, config)
+    # Where both choose a value, the reason that is told is the strategy's.
+    chosen = {**chosen_by_rules, **placement.chosen}
     return Placed(placement._replace(chosen=chosen), frozenset(used | matched))
 
 
 def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int]) -> Requests:
     """What the strategy may ask about the config; indices of the rules that answer are added to ``used``."""
-    # Sites cost time, and most configs have no such rule.
+    # Making sites costs time, and most configs have no such rule.
     any_requests = any(rule.requests is not None for rule in config.rules)
 
     def asks(node: Node) -> bool | None:
@@ -66,7 +66,7 @@ def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int
     return Requests(asks, listed, config.weight_layers, free=config.chip is None)
 
 
-def _results_by_rules(graph: Graph, config: QuantConfig) -> tuple[dict[str, str], set[int]]:
+def _chosen_by_rules(graph: Graph, config: QuantConfig) -> tuple[dict[str, str], set[int]]:
     """The values that rules with ``outputs=True`` match, each with the first such rule; and indices of these rules."""
     rules = [(index, rule) for index, rule in enumerate(config.rules) if rule.outputs]
     chosen: dict[str, str] = {}

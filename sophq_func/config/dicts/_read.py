@@ -30,7 +30,7 @@ NEEDLESS = {
 """Keys that are accepted without effect, and why none is needed."""
 
 EXAMPLES = {"chip": DEFAULT_CHIP, "quantmode": "weight_activation", "strategy": "CNN"}
-"""The keys that ``quant_dict`` must have, each with a value that it may have."""
+"""The keys that ``quant_dict`` must have, each with a value for the fix of an error that says that it is missing."""
 
 INITIAL = ("scale", "zero_point")
 """Parameters of a quantizer that sophgo-mq sets before calibration, which overwrites them."""
@@ -62,12 +62,12 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
       (Rule(name='head', weight=None, requests=False),)
     """
     reader = _Reader()
-    whole = reader.mapping("prepare_custom_config_dict", prepare_custom_config_dict)
-    quant = reader.mapping("quant_dict", whole.get("quant_dict", {}))
-    qconfig = reader.mapping("extra_qconfig_dict", whole.get("extra_qconfig_dict", {}))
-    quantizer = reader.mapping("extra_quantizer_dict", whole.get("extra_quantizer_dict", {}))
-    fuse = reader.mapping("extra_fuse_dict", whole.get("extra_fuse_dict", {}))
-    chip = reader.quant_dict(quant, whole.get("quant_dict"))
+    dictionaries = reader.valid_entries("prepare_custom_config_dict", prepare_custom_config_dict)
+    quant = reader.valid_entries("quant_dict", dictionaries.get("quant_dict", {}))
+    qconfig = reader.valid_entries("extra_qconfig_dict", dictionaries.get("extra_qconfig_dict", {}))
+    quantizer = reader.valid_entries("extra_quantizer_dict", dictionaries.get("extra_quantizer_dict", {}))
+    fuse = reader.valid_entries("extra_fuse_dict", dictionaries.get("extra_fuse_dict", {}))
+    chip = reader.quant_dict(quant, dictionaries.get("quant_dict"))
     fusion = reader.attempt("extra_fuse_dict", partial(read_fusion, fuse)) or Fusion()
     weight = reader.half("weight", qconfig, chip)
     activation = reader.half("activation", qconfig, chip)
@@ -75,16 +75,18 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
     reader.problems += contradictions(quant, qconfig, quantizer)
     raise_all(reader.problems)
     for key, why in NEEDLESS.items():
-        if whole.get(key) is not None:
+        if dictionaries.get(key) is not None:
             deprecated(f"{key} has no effect and is not needed: {why}. Fix: leave it out.")
+    # What sophgo-mq switches on beside a strategy is here a strategy of its own, in the place of the named one.
+    strategy = "BF16Mixed" if quant.get("bf16_mix_prec") else quant["strategy"]
     return QuantConfig(
         chip=quant["chip"],
         quantmode=quant["quantmode"],
-        strategy="BF16Mixed" if quant.get("bf16_mix_prec") else quant["strategy"],
+        strategy=strategy,
         weight=weight,
         activation=activation,
         rules=tuple(rules),
-        leaf_module=tuple(whole.get("leaf_module") or ()),
+        leaf_module=tuple(dictionaries.get("leaf_module") or ()),
         operations=tuple(fusion.aliases.get(key, key) for key in reader.operations(quantizer)),
         weight_layers=fusion.layers,
         patterns=fusion.patterns,
@@ -98,16 +100,22 @@ class _Reader:
         self.problems: list[str] = []
 
     def attempt(self, where: str, read: Callable[[], T]) -> T | None:
-        """The result of ``read``, or ``None`` and one more problem."""
+        """The result of ``read``; where it raises a :class:`ConfigError`, ``None``, and the error is one more problem.
+
+        Args:
+          where: the key that ``read`` reads, for the error.
+          read: makes something of the key's value.
+        """
         try:
             return read()
         except ConfigError as error:
             text = str(error)
+            # Some errors name their place already; that of a factory does not know the key.
             self.problems.append(text if text.startswith(where) else f"{where}: {text}")
             return None
 
-    def mapping(self, name: str, value: object, where: str = "", further: Sequence[str] = ()) -> dict[str, Any]:
-        """The entries of a dictionary that are right; each other one becomes a problem.
+    def valid_entries(self, name: str, value: object, where: str = "", further: Sequence[str] = ()) -> dict[str, Any]:
+        """The entries of a dictionary whose keys are known and whose values pass their checks; others become problems.
 
         Args:
           name: of the dictionary in ``KEYS``.
@@ -120,7 +128,7 @@ class _Reader:
             self.problems.append(mapping(where, value))
             return {}
         checks = KEYS[name]
-        right = {}
+        checked = {}
         for key, item in value.items():
             is_left_out = item is None and key in checks and key not in REQUIRED
             if key in further or is_left_out:
@@ -132,14 +140,14 @@ class _Reader:
             if problem:
                 self.problems.append(problem)
             else:
-                right[key] = item
-        return right
+                checked[key] = item
+        return checked
 
     def quant_dict(self, quant: Table, given: object) -> ChipSpec:
         """Check that nothing is missing, and return the chip's spec.
 
         Args:
-          quant: the entries that are right.
+          quant: the entries that passed their checks.
           given: all that the user gave.
 
         Returns:
@@ -164,6 +172,7 @@ class _Reader:
         letter = role[0]
         key, extra = f"{letter}_qscheme", f"{letter}_observer_extra_args"
         name = OBSERVERS.canonical(qconfig.get(f"{letter}_observer", default.observer.name))
+        # Beside the scheme, the first of the two dictionaries may hold options of the observer.
         given = qconfig.get(key, {})
         further = [option for option in given if option in OBSERVERS.options(name)]
         options = {key: {option: given[option] for option in further}, extra: qconfig.get(extra, {})}
@@ -173,8 +182,9 @@ class _Reader:
             "fake_quantize": self.fake_quantize(qconfig, letter, default.fake_quantize),
         }
         if key in qconfig:
-            values["scheme"] = self.scheme(key, self.mapping("qscheme", given, key, further), default)
-        return default if None in values.values() else override(**values)(default)
+            values["scheme"] = self.scheme(key, self.valid_entries("qscheme", given, key, further), default)
+        has_problem = None in values.values()  # noted already; the default lets reading go on to further problems
+        return default if has_problem else override(**values)(default)
 
     def options(self, registry: Factories[Any], spec: Spec, given: Mapping[str, Table]) -> Spec | None:
         """``spec`` with further options; ``None`` if one is wrong.
@@ -207,6 +217,12 @@ class _Reader:
         """A whole grid. What is left out has the default of sophgo-mq, except for ``symmetric_range``, which is the chip's.
 
         There, a scheme that is given replaces the chip's as a whole, so that the range is lost silently.
+
+        Args:
+          where: the place of the dictionary, for errors.
+          given: the dictionary, checked.
+          default: the chip's config for the role.
+          per_channel: the key that asks for one scale a channel, which is spelled differently in different dictionaries.
         """
         symmetric = given.get("symmetry", True)
         # A ``ch_axis`` decides alone, and -1 is per tensor. Without one the plan finds the axis of the output channels.
@@ -229,13 +245,14 @@ class _Reader:
 
     def types(self, qconfig: Table, chip: ChipSpec, fusion: Fusion) -> list[Rule]:
         """Rules of ``object_type``; on TPU chips they do not match grouped convolutions."""
-        where = None if chip.placement else not_grouped
+        # A chip that places quantizers by itself is no TPU chip.
+        condition = None if chip.placement else not_grouped
         rules = []
         for key, entry in qconfig.get("object_type", {}).items():
             origin = f"object_type[{key!r}]"
             change = self.entry(origin, entry, chip)
             if change:
-                rules.append(Rule(type=fusion.aliases.get(key, key), where=where, **change, origin=origin))
+                rules.append(Rule(type=fusion.aliases.get(key, key), where=condition, **change, origin=origin))
         return rules
 
     def names(self, qconfig: Table, chip: ChipSpec) -> list[Rule]:
@@ -264,13 +281,15 @@ class _Reader:
             fix = hint or "{'mode': 'weight', 'bit': 4}"
             self.problems.append(explain(where, "the mode is neither of the two", got=mode, allowed=allowed, fix=fix))
             return {}
-        given = self.mapping(f"entry with mode {mode!r}", entry, where)
+        given = self.valid_entries(f"entry with mode {mode!r}", entry, where)
+        # The keys of an entry start with the letter of the role, too, but without the underscore of ``w_observer``.
         values: dict[str, Any] = {}
         if f"{mode[0]}observer" in given:
             values["observer"] = OBSERVERS.spec(given[f"{mode[0]}observer"])
         if f"{mode[0]}fakequantize" in given:
             values["fake_quantize"] = FAKE_QUANTIZERS.spec(given[f"{mode[0]}fakequantize"])
         default = chip.weight if mode == "weight" else chip.activation
+        # An entry for activations cannot have this key, so that its scheme is per tensor.
         values["scheme"] = self.scheme(where, given, default, "wperchannel")
         return {mode: override(**values)} if len(self.problems) == problems_before else {}
 
@@ -302,7 +321,8 @@ def _containers_first(rules: Sequence[Rule]) -> list[Rule]:
     names = [underscored(str(rule.name)) for rule in rules]
 
     def order(rule: Rule) -> tuple[int, int]:
-        # Underscores may be dots or not, so the dots decide only among rules with as many others around them.
+        # ``a_b`` may mean the module ``a.b`` or one named ``a_b``, so that dots alone do not tell how deep a name lies. What
+        # counts first is how many of the other names it lies in; where that is equal, the dots that were written.
         own_name = underscored(str(rule.name))
         around = sum(own_name.startswith(f"{name}_") for name in names)
         return around, str(rule.name).count(".")
@@ -313,7 +333,7 @@ def _containers_first(rules: Sequence[Rule]) -> list[Rule]:
 def _checked(registry: Factories[Any], name: str, options: Table) -> Spec:
     """A spec whose options are known and have allowed values."""
     spec = registry.spec(name, **options)
-    registry.build(spec)
+    registry.build(spec)  # for its error: the values are checked by the factory
     return spec
 
 
@@ -388,6 +408,7 @@ def _excluded_operations(quantizer: Table) -> Iterator[str]:
 
 def _owners(name: str, excluded: Iterable[str]) -> list[str]:
     """The excluded modules in which a module or quantizer lies, or which it is."""
+    # With an underscore behind both, ``layer1`` begins ``layer1.conv`` and itself, but not ``layer10``.
     return [owner for owner in excluded if f"{underscored(name)}_".startswith(f"{underscored(owner)}_")]
 
 

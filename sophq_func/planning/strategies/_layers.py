@@ -13,14 +13,21 @@ from sophq_func.core.operations import LAYERS
 from sophq_func.planning.strategies._dataflow import MULTIPLIERS, choose, contracted, source_of
 
 FUNCTIONS = LAYERS - {"embedding", "bilinear"}
-"""Functions that count as layers."""
+"""Functions that count as layers: an embedding has no input to quantize, a bilinear layer two.
+
+``MULTIPLIERS`` leave out the modules that call these two.
+"""
 
 INPUT = ("0", "input")
 """Roles of the operand that a function multiplies with its weight, given by position or by keyword."""
 
 
 def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
-    """The operands of a node that the strategy quantizes: an input where it is read, a weight where it was made."""
+    """The operands of a node that the strategy quantizes.
+
+    An input is quantized as it is read, behind all that only moved it; a weight that the model computes, before that.
+    """
+    # A module reads its input first; its weight is a parameter, which is quantized without being chosen here.
     if node.is_module(*MULTIPLIERS, *requests.layers):
         return list(node.operands[:1])
     if node.function in FUNCTIONS:
