@@ -85,8 +85,10 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
 An embedding counts, as a product with one-hot rows.
 """
 
-LAYERS = frozenset(name for name, roles in CONTRACTIONS.items() if "weight" in roles)
-"""Those of :data:`CONTRACTIONS` that layers with a weight call."""
+LAYERS: Mapping[str, int] = {
+    name: max(int(role) for role in roles if role.isdigit()) for name, roles in CONTRACTIONS.items() if "weight" in roles
+}
+"""Those of :data:`CONTRACTIONS` that layers with a weight call, and where the weight is among the operands: the last."""
 
 MOVES = frozenset(
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d channel_shuffle chunk clone contiguous detach expand "

@@ -101,9 +101,9 @@ class Runner(Frame):
         return self._on_output(pair, output, floating)
 
     def inner_function(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
-        if self.inner and called(func) in LAYERS:
-            weight = {1: self.inner}  # a layer's function takes the input, then the weight
-            args, kwargs = self._on_operands(weight, args, kwargs)
+        function = called(func) if self.inner else ""
+        if function in LAYERS:
+            args, kwargs = self._on_operands({LAYERS[function]: self.inner}, args, kwargs)
         return self.compute(func, args, kwargs)
 
     def looks_inside(self) -> bool:

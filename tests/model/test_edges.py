@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import sophq_func as sq
 from tests.helpers import DEFAULT, ready, same
@@ -331,3 +332,31 @@ def test_no_gradient_reaches_a_fixed_scale_through_the_rounded_bias() -> None:
         return r.q.apply(r.params, qparams, x).square().sum()
 
     assert not any(bool(gradient.any()) for gradient in torch.func.grad(loss)(scales).values())
+
+
+PARAMETRIZED: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
+    "bilinear": (lambda: nn.Bilinear(3, 4, 5), ((6, 3), (6, 4))),
+    "linear": (lambda: nn.Linear(3, 5), ((6, 3),)),
+    "conv1d": (lambda: nn.Conv1d(3, 5, 2), ((6, 3, 4),)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(3, 5, 2), ((6, 3, 4, 4),)),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+def test_the_computed_weight_of_a_layer_is_quantized_and_none_of_its_inputs(kind: str) -> None:
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 0.5
+
+    make, shapes = PARAMETRIZED[kind]
+    layer, inputs = make(), [torch.randn(shape) for shape in shapes]
+    parametrize.register_parametrization(layer, "weight", Half())
+    config = sq.QuantConfig(weight=sq.override(bits=4), activation=None)
+    q = sq.quantize(layer, config, example_args=tuple(inputs))
+    params = sq.params_of(layer)
+    qparams = q.calibrate(params, [tuple(inputs)], progress=False)
+    (name,) = q.plan
+    weight = q.quantize_value(name, layer.weight.detach(), qparams[name])
+    plain = make()
+    plain.load_state_dict({"weight": weight, "bias": layer.bias.detach()})
+    assert torch.equal(q.apply(params, qparams, *inputs), plain(*inputs))
