@@ -81,7 +81,7 @@ def test_bits_outside_the_allowed_ones_are_refused_naming_chip_and_value(chip: s
             sq.QuantConfig(chip=chip, **{half: sq.override(bits=bits)}),
             sq.QuantConfig(chip=chip, rules=(sq.Rule(name="*", **{half: sq.override(bits=bits)}),)),
         ):
-            with pytest.raises(sq.ConfigError, match=rf"{bits} bits .*{chip}") as caught:
+            with pytest.raises(sq.ConfigError, match=rf"{bits} bits: .*{chip}") as caught:
                 sq.plan(graph_of("PoolClassifier"), config)
             assert f"allowed {' or '.join(map(str, allowed))}" in str(caught.value)
 

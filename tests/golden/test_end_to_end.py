@@ -252,7 +252,7 @@ def computing_in(dtype: torch.dtype, q: sq.Quantized, roots: Roots | None = None
 
     def run_quantized(params: Any, qparams: Any, effect: Any, args: Any, kwargs: Any) -> Any:
         with roots or nullcontext():
-            on_grids = engine.on_grids(params, qparams)
+            on_grids = engine.quantized_params(params, qparams)
         cast = {n: value.to(dtype) if value.is_floating_point() else value for n, value in on_grids.items()}
         return engine.loop.run(cast, effect, args, kwargs)
 

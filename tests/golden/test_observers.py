@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sophq_func as sq
+from sophq_func.numerics.contracts import OBSERVERS
 from tests.golden.cases import Case, cases, params, reason
 
 ONE_SCALE = ("MinMaxFloorObserver", "PoTModeObserver")
@@ -183,5 +184,5 @@ def test_defect_16_both_searches_honour_pot_scale(name: str) -> None:
 
 
 def test_defect_16_the_recorded_search_is_one_of_squared_error_and_kld_one_of_divergence() -> None:
-    assert sq.observers.kld() == sq.base.OBSERVERS.spec("KLDObserver")
-    assert sq.observers.histogram() == sq.base.OBSERVERS.spec("HistogramObserver")
+    assert sq.observers.kld() == OBSERVERS.spec("KLDObserver")
+    assert sq.observers.histogram() == OBSERVERS.spec("HistogramObserver")

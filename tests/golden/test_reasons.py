@@ -179,7 +179,7 @@ def first_and_last_layers_have_8_bits() -> None:
     }
 
 
-def averages_of_a_constant_are_the_constant() -> None:
+def test_a_moving_average_of_a_constant_is_the_constant() -> None:
     scales = []
     for name in ("MinMaxObserver", "EMAMinMaxObserver"):
         q, params, x = prepared(w_observer=name)
@@ -229,7 +229,6 @@ RIGHT: dict[str, Callable[[], None]] = {
     ),
     "decision: an entry": halves_are_apart,
     "decision: an unknown name": refuses("'nope'", quantizer={"module_only_enable_observer": ["nope"]}),
-    "decision: weights are observed once": averages_of_a_constant_are_the_constant,
     "defect 10: the reference accepts an unknown quantmode": refuses("weight_activation", quantmode="weights"),
     "defect 10: the reference accepts an unknown strategy": refuses("Transformer", strategy="RNN"),
     "defect 13:": clipping_clips,
