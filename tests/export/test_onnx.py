@@ -17,6 +17,8 @@ import sophq_func as sq
 from tests.helpers import Ready, ready, unchanged
 from tests.runtime import LEVELS, agree, computed, kernels, onnx, within_sums
 
+pytestmark = pytest.mark.slow
+
 TensorProto, numpy_helper = onnx.TensorProto, onnx.numpy_helper
 AFFINE = sq.override(symmetric=False)
 INT8 = sq.override(bits=within_sums(8))

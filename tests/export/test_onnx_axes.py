@@ -14,6 +14,8 @@ import sophq_func as sq
 from tests.helpers import Ready, ready, same
 from tests.runtime import computed, kernels, onnx, within_sums
 
+pytestmark = pytest.mark.slow
+
 BOTH = {0: "batch", 1: "length"}
 POWERS = sq.override(pot_scale=True)
 EXACT = sq.QuantConfig(weight=sq.override(pot_scale=True, bits=within_sums(8)), activation=POWERS)

@@ -19,6 +19,8 @@ from tests.golden.models import DeconvNet
 from tests.helpers import Ready, ready, unchanged
 from tests.runtime import LEVELS, computed, onnx
 
+pytestmark = pytest.mark.slow
+
 CHIP = sq.QuantConfig(chip="BM1690", strategy="CNN")
 
 

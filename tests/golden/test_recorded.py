@@ -238,6 +238,7 @@ def test_inspection_of_a_checkpoint(name: str, tmp_path: Path) -> None:
         assert text.splitlines() == TEXTS["inspect"][name][way].splitlines(), way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "bert"])
 def test_onnx(name: str, tmp_path: Path) -> None:
     """Node by node where the packages that write the file are those of the recording; else quantizers and constants."""

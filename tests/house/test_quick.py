@@ -8,10 +8,10 @@ from tests.quick import MOST, some
 
 
 def test_every_value_of_every_parameter_is_kept_once_where_they_fit() -> None:
-    cases = [{"name": i, "scheme": j, "flag": k} for i, j, k in itertools.product(range(5), range(7), range(2))]
+    cases = [{"name": i, "scheme": j, "flag": k} for i, j, k in itertools.product(range(2), range(MOST), range(2))]
     kept = [cases[i] for i in some(cases)]
-    assert len(kept) <= 8
-    for parameter, count in (("name", 5), ("scheme", 7), ("flag", 2)):
+    assert len(kept) <= MOST
+    for parameter, count in (("name", 2), ("scheme", MOST), ("flag", 2)):
         assert {case[parameter] for case in kept} == set(range(count))
 
 

@@ -90,6 +90,7 @@ def test_single_layers(layer: str, strategy: str, bits: int, symmetric: bool) ->
         assert sum(done.get(name, 0) for name in done if name.startswith(("conv", "linear"))) == 1
 
 
+@pytest.mark.slow
 @over_settings
 def test_digits_over_the_whole_test_set(digits: Digits, strategy: str, bits: int, symmetric: bool) -> None:
     r = ready(digits.model, digits.train[:128], config=config(strategy, bits, symmetric))

@@ -303,6 +303,7 @@ def test_tap_and_part_go_through_transforms() -> None:
     assert torch.allclose(torch.vmap(one)(call.args[0]), call.output)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
 def test_a_compiled_part_computes_the_same() -> None:
     case = net(sq.QuantConfig())

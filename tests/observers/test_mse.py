@@ -70,6 +70,7 @@ def assert_best(x: Tensor, scheme: sq.QScheme, p: float = 2.0) -> None:
         assert column[chosen].min() <= column.min() * (1 + 3e-6) + 1e-45
 
 
+@pytest.mark.slow
 @many
 @given(
     kind=st.sampled_from(list(DISTRIBUTIONS)),
@@ -88,6 +89,7 @@ def test_a_long_tensor_gets_the_candidate_of_the_plain_search(
     assert_best(x, scheme, p)
 
 
+@pytest.mark.slow
 @many
 @given(
     kind=st.sampled_from(list(DISTRIBUTIONS)),
@@ -106,6 +108,7 @@ def test_long_channels_get_the_candidates_of_the_plain_search(
     assert_best(x, scheme, p)
 
 
+@pytest.mark.slow
 @many
 @given(
     kind=st.sampled_from(list(DISTRIBUTIONS)),

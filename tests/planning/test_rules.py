@@ -539,6 +539,7 @@ def quick(examples: int) -> Callable[[Any], Any]:
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
 
 
+@pytest.mark.slow
 @quick(600)
 @given(cases())
 def test_a_naive_reading_of_the_rules_and_the_plan_agree_on_every_field_of_every_quantizer(case: Case) -> None:
@@ -562,6 +563,7 @@ def takes_hold(case: Case, rule: Options, places: sq.Plan, about: dict[str, Fact
     return False
 
 
+@pytest.mark.slow
 @quick(200)
 @given(cases())
 def test_the_unused_rules_are_those_that_match_nothing_of_which_they_speak(case: Case) -> None:
@@ -789,6 +791,7 @@ def test_a_plan_read_back_from_its_json_is_the_same_plan(case: Case) -> None:
     assert (back, back.digest(), back.to_json()) == (got, got.digest(), got.to_json())
 
 
+@pytest.mark.slow
 @quick(60)
 @given(cases())
 def test_overriding_rule_by_rule_is_planning_with_all_of_them(case: Case) -> None:
@@ -799,6 +802,7 @@ def test_overriding_rule_by_rule_is_planning_with_all_of_them(case: Case) -> Non
         assert got.unused == case.plan(case.rules[: n + 1]).unused
 
 
+@pytest.mark.slow
 @quick(60)
 @given(cases())
 def test_the_difference_of_two_plans_is_empty_exactly_if_they_are_equal(case: Case) -> None:
