@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +24,7 @@ from sophq_func.capture._torch import (
 )
 from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
-from sophq_func.core.modes import is_compiling, now
+from sophq_func.core.modes import is_compiling, is_mapped, now
 from sophq_func.core.operations import called
 from sophq_func.core.types import Args, Kwargs, Output
 
@@ -39,6 +40,7 @@ class Frame:
     Attributes:
       mode: which compiler, transform or derivative was active when the frame was made.
       scopes: paths of the scopes that are running, outermost first.
+      before: for each of these, the module with parameters that it called last: its path, empty at the start of the scope.
       leaf_depth: how many leaves are running, one inside the other; functions called inside one are not the model's.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
     """
@@ -46,6 +48,7 @@ class Frame:
     def __init__(self) -> None:
         self.mode = now()
         self.scopes = [""]
+        self.before = [""]
         self.leaf_depth = 0
         self.deferred: Deferred | None = None
 
@@ -111,10 +114,17 @@ class Slot:
 
 
 class ModuleInfo:
-    """What the hooks of one module read: its path, whether it is a leaf, and the slot of its skeleton."""
+    """What the hooks of one module read.
 
-    def __init__(self, path: str, leaf: bool, slot: Slot) -> None:
-        self.path, self.leaf, self.slot = path, leaf, slot
+    Attributes:
+      path: of the module.
+      leaf: whether it is called as a whole.
+      marks: whether calls around it are told apart by it, see :attr:`Frame.before`: it has parameters.
+      slot: of its skeleton.
+    """
+
+    def __init__(self, path: str, leaf: bool, marks: bool, slot: Slot) -> None:
+        self.path, self.leaf, self.marks, self.slot = path, leaf, marks, slot
 
     def watch(self) -> Watch | None:
         """The mode that this module's calls are reported to; ``None`` between runs, and for a scope inside a leaf."""
@@ -130,7 +140,10 @@ def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
         return None
     frame = watch.frame
     if not info.leaf:
+        if info.marks:
+            frame.before[-1] = info.path
         frame.scopes.append(info.path)
+        frame.before.append("")
         frame.enter_scope(info.path, args, kwargs)
         return None
     frame.leaf_depth += 1
@@ -156,16 +169,37 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
     frame = watch.frame
     if not info.leaf:
         frame.scopes.pop()
+        frame.before.pop()
         frame.leave_scope(info.path, args, kwargs, output)
         return None
     frame.leaf_depth -= 1
     watch.pause()
     if frame.deferred is not None and info.path in frame.deferred.readers:
         frame.deferred.leave(info.path, module)
-    if output is not None and not frame.leaf_depth:
-        output = frame.after_module(info.path, module, args, kwargs, output)
+    if not frame.leaf_depth:
+        if output is not None:
+            output = frame.after_module(info.path, module, args, kwargs, output)
+        if info.marks:
+            frame.before[-1] = info.path
     watch.resume()
     return output
+
+
+def item(function: str, args: Args) -> int | None:
+    """The number in ``x[number]``; ``None`` for calls of other functions, and indices of other kinds.
+
+    Args:
+      function: canonical name.
+      args: of the call.
+    """
+    if function != "getitem" or not isinstance(args[0], Tensor):
+        return None
+    index = args[1]
+    if isinstance(index, int) and not isinstance(index, bool):
+        return index
+    # a number that an operation has computed, where it can be read; an index of another dtype is a mask
+    is_number = isinstance(index, Tensor) and index.ndim == 0 and index.dtype in (torch.int64, torch.int32)
+    return int(index) if is_number and not is_compiling() and not is_mapped() else None
 
 
 def _reads_its_own(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from sophq_func.core.operations import family
@@ -84,6 +84,10 @@ class Node:
       members: the calls of a fused group, first to last; empty otherwise.
       argument: of an input, the name of the argument of ``forward``.
       also: of an input, names of further arguments for which the example has the same tensor.
+      after: the module with parameters that the scope around the call called last before: its path; empty at the start of
+        the scope. To take an item of a parameter by its number counts as one: ``experts.weight[2]``.
+      told_apart: whether calls of this module, or of this function in this module, are counted apart for each ``after``,
+        since examples come to them by different ways.
     """
 
     name: str
@@ -101,6 +105,13 @@ class Node:
     members: tuple[Node, ...] = ()
     argument: str = ""
     also: tuple[str, ...] = ()
+    after: str = ""
+    told_apart: bool = False
+
+    @property
+    def step(self) -> str:
+        """What calls in or of ``path`` are counted by: the function, and what was called before where that matters."""
+        return step(self.function, self.after) if self.told_apart else self.function
 
     @property
     def first(self) -> Node:
@@ -135,6 +146,31 @@ class Node:
         """Whether it calls a leaf module of one of these classes, or is a group whose first call does."""
         first = self.first
         return first.kind == "module" and first.type is not None and issubclass(first.type, types)
+
+
+def step(function: str, after: str) -> str:
+    """What the calls of a function (empty for a module's own calls) are counted by, if they are told apart.
+
+    Example:
+      >>> step("mul", "experts.2"), step("mul", "")
+      ('mul@experts.2', 'mul@')
+    """
+    return f"{function}@{after}"
+
+
+def is_told_apart(step: str) -> bool:
+    """Whether a step is that of calls that are told apart."""
+    return "@" in step
+
+
+def function_of(step: str) -> str:
+    """The function in a step, told apart or not.
+
+    Example:
+      >>> function_of("mul@experts.2"), function_of("mul")
+      ('mul', 'mul')
+    """
+    return step.partition("@")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +232,39 @@ class Graph:
     def producer(self, value: str) -> Node:
         """The call that makes a value."""
         return self.nodes[self.values[value].node]
+
+    def changed(self, nodes: Mapping[str, Node]) -> Graph:
+        """The graph with other nodes in the place of some, by their names; a value takes the name of its node.
+
+        Args:
+          nodes: by present name. They may have other names, and else differ in what does not concern values.
+        """
+        names: dict[str, str] = {}
+        for old, new in nodes.items():
+            outputs = self.nodes[old].outputs
+            names.update({value: value.replace(old, new.name, 1) for value in outputs})
+
+        def renamed(node: Node) -> Node:
+            operands = tuple(
+                replace(o, value=names.get(o.value, o.value), stale=names.get(o.stale, o.stale)) for o in node.operands
+            )
+            outputs = tuple(names.get(value, value) for value in node.outputs)
+            return replace(node, operands=operands, outputs=outputs)
+
+        changed = [renamed(nodes.get(name, node)) for name, node in self.nodes.items()]
+        values = [
+            replace(value, name=names.get(name, name), node=nodes[value.node].name if value.node in nodes else value.node)
+            for name, value in self.values.items()
+        ]
+        return Graph(
+            {node.name: node for node in changed},
+            {value.name: value for value in values},
+            self.modules,
+            self.opaque,
+            self.written,
+            self.scopes,
+            self.shapes,
+        )
 
     def __repr__(self) -> str:
         inputs = ", ".join(node.name for node in self if node.kind == "input")

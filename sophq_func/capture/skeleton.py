@@ -106,7 +106,9 @@ class Skeleton:
         self._slot = Slot()
         self._lock = threading.RLock()  # reentrant, since a run may start another of the same skeleton
         for path, module in self._module_at.items():
-            module._sophq_info = ModuleInfo(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
+            marks = next(module.parameters(), None) is not None
+            info = ModuleInfo(path, path in opaque or is_leaf(module), marks, self._slot)
+            module._sophq_info = info  # type: ignore[assignment]
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
@@ -130,6 +132,11 @@ class Skeleton:
         """The module that a run calls."""
         module: nn.Module = self._module_at[self.root]
         return module
+
+    def owners(self) -> dict[str, frozenset[str]]:
+        """The modules that have parameters themselves: by path, the canonical names of these."""
+        own = {path: frozenset(names.values()) - self.buffers for path, names in self.owned.items()}
+        return {path: names for path, names in own.items() if names}
 
     def tensors_of(self, path: str) -> Mapping[str, str]:
         """Canonical names of the tensors of a module of the whole model, by attribute; empty for an unknown path."""

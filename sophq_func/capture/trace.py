@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
-from sophq_func.capture.frame import Frame, Function
+from sophq_func.capture.frame import Frame, Function, item
 from sophq_func.capture.graph import Graph, Node, Operand, Option, Scope, Value
 from sophq_func.capture.naming import CallNames
 from sophq_func.capture.skeleton import Skeleton, params_of
@@ -196,6 +196,7 @@ class _Recorder(Frame):
             type=type(module),
             parameters=self._skeleton.owned[path],
             options=options,
+            after=self.before[-1],
         )
         return self._record(node, self._before, args, kwargs, output)
 
@@ -215,9 +216,18 @@ class _Recorder(Frame):
             function=name,
             call=self._count(path, name, counted),
             counted=counted,
+            after=self.before[-1],
         )
+        self._note_item(name, args)
         recorded = self._record(node, before, args, kwargs, output)
         return None if name == "setitem" else recorded
+
+    def _note_item(self, function: str, args: Args) -> None:
+        """Note a parameter's item that is taken by its number: calls are told apart by it as by a module."""
+        number = item(function, args)
+        parameter = self._operand(args[0]).parameter if number is not None else ""
+        if parameter:
+            self.before[-1] = f"{parameter}[{number}]"
 
     def graph(self, output: Output, model: nn.Module, opaque: tuple[str, ...]) -> Graph:
         """The graph of the recorded run; ``output`` is what the model returned."""

@@ -25,8 +25,9 @@ class CallSite(NamedTuple):
 
     Attributes:
       path: of the module that is called, or in which the function is called.
-      function: canonical name; empty for modules.
-      call: how many calls of the same module, or of the same function in it, come before.
+      function: canonical name; empty for modules. Behind it stands, after an ``@``, the module that was called before where
+        calls are told apart by that, see :class:`sophq_func.capture.graph.Node`.
+      call: how many calls of the same module, or of the same function in it, come before; ``EVERY_CALL`` for all of them.
     """
 
     path: str = ""
@@ -35,6 +36,9 @@ class CallSite(NamedTuple):
 
 
 NOWHERE = CallSite()
+
+EVERY_CALL = -1
+"""The number of a call that stands for every call of its place."""
 
 
 class OperandSite(NamedTuple):

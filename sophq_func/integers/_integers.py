@@ -202,6 +202,7 @@ class Integers(Runner):
         self.computed: dict[str, int] = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        super().begin(tensors)
         for name, integers in self._model.wholes.items():
             self._note(tensors[name], integers)
         self._folds = {id(tensors[name]): fold for name, fold in self._model.biases.items()}

@@ -74,7 +74,7 @@ class Engine:
         }
         # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
         copied = frozenset(plan.written) if whole is None else None
-        self.loop = Loop(skeleton, Schedule(plan), arguments(skeleton.entry), copied)
+        self.loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied)
 
     def check(self, params: Params, state: Mapping[str, State], where: str, what: str) -> None:
         """Raise a :class:`StateError` that names each parameter, and each entry of a state, that does not fit.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from sophq_func.capture.frame import Frame, unwatched
+from sophq_func.capture.frame import Frame, item, unwatched
+from sophq_func.capture.graph import function_of, is_told_apart, step
 from sophq_func.core.errors import StateError
-from sophq_func.core.operations import LAYERS, called
+from sophq_func.core.operations import CONTRACTIONS, LAYERS, called
 from sophq_func.core.pytree import flatten, has_floating, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
-from sophq_func.model.schedule import OPTIONAL, Actions, Pair, Schedule
+from sophq_func.model.schedule import OPTIONAL, OTHER_WAY, Actions, Pair, Schedule, place_name
 
 Effect = Callable[[str, Tensor], Tensor]
 """What happens to a planned value: takes the quantizer's name and the tensor, returns the tensor that replaces it."""
@@ -35,6 +36,7 @@ class Runner(Frame):
       quantized_inputs: by argument, the tensor that the run was given, and what the effect made of it.
       shared_results: by quantizer that acts before several calls, the last tensor that it acted on, and what the effect
         made of that.
+      items: the parameters of which examples take items by number, as this run has them.
       inner: quantizer of the weight that the running leaf module computes inside; empty elsewhere.
     """
 
@@ -45,6 +47,7 @@ class Runner(Frame):
         self.counts: dict[Pair, int] = dict.fromkeys(schedule.actions, 0)
         self.quantized_inputs: dict[str, tuple[Tensor, Tensor]] = {}
         self.shared_results: dict[str, tuple[Tensor, Tensor]] = {}
+        self.items: list[tuple[str, Tensor]] = []
         self.inner = ""
 
     @property
@@ -72,8 +75,12 @@ class Runner(Frame):
             raise StateError(f"{what}. Fix: plan with an example in which they differ.")
         return after
 
+    def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
+        if path in self.schedule.unreached:
+            raise self.schedule.unknown(path, "")
+
     def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        actions = self._actions((path, ""))
+        actions = self._actions(self._pair(path, ""))
         if actions is None:
             return args, kwargs
         self.inner = actions.inner
@@ -81,13 +88,20 @@ class Runner(Frame):
 
     def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
         self.inner = ""
-        pair = (path, "")
+        # only now, as a call that fails is in no example, though it may have been made in one
+        if path in self.schedule.unreached:
+            raise self.schedule.unknown(path, "")
+        pair = self._pair(path, "")
         floating = pair in self.counts and has_floating(args, kwargs)
         return self._on_output(pair, output, floating)
 
     def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
-        pair = (self.scope, name)
+        pair = self._pair(self.scope, name)
+        if name == "getitem" and self.items:
+            self._note_item(args)
         if pair not in self.counts:
+            if (name in CONTRACTIONS or is_told_apart(pair[1])) and has_floating(args, kwargs):
+                self._check_known(pair)
             return self.compute(func, args, kwargs)
         floating = has_floating(args, kwargs)
         actions = self._actions(pair) if floating else None
@@ -113,22 +127,48 @@ class Runner(Frame):
         """Call a function, inside or outside leaf modules, with operands on which the effect has acted."""
         return func(*args, **kwargs)
 
+    def begin(self, tensors: Mapping[str, Tensor]) -> None:
+        self.items = [(name, tensors[name]) for name in self.schedule.known.items if name in tensors]
+
+    def _note_item(self, args: Args) -> None:
+        """Note a parameter's item that is taken by its number, as a trace does."""
+        parameter = next((name for name, tensor in self.items if tensor is args[0]), "")
+        number = item("getitem", args) if parameter else None
+        if number is not None:
+            self.before[-1] = f"{parameter}[{number}]"
+
+    def _pair(self, path: str, function: str) -> Pair:
+        """By what a call that is made now is counted."""
+        pair = (path, function)
+        return pair if pair not in self.schedule.known.told_apart else (path, step(function, self.before[-1]))
+
+    def _check_known(self, pair: Pair) -> None:
+        """Raise a :class:`StateError` for a call that no example makes, and no rule leaves float."""
+        known = self.schedule.known
+        if self.schedule and known.pairs and pair not in known.pairs and not self.schedule.excludes(*pair):
+            raise self.schedule.unknown(*pair)
+
     def check(self) -> None:
-        """Raise a :class:`StateError` unless the run made the calls of one of the examples."""
+        """Raise a :class:`StateError` unless the run made the calls of the examples; see :class:`Schedule`."""
         schedule = self.schedule
         for name in schedule.inputs:
-            if name not in self.quantized_inputs and name not in schedule.optional:
+            if name not in self.quantized_inputs and name not in schedule.optional and not schedule.may_lack(name):
                 raise StateError(f"input {name!r} has a quantizer, but this run was not given it. Fix: {OPTIONAL}.")
-        if not any(self._fits(counts) for counts in schedule.counts):
-            raise self._mismatch()
+        # the usual case, without a look at each
+        if self.counts in schedule.counts:
+            return
+        for pairs, allowed in schedule.groups:
+            if not any(self._fits(dict(zip(pairs, counts, strict=True))) for counts in allowed):
+                raise self._mismatch(pairs)
 
     def check_so_far(self) -> None:
-        """Raise a :class:`StateError` unless the calls of the run, up to here, fit one of the examples.
+        """Raise a :class:`StateError` unless the calls of the run, up to here, fit the examples.
 
-        They do if the run has made no more calls of any pair than the example.
+        They do if the run has made no more calls of any pair than an example.
         """
-        if not any(self._fits_within(counts) for counts in self.schedule.counts):
-            raise self._mismatch()
+        for pairs, allowed in self.schedule.groups:
+            if not any(self._fits_within(dict(zip(pairs, counts, strict=True))) for counts in allowed):
+                raise self._mismatch(pairs)
 
     def _fits(self, expected: Mapping[Pair, int]) -> bool:
         return all(self.counts[pair] == count or self._is_skipped(pair) for pair, count in expected.items())
@@ -142,19 +182,31 @@ class Runner(Frame):
         hidden = self.mode.compiling and pair in self.schedule.hidden
         return self.counts[pair] == 0 and pair in self.schedule.optional and not hidden
 
-    def _mismatch(self) -> StateError:
-        """The error for the first pair whose count differs from that of the first example."""
+    def _mismatch(self, pairs: Sequence[Pair]) -> StateError:
+        """The error for the first of some pairs whose count differs from that of the first example."""
         expected = self.schedule.counts[0]
-        wrong = [pair for pair, count in expected.items() if self.counts[pair] != count and not self._is_skipped(pair)]
-        path, function = wrong[0]
-        place = f"{path}.{function}".strip(".")
+        path, function = next(
+            pair for pair in pairs if self.counts[pair] != expected[pair] and not self._is_skipped(pair)
+        )
         in_run, in_example = self.counts[path, function], expected[path, function]
-        text = f"{place}: this run calls it {in_run} times, the example {in_example} times"
+        text = f"{place_name(path, function)}: this run calls it {in_run} times, the example {in_example} times"
         if self.mode.compiling and (path, function) in self.schedule.hidden:
-            why = f"torch.compile hides this spelling of {function}"
-            return StateError(f"{text}, because {why}. Fix: write torch.{function}(x) or a module.")
+            name = function_of(function)
+            why = f"torch.compile hides this spelling of {name}"
+            return StateError(f"{text}, because {why}. Fix: write torch.{name}(x) or a module.")
         why = "so its quantizers cannot be told apart"
-        return StateError(f"{text}, {why}. Fix: plan with examples of both ways, or {OPTIONAL}.")
+        return StateError(f"{text}, {why}. Fix: {OTHER_WAY}, or {OPTIONAL}.")
+
+    def _check_way(self, pair: Pair) -> None:
+        """Raise a :class:`StateError` where a call comes after another module than the call of its number in the examples."""
+        ways = self.schedule.known.after[pair]
+        number, before = self.counts[pair], self.before[-1]
+        if number < len(ways) and before not in ways[number]:
+            expected = " or ".join(repr(way) if way else "the start" for way in sorted(ways[number]))
+            got = repr(before) if before else "the start"
+            text = f"{place_name(*pair)}: this run makes call {number} after {got}, the example after {expected}"
+            why = "so its quantizers cannot be told apart"
+            raise StateError(f"{text}, {why}. Fix: {OTHER_WAY}.")
 
     def _actions(self, pair: Pair) -> Actions | None:
         """What happens at the call of a pair that is made now, and not counted yet; ``None`` for nothing."""
@@ -171,8 +223,10 @@ class Runner(Frame):
             return output
         if not (floating or has_floating(output)):
             return output
+        if pair in self.schedule.known.after:
+            self._check_way(pair)
         actions = self._actions(pair)  # before the count: the number of this call is that of the calls before it
-        self.counts[pair] += 1
+        self.counts[pair] = 1 if pair in self.schedule.every else self.counts[pair] + 1
         return output if actions is None else self._on_tensors(actions.outputs, output)
 
     def _on_operands(self, names: Mapping[int, str], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

@@ -245,6 +245,7 @@ class Tap(Runner):
         return result
 
     def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
+        super().enter_scope(path, args, kwargs)
         self._start((path, ""), self.wanted.key(path, ""), args, kwargs)
 
     def leave_scope(self, path: str, args: Args, kwargs: Kwargs, output: Output) -> None:

@@ -125,7 +125,7 @@ def in_execution_order(graph: Graph, sites: Iterable[Site]) -> dict[str, Site]:
       graph: as traced, not fused: the value of a group is made by its last call, its weight is used by the first.
       sites: in any order.
     """
-    position = {(node.path, node.function, node.call): i for i, node in enumerate(graph) if node.kind != "input"}
+    position = {(node.path, node.step, node.call): i for i, node in enumerate(graph) if node.kind != "input"}
 
     def key(site: Site) -> tuple[int, bool, int]:
         if site.argument:

@@ -56,6 +56,7 @@ def part(plan: Plan, path: str, call: int, parameters: Collection[str]) -> Plan:
         {name: plan.reasons(name) for name in sites},
         wiring=Wiring(calls, edges),
         runs=tuple(_cut(run, span) for run, span in spans),
+        excluded=plan.excluded,
     )
 
 

@@ -11,6 +11,7 @@ from sophq_func.config.matching import matches_type
 from sophq_func.config.rules import QuantConfig, requested
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Placement, Requests, Strategy
+from sophq_func.planning.routing import read_apart
 from sophq_func.planning.values import node_site, value_site
 
 
@@ -45,7 +46,8 @@ def place(graph: Graph, strategy: Strategy, config: QuantConfig) -> Placed:
     chosen_by_rules, matched = _chosen_by_rules(graph, config)
     # Where both choose a value, the reason that is told is the strategy's.
     chosen = {**chosen_by_rules, **placement.chosen}
-    return Placed(placement._replace(chosen=chosen), frozenset(used | matched))
+    placement = read_apart(graph, placement._replace(chosen=chosen))
+    return Placed(placement, frozenset(used | matched))
 
 
 def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int]) -> Requests:

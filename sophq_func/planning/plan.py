@@ -17,7 +17,9 @@ from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.draft import check, draft
+from sophq_func.planning.excluded import excluded
 from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
+from sophq_func.planning.routing import told_apart
 from sophq_func.planning.runs import Run
 from sophq_func.planning.stored import VERSION, read
 from sophq_func.planning.text import Tree
@@ -45,6 +47,8 @@ class Plan(Mapping[str, QuantizerConfig]):
       origin: the graphs and the config that it was made from; ``None`` for a plan from JSON or a pickle, as classes and
         functions cannot be stored there.
       runs: the calls of each example, in order.
+      excluded: names, as in rules, of modules and functions that a run may reach although no example does, because rules
+        leave them float.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -64,6 +68,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     wiring: Wiring
     origin: Origin | None
     runs: tuple[Run, ...]
+    excluded: tuple[str, ...]
 
     def __init__(
         self,
@@ -77,6 +82,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         written: tuple[str, ...] = (),
         wiring: Wiring = NO_WIRING,
         runs: tuple[Run, ...] = (),
+        excluded: tuple[str, ...] = (),
         origin: Origin | None = None,
     ) -> None:
         self.__dict__.update(
@@ -90,6 +96,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             written=tuple(written),
             wiring=wiring,
             runs=runs,
+            excluded=tuple(excluded),
             origin=origin,
         )
 
@@ -97,7 +104,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     def of(origin: Origin) -> Plan:
         """The plan that is made from graphs and a config; :func:`sophq_func.plan` checks these first."""
         graphs, config = origin
-        drafts = [draft(graph, config) for graph in graphs]
+        drafts = [draft(graph, config) for graph in told_apart(graphs)]
         check(drafts, config)
         united = unite(drafts)
         used = frozenset().union(*(draft.used for draft in drafts))
@@ -112,6 +119,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             united.written,
             united.wiring,
             united.runs,
+            excluded(graphs, config),
             origin,
         )
 
@@ -258,7 +266,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         data = self._identity()
         for entry in data["quantizers"]:
             entry["site"] = self._sites[entry["name"]].to_data()
-        explanations = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs}
+        explanations = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs, "excluded": self.excluded}
         return json.dumps({"version": VERSION, **data, **explanations}, indent=1, sort_keys=True)
 
     @staticmethod

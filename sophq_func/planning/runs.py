@@ -12,20 +12,32 @@ Pair = tuple[str, str]
 """Module path and function; the function is empty for the call of the module itself."""
 
 
+UNKNOWN_WAY = "?"
+"""What was called before, in plans of versions that do not say it."""
+
+
 class Made(NamedTuple):
     """One call of a run, or one input of the model.
 
     Attributes:
       name: of the call.
       path: of the module that is called, or in which a function is called; empty for an input.
-      function: canonical name; empty for modules and inputs.
-      counted: whether it counts, see :class:`sophq_func.capture.graph.Node`.
+      function: canonical name; empty for modules and inputs. Calls that are told apart have their step here, see
+        :class:`sophq_func.capture.graph.Node`.
+      counted: whether it counts, see there.
+      after: what was called before, see there.
     """
 
     name: str
     path: str
     function: str
     counted: bool
+    after: str = UNKNOWN_WAY
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it is an input of the model."""
+        return not self.path and not self.function and not self.counted
 
     @property
     def pair(self) -> Pair:
@@ -59,7 +71,9 @@ class Run(NamedTuple):
     @staticmethod
     def of(graph: Graph) -> Run:
         """The run that a graph records."""
-        calls = (Made(node.name, node.path, node.function, node.kind != "input" and node.counted) for node in graph)
+        calls = (
+            Made(node.name, node.path, node.step, node.kind != "input" and node.counted, node.after) for node in graph
+        )
         return Run(tuple(calls), tuple(Span(scope.path, scope.start, scope.stop) for scope in graph.scopes))
 
     @staticmethod
@@ -70,7 +84,10 @@ class Run(NamedTuple):
           TypeError, ValueError: the data is not that of a run.
         """
         calls, scopes = data
-        made = tuple(Made(_text(name), _text(path), _text(function), bool(on)) for name, path, function, on in calls)
+        made = tuple(
+            Made(_text(name), _text(path), _text(function), bool(on), _text(after))
+            for name, path, function, on, after in calls
+        )
         return Run(made, tuple(Span(_text(path), int(start), int(stop)) for path, start, stop in scopes))
 
     def spans(self, path: str) -> list[Span]:

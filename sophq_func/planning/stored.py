@@ -12,10 +12,10 @@ from sophq_func.config.site import ComputedSite, Data, Site, ValueSite, WeightSi
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.scheme import QuantizerConfig, config_from_data
 from sophq_func.planning.picture import Call, Edge, Wiring
-from sophq_func.planning.runs import Run
+from sophq_func.planning.runs import UNKNOWN_WAY, Run
 from sophq_func.planning.unite import Counts
 
-VERSION = 3
+VERSION = 4
 """The version of the text that is written. It grows when the fields of a plan or of a site change."""
 
 
@@ -32,6 +32,7 @@ class Stored(NamedTuple):
     written: tuple[str, ...]
     wiring: Wiring
     runs: tuple[Run, ...]
+    excluded: tuple[str, ...]
 
 
 def read(text: str) -> Stored:
@@ -83,6 +84,7 @@ def _parts(data: Data) -> Stored:
             tuple(Edge(_text(source), _text(target), _texts(through)) for source, target, through in data["edges"]),
         ),
         runs=tuple(map(Run.from_data, data["runs"])),
+        excluded=_texts(data["excluded"]),
     )
 
 
@@ -142,5 +144,11 @@ def _site_from_2(old: Data) -> Data:
     return data | {name: value for name, value in old.items() if name in data}
 
 
-MIGRATIONS: Mapping[int, Callable[[Data], Data]] = {2: _from_2}
+def _from_3(data: Data) -> Data:
+    """From version 3, which did not say what is called before each call, nor what rules leave float."""
+    runs = [[[[*made, UNKNOWN_WAY] for made in calls], scopes] for calls, scopes in data["runs"]]
+    return {**data, "version": 4, "runs": runs, "excluded": []}
+
+
+MIGRATIONS: Mapping[int, Callable[[Data], Data]] = {2: _from_2, 3: _from_3}
 """By version, what converts its data to the next version."""

@@ -162,4 +162,4 @@ def _counts(drafts: Iterable[Draft], sites: Iterable[Site]) -> tuple[Counts, ...
 
 def calls_of(graph: Graph) -> Counter[tuple[str, str]]:
     """How often each module, or function in a module, is called with a floating tensor."""
-    return Counter((node.path, node.function) for node in graph if node.kind != "input" and node.counted)
+    return Counter((node.path, node.step) for node in graph if node.kind != "input" and node.counted)

@@ -214,7 +214,7 @@ def _common(graph: Graph, name: str, first: WeightUse, uses: list[WeightUse]) ->
         "members": tuple(member.name for member in first.node.members),
         "function": first.node.function,
         "operation": first.node.operation,
-        "anchor": CallSite(earliest.path, earliest.function, earliest.call),
+        "anchor": CallSite(earliest.path, earliest.step, earliest.call),
         "shape": first.shape,
         "groups": int(first.node.options.get("groups", 1)),
         "aliases": tuple(sorted(names - {name})),
@@ -252,14 +252,24 @@ def node_types(graph: Graph, node: Node) -> tuple[str, ...]:
         names.update(dict.fromkeys(class_names(lead.type)))
     outer_paths: dict[str, None] = {}
     for path in node.paths or ("",):
-        parts = path.split(".")
         # The path of a function is that of the module around it; the path of a module is its own.
-        depth = len(parts) - 1 if names else len(parts)
-        outer_paths.update(dict.fromkeys(".".join(parts[:n]) for n in range(depth, 0, -1)))
+        outer_paths.update(dict.fromkeys(_around(path, own=not names)))
     for path in (*outer_paths, ""):
         if path in graph.modules:
             names.update(dict.fromkeys(class_names(graph.modules[path])))
     return tuple(names)
+
+
+def outer_types(graph: Graph, path: str) -> Iterator[str]:
+    """Qualified names of the classes of the modules around the one at a path, and of their bases."""
+    for outer in (*_around(path, own=False), ""):
+        yield from class_names(graph.modules.get(outer, object))
+
+
+def _around(path: str, own: bool) -> list[str]:
+    """The paths of the modules around one, innermost first; the module's own is the first where it is asked for."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) if own else len(parts) - 1, 0, -1)]
 
 
 def pattern_name(node: Node) -> str:

@@ -77,11 +77,14 @@ def moves(node: Node) -> bool:
 
 
 def moved(graph: Graph, operand: Operand) -> Operand | None:
-    """The tensor that a call only moved to make an operand; ``None`` if the call did more."""
+    """The tensor that a call only moved to make an operand; ``None`` if the call did more.
+
+    ``None`` also for a call that is told apart: what it selects, for one of many experts, is a value of its own.
+    """
     if not operand.value:
         return None
     producer = graph.producer(operand.value)
-    if not moves(producer) or not producer.operands:
+    if not moves(producer) or not producer.operands or producer.told_apart:
         return None
     before = producer.operands[0]
     if before.value:
