@@ -31,7 +31,7 @@ ROLES: tuple[Role, ...] = ("weight", "activation")
 STATE_FLAGS = ("observe_only", "optional")
 """Fields of a quantizer's config that a rule may set for weights and activations alike."""
 
-FLAGS = ("requests", "outputs", *STATE_FLAGS)
+FLAGS = ("requests", "outputs", "share", *STATE_FLAGS)
 """Fields of a rule that are ``True``, ``False``, or ``None`` for nothing."""
 
 DECIDED_FIELDS = ("observer", "fake_quantize", *SCHEME_FIELDS)
@@ -76,6 +76,8 @@ class Rule:
       requests: ``True``: each input of the matched call is quantized, whatever the strategy says. ``False``: the call, or
         every call in the matched module, is no reason to quantize its inputs or its result.
       outputs: ``True``: the result of the matched call is quantized, whatever the strategy says.
+      share: ``True``: the matched calls of one place, a module or a function in a module, have one quantizer, so that a run
+        may make any number of them: steps of a scan, or of a loop over time. The rule must match all calls of the place.
       observe_only: ``True``: the quantizer observes values and passes them on unchanged.
       optional: ``True``: a run may leave out the call at which the quantizer acts.
       origin: the key of a dictionary that the rule was translated from, for messages. It plays no part in comparisons.
@@ -96,6 +98,7 @@ class Rule:
     activation: Half = UNSET
     requests: bool | None = None
     outputs: bool | None = None
+    share: bool | None = None
     observe_only: bool | None = None
     optional: bool | None = None
     origin: str = field(default="", compare=False)
@@ -434,10 +437,10 @@ def _changed(before: Decision, rule: Rule, role: Role, anew: Decision) -> Decisi
 
 
 class Request(NamedTuple):
-    """What the rules say about the quantizers for which a call asks.
+    """What the rules say about a flag.
 
     Attributes:
-      answer: the ``requests`` of the last rule that matches; ``None`` where none does.
+      answer: the flag of the last rule that matches; ``None`` where none does.
       matched: indices of the rules that match.
     """
 
@@ -447,8 +450,18 @@ class Request(NamedTuple):
 
 def requested(config: QuantConfig, site: Site) -> Request:
     """What the rules say about the quantizers for which the call at a site asks."""
-    matched = tuple(i for i, rule in enumerate(config.rules) if rule.requests is not None and rule.matches(site))
-    answer = config.rules[matched[-1]].requests if matched else None
+    return _answered(config, site, "requests")
+
+
+def shared(config: QuantConfig, site: Site) -> Request:
+    """What the rules say about sharing the quantizer at a site with the other calls of its place."""
+    return _answered(config, site, "share")
+
+
+def _answered(config: QuantConfig, site: Site, flag: str) -> Request:
+    """The flag of the last rule that matches a site and has it."""
+    matched = tuple(i for i, rule in enumerate(config.rules) if getattr(rule, flag) is not None and rule.matches(site))
+    answer = getattr(config.rules[matched[-1]], flag) if matched else None
     return Request(answer, matched)
 
 

@@ -8,12 +8,12 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from sophq_func.capture.frame import Frame, item, unwatched
-from sophq_func.capture.graph import function_of, is_told_apart, step
+from sophq_func.capture.graph import function_of, step
 from sophq_func.core.errors import StateError
 from sophq_func.core.operations import CONTRACTIONS, LAYERS, called
 from sophq_func.core.pytree import flatten, has_floating, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
-from sophq_func.model.schedule import OPTIONAL, OTHER_WAY, Actions, Pair, Schedule, place_name
+from sophq_func.model.schedule import OPTIONAL, OTHER_WAY, SHARE, Actions, Pair, Schedule, place_name
 
 Effect = Callable[[str, Tensor], Tensor]
 """What happens to a planned value: takes the quantizer's name and the tensor, returns the tensor that replaces it."""
@@ -100,7 +100,7 @@ class Runner(Frame):
         if name == "getitem" and self.items:
             self._note_item(args)
         if pair not in self.counts:
-            if (name in CONTRACTIONS or is_told_apart(pair[1])) and has_floating(args, kwargs):
+            if (name in CONTRACTIONS or (self.scope, name) in self.schedule.known.acting) and has_floating(args, kwargs):
                 self._check_known(pair)
             return self.compute(func, args, kwargs)
         floating = has_floating(args, kwargs)
@@ -185,9 +185,7 @@ class Runner(Frame):
     def _mismatch(self, pairs: Sequence[Pair]) -> StateError:
         """The error for the first of some pairs whose count differs from that of the first example."""
         expected = self.schedule.counts[0]
-        path, function = next(
-            pair for pair in pairs if self.counts[pair] != expected[pair] and not self._is_skipped(pair)
-        )
+        path, function = next(pair for pair in pairs if self.counts[pair] != expected[pair] and not self._is_skipped(pair))
         in_run, in_example = self.counts[path, function], expected[path, function]
         text = f"{place_name(path, function)}: this run calls it {in_run} times, the example {in_example} times"
         if self.mode.compiling and (path, function) in self.schedule.hidden:
@@ -195,7 +193,7 @@ class Runner(Frame):
             why = f"torch.compile hides this spelling of {name}"
             return StateError(f"{text}, because {why}. Fix: write torch.{name}(x) or a module.")
         why = "so its quantizers cannot be told apart"
-        return StateError(f"{text}, {why}. Fix: {OTHER_WAY}, or {OPTIONAL}.")
+        return StateError(f"{text}, {why}. Fix: {OTHER_WAY}, {SHARE}, or {OPTIONAL}.")
 
     def _check_way(self, pair: Pair) -> None:
         """Raise a :class:`StateError` where a call comes after another module than the call of its number in the examples."""

@@ -20,6 +20,9 @@ Pair = tuple[str, str]
 OTHER_WAY = "plan with examples of both ways, sq.quantize(model, config, examples=[...])"
 """The fix in errors about runs that go another way than the examples."""
 
+SHARE = "Rule(name=..., share=True) where a run may make any number of calls"
+"""The fix in errors about loops of another length."""
+
 OPTIONAL = "Rule(name=..., optional=True) where a run may leave the value out"
 """The fix in errors about runs that do not reach a quantizer."""
 
@@ -45,6 +48,7 @@ class Known(NamedTuple):
       pairs: what the examples call. Empty in plans of older versions, which do not say it.
       excluded: paths of modules, and functions, that a run may reach although no example does.
       told_apart: pairs whose calls are counted apart for each module that was called before.
+      acting: those of ``told_apart`` at some calls of which quantizers act.
       after: by pair with several calls, for each of these, what may have been called before.
       items: names of the parameters of which examples take items by number.
       inputs: for each example, names of the values of the arguments that it gives.
@@ -53,6 +57,7 @@ class Known(NamedTuple):
     pairs: frozenset[Pair]
     excluded: frozenset[str]
     told_apart: frozenset[Pair]
+    acting: frozenset[Pair]
     after: Mapping[Pair, tuple[frozenset[str], ...]]
     items: frozenset[str]
     inputs: tuple[frozenset[str], ...]
@@ -97,14 +102,15 @@ class Schedule:
             calls = self.actions[pair]
             calls.update(dict.fromkeys((0, 1), calls.pop(EVERY_CALL)))
         self.counts = [
-            {pair: min(count, 1) if pair in self.every else count for pair, count in counts.items()} for counts in plan.counts
+            {pair: min(count, 1) if pair in self.every else count for pair, count in counts.items()}
+            for counts in plan.counts
         ]
         # a place is optional only if every quantizer there is
         required = {place for site in sites if not plan[site.quantizer].optional for place in places(site)}
         self.optional = {place for site in sites for place in places(site)} - required
         hidden = hidden_from_compile()
         self.hidden = {pair for pair in self.actions if function_of(pair[1]) in hidden}
-        self.known = _known(plan, self.actions, bool(self.optional))
+        self.known = _known(plan, self.actions.keys() - self.every, bool(self.optional))
         self.groups = _groups(self.counts)
         self.unreached = frozenset(path for path in _unreached(plan, owners) if not self.excludes(path, ""))
 
@@ -174,7 +180,6 @@ def _known(plan: Plan, pairs: Iterable[Pair], may_skip: bool) -> Known:
     pairs = set(pairs)
     made = [one for run in plan.runs for one in run.calls]
     steps = {one.pair for one in made}
-    apart = {(path, function_of(step)) for path, step in pairs if is_told_apart(step)}
     after: dict[Pair, list[set[str]]] = {}
     for run in () if may_skip else plan.runs:
         numbers: dict[Pair, int] = {}
@@ -187,7 +192,8 @@ def _known(plan: Plan, pairs: Iterable[Pair], may_skip: bool) -> Known:
     return Known(
         pairs=frozenset(steps | {(path, function_of(step)) for path, step in steps}),
         excluded=frozenset(plan.excluded),
-        told_apart=frozenset(apart),
+        told_apart=frozenset((path, function_of(step)) for path, step in steps if is_told_apart(step)),
+        acting=frozenset((path, function_of(step)) for path, step in pairs if is_told_apart(step)),
         after={pair: tuple(map(frozenset, ways)) for pair, ways in after.items() if _is_ambiguous(ways)},
         items=frozenset(one.after.rpartition("[")[0] for one in made if one.after.endswith("]")),
         inputs=tuple(frozenset(one.name for one in run.calls if one.is_input) for run in plan.runs),
@@ -228,7 +234,8 @@ def _unreached(plan: Plan, owners: Mapping[str, Collection[str]]) -> Iterator[st
 
     A function may read the parameters of a module that is never called, as that of ``nn.MultiheadAttention`` does.
     """
-    if not plan.runs:  # a plan of an older version does not say what was called
+    # a plan of an older version does not say what was called
+    if not plan or not plan.runs:
         return
     made = [one for run in plan.runs for one in run.calls]
     leaves = {one.path for one in made if not one.function}

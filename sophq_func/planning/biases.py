@@ -13,7 +13,6 @@ from typing import NamedTuple
 from torch import nn
 
 from sophq_func.capture.graph import Node
-from sophq_func.config.names import value_quantizer
 from sophq_func.config.site import ComputedSite, WeightSite
 from sophq_func.core.operations import DROPOUTS
 from sophq_func.numerics.scheme import PerChannel, PerTensor
@@ -92,7 +91,7 @@ def _input_quantizer(planned: Planned, node: Node) -> str:
     while _is_bare_dropout(planned, operand.value):
         operand = graph.producer(operand.value).operands[0]
     # A quantizer before the first operand (slot 0) of this call comes before that of the value.
-    name = planned.inputs.get((node.name, 0), value_quantizer(operand.value))
+    name = planned.inputs.get((node.name, 0), planned.behind(operand.value))
     config = planned.configs.get(name)
     if config is None or config.scheme.granularity != PerTensor() or not is_scaled_grid(config):
         return ""
@@ -101,6 +100,6 @@ def _input_quantizer(planned: Planned, node: Node) -> str:
 
 def _is_bare_dropout(planned: Planned, value: str) -> bool:
     """Whether a value is the result of a dropout, and has no quantizer."""
-    if not value or value_quantizer(value) in planned.configs:
+    if not value or planned.behind(value) in planned.configs:
         return False
     return planned.graph.producer(value).operation in DROPOUTS

@@ -5,6 +5,7 @@ place                       which values the strategy and the rules choose
 find_weights                which weights there are
 decide                      how each weight is configured
 quantize_values             which of the chosen values get a quantizer, and how each is configured
+share                       which quantizers act at every call of a place, instead of one for each call
 round_biases                by which input's scale the bias of each layer is rounded
 layer_inputs                what the layer of each weight reads, and on which grid
 in_execution_order          the sites that are left, in order
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from sophq_func.capture.graph import Graph
 from sophq_func.config.matching import is_glob
 from sophq_func.config.rules import Decision, QuantConfig
-from sophq_func.config.site import ComputedSite, LayerInput, Site, WeightSite
+from sophq_func.config.site import EVERY_CALL, CallSite, ComputedSite, LayerInput, Site, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
@@ -31,6 +32,7 @@ from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
 from sophq_func.planning.picture import Wiring, wiring
 from sophq_func.planning.placing import place
+from sophq_func.planning.sharing import share
 from sophq_func.planning.values import NO_VALUES, quantize_values
 from sophq_func.planning.weights import find_weights
 
@@ -85,14 +87,16 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     values = NO_VALUES
     if config.quantmode == "weight_activation":
         values = quantize_values(fused, strategy, config, placement, of_weights)
-    outcomes = (*of_weights.values(), *values.outcomes.values())
+    sharing = share(config, (*of_weights.values(), *values.outcomes.values()))
+    outcomes = sharing.outcomes
     decisions: dict[str, Decision] = {}
     configs: dict[str, QuantizerConfig] = {}
     for outcome in outcomes:
         if outcome.decision is not None and outcome.config is not None:
             decisions[outcome.site.quantizer] = outcome.decision
             configs[outcome.site.quantizer] = outcome.config
-    planned = Planned(fused, strategy, configs, values.inputs)
+    shared_inputs = {use: sharing.replaced.get(name, name) for use, name in values.inputs.items()}
+    planned = Planned(fused, strategy, configs, shared_inputs, sharing.replaced)
     biases = round_biases(planned, weights.places)
     inputs = layer_inputs(planned, weights.places)
     sites = [_with_inputs(outcome.site, biases, inputs) for outcome in outcomes if outcome.decision is not None]
@@ -100,10 +104,10 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
         graph=graph,
         sites=in_execution_order(graph, sites),
         decisions=decisions,
-        wiring=wiring(fused, weights.places, decisions.keys(), values.inputs),
+        wiring=wiring(fused, weights.places, decisions.keys(), shared_inputs, sharing.replaced),
         outcomes=outcomes,
-        used=used_to_place.union(*(outcome.used for outcome in outcomes)),
-        misfits=values.misfits,
+        used=used_to_place.union(sharing.used, *(outcome.used for outcome in outcomes)),
+        misfits=(*values.misfits, *sharing.problems),
         notes=(*weights.notes, *biases.notes),
     )
 
@@ -125,7 +129,11 @@ def in_execution_order(graph: Graph, sites: Iterable[Site]) -> dict[str, Site]:
       graph: as traced, not fused: the value of a group is made by its last call, its weight is used by the first.
       sites: in any order.
     """
-    position = {(node.path, node.step, node.call): i for i, node in enumerate(graph) if node.kind != "input"}
+    position: dict[CallSite, int] = {}
+    for i, node in enumerate(graph):
+        if node.kind != "input":
+            position[CallSite(node.path, node.step, node.call)] = i
+            position.setdefault(CallSite(node.path, node.step, EVERY_CALL), i)
 
     def key(site: Site) -> tuple[int, bool, int]:
         if site.argument:

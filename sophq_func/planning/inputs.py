@@ -22,12 +22,19 @@ class Planned(NamedTuple):
       strategy: which placed the quantizers.
       configs: by quantizer.
       inputs: quantizers before single calls, by the call's name and the operand's slot.
+      replaced: by name of a quantizer that is left out, the one that acts in its place.
     """
 
     graph: Graph
     strategy: Strategy
     configs: Mapping[str, QuantizerConfig]
     inputs: Mapping[tuple[str, int], str]
+    replaced: Mapping[str, str] = {}
+
+    def behind(self, value: str) -> str:
+        """The quantizer behind a value, whether there is one or not."""
+        name = value_quantizer(value)
+        return self.replaced.get(name, name)
 
     def acts(self, quantizer: str) -> bool:
         """Whether there is a quantizer of this name that rounds, and does not only observe."""
@@ -65,7 +72,7 @@ def quantizer_of(planned: Planned, operand: Operand) -> str:
     """
     origin: Operand | None = operand
     while origin is not None and origin.value:
-        quantizer = value_quantizer(origin.value)
+        quantizer = planned.behind(origin.value)
         if planned.acts(quantizer):
             return quantizer
         origin = moved(planned.graph, origin)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from sophq_func.config.site import OperandSite, Site, ValueSite, WeightSite
+from sophq_func.config.site import EVERY_CALL, OperandSite, Site, ValueSite, WeightSite
 from sophq_func.core.errors import ConfigError, PlanError, explain, unknown
 from sophq_func.planning.picture import Edge, Wiring
 from sophq_func.planning.plan import Plan
@@ -83,6 +83,9 @@ def _moved(site: Site, parameters: Collection[str], before: Mapping[Pair, int], 
         return None
     kept = []
     for path, function, call, operand in site.places():
+        if call == EVERY_CALL and inside[path, function]:
+            kept.append(OperandSite(path, function, call, operand))
+            continue
         call_in_part = call - before[path, function]
         if 0 <= call_in_part < inside[path, function]:
             kept.append(OperandSite(path, function, call_in_part, operand))

@@ -58,7 +58,11 @@ NO_WIRING = Wiring()
 
 
 def wiring(
-    graph: Graph, weights: Iterable[WeightPlace], quantizers: Container[str], inputs: Mapping[tuple[str, int], str]
+    graph: Graph,
+    weights: Iterable[WeightPlace],
+    quantizers: Container[str],
+    inputs: Mapping[tuple[str, int], str],
+    replaced: Mapping[str, str] = {},
 ) -> Wiring:
     """The calls of a graph, and an edge for each use of a value.
 
@@ -67,10 +71,11 @@ def wiring(
       weights: each weight with the calls that use it.
       quantizers: names of the quantizers of the plan.
       inputs: quantizers before single calls, by the call's name and the operand's slot.
+      replaced: by name of a quantizer that is left out, the one that acts in its place.
     """
     weights_of: dict[str, list[str]] = {}
     for weight in weights:
-        name = weight.site.quantizer
+        name = replaced.get(weight.site.quantizer, weight.site.quantizer)
         if name in quantizers:
             for call in weight.calls:
                 weights_of.setdefault(call.name, []).append(name)
@@ -80,7 +85,8 @@ def wiring(
         calls.append(Call(node.name, does, tuple(weights_of.get(node.name, ()))))
 
     def edge(value: str, target: str, before: str = "") -> Edge:
-        behind = value_quantizer(value)
+        own = value_quantizer(value)
+        behind = replaced.get(own, own)
         through = (behind if behind in quantizers else "", before)
         return Edge(graph.producer(value).name, target, tuple(filter(None, through)))
 

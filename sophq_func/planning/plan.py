@@ -266,7 +266,13 @@ class Plan(Mapping[str, QuantizerConfig]):
         data = self._identity()
         for entry in data["quantizers"]:
             entry["site"] = self._sites[entry["name"]].to_data()
-        explanations = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs, "excluded": self.excluded}
+        explanations = {
+            "reasons": self._reasons,
+            "notes": self.notes,
+            **self.wiring._asdict(),
+            "runs": self.runs,
+            "excluded": self.excluded,
+        }
         return json.dumps({"version": VERSION, **data, **explanations}, indent=1, sort_keys=True)
 
     @staticmethod

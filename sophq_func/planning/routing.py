@@ -144,9 +144,9 @@ def read_apart(graph: Graph, placement: Placement) -> Placement:
             continue
         del chosen[value]
         for uses in readers.values():
-            consumer = uses[0][0]
-            taken = sum(shared.consumer == consumer for shared in inputs.values())
-            inputs[input_quantizer(consumer, taken)] = SharedInput(consumer, tuple(uses), why)
+            consumer, slot = uses[0]
+            # by its slot, and not by its order, a quantizer has one name in all examples
+            inputs[input_quantizer(consumer, slot)] = SharedInput(consumer, tuple(uses), why)
     return placement._replace(chosen=chosen, inputs=inputs)
 
 

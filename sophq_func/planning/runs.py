@@ -71,9 +71,7 @@ class Run(NamedTuple):
     @staticmethod
     def of(graph: Graph) -> Run:
         """The run that a graph records."""
-        calls = (
-            Made(node.name, node.path, node.step, node.kind != "input" and node.counted, node.after) for node in graph
-        )
+        calls = (Made(node.name, node.path, node.step, node.kind != "input" and node.counted, node.after) for node in graph)
         return Run(tuple(calls), tuple(Span(scope.path, scope.start, scope.stop) for scope in graph.scopes))
 
     @staticmethod

@@ -79,17 +79,17 @@ def moves(node: Node) -> bool:
 def moved(graph: Graph, operand: Operand) -> Operand | None:
     """The tensor that a call only moved to make an operand; ``None`` if the call did more.
 
-    ``None`` also for a call that is told apart: what it selects, for one of many experts, is a value of its own.
+    ``None`` also for a call that is told apart: what it selects from a value, for one of many experts, is another value.
     """
     if not operand.value:
         return None
     producer = graph.producer(operand.value)
-    if not moves(producer) or not producer.operands or producer.told_apart:
+    if not moves(producer) or not producer.operands:
         return None
     before = producer.operands[0]
     if before.value:
         # Converted from integers or booleans: the source has no grid that this could be on.
-        return before if graph.values[before.value].floating else None
+        return before if graph.values[before.value].floating and not producer.told_apart else None
     return before if before.parameter else None
 
 
