@@ -1,0 +1,139 @@
+"""Random networks: nothing that a plan names acts elsewhere, and nothing that leaves is another number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sophq_func as sq
+from tests.networks import Interpreter, Network, batches, networks, quantized_params, rounded
+
+FEW = 40
+MANY = 500
+COMPILED = 20
+"""How many networks: in a quick run, in each of four slow ones, and in the one that compiles each."""
+
+
+def config(bits: int) -> sq.QuantConfig:
+    """All of a network in some bits, with scales that follow from the data alone."""
+    change = sq.override(bits=bits, observer=sq.observers.minmax(), fake_quantize=sq.fake_quantize.fixed())
+    return sq.QuantConfig(weight=change, activation=change)
+
+
+PICKS = ([0, 1, 2, 0], [1, 1, 2, 2], [0, 0, 0, 0])
+"""The experts of each row, in the batches that calibrate."""
+
+OTHER = [2, 0, 2, 0]
+"""Those of a batch for which no example has the same set."""
+
+
+def check(network: Network, bits: int, number: int) -> None:
+    """One network: the scales are those of the values at their sites, and the output is that of the interpreter."""
+    examples = batches(number, PICKS)
+    q = sq.quantize(network, config(bits), examples=[(one, {}) for one in examples])
+    params = sq.params_of(network)
+    qparams = q.calibrate(params, examples, progress=False)
+    check_scales(q, network, params, qparams, examples)
+    weights = quantized_params(q, params, qparams)
+    (x, pick), *_ = batches(number + 1, [OTHER])
+    for given_x, given_pick in (*examples, (x, pick)):
+        interpreter = Interpreter(q, weights, lambda name, x: rounded(x, q.plan[name].scheme, qparams[name]))
+        with torch.no_grad():
+            expected = interpreter.run_all(network, given_x, given_pick)
+            actual = q.apply(params, qparams, given_x, given_pick)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_scales(
+    q: sq.Quantized,
+    network: Network,
+    params: dict[str, Tensor],
+    qparams: dict[str, sq.QParams],
+    examples: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Every quantizer has the scale of the values that the float model has at its site."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str, x: Tensor) -> Tensor:
+        seen.setdefault(name, []).append(x.clone())  # a later step may write into it
+        return x
+
+    for one in examples:
+        interpreter = Interpreter(q, params, note)
+        with torch.no_grad():
+            interpreter.run_all(network, *one)
+    for name, values in seen.items():
+        scheme, observer = q.plan[name].scheme, sq.observer("minmax")
+        state = observer.init(values[0], scheme)
+        for value in values:
+            state = observer.update(state, value, scheme)
+        expected = observer.qparams(state, scheme)
+        torch.testing.assert_close(qparams[name].scale, expected.scale, rtol=1e-5, atol=1e-12)
+    acting = {name for name in q.plan if q.plan.site(name).role == "activation"}
+    assert acting <= seen.keys(), acting - seen.keys()
+
+
+def check_16_bits(network: Network, number: int, compiled: bool) -> None:
+    """One network with steps so small that it computes what the float model does: in eager, under vmap, and compiled."""
+    examples = batches(number, PICKS)
+    q = sq.quantize(network, config(16), examples=[(one, {}) for one in examples])
+    params = sq.params_of(network)
+    qparams = q.calibrate(params, examples, progress=False)
+    with torch.no_grad():
+        for one in examples:
+            expected = network(*one)
+            close(q.apply(params, qparams, *one), expected)
+            if compiled:
+                torch._dynamo.reset()
+                close(torch.compile(q.apply, backend="aot_eager")(params, qparams, *one), expected)
+        pick = examples[0][1]
+        members = torch.stack([x for x, _ in examples])
+        mapped = torch.vmap(lambda x: q.apply(params, qparams, x, pick))(members)
+        for x, output in zip(members, mapped, strict=True):
+            close(output, q.apply(params, qparams, x, pick))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for steps of 16 bits: each of up to thirty roundings is off by 2**-17 of a range of a few deviations."""
+    assert (actual - expected).norm() <= 0.01 * expected.norm() + 1e-6
+
+
+ANY = settings(max_examples=FEW, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@ANY
+@given(networks(), st.integers(0, 100))
+def test_a_network_of_4_bits_is_what_its_plan_says(network: Network, number: int) -> None:
+    check(network, 4, number)
+
+
+@ANY
+@given(networks(), st.integers(0, 100))
+def test_a_network_of_16_bits_is_the_float_network(network: Network, number: int) -> None:
+    check_16_bits(network, number, compiled=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_500_networks_are_what_their_plans_say(part: int) -> None:
+    @seed(part)
+    @settings(max_examples=MANY, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(networks(), st.integers(0, 100))
+    def all_of_them(network: Network, number: int) -> None:
+        check(network, 4, number)
+        check_16_bits(network, number, compiled=False)
+
+    all_of_them()
+
+
+@pytest.mark.slow
+@seed(0)
+@settings(max_examples=COMPILED, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(networks(), st.integers(0, 100))
+def test_compiled_networks_are_the_float_networks(network: Network, number: int) -> None:
+    check_16_bits(network, number, compiled=True)
