@@ -77,7 +77,7 @@ class Runner(Frame):
 
     def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
         if path in self.schedule.unreached:
-            raise self.schedule.unknown(path, "")
+            raise self.schedule.unknown(path, "", self.counts)
 
     def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         actions = self._actions(self._pair(path, ""))
@@ -90,7 +90,7 @@ class Runner(Frame):
         self.inner = ""
         # only now, as a call that fails is in no example, though it may have been made in one
         if path in self.schedule.unreached:
-            raise self.schedule.unknown(path, "")
+            raise self.schedule.unknown(path, "", self.counts)
         pair = self._pair(path, "")
         floating = pair in self.counts and has_floating(args, kwargs)
         return self._on_output(pair, output, floating)
@@ -146,7 +146,7 @@ class Runner(Frame):
         """Raise a :class:`StateError` for a call that no example makes, and no rule leaves float."""
         known = self.schedule.known
         if self.schedule and known.pairs and pair not in known.pairs and not self.schedule.excludes(*pair):
-            raise self.schedule.unknown(*pair)
+            raise self.schedule.unknown(*pair, self.counts)
 
     def check(self) -> None:
         """Raise a :class:`StateError` unless the run made the calls of the examples; see :class:`Schedule`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class Known(NamedTuple):
       acting: those of ``told_apart`` at some calls of which quantizers act.
       after: by pair with several calls, for each of these, what may have been called before.
       items: names of the parameters of which examples take items by number.
+      order: the pairs of the calls of the first example at which quantizers act, in its order.
       inputs: for each example, names of the values of the arguments that it gives.
     """
 
@@ -60,6 +62,7 @@ class Known(NamedTuple):
     acting: frozenset[Pair]
     after: Mapping[Pair, tuple[frozenset[str], ...]]
     items: frozenset[str]
+    order: tuple[Pair, ...]
     inputs: tuple[frozenset[str], ...]
 
 
@@ -142,10 +145,21 @@ class Schedule:
         site = ValueSite(quantizer=value_quantizer(value), value=value, paths=(path,))
         return any(matches_name(name, site) for name in self.known.excluded)
 
-    def unknown(self, path: str, step: str) -> StateError:
-        """The error for a call that no example makes."""
+    def unknown(self, path: str, step: str, counts: Mapping[Pair, int]) -> StateError:
+        """The error for a call that no example makes.
+
+        Args:
+          path, step: of the call.
+          counts: how many calls of each pair the run has made.
+        """
         place = place_name(path, step)
         text = f"{place}: this run calls it and no example does, so it would run in float"
+        left = Counter(counts)
+        for pair in self.known.order:
+            left[pair] -= 1
+            if left[pair] < 0:
+                text += f" (the first example calls {place_name(*pair)} next)"
+                break
         fix = f'{OTHER_WAY}, or sq.Rule(name="{path or function_of(step)}", weight=None, activation=None) to leave it float'
         return StateError(f"{text}. Fix: {fix}.")
 
@@ -196,6 +210,7 @@ def _known(plan: Plan, pairs: Iterable[Pair], may_skip: bool) -> Known:
         acting=frozenset((path, function_of(step)) for path, step in pairs if is_told_apart(step)),
         after={pair: tuple(map(frozenset, ways)) for pair, ways in after.items() if _is_ambiguous(ways)},
         items=frozenset(one.after.rpartition("[")[0] for one in made if one.after.endswith("]")),
+        order=tuple(one.pair for run in plan.runs[:1] for one in run.calls if one.counted and one.pair in pairs),
         inputs=tuple(frozenset(one.name for one in run.calls if one.is_input) for run in plan.runs),
     )
 
