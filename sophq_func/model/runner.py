@@ -100,7 +100,8 @@ class Runner(Frame):
         if name == "getitem" and self.items:
             self._note_item(args)
         if pair not in self.counts:
-            if (name in CONTRACTIONS or (self.scope, name) in self.schedule.known.acting) and has_floating(args, kwargs):
+            may_act = name in CONTRACTIONS or (self.scope, name) in self.schedule.known.acting
+            if may_act and has_floating(args, kwargs):
                 self._check_known(pair)
             return self.compute(func, args, kwargs)
         floating = has_floating(args, kwargs)
@@ -196,7 +197,7 @@ class Runner(Frame):
         return StateError(f"{text}, {why}. Fix: {OTHER_WAY}, {SHARE}, or {OPTIONAL}.")
 
     def _check_way(self, pair: Pair) -> None:
-        """Raise a :class:`StateError` where a call comes after another module than the call of its number in the examples."""
+        """Raise a :class:`StateError` where a call comes after another module than that of its number in the examples."""
         ways = self.schedule.known.after[pair]
         number, before = self.counts[pair], self.before[-1]
         if number < len(ways) and before not in ways[number]:

@@ -112,7 +112,7 @@ ONE_BY_ONE = [[batch(i, seed=i) for i in range(len(SIZES))], [batch(0, 1), batch
 def test_each_expert_has_the_input_scale_of_its_own_data(cls: type[Routed], batches: list[tuple[Tensor, Tensor]]) -> None:
     model = cls(linear).eval()
     r = prepared(model, batches)
-    names = [name for name in model.get_submodule("experts")._modules]
+    names = list(model.get_submodule("experts")._modules)
     for i, name in enumerate(names):
         x = torch.cat([x[pick == i] for x, pick in batches])
         read = model.read(x, torch.arange(len(x)))
