@@ -75,9 +75,6 @@ NUMBERS: dict[str, str] = {
     "v_afq_GPTQFP4FakeQuantize": "decision: a bias is not rounded behind a table format",
     "v_wfq_AdaRoundFakeQuantize_pt_wo": "decision: AdaRound is shown the weight and starts from it",
 }
-HISTOGRAM = {"KLDObserver": "HistogramObserver"}
-"""What the reference calls a KL divergence is a search for the least squared error."""
-
 SYMBOLS: dict[str, Callable[[str], Any]] = {
     "qat": "{}_sophgo".format,
     "fused": lambda name: getattr(sq.patterns, name),
@@ -100,7 +97,6 @@ def decoded(value: Any) -> Any:
         return {decoded(key): decoded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [decoded(item) for item in value]
-    value = HISTOGRAM.get(value, value) if isinstance(value, str) else value
     kind, _, name = value.partition(":") if isinstance(value, str) else ("", "", "")
     return SYMBOLS[kind](name) if name and kind in SYMBOLS else value
 
