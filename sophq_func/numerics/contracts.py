@@ -193,6 +193,8 @@ class FakeQuantize(NamedTuple):
         dtype, or, where this is ``None``, as an integer.
       block_size: how many elements along the last axis share one entry of ``Codes.parts``; 0 where none do.
       local: the result for an element depends on the elements of its scale or block alone.
+      needs: names of extras that ``init`` does not make and a model must not do without: it raises a ``StateError`` where
+        they are missing. Alone, ``apply`` says what it computes then.
     """
 
     init: InitQParams
@@ -212,3 +214,4 @@ class FakeQuantize(NamedTuple):
     element: Format | torch.dtype | None = None
     block_size: int = 0
     local: bool = True
+    needs: tuple[str, ...] = ()

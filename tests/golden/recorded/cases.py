@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
+from tests.helpers import with_hessians
 from tests.golden.recorded.models import (
     Attention,
     Branches,
@@ -118,7 +119,7 @@ def prepared(subject: Subject, plan: sq.Plan | None = None) -> Made:
     ostate = q.init(params)
     for args in subject.batches:
         _, ostate = q.observe(params, ostate, *args)
-    qparams = q.qparams(params, ostate)
+    qparams = with_hessians(q, q.qparams(params, ostate))
     if subject.noise:
         qparams = q.with_noise(params, qparams, torch.Generator().manual_seed(7), *batch)
     return Made(q, params, qparams, ostate, batch)
