@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.pytree import tree_map
+from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import fake_quantize, ste, working
 from sophq_func.numerics.codebooks import codebook_named
@@ -142,7 +144,8 @@ def _gptq(
     table = codebook_named(where, data_type)
     _check_int(where, "group_size", group_size, least=EACH_COLUMN)
     _check_int(where, "block_size", block_size, least=1)
-    if isinstance(percdamp, bool) or not isinstance(percdamp, int | float) or percdamp < 0:
+    check_quantile(where, quantile)
+    if isinstance(percdamp, bool) or not isinstance(percdamp, int | float) or not 0 <= percdamp < math.inf:
         raise ConfigError(explain(where, "percdamp must not be negative", got=percdamp, allowed="a number >= 0"))
     if not isinstance(act_order, bool):
         raise ConfigError(explain(where, "act_order must be a bool", got=act_order, allowed="True or False"))

@@ -122,7 +122,8 @@ def as_granularity(value: object, where: str) -> Granularity:
             raise ConfigError(unknown(where, "granularity", value, tuple(SPELLINGS)))
         return cls()
     sentence, allowed = "granularity must be an instance of a granularity class, or its name", " or ".join(GRANULARITIES)
-    fix = f"granularity={value.__name__}()" if value in GRANULARITIES.values() else "granularity=PerTensor()"
+    name = value.__name__ if isinstance(value, type) and value.__name__ in GRANULARITIES else "PerTensor"
+    fix = f"granularity={name}()"
     raise ConfigError(explain(where, sentence, got=value, allowed=allowed, fix=fix))
 
 

@@ -19,7 +19,7 @@ PARTS = 16
 Each part goes whole into one bin of the new histogram; more parts misplace less.
 """
 
-UNIT = 2**20
+HISTOGRAM_UNIT = 2**20
 """What one value counts, so that the parts of a bin are integers: they are exact for five splits, and add up for ever.
 
 Integers, because a float32 stops counting at ``2 ** 24``. An int64 holds the products of :func:`stretch` up to ``2 ** 39``
@@ -100,10 +100,10 @@ def histogram(bins: int = 2048, levels: int = 256) -> Observer:
 
 
 def histogram_of(flat: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
-    """How many values of the last axis lie in each of ``bins`` equal bins of ``[lo, hi]``, int64, times :data:`UNIT`."""
+    """How many values of the last axis lie in each of ``bins`` equal bins of ``[lo, hi]``, in units, int64."""
     empty = torch.zeros((*flat.shape[:-1], bins), dtype=torch.int64, device=flat.device)
     index = bin_index(flat, lo, hi, bins)
-    return UNIT * empty.scatter_add(-1, index, torch.ones_like(index))
+    return HISTOGRAM_UNIT * empty.scatter_add(-1, index, torch.ones_like(index))
 
 
 def bin_index(values: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
@@ -140,7 +140,7 @@ def least_error(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> tuple[Te
       levels: number of equal cells.
     """
     bins = counts.shape[-1]
-    values = counts.double() / UNIT
+    values = counts.double() / HISTOGRAM_UNIT
     first, last, exists = narrowing(values)
     values = values.float()
     pieces = max(1, BINS_AT_ONCE // bins)

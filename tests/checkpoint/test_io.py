@@ -493,7 +493,9 @@ def test_a_file_of_an_old_version_is_migrated(tmp_path: Path, monkeypatch: pytes
     found = sq.load(tmp_path / "a").check(r.q)
     same_bits(found.qparams, r.qparams)
     assert found.metadata["version"] == "0"
-    monkeypatch.setattr(io, "MIGRATIONS", {**io.MIGRATIONS, 0: lambda tensors, text: (tensors, {**text, "parts": "qparams plan"})})
+    monkeypatch.setattr(
+        io, "MIGRATIONS", {**io.MIGRATIONS, 0: lambda tensors, text: (tensors, {**text, "parts": "qparams plan"})}
+    )
     says(sq.CheckpointError, lambda: sq.load(tmp_path / "a"), "belongs to none of its parts")
 
 

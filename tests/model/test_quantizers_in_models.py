@@ -36,7 +36,7 @@ def quantized(name: str) -> tuple[sq.Quantized, dict[str, Tensor], dict[str, sq.
     activation = sq.override() if name in FOR_WEIGHTS else sq.override(fake_quantize=spec)
     q = sq.quantize(model, sq.QuantConfig(weight=sq.override(fake_quantize=spec), activation=activation), example_args=(x,))
     params = sq.params_of(model)
-    return q, params, with_hessians(q, q.calibrate(params, [x, 2 * x], progress=False)), x
+    return q, params, with_hessians(q, params, q.calibrate(params, [x, 2 * x], progress=False)), x
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -281,6 +281,7 @@ def test_dpu_rounding_sends_negative_halves_up_and_others_to_even(quarters: int)
         (sq.observers.ema_quantile, "decay", -0.1),
         (sq.observers.ema_quantile, "threshold", 0.0),
         (sq.observers.ema_quantile, "bins", 0),
+        (sq.observers.ema_quantile, "bins", True),
         (sq.observers.ema_mse, "decay", True),
         (sq.observers.ema_mse, "p", 0),
         (sq.observers.mse, "p", -1.0),
