@@ -200,5 +200,6 @@ def _sixteenths(exponent: Tensor) -> Tensor:
 
 
 def check_quantile(where: str, quantile: object) -> None:
+    """Raise a :class:`ConfigError` unless a share of the largest magnitude is a number in (0, 1]."""
     if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
         raise ConfigError(explain(where, "quantile must lie in (0, 1]", got=quantile, allowed="a number above 0, at most 1"))
