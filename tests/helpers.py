@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
-from sophq_func.core.pytree import leaves
+from sophq_func.config.site import WeightSite
+from sophq_func.core.pytree import leaves, sorted_dict
 
 DEFAULT = sq.QuantConfig()
 FLOAT = sq.QuantConfig(weight=None, activation=None)
@@ -49,7 +51,19 @@ def ready(model: nn.Module, *args: Any, config: sq.QuantConfig = DEFAULT, **kwar
     params = sq.params_of(model)
     with torch.no_grad():
         _, ostate = q.observe(params, q.init(params), *args, **kwargs)
-        return Ready(q, params, q.qparams(params, ostate))
+        return Ready(q, params, with_hessians(q, params, q.qparams(params, ostate)))
+
+
+def with_hessians(q: sq.Quantized, params: dict[str, Tensor], qparams: dict[str, sq.QParams]) -> dict[str, sq.QParams]:
+    """``qparams`` in which quantizers that need a Hessian have one: that of inputs that do not correlate."""
+    needing = [name for name in qparams if "hessian" in sq.fake_quantizer(q.plan[name].fake_quantize.name).needs]
+    given = dict(qparams)
+    for name in needing:
+        site = q.plan.site(name)
+        shape = params[site.parameter].shape if isinstance(site, WeightSite) else site.shape
+        extras = {**qparams[name].extras, "hessian": torch.eye(math.prod(shape[1:]))}
+        given[name] = qparams[name]._replace(extras=sorted_dict(extras))
+    return given
 
 
 def same(actual: Any, expected: Any) -> None:

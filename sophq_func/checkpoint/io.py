@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from sophq_func.planning.stored import digest_of_version_2
 FORMAT = "sophq_func"
 """Marks files of :func:`save` among other safetensors files."""
 
-VERSION = 1
+VERSION = 2
 """Of the file's layout; files of older versions are migrated."""
 
 PARTS = ("params", "qparams", "ostate", "plan")
@@ -45,7 +46,18 @@ Parts = dict[str, Any]
 Migration = Callable[[Tensors, Text], tuple[Tensors, Text]]
 """Turns the tensors and text of a file of one version into those of the next; must not change its arguments."""
 
-MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
+
+def _from_1(tensors: Tensors, text: Text) -> tuple[Tensors, Text]:
+    """From version 1, where the observer ``histogram`` counted in float32; now it counts in whole units of 2 ** -20."""
+    if not any(name.startswith("ostate.") for name in tensors):
+        return tensors, text
+    entries = json.loads(text["plan"])["quantizers"]
+    histograms = [entry["name"] for entry in entries if entry["config"]["observer"]["name"] == "histogram"]
+    counts = {f"ostate.{name}.counts" for name in histograms} & tensors.keys()
+    return tensors | {name: (tensors[name].double() * 2**20).round().to(torch.int64) for name in counts}, text
+
+
+MIGRATIONS: Mapping[int, Migration] = MappingProxyType({1: _from_1})
 """By old version, the migration to the next one. The reader itself sets ``version`` in the text."""
 
 

@@ -18,7 +18,7 @@ from sophq_func.config.matching import TYPE_KEYS, TypeKey, is_type_key, matches_
 from sophq_func.config.patterns import Fused
 from sophq_func.config.site import Role, Site
 from sophq_func.config.strategies import PLACEMENTS, Preset
-from sophq_func.core.errors import explain, raise_all, unknown
+from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 QUANTMODES = ("weight_activation", "weight_only")
@@ -69,7 +69,8 @@ class Rule:
       name: path of a module, which matches everything in the module; or name of a value or of a quantizer; or a glob that is
         compared with all of these. Dots may be written as underscores.
       type: a module class, a fused pattern, a function, a Tensor method, or a string that names one.
-      where: a function that takes the quantizer's :class:`~sophq_func.config.site.Site` and says whether it matches.
+      where: a function that takes the quantizer's :class:`~sophq_func.config.site.Site` and says whether it matches,
+        with ``True`` or ``False``.
       weight: for quantizers of weights: fields to change, from :func:`sophq_func.override`; a whole
         :class:`~sophq_func.numerics.scheme.QuantizerConfig`; or ``None`` for no quantizer. Left out, nothing changes.
       activation: the same for quantizers of activations.
@@ -120,6 +121,8 @@ class Rule:
         if self.where is not None and not callable(self.where):
             allowed, fix = "a function of a Site", "where=lambda site: site.groups == 1"
             yield explain("Rule", "where cannot be called", got=self.where, allowed=allowed, fix=fix)
+        if not isinstance(self.origin, str):
+            yield explain("Rule", "origin is not a text", got=self.origin, allowed="a string")
 
     def _flag_problems(self) -> Iterator[str]:
         """What is wrong with the fields that are ``True``, ``False`` or ``None``."""
@@ -161,7 +164,16 @@ class Rule:
             return False
         if self.type is not None and not matches_type(self.type, site):
             return False
-        return self.where is None or bool(self.where(site))
+        return self.where is None or self._where_answers(self.where, site)
+
+    def _where_answers(self, where: Callable[[Site], object], site: Site) -> bool:
+        """What the predicate says about a site. Another value than a bool is more likely a mistake than an answer."""
+        answer = where(site)
+        if isinstance(answer, bool):
+            return answer
+        sentence, because = "where does not return a bool", f"at {site.quantizer or site.path}"
+        fix = "where=lambda site: bool(...)"
+        raise ConfigError(explain(repr(self), sentence, got=answer, allowed="True or False", because=because, fix=fix))
 
 
 @dataclass(frozen=True, kw_only=True)

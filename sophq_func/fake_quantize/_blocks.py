@@ -172,7 +172,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
 
 def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int) -> FakeQuantize:
     """A format of OCP MX: blocks of ``elements[element]`` that share a power of two."""
-    if element not in elements:
+    if not isinstance(element, str) or element not in elements:
         raise ConfigError(
             explain(where, "this element format is not offered", got=element, allowed=" or ".join(map(repr, elements)))
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.pytree import tree_map
+from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import fake_quantize, ste, working
 from sophq_func.numerics.codebooks import codebook_named
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import Codebook, code_bits
 from sophq_func.numerics.ranges import EPS
-from sophq_func.numerics.scheme import QScheme
+from sophq_func.numerics.scheme import PerChannel, PerTensor, QScheme
 
 FP4_TABLES = ("nf4", "fp4", "fp4_e2m1", "fp4_e2m1_bnb")
 """The tables of sophgo-mq's quantizer of this name."""
@@ -50,8 +52,8 @@ def gptq(
     ``extras["hessian"]``, ``(in, in)``, is the Hessian of the layer's squared output error, from :func:`hessian_update`;
     ``in`` is the number of elements of one output channel. With ``H`` damped and ``U`` the upper Cholesky factor of its
     inverse, ``H^-1 = U^T U``: for each column ``j``, ``e = (w_j - Q(w_j)) / U_jj``, and ``e U_j`` is subtracted from every
-    later column. Columns of later blocks are updated once for each block. Without ``extras["hessian"]`` it is
-    :func:`fixed`.
+    later column. Columns of later blocks are updated once for each block. Alone and without ``extras["hessian"]`` it is
+    :func:`fixed`; in a model that is an error, since no observer makes the Hessian.
 
     Every call solves anew, in as many steps as there are columns: quantize once, and use the result as the weight.
     Gradient with a Hessian: 1 to ``x``, none to the rest.
@@ -60,7 +62,7 @@ def gptq(
       data_type: table, as in :func:`fp4`.
       group_size: columns for each scale ``max|W| * quantile / max(table)`` of a row, taken when the group begins, from
         the weight as the block before left it; -1: the whole row, when a block begins; -2: one scale for each column; 0:
-        scale, zero point and bounds of the qparams.
+        scale, zero point and bounds of the qparams, per tensor or per channel of axis 0.
       block_size: columns of a block, 128 in the paper; it changes the result only through the scales of groups.
       percdamp: damping, as a share of the mean of the diagonal, 0.01 in the paper; the result is NaN where the damped
         Hessian is still singular.
@@ -142,7 +144,8 @@ def _gptq(
     table = codebook_named(where, data_type)
     _check_int(where, "group_size", group_size, least=EACH_COLUMN)
     _check_int(where, "block_size", block_size, least=1)
-    if isinstance(percdamp, bool) or not isinstance(percdamp, int | float) or percdamp < 0:
+    check_quantile(where, quantile)
+    if isinstance(percdamp, bool) or not isinstance(percdamp, int | float) or not 0 <= percdamp < math.inf:
         raise ConfigError(explain(where, "percdamp must not be negative", got=percdamp, allowed="a number >= 0"))
     if not isinstance(act_order, bool):
         raise ConfigError(explain(where, "act_order must be a bool", got=act_order, allowed="True or False"))
@@ -151,6 +154,8 @@ def _gptq(
         constant = tree_map(torch.Tensor.detach, qparams)
         if "hessian" not in qparams.extras:
             return fake_quantize(x, constant, scheme, "kernel")
+        if group_size == FROM_QPARAMS:
+            _check_rows(where, scheme)
         problem = _problem(working(x).detach(), constant.extras["hessian"], percdamp, act_order)
         integers = group_size == FROM_QPARAMS
         rounding = _Integers(constant, scheme) if integers else _Scaled(table, group_size, quantile)
@@ -177,7 +182,18 @@ def _gptq(
         decode=affine.decode,
         uncoded=uncoded,
         local=False,
+        needs=("hessian",),
     )
+
+
+def _check_rows(where: str, scheme: QScheme) -> None:
+    """Raise a :class:`StateError` unless a column of the weight has one grid, or one for each row."""
+    granularity = scheme.granularity
+    if isinstance(granularity, PerTensor) or (isinstance(granularity, PerChannel) and not granularity.axis):
+        return
+    sentence = "group_size=0 takes the scales of the scheme, and has none for a column of this granularity"
+    allowed, fix = "PerTensor() or PerChannel(0)", "a group_size > 0 of its own"
+    raise StateError(explain(where, sentence, got=granularity, allowed=allowed, fix=fix))
 
 
 def _check_int(where: str, name: str, value: object, *, least: int) -> None:

@@ -52,7 +52,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
       tensor([ 0.5000,  2.0000, -6.0000])
     """
     table = codebook_named("fp4", data_type)
-    _check_quantile("fp4", quantile)
+    check_quantile("fp4", quantile)
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
@@ -116,7 +116,7 @@ def fpxgroup(
       tensor([ 7.,  1., 70.,  0.])
     """
     table = codebook_named("fpxgroup", data_type)
-    _check_quantile("fpxgroup", quantile)
+    check_quantile("fpxgroup", quantile)
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise ConfigError(explain("fpxgroup", "group_size must be an int", got=group_size, allowed="an int"))
     if not isinstance(double_quant, bool):
@@ -199,6 +199,7 @@ def _sixteenths(exponent: Tensor) -> Tensor:
     return torch.ldexp(table[(whole - OCTAVE * octave).long()], octave)
 
 
-def _check_quantile(where: str, quantile: object) -> None:
+def check_quantile(where: str, quantile: object) -> None:
+    """Raise a :class:`ConfigError` unless a share of the largest magnitude is a number in (0, 1]."""
     if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
         raise ConfigError(explain(where, "quantile must lie in (0, 1]", got=quantile, allowed="a number above 0, at most 1"))

@@ -5,7 +5,7 @@ Users meet it as :class:`~sophq_func.model.quantized.Quantized`; conversions and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from sophq_func.capture.arguments import arguments
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
+from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Kwargs, Output
@@ -67,6 +68,9 @@ class Engine:
             weight.site.parameter for weight in self.acting if _is_read_by_its_layer(weight, skeleton)
         )
         self.sources = _sources_outside(self.weights, self.quantizers, whole)
+        self._needing = tuple(
+            name for name, own in self.quantizers.items() if own.fake_quantize.needs and not own.config.observe_only
+        )
         self._names_of_whole = frozenset(whole or ())
         self.entry_types: dict[str, dict[str, type]] = {
             "ostate": state_types(self.quantizers),
@@ -91,6 +95,17 @@ class Engine:
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
         self.plan.check(state, what, self.entry_types[what], self._names_of_whole)
+        if what == "qparams" and self._needing:
+            raise_all([problem for name in self._needing for problem in self._lacking(name, state[name])], StateError)
+
+    def _lacking(self, name: str, qparams: QParams) -> Iterator[str]:
+        """What a quantizer needs and its qparams do not have, in a line each."""
+        for extra in self.quantizers[name].fake_quantize.needs:
+            if extra not in qparams.extras:
+                sentence = f"{self.plan[name].fake_quantize.name} cannot quantize without extras[{extra!r}]"
+                because = "no observer makes it"
+                fix = f"qparams[{name!r}]._replace(extras={{{extra!r}: ...}}), or another fake quantizer"
+                yield explain(name, sentence, because=because, fix=fix)
 
     def observing(self, states: OState) -> Effect:
         """The effect of a run that observes: values stay, and their observers' states in ``states`` are replaced."""

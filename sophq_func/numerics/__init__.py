@@ -10,4 +10,5 @@ from sophq_func.numerics import formats as formats
 from sophq_func.numerics import layout as layout
 from sophq_func.numerics import pieces as pieces
 from sophq_func.numerics import ranges as ranges
+from sophq_func.numerics import registries as registries
 from sophq_func.numerics import scheme as scheme

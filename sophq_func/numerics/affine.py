@@ -166,6 +166,8 @@ def uncoded(qparams: QParams, scheme: QScheme, *, whole: bool = True) -> str:
     for bound in (low, high):
         if isinstance(bound, Tensor) and not bool((bound == bound.round()).all()):
             return "its outermost codes are not whole numbers"
+    if isinstance(low, Tensor) and bool((low > high).any()):
+        return "its smallest code lies above its largest"
     is_code_by_definition = whole or scheme.symmetric or scheme.dynamic
     if is_code_by_definition:
         return ""

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from sophq_func.core.registry import Factories
 from sophq_func.numerics.formats import Format
+from sophq_func.numerics.registries import FAKE_QUANTIZERS as FAKE_QUANTIZERS
+from sophq_func.numerics.registries import OBSERVERS as OBSERVERS
 from sophq_func.numerics.scheme import QScheme
 
 State: TypeAlias = Any
@@ -192,6 +193,8 @@ class FakeQuantize(NamedTuple):
         dtype, or, where this is ``None``, as an integer.
       block_size: how many elements along the last axis share one entry of ``Codes.parts``; 0 where none do.
       local: the result for an element depends on the elements of its scale or block alone.
+      needs: names of extras that ``init`` does not make and a model must not do without: it raises a ``StateError`` where
+        they are missing. Alone, ``apply`` says what it computes then.
     """
 
     init: InitQParams
@@ -211,10 +214,4 @@ class FakeQuantize(NamedTuple):
     element: Format | torch.dtype | None = None
     block_size: int = 0
     local: bool = True
-
-
-OBSERVERS: Factories[Observer] = Factories("observer")
-"""Every observer, by the name that a config uses; each file of ``observers`` registers its own."""
-
-FAKE_QUANTIZERS: Factories[FakeQuantize] = Factories("fake quantizer")
-"""Every fake quantizer, by the name that a config uses; each file of ``fake_quantize`` registers its own."""
+    needs: tuple[str, ...] = ()

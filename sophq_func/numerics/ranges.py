@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core import modes
+from sophq_func.core.errors import StateError, explain
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import expand, rows
 from sophq_func.numerics.scheme import Granularity, PerTensor, QScheme
@@ -106,8 +107,19 @@ def positive(scale: Tensor) -> Tensor:
 
 
 def bounds(qparams: QParams, scheme: QScheme) -> tuple[Bound, Bound]:
-    """Smallest and largest code: ``"qmin"`` and ``"qmax"`` of ``extras`` where these exist, else the scheme's."""
-    return qparams.extras.get("qmin", scheme.qmin), qparams.extras.get("qmax", scheme.qmax)
+    """Smallest and largest code: ``"qmin"`` and ``"qmax"`` of ``extras`` where these exist, else the scheme's.
+
+    Raises:
+      StateError: one without the other, which would be a grid that nobody asked for.
+    """
+    low, high = qparams.extras.get("qmin"), qparams.extras.get("qmax")
+    if low is None and high is None:
+        return scheme.qmin, scheme.qmax
+    if low is None or high is None:
+        sentence, got = "the bounds of a grid come in pairs", "qmin alone" if high is None else "qmax alone"
+        fix = "sq.with_bits(qparams, plan, bits)"
+        raise StateError(explain("extras", sentence, got=got, allowed="qmin and qmax, or neither", fix=fix))
+    return low, high
 
 
 def expanded_bounds(qparams: QParams, scheme: QScheme, x: Tensor) -> tuple[Bound, Bound]:

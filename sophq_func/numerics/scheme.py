@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
-from sophq_func.core.errors import ConfigError, explain, unknown
-from sophq_func.core.registry import Option, Spec
+from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.registry import Factories, Option, Spec
+from sophq_func.numerics.registries import FAKE_QUANTIZERS, OBSERVERS
 
 Data: TypeAlias = Any
 """What JSON can hold: dicts with string keys, lists, strings, numbers, booleans and ``None``."""
@@ -46,7 +47,7 @@ class PerGroup:
 
     def __post_init__(self) -> None:
         _check_axis(self)
-        if not isinstance(self.size, int) or self.size < 1:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise ConfigError(explain("PerGroup", "size must be a positive int", got=self.size, allowed="an int >= 1"))
 
 
@@ -89,6 +90,42 @@ GRANULARITIES: Mapping[str, type[Granularity]] = {
 }
 """By name, as JSON and error messages have it."""
 
+SPELLINGS: Mapping[str, type[Granularity]] = {
+    "per_tensor": PerTensor,
+    "per_channel": PerChannel,
+    "per_group": PerGroup,
+    "per_block": PerBlock,
+    "per_token": PerToken,
+}
+"""By the name that a config may have instead of an instance with the default fields."""
+
+
+def as_granularity(value: object, where: str) -> Granularity:
+    """A granularity from an instance or a name.
+
+    Args:
+      value: an instance, ``"per_channel"`` or ``"PerChannel"``.
+      where: the class or key that an error names.
+
+    Raises:
+      ConfigError: neither of these.
+
+    Example:
+      >>> as_granularity("per_group", "QScheme")
+      PerGroup(axis=None, size=128)
+    """
+    if isinstance(value, Granularity):
+        return value
+    if isinstance(value, str):
+        cls = SPELLINGS.get(value) or GRANULARITIES.get(value)
+        if cls is None:
+            raise ConfigError(unknown(where, "granularity", value, tuple(SPELLINGS)))
+        return cls()
+    sentence, allowed = "granularity must be an instance of a granularity class, or its name", " or ".join(GRANULARITIES)
+    name = value.__name__ if isinstance(value, type) and value.__name__ in GRANULARITIES else "PerTensor"
+    fix = f"granularity={name}()"
+    raise ConfigError(explain(where, sentence, got=value, allowed=allowed, fix=fix))
+
 
 def as_bits(value: object, where: str) -> int:
     """A bit width from an int or a string of digits, as the dictionaries of sophgo-mq have it.
@@ -119,7 +156,7 @@ class QScheme:
       symmetric: the zero point is 0 and codes are signed; otherwise (affine) codes start at 0.
       symmetric_range: leave out the most negative code, so that codes are symmetric about 0; for symmetric grids.
       pot_scale: scales are powers of two, ``2 ** round(log2(scale))``.
-      granularity: per tensor, channel, group, block or token.
+      granularity: per tensor, channel, group, block or token; or a name, ``"per_channel"``.
       dynamic: scale and zero point are computed from the tensor at hand instead of from observed statistics.
 
     Example:
@@ -136,16 +173,7 @@ class QScheme:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", as_bits(self.bits, "QScheme"))
-        for name in ("symmetric", "symmetric_range", "pot_scale", "dynamic"):
-            if not isinstance(getattr(self, name), bool):
-                got = getattr(self, name)
-                raise ConfigError(explain("QScheme", f"{name} must be a bool", got=got, allowed="True or False"))
-        if not isinstance(self.granularity, Granularity):
-            sentence, allowed = "granularity must be an instance of a granularity class", " or ".join(GRANULARITIES)
-            raise ConfigError(
-                explain("QScheme", sentence, got=self.granularity, allowed=allowed, fix="granularity=PerTensor()")
-            )
+        _check_fields("QScheme", self)
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             because = "the scale of a token is computed from that token"
             raise ConfigError(
@@ -190,8 +218,8 @@ class QuantizerConfig:
 
     Attributes:
       scheme: the grid.
-      observer: the statistic that gives the range, as returned by ``sq.observers.*``.
-      fake_quantize: the arithmetic, as returned by ``sq.fake_quantize.*``.
+      observer: the statistic that gives the range, as returned by ``sq.observers.*``; or a name, ``"mse"``.
+      fake_quantize: the arithmetic, as returned by ``sq.fake_quantize.*``; or a name, ``"fixed"``.
       observe_only: the quantizer has a state and qparams like all others, but leaves values unchanged.
       optional: a run that does not reach the quantized value is no error.
     """
@@ -203,25 +231,72 @@ class QuantizerConfig:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_field("QuantizerConfig", field.name, getattr(self, field.name))
+        _check_fields("QuantizerConfig", self)
 
 
-FIELD_TYPES: Mapping[str, type] = {
-    "scheme": QScheme,
-    "observer": Spec,
-    "fake_quantize": Spec,
-    "observe_only": bool,
-    "optional": bool,
-}
-"""Type of each field of a :class:`QuantizerConfig`."""
+PIECES: Mapping[str, Factories[Any]] = {"observer": OBSERVERS, "fake_quantize": FAKE_QUANTIZERS}
+"""By field of a :class:`QuantizerConfig`, the registry whose names it may have."""
 
 
-def _check_field(where: str, name: str, value: object) -> None:
-    """Raise a :class:`ConfigError` for a field of a :class:`QuantizerConfig` of the wrong type."""
-    cls = FIELD_TYPES[name]
-    if not isinstance(value, cls):
-        raise ConfigError(explain(where, f"{name} must be a {cls.__name__}", got=value, allowed=f"a {cls.__name__}"))
+def checked(where: str, values: Mapping[str, object]) -> dict[str, Option]:
+    """Fields of a scheme or of a quantizer's config, with names and digits replaced by what they stand for.
+
+    Args:
+      where: the class or function that an error names.
+      values: the fields.
+
+    Raises:
+      ConfigError: values of wrong types; all problems in one message.
+
+    Example:
+      >>> checked("override", {"bits": "4", "granularity": "per_channel"})
+      {'bits': 4, 'granularity': PerChannel(axis=None)}
+    """
+    found, problems = {}, []
+    for name, value in values.items():
+        try:
+            found[name] = _checked_field(where, name, value)
+        except ConfigError as error:
+            problems.append(str(error))
+    raise_all(problems)
+    return found
+
+
+def _checked_field(where: str, name: str, value: object) -> Option:
+    if name == "bits":
+        return as_bits(value, where)
+    if name == "granularity":
+        return as_granularity(value, where)
+    if name in PIECES:
+        return _as_spec(where, name, value)
+    if name == "scheme":
+        if not isinstance(value, QScheme):
+            raise ConfigError(explain(where, "scheme must be a QScheme", got=value, allowed="a QScheme"))
+    elif not isinstance(value, bool):
+        raise ConfigError(explain(where, f"{name} must be a bool", got=value, allowed="True or False"))
+    return value
+
+
+def _as_spec(where: str, name: str, value: object) -> Spec:
+    """The spec of an observer or fake quantizer, from a spec or a registered name."""
+    registry = PIECES[name]
+    if isinstance(value, str):
+        if value not in registry:
+            raise ConfigError(unknown(where, registry.kind, value, registry.names()))
+        return registry.spec(value)
+    room, example = ("observers", "minmax") if name == "observer" else ("fake_quantize", "fixed")
+    allowed, fix = f"what sq.{room}.* returns, or its name", f'{name}="{example}"'
+    # a name that nobody registered is reported with the plan: a stored config may name a piece that is registered later
+    is_of_another = isinstance(value, Spec) and value.name not in registry and any(value.name in r for r in PIECES.values())
+    if not isinstance(value, Spec) or is_of_another:
+        raise ConfigError(explain(where, f"{name} is no {registry.kind}", got=value, allowed=allowed, fix=fix))
+    return value
+
+
+def _check_fields(where: str, instance: QScheme | QuantizerConfig) -> None:
+    """Replace the fields of a new instance by what :func:`checked` makes of them."""
+    for name, value in checked(where, {f.name: getattr(instance, f.name) for f in fields(instance)}).items():
+        object.__setattr__(instance, name, value)
 
 
 OVERRIDE_FIELDS = (*SCHEME_FIELDS, *(f.name for f in fields(QuantizerConfig)))
@@ -256,26 +331,20 @@ def override(**values: Option) -> Override:
     """Change some fields of a scheme or of a quantizer's config, and leave the others as they are.
 
     Args:
-      **values: fields of :class:`QScheme` (``bits=4``) or of :class:`QuantizerConfig` (``observer=...``).
+      **values: fields of :class:`QScheme` (``bits=4``) or of :class:`QuantizerConfig` (``observer="mse"``).
 
     Returns:
       A function from a :class:`QuantizerConfig` to a changed one.
 
     Raises:
-      ConfigError: an unknown field, or a value of the wrong type.
+      ConfigError: unknown fields, or values of wrong types; all problems in one message.
 
     Example:
-      >>> override(bits=4)
-      override(bits=4)
+      >>> override(bits=4, granularity="per_channel")
+      override(bits=4, granularity=PerChannel(axis=None))
     """
-    for name in values:
-        if name not in OVERRIDE_FIELDS:
-            raise ConfigError(unknown("override", "field", name, OVERRIDE_FIELDS))
-        if name in FIELD_TYPES:
-            _check_field("override", name, values[name])
-    if "bits" in values:
-        values["bits"] = as_bits(values["bits"], "override")
-    return Override(tuple(sorted(values.items())))
+    raise_all([unknown("override", "field", name, OVERRIDE_FIELDS) for name in values if name not in OVERRIDE_FIELDS])
+    return Override(tuple(sorted(checked("override", values).items())))
 
 
 def to_data(value: object) -> Data:

@@ -7,6 +7,7 @@ from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams, State
 from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._counts import kld, percentile
 from sophq_func.observers._floor import minmax_floor, pot_mode
+from sophq_func.observers._histogram import HISTOGRAM_UNIT as HISTOGRAM_UNIT
 from sophq_func.observers._histogram import histogram
 from sophq_func.observers._minmax import ema_minmax, minmax
 from sophq_func.observers._moments import clip_std, lsq, lsq_plus

@@ -58,8 +58,8 @@ class VoteState(NamedTuple):
 def minmax_floor(quant_type: str | None = None) -> Observer:
     """The power-of-two scale of least squared error on the last tensor, among a few; see :func:`best_exponent`.
 
-    The zero point is 0, so that an affine grid holds nothing below 0, and ``pot_scale`` changes nothing. Not mergeable:
-    only the last tensor counts.
+    The zero point is 0, and ``pot_scale`` changes nothing. Not mergeable: only the last tensor counts. Keeps, on an affine
+    grid, nothing below 0.
 
     Args:
       quant_type: ``"input"``, ``"param"`` (a weight) or ``"tensor"``; ``None`` is ``"tensor"``.
@@ -97,8 +97,8 @@ def minmax_floor(quant_type: str | None = None) -> Observer:
 def pot_mode(quant_type: str | None = None) -> Observer:
     """The power-of-two scale that most tensors choose, each as ``minmax_floor`` does.
 
-    Of exponents with equally many votes the smallest wins, which has the largest scale. The zero point is 0, so that an
-    affine grid holds nothing below 0, and ``pot_scale`` changes nothing. Mergeable: votes add.
+    Of exponents with equally many votes the smallest wins, which has the largest scale. The zero point is 0, and
+    ``pot_scale`` changes nothing. Mergeable: votes add. Keeps, on an affine grid, nothing below 0.
 
     Args:
       quant_type: ``"input"``, ``"param"`` (a weight) or ``"tensor"``; ``None`` is ``"tensor"``.

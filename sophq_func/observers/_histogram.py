@@ -19,6 +19,13 @@ PARTS = 16
 Each part goes whole into one bin of the new histogram; more parts misplace less.
 """
 
+HISTOGRAM_UNIT = 2**20
+"""What one value counts, so that the parts of a bin are integers: they are exact for five splits, and add up for ever.
+
+Integers, because a float32 stops counting at ``2 ** 24``. An int64 holds the products of :func:`stretch` up to ``2 ** 39``
+values in a bin.
+"""
+
 STEPS = 100_000
 """One step of the search leaves out one of so many equal parts of all counts: 1e-5, as in PyTorch's observer."""
 
@@ -35,7 +42,8 @@ class HistogramState(NamedTuple):
 
     Attributes:
       lo, hi: float32, scale-shaped; ``(inf, -inf)`` before the first tensor.
-      counts: float32, ``(*scale shape, bins)``: values in each of the equal bins of ``[lo, hi]``, fractions once split.
+      counts: int64, ``(*scale shape, bins)``: values in each of the equal bins of ``[lo, hi]``, times ``2 ** 20``, for
+        bins are split.
     """
 
     lo: Tensor
@@ -43,7 +51,7 @@ class HistogramState(NamedTuple):
     counts: Tensor
 
 
-@OBSERVERS.register("histogram", "HistogramObserver")
+@OBSERVERS.register("histogram", "HistogramObserver", "KLDObserver")
 def histogram(bins: int = 2048, levels: int = 256) -> Observer:
     """A range of little squared error over the histogram of all tensors, as PyTorch's ``HistogramObserver`` searches it.
 
@@ -70,7 +78,7 @@ def histogram(bins: int = 2048, levels: int = 256) -> Observer:
 
     def init(x: Tensor, scheme: QScheme) -> HistogramState:
         lo, hi = no_range(x, scheme.granularity)
-        return HistogramState(lo, hi, torch.zeros((*lo.shape, bins), dtype=torch.float32, device=lo.device))
+        return HistogramState(lo, hi, torch.zeros((*lo.shape, bins), dtype=torch.int64, device=lo.device))
 
     def update(state: HistogramState, x: Tensor, scheme: QScheme) -> HistogramState:
         if x.numel() == 0:
@@ -92,9 +100,10 @@ def histogram(bins: int = 2048, levels: int = 256) -> Observer:
 
 
 def histogram_of(flat: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
-    """How many values of the last axis lie in each of ``bins`` equal bins of ``[lo, hi]``, float32."""
-    empty = torch.zeros((*flat.shape[:-1], bins), dtype=torch.float32, device=flat.device)
-    return empty.scatter_add(-1, bin_index(flat, lo, hi, bins), torch.ones_like(flat))
+    """How many values of the last axis lie in each of ``bins`` equal bins of ``[lo, hi]``, in units, int64."""
+    empty = torch.zeros((*flat.shape[:-1], bins), dtype=torch.int64, device=flat.device)
+    index = bin_index(flat, lo, hi, bins)
+    return HISTOGRAM_UNIT * empty.scatter_add(-1, index, torch.ones_like(index))
 
 
 def bin_index(values: Tensor, lo: Tensor, hi: Tensor, bins: int) -> Tensor:
@@ -112,7 +121,9 @@ def stretch(state: HistogramState, lo: Tensor, hi: Tensor) -> Tensor:
     Each bin is cut into :data:`PARTS` equal parts, and each part goes to the new bin that its middle lies in.
     """
     bins = state.counts.shape[-1]
-    parts = (state.counts / PARTS).repeat_interleave(PARTS, dim=-1)
+    # differences of rounded shares, not rounded parts: whatever the rounding, the parts add up to the bin
+    shares = torch.arange(PARTS + 1, device=state.counts.device)
+    parts = (state.counts.unsqueeze(-1) * shares // PARTS).diff(dim=-1).flatten(-2)
     share = (torch.arange(bins * PARTS, device=parts.device) + 0.5) / (bins * PARTS)
     middle = state.lo.unsqueeze(-1) * (1 - share) + state.hi.unsqueeze(-1) * share
     moved = torch.zeros_like(state.counts).scatter_add(-1, bin_index(middle, lo, hi, bins), parts)
@@ -125,14 +136,16 @@ def least_error(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> tuple[Te
 
     Args:
       lo, hi: the range of the histogram, shape ``()``.
-      counts: one histogram, ``(bins,)``.
+      counts: one histogram, int64, ``(bins,)``.
       levels: number of equal cells.
     """
     bins = counts.shape[-1]
-    first, last, exists = narrowing(counts)
+    values = counts.double() / HISTOGRAM_UNIT
+    first, last, exists = narrowing(values)
+    values = values.float()
     pieces = max(1, BINS_AT_ONCE // bins)
     parts = zip(torch.split(first, pieces), torch.split(last, pieces), strict=True)
-    errors = torch.cat([squared_error(counts, part_first, part_last, levels) for part_first, part_last in parts])
+    errors = torch.cat([squared_error(values, part_first, part_last, levels) for part_first, part_last in parts])
     not_worse = errors[1:] <= errors[:-1]
     # as in PyTorch's observer, the full range is never the answer where there is a narrower one
     is_first_step = torch.arange(bins - 1, device=errors.device) == 0
@@ -153,7 +166,7 @@ def narrowing(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     merge of two sorted lists, which needs no loop.
 
     Args:
-      counts: one histogram, ``(bins,)``.
+      counts: one histogram, float64, ``(bins,)``.
 
     Returns:
       ``first, last, exists``, each ``(bins,)``: ranges differ from one to the next, so that there are at most ``bins``.
@@ -162,9 +175,11 @@ def narrowing(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mass = counts.cumsum(0)
     steps = torch.arange(STEPS + 1, device=counts.device)
     share = steps.double() / STEPS
+    # shares as float32 has them, as in PyTorch's observer: one of a whole number of values is that number, not beside it
+    below, above = ((part * mass[-1]).float().to(mass.dtype) for part in (share, 1 - share))
     # the bin where each side is after 0, 1, ... steps of its own
-    left = torch.searchsorted(mass, (share * mass[-1]).float()).clamp(max=bins - 1)
-    right = (torch.searchsorted(mass, ((1 - share) * mass[-1]).float(), right=True) - 1).clamp(min=0)
+    left = torch.searchsorted(mass, below).clamp(max=bins - 1)
+    right = (torch.searchsorted(mass, above, right=True) - 1).clamp(min=0)
     gain_left = left.diff().abs().cummin(0).values
     gain_right = right.diff().abs().cummin(0).values
     # when step a of the left is taken: after a steps of the left, and the steps of the right whose gain is no smaller

@@ -111,7 +111,8 @@ def scale_qparams(scale: Tensor, lo: Tensor, scheme: QScheme) -> QParams:
 def clip_std(std_scale: float = 2.6) -> Observer:
     """The range ``mean +- k * std`` of the last tensor, within its extremes; ``k = std_scale``, ``std`` unbiased.
 
-    ``lo = max(mean - k std, min x)``, ``hi = min(mean + k std, max x)``. Not mergeable: only the last tensor counts.
+    ``lo = max(mean - k std, min x)``, ``hi = min(mean + k std, max x)``. Not mergeable: only the last tensor counts. Keeps
+    what is that near to the mean: rare values far from it become one.
 
     Args:
       std_scale: how many standard deviations are kept on either side of the mean, > 0.
@@ -144,7 +145,8 @@ def lsq() -> Observer:
     """The initial scale of LSQ (arXiv:1902.08153): ``s = 2 mean |x| / sqrt(qmax)`` of the last tensor.
 
     Affine: ``z = qmin - round(min x / s)``, which may lie beyond the grid (a fake quantizer clamps it). Not mergeable:
-    only the last tensor counts.
+    only the last tensor counts. Keeps a start for training, not a range: values that vary little about one far from 0 share
+    a few codes, and the largest of many small ones are clipped.
 
     Differs from sophgo-mq: the scale is at least 2 ** -23; there a tensor of zeros has the scale 0.
 
@@ -176,7 +178,8 @@ def lsq_plus(rule: str = "paper") -> Observer:
     """The initial scale and offset of LSQ+ (arXiv:2004.09576, section 3.3), from the last tensor.
 
     Symmetric: ``s = max(|mean - 3 std|, |mean + 3 std|) / 2 ** (bits - 1)``. Affine: the range of least squared error
-    (among the candidates of ``mse``), and its ``s`` and ``z``. Not mergeable: only the last tensor counts.
+    (among the candidates of ``mse``), and its ``s`` and ``z``. Not mergeable: only the last tensor counts. Keeps, if
+    symmetric, what is within three standard deviations: rare values far from the mean become one.
 
     Args:
       rule: ``"paper"``, or ``"reference"``: ``s = max(|mean - 3 std|, |mean + 3 std|) / (qmax - qmin + 1)`` and

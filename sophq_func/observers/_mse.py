@@ -72,6 +72,9 @@ ELEMENTS = 2**22
 They are not unlimited, to bound memory: a temporary tensor takes 16 MiB in float32.
 """
 
+LARGEST_COUNT = 2**24
+"""So many values of a row are counted in one histogram, for a float32 stops counting there; sums of such counts go on."""
+
 TABLE_PIECE = 4
 """A piece of the table of errors may have so many times the elements at a time.
 
@@ -263,7 +266,13 @@ def error_table(centers: Tensor, candidates: Candidates, scheme: QScheme, p: flo
 
 
 def histogram(flat: Tensor, factor: Tensor, bins: int) -> Tensor:
-    """How many values of each row are nearest to each of ``-bins .. bins`` when multiplied by ``factor``."""
+    """How many values of each row are nearest to each of ``-bins .. bins`` when multiplied by ``factor``, float32."""
+    counts = [count(part, factor, bins) for part in torch.split(flat, LARGEST_COUNT, dim=1)]
+    return counts[0] if len(counts) == 1 else torch.stack(counts).sum(0)
+
+
+def count(flat: Tensor, factor: Tensor, bins: int) -> Tensor:
+    """:func:`histogram` of rows of up to :data:`LARGEST_COUNT` values."""
     counts = torch.zeros((len(flat), 2 * bins + 1), device=flat.device)
     one = torch.ones((), device=flat.device)
     for part in torch.split(flat, max(1, elements_at_once(flat) // len(flat)), dim=1):

@@ -53,7 +53,13 @@ def ema_quantile(decay: float = 0.9, threshold: float = 0.99999, bins: int = 204
     """
     check_decay("ema_quantile", decay)
     check("ema_quantile", "threshold", threshold, "a number in (0, 1]", ok=is_number(threshold) and 0 < threshold <= 1)
-    check("ema_quantile", "number of bins", bins, "an int >= 1", ok=isinstance(bins, int) and bins >= 1)
+    check(
+        "ema_quantile",
+        "number of bins",
+        bins,
+        "an int >= 1",
+        ok=isinstance(bins, int) and not isinstance(bins, bool) and bins >= 1,
+    )
 
     def update(state: EMAMinMaxState, x: Tensor, scheme: QScheme) -> EMAMinMaxState:
         if x.numel() == 0:

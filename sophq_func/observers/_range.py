@@ -26,7 +26,7 @@ class RootState(NamedTuple):
 def absmax(factor: float = 1.0) -> Observer:
     """The range ``[-a, a]``, ``a = factor * max |x|`` over all tensors; symmetric about 0 for affine grids too.
 
-    Mergeable. A factor below 1 clips.
+    Mergeable. A factor below 1 clips. Keeps as much of either sign: of an affine grid, values of one sign use half.
 
     Args:
       factor: multiple of the largest magnitude, > 0.
@@ -55,7 +55,8 @@ def absmax(factor: float = 1.0) -> Observer:
 def rms(factor: float = 4.0) -> Observer:
     """The range ``[-a, a]``, ``a = factor * sqrt(mean x ** 2)`` over the elements of all tensors.
 
-    Mergeable, up to the rounding of a sum. For tensors whose outliers do not matter.
+    Mergeable, up to the rounding of a sum. For tensors whose outliers do not matter. Keeps what is no larger than that,
+    and leaves codes unused where nothing is as large.
 
     Args:
       factor: how many root mean squares are kept, > 0.
@@ -101,7 +102,8 @@ def merge_roots(a: RootState, b: RootState) -> RootState:
 def fixed_range(lo: float = -1.0, hi: float = 1.0) -> Observer:
     """The range ``[lo, hi]``, whatever the tensors hold: for softmax, sigmoid, tanh, and for ranges a chip prescribes.
 
-    Mergeable. As with every observer, there is no range before the first tensor, nor after values that are not finite.
+    Mergeable. Keeps what lies in the range. As with every observer, there is none before the first tensor, nor after
+    values that are not finite.
 
     Args:
       lo: lower bound. A grid holds 0 in any case: above 0, it begins at 0.

@@ -17,10 +17,12 @@ from sophq_func.core.pytree import tensors
 from sophq_func.core.types import Output, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
+from sophq_func.model.shapes import check_qparams
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import FakeQuantize, QParams
 from sophq_func.numerics.scheme import QuantizerConfig
+from sophq_func.observers import HISTOGRAM_UNIT
 from sophq_func.planning import text
 from sophq_func.reports._report import Report
 from sophq_func.reports._row import ReportRow
@@ -78,7 +80,7 @@ def report(
     """
     _check_eval(q)
     each = _listed(batches)
-    q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
+    check_qparams(q.plan, qparams)
     on = enabled(qparams, True)
     clips = {name: clipping(config, on[name]) for name, config in q.plan.items()}
     with torch.no_grad():
@@ -228,7 +230,7 @@ def _row(
     config, site = q.plan[name], q.plan.site(name)
     error, total = errors.alone.get(name, 0.0), sum(errors.alone.values())
     before, after = size
-    counts = sums.histogram.counts.round()  # splitting bins leaves fractions
+    counts = (sums.histogram.counts / HISTOGRAM_UNIT).round()  # splitting bins leaves fractions
     return ReportRow(
         quantizer=name,
         position=position,

@@ -103,7 +103,7 @@ def test_a_whole_checkpoint_comes_back_and_computes_the_same(tmp_path: Path) -> 
         "digest": r.q.plan.digest(),
         "library": sq.__version__,
         "torch": str(torch.__version__),
-        "version": "1",
+        "version": str(io.VERSION),
     }
     assert (
         repr(found)
@@ -489,11 +489,13 @@ def test_a_file_of_an_old_version_is_migrated(tmp_path: Path, monkeypatch: pytes
     r, _, _ = small()
     old_file(tmp_path / "a", r)
     says(sq.CheckpointError, lambda: sq.load(tmp_path / "a"), "version is 0", "from 0 to 1")
-    monkeypatch.setattr(io, "MIGRATIONS", {0: from_zero})
+    monkeypatch.setattr(io, "MIGRATIONS", {**io.MIGRATIONS, 0: from_zero})
     found = sq.load(tmp_path / "a").check(r.q)
     same_bits(found.qparams, r.qparams)
     assert found.metadata["version"] == "0"
-    monkeypatch.setattr(io, "MIGRATIONS", {0: lambda tensors, text: (tensors, {**text, "parts": "qparams plan"})})
+    monkeypatch.setattr(
+        io, "MIGRATIONS", {**io.MIGRATIONS, 0: lambda tensors, text: (tensors, {**text, "parts": "qparams plan"})}
+    )
     says(sq.CheckpointError, lambda: sq.load(tmp_path / "a"), "belongs to none of its parts")
 
 
@@ -511,11 +513,35 @@ def test_steps_follow_each_other_in_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert seen == [0, 1, 2]
 
 
-@pytest.mark.parametrize("version", ["2", "-1", "1.0", "", "9" * 5000, "٣"])
+def test_histograms_that_were_counted_in_float32_are_read_as_whole_counts(tmp_path: Path) -> None:
+    """Counts of version 1 were float32: whole where a bin was never split, sixteenths after one split."""
+    of_activations = sq.override(observer=sq.observers.histogram(bins=16))
+    r, ostate, _ = small(sq.QuantConfig(weight=sq.override(observer=sq.observers.kld()), activation=of_activations))
+    sq.save(tmp_path / "new", plan=r.q.plan, ostate=ostate, qparams=r.qparams)
+    tensors, text = sealed.read(tmp_path / "new")
+    histograms = [name for name, config in r.q.plan.items() if config.observer.name == "histogram"]
+    split = {f"ostate.{name}.counts" for name in histograms}
+    assert split and split < {name for name in tensors if name.endswith(".counts")}
+    old = {name: (x / 2**20).float() if name in split else x for name, x in tensors.items()}
+    sealed.write(tmp_path / "old", old, {**text, "version": "1"})
+    found = sq.load(tmp_path / "old").check(r.q)
+    assert found.metadata["version"] == "1"
+    same_bits(found.ostate, ostate)
+    same_bits(r.q.qparams(r.params, found.ostate), r.qparams)
+    sealed.write(tmp_path / "bare", {"params.w": torch.ones(2)}, {**_bare(text), "version": "1"})
+    same_bits(sq.load(tmp_path / "bare").params, {"w": torch.ones(2)})
+
+
+def _bare(text: dict[str, str]) -> dict[str, str]:
+    """The text of a file that holds params alone."""
+    return {key: value for key, value in text.items() if key not in ("plan", "digest")} | {"parts": "params"}
+
+
+@pytest.mark.parametrize("version", ["3", "-1", "1.0", "", "9" * 5000, "٣"])
 def test_a_version_that_nobody_knows_is_refused(version: str, tmp_path: Path) -> None:
     r, _, _ = small()
     old_file(tmp_path / "a", r, version)
-    says(sq.CheckpointError, lambda: sq.load(tmp_path / "a"), "version", "up to 1")
+    says(sq.CheckpointError, lambda: sq.load(tmp_path / "a"), "version", f"up to {io.VERSION}")
 
 
 # Failures while writing

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import optree
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -40,6 +42,15 @@ CONSTANT = ("fixed_range",)
 
 POWERS = ("minmax_floor", "pot_mode")
 """Observers whose step starts at 1 where the grid has no code for the values at all."""
+
+CLIPS = ("kld", "percentile")
+"""Observers that may leave out a share of the values, and so what a heavy tail is made of."""
+
+KEEPS_LESS = ("clip_std", "fixed_range", "lsq", "lsq_plus", "rms")
+"""Observers that do not look at the extremes by definition."""
+
+ONE_BIT = 20 * math.log10(2)
+"""In decibels. The law below allows an observer to lose as much as a grid with half as many codes."""
 
 EXTREMES = {
     "constant": (torch.float32, 1.5),
@@ -190,6 +201,71 @@ def test_extreme_values_give_a_finite_positive_scale(name: str) -> None:
         assert bool((torch.isfinite(scale) & (scale > 0)).all())
 
     hold(law, COARSE, EXTREMES)
+
+
+@functools.cache
+def distributions() -> dict[str, Tensor]:
+    """Tensors as networks have them, of 20,000 values each.
+
+    One-sided, two-sided, with one value that is frequent, and with a heavy tail. So many that ``kld`` may clip at 8 bits.
+    """
+    draw = torch.Generator().manual_seed(0)
+    normal, uniform, chosen = (f(20_000, generator=draw) for f in (torch.randn, torch.rand, torch.rand))
+    chi = torch.randn(3, 20_000, generator=draw).square().mean(0).sqrt()
+    return {
+        "softplus": F.softplus(normal + 8),
+        "shifted": normal + 20,
+        "saturated": torch.sigmoid(2 * normal + 6),
+        "negative": -F.softplus(normal + 3),
+        "normal": normal,
+        "uniform": 2 * uniform - 1,
+        "silu": F.silu(2 * normal),
+        "relu": F.relu(normal),
+        "relu6": (3 * normal - 1.5).clamp(0, 6),
+        "padded": torch.where(chosen < 0.8, -0.4242, 3.2 * uniform - 0.4242),
+        "sparse": torch.where(chosen < 0.95, 0.0, uniform + 3),
+        "heavy student": normal / chi,
+        "heavy mixture": torch.where(chosen < 0.02, 25 * normal, normal),
+        "heavy outlier": torch.cat([normal, torch.tensor([1000.0])]),
+    }
+
+
+def allowed_less(name: str, scheme: sq.QScheme, values: str) -> bool:
+    """Whether an observer loses some of these values by its definition."""
+    one_sign = name in ("absmax", *POWERS) and not scheme.symmetric
+    return name in KEEPS_LESS or one_sign or (name in CLIPS and values.startswith("heavy"))
+
+
+def fidelity(name: str, scheme: sq.QScheme, x: Tensor) -> tuple[float, int]:
+    """The ratio of signal to noise in decibels, and the number of codes that are used."""
+    observer = sq.observer(name)
+    y = sq.fake_quantizer("fixed").apply(x, observer.qparams(after(observer, scheme, x), scheme), scheme)
+    noise = float((y - x).double().square().sum())
+    return 10 * math.log10(float(x.double().square().sum()) / noise), y.unique().numel()
+
+
+@functools.cache
+def widest(scheme: sq.QScheme, values: str) -> tuple[float, int]:
+    """The same of the range from the smallest to the largest value."""
+    return fidelity("minmax", scheme, distributions()[values])
+
+
+@over_observers
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_no_range_collapses(name: str, bits: int, symmetric: bool) -> None:
+    """Half of the codes that the full range uses, and one bit less, are the least; else the docstring says what is kept."""
+    scheme = sq.QScheme(bits=bits, symmetric=symmetric)
+    allowed = [values for values in distributions() if allowed_less(name, scheme, values)]
+    assert not allowed or "Keeps" in (getattr(sq.observers, name).__doc__ or "")
+
+    def law(values: str) -> None:
+        ratio, codes = fidelity(name, scheme, distributions()[values])
+        full_ratio, full_codes = widest(scheme, values)
+        assert 2 * codes >= full_codes
+        assert ratio >= full_ratio - ONE_BIT
+
+    hold(law, {values: values for values in distributions() if values not in allowed})
 
 
 @over_observers

@@ -371,25 +371,37 @@ WRONG_CONFIGS: dict[str, Callable[[], Any]] = {
     "Rule type instance": lambda: sq.Rule(type=nn.Linear(2, 2), weight=None),
     "Rule type function": lambda: sq.Rule(type=lambda x: x, weight=None),
     "Rule where": lambda: sq.Rule(where="head", weight=None),
+    "Rule origin": lambda: sq.Rule(name="head", origin=5),
+    "Rule where answers with a word": lambda: quantized(sq.Rule(where=lambda site: "no", weight=None)),
+    "Rule where answers with a match": lambda: quantized(sq.Rule(where=lambda site: site.path, weight=None)),
+    "Rule where does not answer": lambda: quantized(sq.Rule(where=lambda site: None, activation=None)),
     "Rule weight": lambda: sq.Rule(name="head", weight=4),
     "Rule activation dict": lambda: sq.Rule(name="head", activation={"bits": 4}),
     "Rule requests": lambda: sq.Rule(name="head", requests="no"),
     "Rule observe_only": lambda: sq.Rule(name="head", observe_only="yes"),
     "Rule optional": lambda: sq.Rule(name="head", optional=1),
     "override bits": lambda: sq.override(bits="many"),
-    "override symmetric": lambda: quantized(weight=sq.override(symmetric="yes")),
-    "override granularity": lambda: quantized(weight=sq.override(granularity="channel")),
-    "override granularity class": lambda: quantized(weight=sq.override(granularity=sq.PerChannel)),
-    "override observer": lambda: quantized(weight=sq.override(observer="minmax")),
-    "override fake_quantize": lambda: quantized(weight=sq.override(fake_quantize=5)),
-    "override scheme": lambda: quantized(weight=sq.override(scheme={"bits": 4})),
-    "override observe_only": lambda: quantized(weight=sq.override(observe_only="yes")),
+    "override symmetric": lambda: sq.override(symmetric="yes"),
+    "override granularity": lambda: sq.override(granularity="channel"),
+    "override granularity class": lambda: sq.override(granularity=sq.PerChannel),
+    "override observer": lambda: sq.override(observer="minimax"),
+    "override observer of another kind": lambda: sq.override(observer=sq.fake_quantize.fixed()),
+    "override fake_quantize of another kind": lambda: sq.override(fake_quantize=sq.observers.mse()),
+    "override fake_quantize function": lambda: sq.override(fake_quantize=sq.fake_quantize.fixed),
+    "override symmetric number": lambda: sq.override(symmetric=1),
+    "override dynamic": lambda: sq.override(dynamic="no"),
+    "override pot_scale": lambda: sq.override(pot_scale=None),
+    "override optional": lambda: sq.override(optional="yes"),
+    "override fake_quantize": lambda: sq.override(fake_quantize=5),
+    "override scheme": lambda: sq.override(scheme={"bits": 4}),
+    "override observe_only": lambda: sq.override(observe_only="yes"),
     "QScheme bits": lambda: sq.QScheme(bits=8.0),
     "QScheme too few bits": lambda: sq.QScheme(bits=1),
     "QScheme too many bits": lambda: sq.QScheme(bits=17),
     "QScheme symmetric": lambda: sq.QScheme(symmetric=1),
     "QScheme dynamic": lambda: sq.QScheme(dynamic=None),
     "QScheme granularity": lambda: sq.QScheme(granularity="tensor"),
+    "PerGroup size that is a bool": lambda: sq.PerGroup(size=True),
     "PerGroup size": lambda: sq.PerGroup(size=0),
     "PerGroup fractional size": lambda: sq.PerGroup(size=1.5),
     "PerChannel axis": lambda: quantized(weight=sq.override(granularity=sq.PerChannel("0"))),
@@ -397,7 +409,7 @@ WRONG_CONFIGS: dict[str, Callable[[], Any]] = {
         scheme=8, observer=sq.observers.minmax(), fake_quantize=sq.fake_quantize.fixed()
     ),
     "QuantizerConfig observer": lambda: sq.QuantizerConfig(
-        scheme=sq.QScheme(), observer="minmax", fake_quantize=sq.fake_quantize.fixed()
+        scheme=sq.QScheme(), observer="minimax", fake_quantize=sq.fake_quantize.fixed()
     ),
     "QuantizerConfig made the wrong way round": lambda: quantized(
         weight=sq.QuantizerConfig(
@@ -418,6 +430,29 @@ WRONG_CONFIGS: dict[str, Callable[[], Any]] = {
     "plan config": lambda: sq.plan(sq.trace(nn.Linear(2, 2), (torch.ones(1, 2),)), {"chip": "BM1690"}),
     "plan no graphs": lambda: sq.plan([], DEFAULT),
 }
+
+
+def test_all_wrong_fields_are_reported_where_they_are_given() -> None:
+    wrong = {"bits": 99, "symmetric": "yes", "granularity": "chanel", "observer": "minmx"}
+    says(message(sq.ConfigError, lambda: sq.override(**wrong)), "4 problems", "99", "'yes'", "per_channel", "'minmax'")
+    says(message(sq.ConfigError, lambda: sq.override(bit=4, symetric=True)), "2 problems", "'bits'", "'symmetric'")
+    says(message(sq.ConfigError, lambda: sq.QScheme(bits=0, dynamic=1)), "2 problems", "bits", "dynamic")
+
+
+def test_names_stand_for_what_they_name() -> None:
+    given = sq.override(granularity="per_channel", observer="EMAMinMaxObserver", fake_quantize="lsq", bits="4")
+    meant = sq.override(
+        granularity=sq.PerChannel(), observer=sq.observers.ema_minmax(), fake_quantize=sq.fake_quantize.learnable(), bits=4
+    )
+    assert given == meant
+    assert sq.QScheme(granularity="PerGroup") == sq.QScheme(granularity=sq.PerGroup())
+    assert sq.QScheme(granularity="per_token", dynamic=True).granularity == sq.PerToken()
+    named = sq.QuantizerConfig(scheme=sq.QScheme(), observer="mse", fake_quantize="fixed")
+    assert named == sq.QuantizerConfig(
+        scheme=sq.QScheme(), observer=sq.observers.mse(), fake_quantize=sq.fake_quantize.fixed()
+    )
+    plans = [quantized(sq.Rule(name="*", activation=half), weight=half).plan for half in (given, meant)]
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("name", WRONG_CONFIGS)

@@ -118,12 +118,26 @@ def test_dead_inputs_get_no_weight_and_disturb_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptqfp4"])
-def test_without_a_hessian_it_is_fixed(name: str) -> None:
+def test_alone_and_without_a_hessian_it_is_fixed(name: str) -> None:
     for granularity in (sq.PerTensor(), sq.PerChannel(0)):
         scheme, weight = sq.QScheme(bits=4, granularity=granularity), sample(0, 5, 12)
         qparams = observed(weight, scheme)
         expected = sq.fake_quantizer("fixed").apply(weight, qparams, scheme)
         assert_same(sq.fake_quantizer(name).apply(weight, qparams, scheme), expected)
+
+
+@pytest.mark.parametrize(
+    "granularity", [sq.PerGroup(0, 4), sq.PerBlock(5, 4), sq.PerChannel(1), sq.PerGroup(1, 5)], ids=repr
+)
+def test_scales_of_the_scheme_that_no_column_has_are_refused(granularity: Any) -> None:
+    weight, hessian = problem(0)
+    scheme = sq.QScheme(bits=4, granularity=granularity)
+    fq = sq.fake_quantizer("gptq", group_size=0)
+    with pytest.raises(sq.StateError, match="group_size=0 takes the scales of the scheme"):
+        fq.apply(weight, with_hessian(weight, hessian, scheme), scheme)
+    for other in (sq.PerTensor(), sq.PerChannel(), sq.PerChannel(0)):
+        scheme = sq.QScheme(bits=4, granularity=other)
+        assert fq.apply(weight, with_hessian(weight, hessian, scheme), scheme).isfinite().all()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import sophq_func as sq
 from sophq_func.fake_quantize import rectified_sigmoid
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from tests.contracts import assert_same, calibrated, observed, over_static_schemes, sample, scheme_param
 
 ZERO = torch.tensor(0, dtype=torch.int32)
@@ -188,9 +190,42 @@ def test_the_mean_scaling_of_float8_puts_the_mean_on_the_smallest_subnormal() ->
         ("fpxgroup", {"quantile": 2}, r"fpxgroup: quantile must lie in \(0, 1\]"),
         ("fpxgroup", {"group_size": 1.5}, "fpxgroup: group_size must be an int: got 1.5, allowed an int"),
         ("fpxgroup", {"double_quant": 1}, "fpxgroup: double_quant must be a bool"),
+        ("gptq", {"quantile": "x"}, r"gptq: quantile must lie in \(0, 1\]"),
+        ("gptq", {"quantile": math.nan}, r"gptq: quantile must lie in \(0, 1\]"),
+        ("gptq", {"quantile": None}, r"gptq: quantile must lie in \(0, 1\]"),
+        ("gptq", {"percdamp": math.nan}, "gptq: percdamp must not be negative"),
+        ("gptqfp4", {"percdamp": math.inf}, "gptqfp4: percdamp must not be negative"),
+        ("mxfp8", {"element": []}, "mxfp8"),
         ("tqt", {"alpha": 1}, "fake quantizer tqt: option 'alpha' is not known"),
     ],
 )
 def test_impossible_options_are_refused(name: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(sq.ConfigError, match=text):
         sq.fake_quantizer(name, **options)
+
+
+NEVER_RIGHT = ("x", math.nan, [], {}, 1 + 1j, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", FAKE_QUANTIZERS.names())
+def test_no_option_takes_what_is_never_right(name: str) -> None:
+    for option, value in itertools.product(FAKE_QUANTIZERS.options(name), NEVER_RIGHT):
+        with pytest.raises(sq.ConfigError):
+            sq.fake_quantizer(name, **{option: value})
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("bound", ["qmin", "qmax"])
+@pytest.mark.parametrize("name", ["fixed", "learnable", "lsq_plus", "qdrop", "dsq"])
+def test_one_bound_without_the_other_is_refused(name: str, bound: str) -> None:
+    qparams = scaled(0.1, **{bound: torch.tensor(3.0)})
+    with pytest.raises(sq.StateError, match=f"bounds of a grid come in pairs: got '{bound} alone'"):
+        sq.fake_quantizer(name).apply(sample(0), qparams, SCHEME)
+
+
+def test_a_grid_without_codes_has_none_to_store() -> None:
+    fq = sq.fake_quantizer("fixed")
+    assert fq.uncoded(scaled(0.1, qmax=torch.tensor(-4.0), qmin=torch.tensor(4.0)), SCHEME).startswith("its smallest code")
+    assert not fq.uncoded(scaled(0.1, qmax=torch.tensor(3.0), qmin=torch.tensor(-4.0)), SCHEME)

@@ -33,13 +33,13 @@ DEFECTS = {
 
 
 def observer_of(case: Case) -> sq.Observer:
-    """The observer of a case: KLD's recorded search is ours of another name, LSQ+ has the reference's rule as an option."""
+    """The observer of a case; LSQ+ has the reference's rule as an option."""
     options = dict(case.config["observer_args"])
     if case.config["quant_type"]:
         options["quant_type"] = case.config["quant_type"]
     if case.cls == "LSQPlusObserver":
         options["rule"] = "reference"
-    return sq.observer("histogram" if case.cls == "KLDObserver" else case.cls, **options)
+    return sq.observer(case.cls, **options)
 
 
 def scheme_of(case: Case) -> sq.QScheme:
@@ -174,7 +174,7 @@ def test_defect_15_zero_point_belongs_to_the_rounded_scale() -> None:
     assert zero_point == scheme.qmin - torch.round(-1.0 / scale)
 
 
-@pytest.mark.parametrize("name", ["histogram", "KLDObserver"])
+@pytest.mark.parametrize("name", ["histogram", "kld"])
 def test_defect_16_both_searches_honour_pot_scale(name: str) -> None:
     observer, x = sq.observer(name), torch.randn(1000)
     plain = observer.qparams(after(observer, sq.QScheme(), x), sq.QScheme()).scale
@@ -183,6 +183,11 @@ def test_defect_16_both_searches_honour_pot_scale(name: str) -> None:
     assert torch.equal(scale, torch.exp2(torch.log2(plain).round()))
 
 
-def test_defect_16_the_recorded_search_is_one_of_squared_error_and_kld_one_of_divergence() -> None:
-    assert sq.observers.kld() == OBSERVERS.spec("KLDObserver")
-    assert sq.observers.histogram() == OBSERVERS.spec("HistogramObserver")
+def test_defect_16_the_name_of_the_reference_means_its_search_and_kld_one_of_divergence() -> None:
+    assert sq.observers.histogram() == OBSERVERS.spec("KLDObserver") == OBSERVERS.spec("HistogramObserver")
+    assert OBSERVERS.aliases("kld") == ["kld"]
+    quant = {"chip": "BM1690", "quantmode": "weight_activation", "strategy": "CNN"}
+    config = sq.from_dicts({"quant_dict": quant, "extra_qconfig_dict": {"a_observer": "KLDObserver"}})
+    half = config.default("activation")
+    assert half is not None
+    assert half.observer == sq.observers.histogram()

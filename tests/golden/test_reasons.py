@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sophq_func as sq
 from tests.golden import models, test_defects
 from tests.golden.test_end_to_end import COUNTS
+from tests.helpers import with_hessians
 
 PER_TENSOR = {"bit": 8, "symmetry": True, "per_channel": False, "pot_scale": False}
 FP8 = {"w_fakequantize": "E4M3FakeQuantize", "a_fakequantize": "E4M3FakeQuantize", "w_qscheme": PER_TENSOR}
@@ -216,11 +217,21 @@ def deconvolutions_are_fused() -> None:
     test_defects.test_defect_36_folded_deconvolution_rounds_the_product_of_weight_and_factor()
 
 
+def tables_round_no_bias_and_gptq_wants_its_hessian() -> None:
+    """Without a Hessian the reference rounds to integers, whatever the table."""
+    settings = {"model": "GateConcatNet", "w_qscheme": PER_TENSOR}
+    rounds_no_bias("x.post_act_fake_quantizer", "conv1", a_fakequantize="FP4FakeQuantize", close=0.5, **settings)()
+    q, params, x = prepared(w_fakequantize="GPTQFP4FakeQuantize", **settings)
+    qparams = q.calibrate(params, [x], progress=False)
+    with pytest.raises(sq.StateError, match=r"conv1\.weight_fake_quant: gptqfp4 cannot quantize without"):
+        q.apply(params, qparams, x)
+    expected = models.build("GateConcatNet", 0).eval()(x)
+    assert (q.apply(params, with_hessians(q, params, qparams), x) - expected).norm() <= 0.5 * expected.norm()
+
+
 RIGHT: dict[str, Callable[[], None]] = {
     "decision: AdaRound": adaround_starts_from_the_weight,
-    "decision: a bias is not rounded behind a table": rounds_no_bias(
-        "x.post_act_fake_quantizer", "conv1", model="GateConcatNet", a_fakequantize="FP4FakeQuantize", close=0.5
-    ),
+    "decision: a bias is not rounded behind a table": tables_round_no_bias_and_gptq_wants_its_hessian,
     "decision: a bias is not rounded behind an input": rounds_no_bias(
         "conv1.post_act_fake_quantizer",
         "conv2",

@@ -21,8 +21,8 @@ from tests.ties import check_both
 STEP = 1e-2
 """A code on the other side of a tie moves one of dozens of terms by a step, an eightieth of values up to 3."""
 
-NO_CODES = ("adaround", "dorefa", "fpxgroup", "nnie")
-"""Soft rounding, half codes, groups that are found anew, logarithms."""
+NO_CODES = ("gptq", "gptqfp4", "adaround", "dorefa", "fpxgroup", "nnie")
+"""Scales of columns that are not kept, soft rounding, half codes, groups that are found anew, logarithms."""
 
 
 def tpu(**changes: Any) -> sq.QuantConfig:

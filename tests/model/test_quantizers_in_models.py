@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
+from tests.helpers import with_hessians
 
 NAMES = FAKE_QUANTIZERS.names()
 FOR_WEIGHTS = ("adaround", "dorefa")
@@ -35,7 +36,7 @@ def quantized(name: str) -> tuple[sq.Quantized, dict[str, Tensor], dict[str, sq.
     activation = sq.override() if name in FOR_WEIGHTS else sq.override(fake_quantize=spec)
     q = sq.quantize(model, sq.QuantConfig(weight=sq.override(fake_quantize=spec), activation=activation), example_args=(x,))
     params = sq.params_of(model)
-    return q, params, q.calibrate(params, [x, 2 * x], progress=False), x
+    return q, params, with_hessians(q, params, q.calibrate(params, [x, 2 * x], progress=False)), x
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,10 +62,58 @@ def test_a_model_is_calibrated_applied_and_trained(name: str) -> None:
     json.loads(q.plan.to_json())
 
 
+HESSIANS = ("gptq", "gptqfp4")
+
+
+@pytest.mark.parametrize("name", HESSIANS)
+def test_a_quantizer_without_its_hessian_is_refused_wherever_it_would_act(name: str) -> None:
+    """It would be ``fixed``, bit for bit, and nobody would know."""
+    spec = FAKE_QUANTIZERS.spec(name)
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)).eval(), torch.randn(6, 8)
+    rule = sq.Rule(name="0", weight=sq.override(fake_quantize=spec))
+    q = sq.quantize(model, sq.QuantConfig(activation=None, rules=(rule,)), example_args=(x,))
+    params = sq.params_of(model)
+    bare = q.calibrate(params, [x], progress=False)
+    says = rf"^0.weight_fake_quant: {name} cannot quantize without extras\['hessian'\]"
+    uses = (
+        lambda: q.apply(params, bare, x),
+        lambda: q.capture(params, bare, x),
+        lambda: q.freeze(params, bare),
+        lambda: sq.convert(q, params, bare),
+        lambda: torch.func.grad(lambda p: q.apply(p, bare, x).sum())(params),
+        lambda: torch.vmap(lambda x: q.apply(params, bare, x))(x),
+    )
+    for use in uses:
+        with pytest.raises(sq.StateError, match=says):
+            use()
+    inputs = torch.randn(50, 8)
+    hessian, _ = sq.fake_quantize.hessian_update(torch.zeros(8, 8), 0, inputs)
+    own = bare["0.weight_fake_quant"]
+    given = bare | {"0.weight_fake_quant": own._replace(extras={"hessian": hessian})}
+    scheme = q.plan["0.weight_fake_quant"].scheme
+    weight = sq.fake_quantizer(name).apply(params["0.weight"], given["0.weight_fake_quant"], scheme)
+    assert torch.equal(q.freeze(params, given)[1]["0.weight"], weight)
+    fixed = sq.fake_quantizer("fixed").apply(params["0.weight"], own, scheme)
+    assert not torch.equal(weight, fixed)
+
+
+@pytest.mark.parametrize("name", HESSIANS)
+def test_all_that_lack_a_hessian_are_named_and_those_that_only_observe_are_not(name: str) -> None:
+    half = sq.override(fake_quantize=FAKE_QUANTIZERS.spec(name))
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)).eval(), torch.randn(6, 8)
+    config = sq.QuantConfig(weight=half, activation=half, rules=(sq.Rule(name="1.weight_fake_quant", observe_only=True),))
+    q = sq.quantize(model, config, example_args=(x,))
+    params = sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    with pytest.raises(sq.StateError, match="problems:") as caught:
+        q.apply(params, qparams, x)
+    assert {n for n in q.plan if f"{n}: {name}" in str(caught.value)} == set(q.plan) - {"1.weight_fake_quant"}
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dorefa", "adaround", "nnie")])
 def test_eight_bits_and_more_stay_close_to_the_float_model(name: str) -> None:
     q, params, qparams, x = quantized(name)
-    bits = {"fp4": 4, "mxfp4": 4, "nvfp4": 4, "mxfp6": 6, "fpxgroup": 6}.get(name, 8)
+    bits = {"fp4": 4, "gptq": 4, "gptqfp4": 4, "mxfp4": 4, "nvfp4": 4, "mxfp6": 6, "fpxgroup": 6}.get(name, 8)
     expected = q.apply(params, qparams, x) if name == "pact" else nn.Module.__call__(_net(params), x)
     error = (q.apply(params, qparams, x) - expected).norm() / expected.norm()
     assert error < {4: 0.5, 6: 0.2, 8: 0.15}[bits]

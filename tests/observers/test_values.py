@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sophq_func as sq
-from sophq_func.observers import _counts, _floor, _histogram, _moments, _quantile
+from sophq_func.observers import _counts, _floor, _histogram, _moments, _mse, _quantile
 from tests.contracts import assert_same, sample
 
 many = settings(derandomize=True, deadline=None, max_examples=100)
@@ -93,21 +93,20 @@ def test_a_percentile_holds_as_many_values_and_one_bin_less_does_not(percentile:
 
 
 def plain_divergence(h: Tensor, levels: int) -> int:
-    """Migacz's procedure, one candidate after another, with the names of the docstring of kld."""
-    scores = []
+    """Migacz's procedure, one candidate after another, with the names and the rules of the docstring of kld."""
+    scores = {}
     for i in range(levels, len(h) + 1):
+        if float(h[i:].sum()) * levels**2 > float(h.sum()):
+            continue
         p, q = h[:i].clone(), torch.zeros(i, dtype=torch.float64)
         p[-1] += h[i:].sum()
         group = torch.tensor([(j * levels) // i for j in range(i)])
         for g in range(levels):
             members = (group == g) & (h[:i] > 0)
             q[members] = h[:i][group == g].sum() / max(1, int(members.sum()))
-        if h[:i].sum() == 0:
-            scores.append(math.inf)
-            continue
-        p, q = p / p.sum(), torch.where((q == 0) & (p > 0), 1e-4, q) / h[:i].sum()
-        scores.append(float(torch.xlogy(p, p / q.clamp(min=1e-300)).sum()))
-    return levels + min(range(len(scores)), key=lambda k: (round(scores[k], 12), k))
+        q = torch.where((q == 0) & (p > 0), 1e-4, q)
+        scores[i] = round(float(torch.xlogy(p, p / q.clamp(min=1e-300)).sum()), 9)
+    return max(i for i in scores if scores[i] == min(scores.values()))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -124,6 +123,72 @@ def test_kld_cuts_an_outlier_and_keeps_what_fits_the_levels() -> None:
     assert grid("kld", sq.QScheme(), x).scale * 127.5 < 100
     assert grid("kld", sq.QScheme(bits=16), x).scale * 32767.5 == 1000
     assert grid("minmax", sq.QScheme(), x).scale * 127.5 == 1000
+
+
+def range_kept(name: str, scheme: sq.QScheme, *batches: Tensor) -> float:
+    return float(grid(name, scheme, *batches).scale) * (scheme.qmax - scheme.qmin)
+
+
+ONE_SIDED = {
+    "softplus": torch.nn.functional.softplus(numbers(1, 20_000) + 8),
+    "shifted": numbers(2, 20_000) + 20,
+    "narrow": numbers(3, 20_000).clamp(-1, 1) / 2 + 5.5,
+    "saturated": torch.sigmoid(2 * numbers(4, 20_000) + 6),
+    "negative": -torch.nn.functional.softplus(numbers(5, 20_000) + 3),
+    "few": numbers(6, 64) + 3,
+}
+
+
+@pytest.mark.parametrize("values", ONE_SIDED)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_kld_does_not_clip_one_sided_values_to_the_smallest(values: str, symmetric: bool) -> None:
+    x, scheme = ONE_SIDED[values], sq.QScheme(symmetric=symmetric)
+    assert range_kept("kld", scheme, x) >= 0.95 * range_kept("minmax", scheme, x)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("shift", [-1.5, 0.0, -6.0])
+def test_zeros_of_a_relu_do_not_narrow_the_range_of_kld(symmetric: bool, parts: int, shift: float) -> None:
+    """From a third to 98 % of the values are 0."""
+    scheme, x = sq.QScheme(symmetric=symmetric), (3 * numbers(0, 100_000) + shift).clamp(0, 6)
+    full = range_kept("minmax", scheme, x)
+    assert 0.9 * full <= range_kept("kld", scheme, *x.tensor_split(parts)) <= full
+    zeros = torch.cat([x, torch.zeros(400_000)])
+    assert range_kept("kld", scheme, zeros) == range_kept("kld", scheme, x)
+
+
+def test_kld_counts_the_levels_of_both_signs_where_one_has_all_values() -> None:
+    x = numbers(0, 20_000).exp()
+    affine, symmetric, wider = sq.QScheme(bits=6, symmetric=False), sq.QScheme(bits=6), sq.QScheme(bits=7)
+    assert range_kept("kld", affine, x) == pytest.approx(range_kept("kld", wider, x) / 2, rel=1e-5)
+    assert range_kept("kld", affine, x) != pytest.approx(range_kept("kld", symmetric, x) / 2)
+    two_sided = torch.cat([x, torch.tensor([-1e-3])])
+    assert range_kept("kld", affine, two_sided) == pytest.approx(range_kept("kld", symmetric, x) / 2, rel=1e-3)
+
+
+def test_a_histogram_counts_beyond_what_float32_can() -> None:
+    observer, scheme = sq.observer("histogram", bins=4), sq.QScheme()
+    state = after(observer, scheme, torch.tensor([0.0, 1.0]))
+    many_values = state._replace(counts=state.counts * 2**24)
+    one_more = observer.update(many_values, torch.tensor([0.0, 1.0, 1.0]), scheme)
+    assert ((one_more.counts - many_values.counts) / 2**20).tolist() == [1.0, 0.0, 0.0, 2.0]
+
+
+@many
+@given(seed=seeds, widths=st.lists(st.floats(0.1, 1000), min_size=2, max_size=12))
+def test_no_value_is_lost_where_the_range_of_a_histogram_grows(seed: int, widths: list[float]) -> None:
+    observer, scheme = sq.observer("histogram", bins=8), sq.QScheme()
+    state = after(observer, scheme, *(numbers(seed + i, 5) * width for i, width in enumerate(widths)))
+    assert int(state.counts.sum()) == 5 * len(widths) * 2**20
+
+
+def test_values_are_counted_in_parts_where_a_row_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, factor = numbers(0, 2, 1000), torch.tensor([[8.0], [2.0]])
+    whole = _mse.histogram(x, factor, 16)
+    monkeypatch.setattr(_mse, "LARGEST_COUNT", 300)
+    assert_same(_mse.histogram(x, factor, 16), whole)
+    assert whole.sum() == x.numel()
 
 
 def plain_walk(counts: Tensor) -> list[tuple[int, int]]:
@@ -216,6 +281,7 @@ def test_dpu_rounding_sends_negative_halves_up_and_others_to_even(quarters: int)
         (sq.observers.ema_quantile, "decay", -0.1),
         (sq.observers.ema_quantile, "threshold", 0.0),
         (sq.observers.ema_quantile, "bins", 0),
+        (sq.observers.ema_quantile, "bins", True),
         (sq.observers.ema_mse, "decay", True),
         (sq.observers.ema_mse, "p", 0),
         (sq.observers.mse, "p", -1.0),

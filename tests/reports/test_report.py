@@ -172,6 +172,17 @@ def test_formats_are_stored_in_their_own_width(fake: sq.Spec, size: int) -> None
     assert (row.bytes_before, row.bytes_after) == (256, size)
 
 
+@pytest.mark.parametrize("field", ["scale", "zero_point"])
+@pytest.mark.parametrize("quantizer", ["weight_fake_quant", "post_act_fake_quantizer"])
+def test_numbers_that_are_none_make_no_report(quantizer: str, field: str) -> None:
+    q, params, qparams = ready(nn.Linear(4, 2).eval(), x := torch.randn(3, 4), config=config())
+    quantizer = next(name for name in q.plan if name.endswith(quantizer))
+    nothing = torch.full_like(getattr(qparams[quantizer], field), torch.nan, dtype=torch.float32)
+    broken = qparams | {quantizer: qparams[quantizer]._replace(**{field: nothing})}
+    with pytest.raises(sq.StateError, match=f"{quantizer}.*{field}"):
+        sq.report(q, params, broken, [x], progress=False)
+
+
 @pytest.mark.parametrize("name", sorted(FAKE_QUANTIZERS))
 def test_every_fake_quantizer_can_be_reported(name: str) -> None:
     x = torch.randn(4, 16)

@@ -32,6 +32,7 @@ from tests.golden.recorded.models import (
     fill_exact,
     integers,
 )
+from tests.helpers import with_hessians
 
 Results = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
@@ -118,7 +119,7 @@ def prepared(subject: Subject, plan: sq.Plan | None = None) -> Made:
     ostate = q.init(params)
     for args in subject.batches:
         _, ostate = q.observe(params, ostate, *args)
-    qparams = q.qparams(params, ostate)
+    qparams = with_hessians(q, params, q.qparams(params, ostate))
     if subject.noise:
         qparams = q.with_noise(params, qparams, torch.Generator().manual_seed(7), *batch)
     return Made(q, params, qparams, ostate, batch)
