@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sophq_func as sq
 from sophq_func.core.registry import Spec
-from sophq_func.numerics import eager
+from sophq_func.numerics import eager, eager_forward, eager_gradients
 from sophq_func.numerics.affine import fake_quantize
 from tests.contracts import over_static_schemes, sample
 
@@ -43,8 +43,8 @@ def applied(scheme: sq.QScheme, order: Any) -> Callable[..., Tensor]:
 
 def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Any]) -> tuple[list[Tensor], list[Tensor]]:
     """What the function gives, in blocks that leave a rest, and what the composition does."""
-    monkeypatch.setattr(eager, "BLOCK", 10)
-    monkeypatch.setattr(eager, "BACKWARD_BLOCK", 10)
+    monkeypatch.setattr(eager_forward, "BLOCK", 10)
+    monkeypatch.setattr(eager_gradients, "BACKWARD_BLOCK", 10)
     found = []
     for size in (0, 2**60):
         monkeypatch.setattr(eager, "LARGE", size)
