@@ -111,8 +111,8 @@ def prepared(
     if not scheme.symmetric:
         zero = expand(materialized(_zero_point(qparams, scheme, whole)), x, granularity)
     if whole and eager.fits(work, scale, low, high, factor):
-        rounding = eager.Rounding(low, high, reciprocal=order == "kernel", shifted=order == "expression")
-        y = eager.prepared(work, scale, zero, rounding, factor)
+        reciprocal, shifted = order == "kernel", order == "expression"
+        y = eager.prepared(work, scale, zero, (low, high), factor, reciprocal=reciprocal, shifted=shifted)
         return y if work is x else lambda: y().to(x.dtype)
     if factor is None:  # then what is rounded is ``x`` itself, and the step is the scale
         y = partial(recomputed, _composed, work, work, scale, scale, zero, low, high, order)

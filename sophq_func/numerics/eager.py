@@ -12,21 +12,27 @@ themselves enter the function as constants.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from sophq_func.core.modes import has_derivative, is_compiling, is_recording, is_wrapped
+from sophq_func.core.modes import has_derivative, is_compiling, is_recording, may_have_derivative
 from sophq_func.core.types import Args
-from sophq_func.numerics.eager_forward import Point, Rounding, value
+from sophq_func.numerics.eager_forward import Point, Rounding, aligned, aligned_to, value
 from sophq_func.numerics.eager_gradients import gradient, mask_and_slope, sum_like
 from sophq_func.numerics.ranges import guarded
 
 LARGE = 2**14
 """Smallest size for which the Function pays; below it, call overhead dominates."""
+
+DIFFERENTIATED = (1, 2, 3)
+"""Where ``x``, step and zero point lie among the arguments of the backward pass."""
+
+CONSTANTS = len(Point._fields) - len(DIFFERENTIATED) + 1
+"""How many arguments behind them have no derivative: the rest of a :class:`Point`, and a rounding."""
 
 F = TypeVar("F")
 
@@ -56,23 +62,55 @@ def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, factor
 
 
 def _is_constant(bound: Tensor | int) -> bool:
-    """Whether a bound is the same for all elements, and neither differentiated nor mapped."""
-    return isinstance(bound, int) or not (bound.ndim or bound.requires_grad or is_wrapped(bound))
+    """Whether a bound is the same for all elements, and not differentiated; it may be mapped."""
+    return isinstance(bound, int) or not (bound.ndim or may_have_derivative(bound))
 
 
 def prepared(
-    x: Tensor, scale: Tensor, zero: Tensor | None, rounding: Rounding, factor: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bounds: tuple[Tensor | int, Tensor | int],
+    factor: Tensor | None = None,
+    *,
+    reciprocal: bool,
+    shifted: bool,
 ) -> Callable[[], Tensor]:
-    """A thunk that returns ``s (clamp(q, low, high) - z)``; scale, zero point and factor broadcast against ``x``."""
+    """A thunk that returns ``s (clamp(q, low, high) - z)``.
+
+    Args:
+      x: the tensor; scale, zero point and factor broadcast against it.
+      scale, zero, factor: see :class:`Point`.
+      bounds: the smallest and the largest code, as :func:`fits` allows them.
+      reciprocal, shifted: see :class:`Rounding`.
+    """
+    low, high = bounds
     fixed_scale = scale.detach()
-    divisor = fixed_scale.reciprocal() if rounding.reciprocal else fixed_scale
+    divisor = fixed_scale.reciprocal() if reciprocal else fixed_scale
     point = Point(x, scale, zero, divisor)
     if factor is not None:
         dead, safe = guarded(factor)
         point = Point(x, scale / safe, zero, divisor, safe.detach(), dead)
-    # without derivatives, ``apply`` would only cost the time of its call
-    function = _FakeQuantize.apply if has_derivative(*point) else _FakeQuantize.forward
-    return partial(function, *point, rounding)
+    rounding = Rounding(None, None, reciprocal, shifted)
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        # one dtype, so that bounds with axes of members in front do not widen the codes
+        point = point._replace(low=low.detach().to(x.dtype), high=high.detach().to(x.dtype))
+    elif isinstance(low, int) and isinstance(high, int):
+        rounding = rounding._replace(low=low, high=high)
+    return partial(_without_need, _FakeQuantize, point, rounding)
+
+
+def _without_need(function: type[torch.autograd.Function], tensors: Sequence[Tensor | None], rounding: Rounding) -> Any:
+    """The result of a function, applied only where a derivative may be asked for: else that only costs time."""
+    evaluate: Callable[..., Any] = function.apply if has_derivative(*tensors) else function.forward
+    return evaluate(*tensors, rounding)
+
+
+def _with_members(tensor: Tensor | None, axis: int | None) -> Tensor | None:
+    """A tensor with the axis of a ``vmap`` in front; one of length 1 where the tensor is not mapped."""
+    if tensor is None:
+        return None
+    return tensor.unsqueeze(0) if axis is None else tensor.movedim(axis, 0)
 
 
 def _positional(forward: F) -> F:
@@ -86,45 +124,53 @@ def _positional(forward: F) -> F:
     return forward
 
 
+class _MapInfo(Protocol):
+    """What a rule for ``vmap`` is told."""
+
+    batch_size: int
+
+
 class _FakeQuantize(torch.autograd.Function):
     """The fake-quantized tensor; its gradient is that of ``eager_gradients``. Arguments: a :class:`Point`, a rounding."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     @_positional
-    def forward(
-        x: Tensor,
-        step: Tensor,
-        zero: Tensor | None,
-        divisor: Tensor,
-        factor: Tensor | None,
-        dead: Tensor | None,
-        rounding: Rounding,
-    ) -> Tensor:
-        return value(Point(x, step, zero, divisor, factor, dead), rounding)
+    def forward(*args: Any) -> Tensor:
+        *point, rounding = args
+        return value(Point(*point), rounding)
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: Args, output: Tensor) -> None:
         _save(ctx, inputs)
 
     @staticmethod
+    def vmap(info: _MapInfo, in_dims: Args, *args: Any) -> tuple[Tensor, int]:
+        """Fold the mapped axis in: the members of a batch are computed one after the other, in the cache.
+
+        The rule that torch can generate would run :func:`whole_value` on all of them: several times as long, with several
+        temporary tensors of the size of the result.
+        """
+        *point, rounding = args
+        folded = [_with_members(t, axis) for t, axis in zip(point, in_dims[:-1], strict=True)]
+        return _without_need(_FakeQuantize, folded, rounding._replace(axes=rounding.axes + 1)), 0
+
+    @staticmethod
     def backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         p = Point(*ctx.saved_tensors)
         function = _Backward.apply if is_recording(g, *p) else _Backward.forward
         gx, gr, gz = function(g, *p, ctx.rounding)  # type: ignore[no-untyped-call]
-        # none for divisor, factor, dead and rounding, which are constants
-        return gx, gr, None if p.zero is None else gz, *(None,) * 4
+        return gx, gr, None if p.zero is None else gz, *(None,) * CONSTANTS
 
     @staticmethod
     def jvp(ctx: _Context, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None) -> Tensor:  # type: ignore[override]
-        p = Point(*ctx.saved_tensors)
+        axes = ctx.rounding.axes
+        p = aligned(Point(*ctx.saved_tensors), axes)
         inside, slope = mask_and_slope(p, ctx.rounding)
-        tangent = torch.zeros_like(p.x) if tx is None else torch.where(inside, tx, 0)
+        tangent = torch.zeros_like(slope) if tx is None else torch.where(inside, tx, 0)
         if tr is not None:
-            tangent = tangent + slope * tr
+            tangent = tangent + slope * aligned_to(p.x, tr, axes)
         if tz is not None:
-            tangent = tangent - torch.where(inside, 0, p.step * tz)
+            tangent = tangent - torch.where(inside, 0, p.step * aligned_to(p.x, tz, axes))
         return tangent
 
 
@@ -135,56 +181,63 @@ class _Backward(torch.autograd.Function):
     a :class:`Point`, a rounding. Without a zero point ``gz`` is zeros, since a function must return tensors.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     @_positional
-    def forward(
-        g: Tensor,
-        x: Tensor,
-        step: Tensor,
-        zero: Tensor | None,
-        divisor: Tensor,
-        factor: Tensor | None,
-        dead: Tensor | None,
-        rounding: Rounding,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return gradient(g, Point(x, step, zero, divisor, factor, dead), rounding)
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        g, *point, rounding = args
+        return gradient(g, Point(*point), rounding)
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: Args, output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs)
 
     @staticmethod
+    def vmap(info: _MapInfo, in_dims: Args, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Fold the mapped axis in, see the rule of the function."""
+        g, *point, rounding = args
+        folded = [_with_members(t, axis) for t, axis in zip((g, *point), in_dims[:-1], strict=True)]
+        # each member gets a gradient of its own, also to what is not mapped
+        for i in DIFFERENTIATED:
+            t = folded[i]
+            folded[i] = None if t is None else t.expand(info.batch_size, *t.shape[1:])
+        return _without_need(_Backward, folded, rounding._replace(axes=rounding.axes + 1)), (0, 0, 0)
+
+    @staticmethod
     def backward(ctx: _Context, ggx: Tensor, ggr: Tensor, ggz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         g, *point = ctx.saved_tensors
-        p = Point(*point)
+        axes, given = ctx.rounding.axes, Point(*point)
+        p = aligned(given, axes)
         inside, slope = mask_and_slope(p, ctx.rounding)
-        to_g = torch.where(inside, ggx, 0) + slope * ggr
-        # x has no second derivative, nor have the four constants at the end; without a zero point the step has none either
-        if p.zero is None:
-            return to_g, *(None,) * 7
+        to_g = torch.where(inside, ggx, 0) + slope * aligned_to(p.x, ggr, axes)
+        # x has no second derivative, nor have the constants at the end; without a zero point the step has none either
+        if p.zero is None or given.zero is None:
+            return sum_like(to_g, g), *(None,) * (3 + CONSTANTS)
+        ggz = aligned_to(p.x, ggz, axes)
         g_outside = torch.where(inside, 0, g)
         to_g = to_g - torch.where(inside, 0, p.step * ggz)
-        to_step, to_zero = -sum_like(g_outside * ggz, p.step), -sum_like(g_outside * ggr, p.zero)
-        return to_g, None, to_step, to_zero, *(None,) * 4
+        to_step = -sum_like(g_outside * ggz, p.step).reshape(given.step.shape)
+        to_zero = -sum_like(g_outside * aligned_to(p.x, ggr, axes), p.zero).reshape(given.zero.shape)
+        return sum_like(to_g, g), None, to_step, to_zero, *(None,) * CONSTANTS
 
     @staticmethod
     def jvp(  # type: ignore[override]
         ctx: _Context, tg: Tensor | None, tx: Tensor | None, tr: Tensor | None, tz: Tensor | None, *_: None
     ) -> tuple[Tensor, ...]:
         g, *point = ctx.saved_tensors
-        p = Point(*point)
+        axes, given = ctx.rounding.axes, Point(*point)
+        p = aligned(given, axes)
         tg = torch.zeros_like(g) if tg is None else tg
         inside, slope = mask_and_slope(p, ctx.rounding)
+        to_x = sum_like(torch.where(inside, tg, 0), p.x)
         to_step = sum_like(slope * tg, p.step)
-        if p.zero is None:
-            return torch.where(inside, tg, 0), to_step, torch.zeros_like(p.step)
-        tr = torch.zeros_like(p.step) if tr is None else tr
-        tz = torch.zeros_like(p.zero) if tz is None else tz
+        if p.zero is None or given.zero is None:
+            return to_x, to_step.reshape(given.step.shape), torch.zeros_like(given.step)
+        tr = torch.zeros_like(p.step) if tr is None else aligned_to(p.x, tr, axes)
+        tz = torch.zeros_like(p.zero) if tz is None else aligned_to(p.x, tz, axes)
         g_outside, tg_outside = torch.where(inside, 0, g), torch.where(inside, 0, tg)
+        to_step = to_step - sum_like(g_outside * tz, p.step)
         to_zero = -sum_like(g_outside * tr + tg_outside * p.step, p.zero)
-        return torch.where(inside, tg, 0), to_step - sum_like(g_outside * tz, p.step), to_zero
+        return to_x, to_step.reshape(given.step.shape), to_zero.reshape(given.zero.shape)
 
 
 def _save(ctx: _Context, inputs: Args) -> None:

@@ -17,28 +17,88 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from sophq_func.core.modes import is_wrapped
-from sophq_func.numerics.eager_forward import Point, Rounding, blocks, quotient, with_dead
+from sophq_func.numerics.eager_forward import (
+    Index,
+    Point,
+    Rounding,
+    aligned,
+    batch_of,
+    blocks,
+    is_cut,
+    member,
+    outermost,
+    place,
+    quotient,
+    restore_dead,
+)
 
 BACKWARD_BLOCK = 2**16
 """Elements that a CPU processes at once. Five tensors are in use at once: with 2 ** 17 it took a third longer."""
 
 
 def gradient(g: Tensor, p: Point, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
-    """``(gx, gr, gz)`` for the gradient ``g`` of the output, computed block by block where that pays.
+    """``(gx, gr, gz)``, shaped like ``x``, step and zero point, for the gradient ``g`` of the output.
 
+    Computed member by member, and block by block, where that pays; what members share has the sum of their gradients.
     Without a zero point ``gz`` is zeros, since a function must return tensors.
     """
-    if is_wrapped(g, *p):
-        inside, slope = mask_and_slope(p, rounding)
-        gx = torch.where(inside, g, 0)
-        gz = torch.zeros_like(p.step) if p.zero is None else sum_like((gx - g) * p.step, p.zero)
-        return gx, sum_like(slope * g, p.step), gz
+    axes = rounding.axes
+    if axes and not is_cut(g):
+        return _whole_gradient(g, p, rounding)
     gx = torch.empty_like(p.x)
+    if not axes:
+        return gx, *_gradient_of_one(g, p, rounding, gx)
+    gr = torch.empty_like(p.step)
+    gz = torch.zeros_like(p.step) if p.zero is None else torch.empty_like(p.zero)
+    scratch: Tensor | None = None
+    for index in product(*map(range, batch_of(axes, g, *p))):
+        at_x = place(gx, index)
+        is_new = _is_first(gx, index)
+        if not is_new and scratch is None:
+            scratch = torch.empty_like(gx[at_x])
+        out = gx[at_x] if is_new or scratch is None else scratch
+        step_part, zero_part = _gradient_of_one(g[place(g, index)], member(p, index), rounding, out)
+        if not is_new:
+            gx[at_x].add_(out)
+        _put(gr, index, step_part)
+        if p.zero is not None:
+            _put(gz, index, zero_part)
+    return gx, gr, gz
+
+
+def _is_first(total: Tensor, index: Index) -> bool:
+    """Whether a member is the first of those that share a place in ``total``."""
+    return all(i == 0 or length > 1 for i, length in zip(index, total.shape, strict=False))
+
+
+def _put(total: Tensor, index: Index, part: Tensor) -> None:
+    """Write the part of one member to its place in ``total``, or add it where members share the place."""
+    slot = total[place(total, index)]
+    if _is_first(total, index):
+        slot.copy_(part)
+    else:
+        slot.add_(part)
+
+
+def _whole_gradient(g: Tensor, p: Point, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`gradient` of all members at once, in new tensors."""
+    full = aligned(p, rounding.axes)
+    inside, slope = mask_and_slope(full, rounding)
+    gx = torch.where(inside, g, 0)
+    gr = sum_like(slope * g, full.step).reshape(p.step.shape)
+    if p.zero is None or full.zero is None:
+        return sum_like(gx, p.x), gr, torch.zeros_like(p.step)
+    gz = sum_like((gx - g) * full.step, full.zero).reshape(p.zero.shape)
+    return sum_like(gx, p.x), gr, gz
+
+
+def _gradient_of_one(g: Tensor, p: Point, rounding: Rounding, gx: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the gradient to ``x`` of one member to ``gx``, and return those to its step and zero point."""
     step_sums: list[Tensor] = []
     zero_sums: list[Tensor] = []
     scratch: list[Tensor] = []
@@ -58,7 +118,8 @@ def gradient(g: Tensor, p: Point, rounding: Rounding) -> tuple[Tensor, Tensor, T
     gz = torch.zeros_like(p.step) if p.zero is None else _joined(zero_sums, p.zero)
     if p.dead is not None:
         gr = gr.masked_fill(p.dead, 0)
-    return with_dead(g, gx, p.dead), gr, gz
+    restore_dead(g, gx, p.dead)
+    return gr, gz
 
 
 def _gradient_parts(g: Tensor, p: Point, rounding: Rounding, out: Tensor, scratch: Sequence[Tensor]) -> Tensor:
@@ -68,11 +129,12 @@ def _gradient_parts(g: Tensor, p: Point, rounding: Rounding, out: Tensor, scratc
     torch.round(v, out=code)
     if p.zero is not None and not rounding.shifted:
         code.add_(p.zero)
-    code.clamp_(rounding.low, rounding.high)
-    if p.zero is None and isinstance(rounding.low, int) and isinstance(rounding.high, int):
+    low, high = outermost(p, rounding)
+    code.clamp_(low, high)
+    if p.zero is None and isinstance(low, int):
         # one pass instead of the four of two comparisons, their conjunction and a selection: this kernel returns its first
         # argument where the second lies strictly between the limits, and 0 elsewhere
-        limits = _first_outside_int(rounding.low, -1, v.dtype), _first_outside_int(rounding.high, 1, v.dtype)
+        limits = _first_outside_int(low, -1, v.dtype), _first_outside_int(high, 1, v.dtype)
         masked = torch.ops.aten.hardtanh_backward.grad_input
         masked(g, v, *limits, grad_input=out)
         slope = code.sub_(masked(v, v, *limits, grad_input=v))  # less v inside, less 0 outside
@@ -93,13 +155,14 @@ def _subtrahend(v: Tensor, inside: Tensor, p: Point, rounding: Rounding) -> Tens
 def mask_and_slope(p: Point, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """The mask ``dy/dx``, and the slope ``dy/dr``.
 
-    They are constants, but for the slope of codes outside, which has a derivative with respect to the zero point.
+    They are constants, but for the slope of codes outside, which has a derivative with respect to the zero point. All
+    tensors broadcast against ``x``, as :func:`aligned` makes them.
     """
     fixed = Point._make(None if t is None else t.detach() for t in p)
     v = quotient(fixed, rounding)
     inside = _is_inside(v, fixed, rounding)
     code = v.round() if rounding.shifted or fixed.zero is None else v.round() + fixed.zero
-    slope = code.clamp(rounding.low, rounding.high) - _subtrahend(v, inside, fixed, rounding)
+    slope = code.clamp(*outermost(fixed, rounding)) - _subtrahend(v, inside, fixed, rounding)
     if p.dead is not None:  # there y = x
         inside, slope = inside | p.dead, torch.where(p.dead, 0, slope)
     if p.zero is not None and fixed.zero is not None:
@@ -110,10 +173,11 @@ def mask_and_slope(p: Point, rounding: Rounding) -> tuple[Tensor, Tensor]:
 
 def _is_inside(v: Tensor, p: Point, rounding: Rounding) -> Tensor:
     """The mask of quotients whose codes lie inside the bounds."""
+    low, high = outermost(p, rounding)
     if p.zero is None or rounding.shifted:
-        return (v >= _last_inside(rounding.low, -1, v.dtype)) & (v <= _last_inside(rounding.high, 1, v.dtype))
+        return (v >= _last_inside(low, -1, v.dtype)) & (v <= _last_inside(high, 1, v.dtype))
     # the code is round(v) + z, so that the bounds of round(v) are those of the code less z
-    lowest, highest = _last_inside_of(rounding.low - p.zero, -1), _last_inside_of(rounding.high - p.zero, 1)
+    lowest, highest = _last_inside_of(low - p.zero, -1), _last_inside_of(high - p.zero, 1)
     return (v >= lowest) & (v <= highest)
 
 
