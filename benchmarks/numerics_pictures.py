@@ -154,7 +154,8 @@ def slopes(fq: sq.FakeQuantize, case: Case, curve: Curve, point: float, noise: f
     leaves = {key: value.detach().requires_grad_() for key, value in learned.items() if value.is_floating_point()}
     own = tensors | leaves
     qparams = sq.QParams(own.pop("scale"), own.pop("zero_point"), own)
-    y = fq.apply(weight, qparams, scheme, torch.full_like(weight, noise)).reshape(-1)[place]
+    drawn = torch.full_like(weight, noise) if fq.noise else None
+    y = fq.apply(weight, qparams, scheme, drawn).reshape(-1)[place]
     grads = [torch.zeros_like(value) for value in (x, *leaves.values())]
     if y.requires_grad:
         grads = list(torch.autograd.grad(y, (x, *leaves.values()), allow_unused=True, materialize_grads=True))

@@ -87,6 +87,17 @@ def is_wrapped(*tensors: Tensor | None) -> bool:
     return is_mapped() and any(tensor is not None and wrapped(tensor) for tensor in tensors)
 
 
+def may_have_derivative(tensor: Tensor) -> bool:
+    """Whether a derivative with respect to a tensor may be asked for, at any level of nested transforms."""
+    if forward_ad._current_level >= 0:  # only the innermost level can be asked for its tangents
+        return True
+    while is_wrapped(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def is_plain(values: Iterable[Tensor]) -> bool:
     """Whether the numbers in all tensors can be read: in eager, and none is batched, traced, fake or on ``meta``."""
     if torch.compiler.is_compiling():

@@ -79,7 +79,8 @@ class Spec:
 
     Attributes:
       name: canonical name in the registry that made it.
-      options: every option of the factory with its value, sorted by name.
+      options: the options of the factory with their values, sorted by name; those that can be given by keyword alone
+        only where they differ from their defaults.
 
     Example:
       >>> Spec("ema_minmax", (("decay", 0.9),))
@@ -141,7 +142,8 @@ class Factories(Registry[_Factory[T]]):
                 raise ConfigError(unknown(f"{self.kind} {name}", "option", key, known))
         bound = signature.bind(**by_own_name)
         bound.apply_defaults()
-        return Spec(self.canonical(name), tuple(sorted(bound.arguments.items())))
+        given = {key: value for key, value in bound.arguments.items() if not _is_as_ever(signature.parameters[key], value)}
+        return Spec(self.canonical(name), tuple(sorted(given.items())))
 
     def options(self, name: str) -> list[str]:
         """Every spelling of the options of a factory."""
@@ -156,3 +158,8 @@ class Factories(Registry[_Factory[T]]):
         """
         checked = self.spec(spec.name, **dict(spec.options))
         return self.get(checked.name).build(**dict(checked.options))
+
+
+def _is_as_ever(option: inspect.Parameter, value: Option) -> bool:
+    """Whether a keyword-only option has its default: it is left out, so that a new one changes no stored plan."""
+    return option.kind is inspect.Parameter.KEYWORD_ONLY and value == option.default

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics.affine import ste, working
 from sophq_func.numerics.blocks import block_amax, from_blocks, to_blocks
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
@@ -35,7 +36,7 @@ It is so far below the values of a model that it changes no other scale.
 
 
 @FAKE_QUANTIZERS.register("mxfp8")
-def mxfp8(element: str = "e4m3", block_size: int = 32) -> FakeQuantize:
+def mxfp8(element: str = "e4m3", block_size: int = 32, *, rounding: str = "nearest") -> FakeQuantize:
     """MXFP8: FP8 elements, 32 of which share a power of two (OCP Microscaling Formats v1.0, 5.2 and 6.3).
 
     ``y = Q(x / X) * X``, ``X = 2 ** (floor(log2 amax) - e)`` of each block along the last axis, the exponent clamped to
@@ -46,6 +47,7 @@ def mxfp8(element: str = "e4m3", block_size: int = 32) -> FakeQuantize:
     Args:
       element: ``"e4m3"`` or ``"e5m2"``.
       block_size: elements for each scale; 32 in the standard.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
@@ -53,31 +55,33 @@ def mxfp8(element: str = "e4m3", block_size: int = 32) -> FakeQuantize:
       >>> sq.fake_quantizer("mxfp8").apply(torch.tensor([0.3, 500.0]), qp, sq.QScheme())
       tensor([3.1250e-01, 4.4800e+02])
     """
-    return _microscaled("mxfp8", {"e4m3": E4M3, "e5m2": E5M2}, element, block_size)
+    return _microscaled("mxfp8", {"e4m3": E4M3, "e5m2": E5M2}, element, block_size, rounding)
 
 
 @FAKE_QUANTIZERS.register("mxfp6")
-def mxfp6(element: str = "e3m2", block_size: int = 32) -> FakeQuantize:
+def mxfp6(element: str = "e3m2", block_size: int = 32, *, rounding: str = "nearest") -> FakeQuantize:
     """MXFP6: as :func:`mxfp8` with 6-bit elements.
 
     Args:
       element: ``"e3m2"`` or ``"e2m3"``.
       block_size: elements for each scale; 32 in the standard.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
       >>> sq.fake_quantize.mxfp6(element="e2m3")
       mxfp6(block_size=32, element='e2m3')
     """
-    return _microscaled("mxfp6", {"e3m2": E3M2, "e2m3": E2M3}, element, block_size)
+    return _microscaled("mxfp6", {"e3m2": E3M2, "e2m3": E2M3}, element, block_size, rounding)
 
 
 @FAKE_QUANTIZERS.register("mxfp4")
-def mxfp4(block_size: int = 32) -> FakeQuantize:
+def mxfp4(block_size: int = 32, *, rounding: str = "nearest") -> FakeQuantize:
     """MXFP4: as :func:`mxfp8` with E2M1 elements.
 
     Args:
       block_size: elements for each scale; 32 in the standard.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
@@ -85,15 +89,16 @@ def mxfp4(block_size: int = 32) -> FakeQuantize:
       >>> sq.fake_quantizer("mxfp4").apply(torch.tensor([0.3, -1.2, 7.0]), qp, sq.QScheme())
       tensor([ 0.5000, -1.0000,  6.0000])
     """
-    return _microscaled("mxfp4", {"e2m1": E2M1}, "e2m1", block_size)
+    return _microscaled("mxfp4", {"e2m1": E2M1}, "e2m1", block_size, rounding)
 
 
 @FAKE_QUANTIZERS.register("mxint8")
-def mxint8(block_size: int = 32) -> FakeQuantize:
+def mxint8(block_size: int = 32, *, rounding: str = "nearest") -> FakeQuantize:
     """MXINT8: as :func:`mxfp8` with 8-bit integers times ``2 ** -6``; the code of -2 is unused, as the standard allows.
 
     Args:
       block_size: elements for each scale; 32 in the standard.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
@@ -101,11 +106,11 @@ def mxint8(block_size: int = 32) -> FakeQuantize:
       >>> sq.fake_quantizer("mxint8").apply(torch.tensor([0.3, 1.999]), qp, sq.QScheme())
       tensor([0.2969, 1.9844])
     """
-    return _microscaled("mxint8", {"int8": MXINT8}, "int8", block_size)
+    return _microscaled("mxint8", {"int8": MXINT8}, "int8", block_size, rounding)
 
 
 @FAKE_QUANTIZERS.register("nvfp4")
-def nvfp4(block_size: int = 16) -> FakeQuantize:
+def nvfp4(block_size: int = 16, *, rounding: str = "nearest") -> FakeQuantize:
     """NVFP4: E2M1 elements, 16 of which share an E4M3 scale, and a float32 scale for all (arXiv:2509.25149).
 
     ``y = E2M1(x / (b s)) b s`` with ``s = amax / (6 * 448)`` from the observer, one for each scale of the scheme's
@@ -115,6 +120,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
 
     Args:
       block_size: elements for each E4M3 scale; 16 in NVIDIA's format.
+      rounding: of elements: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
@@ -123,6 +129,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
       tensor([ 0.,  -1., 12.])
     """
     _check_size("nvfp4", block_size)
+    draw = drawing("nvfp4", rounding)
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
@@ -140,10 +147,10 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         return blocks / divisor, shared
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        scale = expanded_scale(x, qparams, scheme)
+        scale, drawn = expanded_scale(x, qparams, scheme), draw(x, qparams, noise)
         unit = working(x).detach() / scale
         elements, shared = divided(unit)
-        quantized = from_blocks(E2M1.round(elements) * shared, unit) * scale
+        quantized = from_blocks(E2M1.round(elements, _in_blocks(drawn, block_size)) * shared, unit) * scale
         return ste(x, quantized.to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
@@ -156,7 +163,7 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         unit = _by_blocks(E2M1, codes.values, codes.parts["block_scale"].to(wide), block_size)
         return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         init,
         apply,
         integer=False,
@@ -168,22 +175,25 @@ def nvfp4(block_size: int = 16) -> FakeQuantize:
         element=E2M1,
         block_size=block_size,
     )
+    return with_rounding(fake, rounding)
 
 
-def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int) -> FakeQuantize:
+def _microscaled(where: str, elements: dict[str, Format], element: str, block_size: int, rounding: str) -> FakeQuantize:
     """A format of OCP MX: blocks of ``elements[element]`` that share a power of two."""
     if not isinstance(element, str) or element not in elements:
         raise ConfigError(
             explain(where, "this element format is not offered", got=element, allowed=" or ".join(map(repr, elements)))
         )
     _check_size(where, block_size)
+    draw = drawing(where, rounding)
     form = elements[element]
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         work = working(x).detach()
         blocks = to_blocks(work, block_size)
         scale = torch.exp2(shared_exponent(block_amax(blocks), form).to(work.dtype))
-        quantized = from_blocks(form.round(blocks / scale) * scale, work)
+        drawn = _in_blocks(draw(x, qparams, noise), block_size)
+        quantized = from_blocks(form.round(blocks / scale, drawn) * scale, work)
         return ste(x, quantized.to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
@@ -198,7 +208,7 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         scale = torch.exp2(codes.parts["exponent"].to(wide) - E8M0_BIAS)
         return _by_blocks(form, codes.values, scale, block_size).to(dtype)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         kept,
         apply,
         integer=False,
@@ -211,6 +221,12 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         element=form,
         block_size=block_size,
     )
+    return with_rounding(fake, rounding)
+
+
+def _in_blocks(noise: Tensor | None, size: int) -> Tensor | None:
+    """Noise, cut like the tensor that it belongs to."""
+    return None if noise is None else to_blocks(noise, size)
 
 
 def _by_blocks(form: Format, codes: Tensor, scale: Tensor, size: int) -> Tensor:

@@ -6,14 +6,23 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics.affine import ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
-from sophq_func.numerics.formats import round_to_dtype, round_to_float8
+from sophq_func.numerics.formats import E4M3, E5M2, float_, round_to_dtype, round_to_float8
 from sophq_func.numerics.layout import expand, rows
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
 
 SCALINGS = ("max", "mean", "none")
+
+FORMATS = {
+    torch.float8_e4m3fn: E4M3,
+    torch.float8_e5m2: E5M2,
+    torch.float16: float_(5, 10, saturate=False),
+    torch.bfloat16: float_(8, 7, saturate=False),
+}
+"""The formats of torch's types, which can round stochastically where a cast cannot."""
 
 SMALLEST_MEAN = 1e-5
 """With ``scaling="mean"`` the scale of a tensor whose mean magnitude is no larger is 1, as in sophgo-mq."""
@@ -26,7 +35,7 @@ It is so far below the values of a model that it changes no other scale.
 
 
 @FAKE_QUANTIZERS.register("e4m3", "E4M3FakeQuantize", scaling_method="scaling")
-def e4m3(scaling: str = "max") -> FakeQuantize:
+def e4m3(scaling: str = "max", *, rounding: str = "nearest") -> FakeQuantize:
     """OCP FP8 E4M3: 3 mantissa bits, largest value 448, saturating (OFP8 rev. 1.0).
 
     ``y = E4M3(x / s) * s``; gradient 1 to ``x`` everywhere, none to ``s``. The scale comes from the observer, or with
@@ -36,6 +45,7 @@ def e4m3(scaling: str = "max") -> FakeQuantize:
       scaling: ``"max"``: ``s = amax / 448``; ``"none"``: ``s = 1``; ``"mean"``: ``s = mean |x| / 2 ** -9``, the smallest
         subnormal, or 1 where the mean is at most 1e-5, of the tensor that ``init`` takes: a weight, or with a dynamic
         scheme the tensor at hand.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Differs from sophgo-mq: the scale multiplies (there it is the reciprocal), has no jump at small ranges, and is
     calibrated; values below the smallest normal are rounded on the grid of the standard; per channel works.
@@ -47,15 +57,16 @@ def e4m3(scaling: str = "max") -> FakeQuantize:
       >>> fq.apply(torch.tensor([1.1, 19.0, 1000.0]), qp, sq.QScheme())
       tensor([  1.1250,  20.0000, 448.0000])
     """
-    return _float8(torch.float8_e4m3fn, scaling)
+    return _float8(torch.float8_e4m3fn, scaling, rounding)
 
 
 @FAKE_QUANTIZERS.register("e5m2", "E5M2FakeQuantize", scaling_method="scaling")
-def e5m2(scaling: str = "none") -> FakeQuantize:
+def e5m2(scaling: str = "none", *, rounding: str = "nearest") -> FakeQuantize:
     """OCP FP8 E5M2: 2 mantissa bits, largest value 57344, saturating; otherwise as :func:`e4m3`.
 
     Args:
       scaling: ``"max"``: ``s = amax / 57344``; ``"none"``: ``s = 1``, as in sophgo-mq; ``"mean"``: with ``2 ** -16``.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Differs from sophgo-mq: saturates where that overflows to infinity; per channel works.
 
@@ -64,14 +75,17 @@ def e5m2(scaling: str = "none") -> FakeQuantize:
       >>> sq.fake_quantize.e5m2()
       e5m2(scaling='none')
     """
-    return _float8(torch.float8_e5m2, scaling)
+    return _float8(torch.float8_e5m2, scaling, rounding)
 
 
 @FAKE_QUANTIZERS.register("fp16", "Fp16FakeQuantize")
-def fp16() -> FakeQuantize:
+def fp16(*, rounding: str = "nearest") -> FakeQuantize:
     """IEEE half precision: cast and back.
 
     Beyond 65504 the value is infinite; the gradient is 1, itself cast. The observed scale rounds biases only.
+
+    Args:
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Differs from sophgo-mq: differentiable per channel too.
 
@@ -80,26 +94,30 @@ def fp16() -> FakeQuantize:
       >>> sq.fake_quantizer("fp16").learnable
       ()
     """
-    return _cast(torch.float16)._replace(scales_bias=True)
+    return _cast(torch.float16, rounding)._replace(scales_bias=True)
 
 
 @FAKE_QUANTIZERS.register("bf16", "BF16FakeQuantize")
-def bf16() -> FakeQuantize:
+def bf16(*, rounding: str = "nearest") -> FakeQuantize:
     """bfloat16: cast and back; the gradient is 1, itself cast.
+
+    Args:
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
       >>> sq.fake_quantizer("bf16").integer
       False
     """
-    return _cast(torch.bfloat16)
+    return _cast(torch.bfloat16, rounding)
 
 
-def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
+def _float8(element: torch.dtype, scaling: str, rounding: str) -> FakeQuantize:
     """FP8 numbers of the type ``element``, times a scale."""
     if scaling not in SCALINGS:
         allowed = " or ".join(map(repr, SCALINGS))
         raise ConfigError(explain("FP8", "this scaling is not known", got=scaling, allowed=allowed))
+    draw = drawing("FP8", rounding)
     smallest = torch.finfo(element).smallest_normal * torch.finfo(element).eps
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
@@ -121,7 +139,9 @@ def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         work, scale = working(x), expanded_scale(x, qparams, scheme)
-        return ste(x, (round_to_float8(work / scale, element) * scale).to(x.dtype))
+        unit, drawn = work / scale, draw(x, qparams, noise)
+        quantized = round_to_float8(unit, element) if drawn is None else FORMATS[element].round(unit, drawn)
+        return ste(x, (quantized * scale).to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         unit = working(x.detach()) / expanded_scale(x, qparams, scheme)
@@ -131,7 +151,7 @@ def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
         unit = codes.values.to(torch.float64 if dtype == torch.float64 else torch.float32)
         return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         init,
         apply,
         integer=False,
@@ -142,13 +162,20 @@ def _float8(element: torch.dtype, scaling: str) -> FakeQuantize:
         uncoded=always_coded,
         element=element,
     )
+    return with_rounding(fake, rounding)
 
 
-def _cast(element: torch.dtype) -> FakeQuantize:
+def _cast(element: torch.dtype, rounding: str) -> FakeQuantize:
     """Rounding to the floating type ``element``, without a scale."""
+    draw = drawing(str(element).removeprefix("torch."), rounding)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return round_to_dtype(x, element)
+        drawn = draw(x, qparams, noise)
+        if drawn is None:
+            return round_to_dtype(x, element)
+        finite = torch.where(x.isfinite(), x, 0)
+        gradient = round_to_dtype(finite - finite.detach(), element)  # a zero, with the gradient of the cast
+        return FORMATS[element].round(x, drawn) + gradient
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return Codes(x.detach().to(element), {})
@@ -156,7 +183,7 @@ def _cast(element: torch.dtype) -> FakeQuantize:
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         return codes.values.to(dtype)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         kept,
         apply,
         integer=False,
@@ -168,3 +195,4 @@ def _cast(element: torch.dtype) -> FakeQuantize:
         uncoded=always_coded,
         element=element,
     )
+    return with_rounding(fake, rounding)

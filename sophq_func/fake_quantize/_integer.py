@@ -12,6 +12,7 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.modes import may_differentiate
 from sophq_func.core.pytree import tree_map
+from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import Order, fake_quantize, prepared
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
@@ -20,10 +21,13 @@ from sophq_func.numerics.scheme import PerTensor, QScheme
 
 
 @FAKE_QUANTIZERS.register("fixed", "FixedFakeQuantize")
-def fixed() -> FakeQuantize:
+def fixed(*, rounding: str = "nearest") -> FakeQuantize:
     """Scale and zero point are constants: ``y = (clamp(round(x * (1 / s)) + z, n, p) - z) * s``.
 
     Gradient: 1 to ``x`` where the code is inside ``[n, p]``, else 0; none to scale and zero point.
+
+    Args:
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
@@ -32,14 +36,17 @@ def fixed() -> FakeQuantize:
       >>> fq.apply(torch.tensor([0.7, 9.0]), qp, scheme)
       tensor([0.5000, 3.5000])
     """
+    draw = drawing("fixed", rounding)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel")
+        constant = tree_map(torch.Tensor.detach, qparams)
+        return fake_quantize(x, constant, scheme, "kernel", noise=draw(x, qparams, noise))
 
     def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
-        return prepared(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel", factor=factor)
+        constant = tree_map(torch.Tensor.detach, qparams)
+        return prepared(x, constant, scheme, "kernel", factor=factor, noise=draw(x, qparams))
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         kept,
         apply,
         prepare=prepare,
@@ -47,10 +54,11 @@ def fixed() -> FakeQuantize:
         decode=affine.decode,
         uncoded=affine.uncoded,
     )
+    return with_rounding(fake, rounding)
 
 
 @FAKE_QUANTIZERS.register("learnable", "LearnableFakeQuantize", "lsq")
-def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
+def learnable(use_grad_scaling: bool = True, *, rounding: str = "nearest") -> FakeQuantize:
     """Learned step size, and zero point where the scheme is affine (LSQ, arXiv:1902.08153).
 
     Forward as :func:`fixed` per tensor; per channel and per group in expression order, ``round(x / s + z)``. Gradients
@@ -60,6 +68,7 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
 
     Args:
       use_grad_scaling: multiply the gradients of scale and zero point by ``g``; else ``g = 1``.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Differs from sophgo-mq: half inputs come back as half; a symmetric zero point is not a learnable leaf; the state is
     not rewritten by the forward.
@@ -70,6 +79,7 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
       ('scale', 'zero_point')
     """
     _check_grad_scaling("learnable", use_grad_scaling)
+    draw = drawing("learnable", rounding)
 
     def order_of(scheme: QScheme) -> Order:
         return "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
@@ -85,10 +95,12 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
         return QParams(scale, zero_point, qparams.extras)
 
     def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
-        return prepared(x, in_force(x, qparams, scheme), scheme, order_of(scheme), factor=factor)
+        current = in_force(x, qparams, scheme)
+        return prepared(x, current, scheme, order_of(scheme), factor=factor, noise=draw(x, qparams))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return prepare(x, None, qparams, scheme)()
+        current = in_force(x, qparams, scheme)
+        return fake_quantize(x, current, scheme, order_of(scheme), noise=draw(x, qparams, noise))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(x, in_force(x, qparams, scheme), scheme, order_of(scheme))
@@ -96,7 +108,7 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         return affine.decode(codes, in_force(codes.values, qparams, scheme), scheme, dtype)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         _with_float_zero_point,
         apply,
         ("scale", "zero_point"),
@@ -105,10 +117,11 @@ def learnable(use_grad_scaling: bool = True) -> FakeQuantize:
         decode=decode,
         uncoded=affine.uncoded,
     )
+    return with_rounding(fake, rounding)
 
 
 @FAKE_QUANTIZERS.register("lsq_plus", "LSQPlusFakeQuantize")
-def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
+def lsq_plus(use_grad_scaling: bool = True, *, rounding: str = "nearest") -> FakeQuantize:
     """Learned step size and offset (LSQ+, arXiv:2004.09576).
 
     ``y = s (clamp(round(x / s + z), n, p) - z)``, the paper's formula with ``z = -beta / s`` for its offset ``beta``. Here
@@ -118,6 +131,7 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
 
     Args:
       use_grad_scaling: multiply the gradients of scale and zero point by that factor.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Example:
       >>> import sophq_func as sq
@@ -126,6 +140,7 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
       tensor([-0.2500,  0.7500])
     """
     _check_grad_scaling("lsq_plus", use_grad_scaling)
+    draw = drawing("lsq_plus", rounding)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         scale, zero_point = positive(qparams.scale), qparams.zero_point
@@ -134,7 +149,8 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
             scale = _scale_grad(scale, factor)
             if zero_point.is_floating_point():
                 zero_point = _scale_grad(zero_point, factor)
-        return fake_quantize(x, QParams(scale, zero_point, qparams.extras), scheme, "expression", whole=False)
+        current = QParams(scale, zero_point, qparams.extras)
+        return fake_quantize(x, current, scheme, "expression", whole=False, noise=draw(x, qparams, noise))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "expression", whole=False)
@@ -142,7 +158,7 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         return affine.decode(codes, qparams._replace(scale=positive(qparams.scale)), scheme, dtype, whole=False)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         _with_float_zero_point,
         apply,
         ("scale", "zero_point"),
@@ -150,6 +166,7 @@ def lsq_plus(use_grad_scaling: bool = True) -> FakeQuantize:
         decode=decode,
         uncoded=partial(affine.uncoded, whole=False),
     )
+    return with_rounding(fake, rounding)
 
 
 def _check_grad_scaling(where: str, use_grad_scaling: object) -> None:

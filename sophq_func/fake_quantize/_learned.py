@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.pytree import sorted_dict, tree_map
+from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import fake_quantize, ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, Decode, FakeQuantize, GridInForce, QParams
@@ -24,7 +25,7 @@ A range that went through a scale and back has an error of a few roundings, of 2
 
 
 @FAKE_QUANTIZERS.register("pact", "PACTFakeQuantize")
-def pact(alpha: float = 6.0) -> FakeQuantize:
+def pact(alpha: float = 6.0, *, rounding: str = "nearest") -> FakeQuantize:
     """Clip at a learned bound, then quantize the clipped range (PACT, arXiv:1805.06085).
 
     ``y = Q(clip(x, l, alpha))``; ``l`` is ``-alpha`` where the scheme is symmetric, else ``extras["n_alpha"]``, at first
@@ -37,6 +38,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
 
     Args:
       alpha: initial bound, > 0.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Differs from sophgo-mq: clips always, not only while observing; ``alpha`` has its gradient also where the bound is
     rounded to a code beyond the grid; works per channel and per group.
@@ -48,6 +50,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
       >>> fq.apply(torch.tensor([-9.0, 1.2, 9.0]), qp, scheme)
       tensor([-4.,  2.,  2.])
     """
+    draw = drawing("pact", rounding)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ConfigError(explain("pact", "alpha must be a positive number", got=alpha, allowed="a number above 0"))
 
@@ -74,13 +77,13 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         clipped = clip(x, qparams, scheme)
         constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
-        quantized = fake_quantize(clipped.detach(), constant, scheme, "kernel")
+        quantized = fake_quantize(clipped.detach(), constant, scheme, "kernel", noise=draw(x, qparams, noise))
         return ste(clipped, quantized).to(x.dtype)
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(clip(x.detach(), qparams, scheme), grid(qparams, scheme), scheme, "kernel")
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         init,
         apply,
         ("alpha", "n_alpha"),
@@ -89,6 +92,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
         decode=_decoding(grid),
         uncoded=affine.uncoded,
     )
+    return with_rounding(fake, rounding)
 
 
 def _decoding(grid: GridInForce) -> Decode:
@@ -113,7 +117,7 @@ def _clip_bounds(qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor]:
 
 
 @FAKE_QUANTIZERS.register("tqt", "TqtFakeQuantize")
-def tqt() -> FakeQuantize:
+def tqt(*, rounding: str = "nearest") -> FakeQuantize:
     """A learned threshold whose step is a power of two (TQT, arXiv:1903.08066).
 
     ``extras["log2_t"]``, initially the base-2 logarithm of the observed range, is learned. ``s = 2 ** ceil(log2_t) /
@@ -125,6 +129,9 @@ def tqt() -> FakeQuantize:
     ``log2_t``: ``s ln(2) (round(x / s) - x / s)`` inside, ``s ln(2) n`` and ``s ln(2) p`` beyond, where ``n`` and ``p`` are
     the smallest and largest code.
 
+    Args:
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
+
     Differs from sophgo-mq: the threshold is learned; no kind of tensor has to be set first; one rounding for all kinds;
     small scales are not replaced by 1; affine, per channel and per group work.
 
@@ -135,6 +142,7 @@ def tqt() -> FakeQuantize:
       >>> qp.scale, fq.apply(torch.tensor([0.3, 3.0]), qp, scheme)
       (tensor(0.1250), tensor([0.2500, 0.8750]))
     """
+    draw = drawing("tqt", rounding)
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
@@ -158,12 +166,14 @@ def tqt() -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         learned = grid(qparams, scheme)
-        return fake_quantize(x, learned._replace(zero_point=learned.zero_point.detach()), scheme, "kernel")
+        constant_zero = learned._replace(zero_point=learned.zero_point.detach())
+        return fake_quantize(x, constant_zero, scheme, "kernel", noise=draw(x, qparams, noise))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(x, grid(qparams, scheme), scheme, "kernel")
 
-    return FakeQuantize(init, apply, ("log2_t",), grid=grid, encode=encode, decode=_decoding(grid), uncoded=affine.uncoded)
+    fake = FakeQuantize(init, apply, ("log2_t",), grid=grid, encode=encode, decode=_decoding(grid), uncoded=affine.uncoded)
+    return with_rounding(fake, rounding)
 
 
 def _bits(low: Bound, high: Bound) -> Tensor | int:

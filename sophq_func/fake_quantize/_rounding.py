@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.pytree import sorted_dict
+from sophq_func.fake_quantize._noise import uniform
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import fake_quantize, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
@@ -164,7 +165,7 @@ def qdrop(prob: float = 1.0) -> FakeQuantize:
         quantized = fake_quantize(x, applied, scheme, "quotient")
         if prob == 1:
             return quantized
-        return torch.where(uniform("qdrop", qparams, noise) < prob, quantized, x)
+        return torch.where(uniform("qdrop", x, qparams, noise) < prob, quantized, x)
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(x, qparams._replace(scale=positive(qparams.scale)), scheme, "quotient")
@@ -176,13 +177,3 @@ def qdrop(prob: float = 1.0) -> FakeQuantize:
         return "it rounds at random" if prob < 1 else affine.uncoded(qparams, scheme)
 
     return FakeQuantize(kept, apply, ("scale",), noise=prob < 1, encode=encode, decode=decode, uncoded=uncoded)
-
-
-def uniform(where: str, qparams: QParams, noise: Tensor | None) -> Tensor:
-    """The argument ``noise``, or else that of ``extras``; :class:`StateError` where there is neither."""
-    if noise is not None:
-        return noise
-    if "noise" not in qparams.extras:
-        fix = "qparams = q.with_noise(params, qparams, generator, *args), or apply(..., noise=torch.rand_like(x))"
-        raise StateError(explain(where, "quantizing at random needs noise", fix=fix))
-    return qparams.extras["noise"]

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.pytree import tree_map
+from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import fake_quantize, ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
+from sophq_func.numerics.formats import whole
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, expanded_bounds, min_max, positive, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
@@ -27,7 +29,7 @@ TANH_MARGIN = 1e-5
 
 
 @FAKE_QUANTIZERS.register("dorefa", "DoReFaFakeQuantize")
-def dorefa(mapping: str = "paper") -> FakeQuantize:
+def dorefa(mapping: str = "paper", *, rounding: str = "nearest") -> FakeQuantize:
     """Weights through tanh onto ``[-1, 1]``, then quantized (DoReFa, arXiv:1606.06160).
 
     ``t = tanh(x)``, ``m = max |t|`` over the whole tensor, NaN left out, at least 2 ** -46. ``"paper"``: ``y = 2 Q(t / (2
@@ -41,6 +43,7 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
 
     Args:
       mapping: ``"paper"`` or, as sophgo-mq has it, ``"tanh"``.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise: what is unbiased is ``Q``, not the mapping before it.
 
     Differs from sophgo-mq: that has the second mapping only, and maps even where quantization is off.
 
@@ -51,6 +54,7 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
       >>> fq.apply(torch.tensor([-0.5, 0.1, 2.0]), qp, scheme)
       tensor([-0.3333,  0.3333,  1.0000])
     """
+    draw = drawing("dorefa", rounding)
     if mapping not in MAPPINGS:
         allowed = " or ".join(map(repr, MAPPINGS))
         raise ConfigError(explain("dorefa", "this mapping is not known", got=mapping, allowed=allowed))
@@ -70,9 +74,9 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if mapping == "tanh":
             constant = tree_map(torch.Tensor.detach, qparams)
-            return fake_quantize(_mapped(x), constant, scheme, "kernel").to(x.dtype)
+            return fake_quantize(_mapped(x), constant, scheme, "kernel", noise=draw(x, qparams, noise)).to(x.dtype)
         unit, steps = to_unit(x), grid_steps(x, qparams, scheme)
-        level = ((unit / 2 + 0.5) * steps).round()
+        level = whole((unit / 2 + 0.5) * steps, draw(x, qparams, noise))
         return ste(unit, (2 * level - steps) / steps).to(x.dtype)
 
     def to_unit(x: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
             return "0 lies between two of its codes"
         return affine.uncoded(qparams, scheme)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         init,
         apply,
         integer=mapping == "tanh",
@@ -116,6 +120,7 @@ def dorefa(mapping: str = "paper") -> FakeQuantize:
         uncoded=uncoded,
         local=False,
     )
+    return with_rounding(fake, rounding)
 
 
 def _peak(t: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics.affine import ste, working
 from sophq_func.numerics.blocks import from_blocks, to_blocks
 from sophq_func.numerics.codebooks import codebook_named
@@ -29,7 +30,7 @@ LARGEST_CODE = 127
 
 
 @FAKE_QUANTIZERS.register("fp4", "FP4FakeQuantize")
-def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
+def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0, *, rounding: str = "nearest") -> FakeQuantize:
     """The nearest entry of a table, times a scale (OCP MX v1.0 and arXiv:2305.14314 for tables).
 
     ``y = T(x / s) * s`` with ``s = amax * quantile / max(table)``; of two equally near entries the lower. ``amax`` is the
@@ -40,6 +41,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
       data_type: ``"fp4_e2m1"``, ``"fp4"`` (also ``"fp4_e2m1_bnb"``), ``"fp6_e3m2"``, ``"fp6_e2m3"``, ``"nf4"``, ``"af4"``,
         ``"nf8"`` or ``"int4"``.
       quantile: share of ``amax`` that the largest entry stands for.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Differs from sophgo-mq: the default is FP4, not FP6; E2M1 has 0.5; the gradient passes; the range is calibrated; any
     granularity.
@@ -53,6 +55,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
     """
     table = codebook_named("fp4", data_type)
     check_quantile("fp4", quantile)
+    draw = drawing("fp4", rounding)
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
@@ -66,7 +69,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         scale = expanded_scale(x, qparams, scheme)
-        return ste(x, (table.round(working(x) / scale) * scale).to(x.dtype))
+        return ste(x, (table.round(working(x) / scale, draw(x, qparams, noise)) * scale).to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return Codes(indices(table, working(x.detach()) / expanded_scale(x, qparams, scheme)), {})
@@ -76,7 +79,7 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
         unit = unit.to(torch.float64 if dtype == torch.float64 else torch.float32)
         return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
 
-    return FakeQuantize(
+    fake = FakeQuantize(
         init,
         apply,
         integer=False,
@@ -87,11 +90,17 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0) -> FakeQuantize:
         uncoded=always_coded,
         element=table,
     )
+    return with_rounding(fake, rounding)
 
 
 @FAKE_QUANTIZERS.register("fpxgroup", "FPXGROUPFakeQuantize")
 def fpxgroup(
-    data_type: str = "fp6_e3m2", group_size: int = 128, double_quant: bool = False, quantile: float = 1.0
+    data_type: str = "fp6_e3m2",
+    group_size: int = 128,
+    double_quant: bool = False,
+    quantile: float = 1.0,
+    *,
+    rounding: str = "nearest",
 ) -> FakeQuantize:
     """As :func:`fp4`, with a scale for each run of ``group_size`` elements of the flattened tensor.
 
@@ -104,6 +113,7 @@ def fpxgroup(
       group_size: elements for each scale; 0 or less: the whole tensor.
       double_quant: the scales themselves are rounded to FP8 E4M3, ``E4M3(s m) / m`` with ``m = 448 / max(s)``.
       quantile: share of ``amax`` that the largest entry stands for.
+      rounding: ``"nearest"``, or ``"stochastic"`` by uniform noise, unbiased within the grid, same gradient.
 
     Differs from sophgo-mq: options instead of environment variables; the shape is kept; the gradient passes; the size
     need not divide the tensor.
@@ -117,6 +127,7 @@ def fpxgroup(
     """
     table = codebook_named("fpxgroup", data_type)
     check_quantile("fpxgroup", quantile)
+    draw = drawing("fpxgroup", rounding)
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise ConfigError(explain("fpxgroup", "group_size must be an int", got=group_size, allowed="an int"))
     if not isinstance(double_quant, bool):
@@ -125,13 +136,16 @@ def fpxgroup(
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if x.numel() == 0:
             return x
-        groups = to_blocks(working(x).detach().reshape(-1), group_size if group_size > 0 else x.numel())
+        size = group_size if group_size > 0 else x.numel()
+        groups, drawn = to_blocks(working(x).detach().reshape(-1), size), draw(x, qparams, noise)
+        if drawn is not None:
+            drawn = to_blocks(drawn.reshape(-1), size)
         amax = torch.where(groups.isfinite(), groups, 0).abs().amax(-1, keepdim=True)
         scale = amax * quantile / table.largest
         if double_quant:
             multiplier = E4M3.largest / scale.amax().clamp(min=LEAST_SCALE)
             scale = E4M3.round(scale * multiplier) / multiplier
-        quantized = table.round(groups / scale.clamp(min=LEAST_SCALE)) * scale
+        quantized = table.round(groups / scale.clamp(min=LEAST_SCALE), drawn) * scale
         return ste(x, from_blocks(quantized, x.reshape(-1)).reshape(x.shape).to(x.dtype))
 
     def uncoded(qparams: QParams, scheme: QScheme) -> str:
@@ -140,7 +154,8 @@ def fpxgroup(
     scale_bits = 8 if double_quant else 32  # FP8 E4M3 or float32
     scale_share = scale_bits / group_size if group_size > 0 else 0
     bits = code_bits(table) + scale_share
-    return FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False, uncoded=uncoded, local=False)
+    fake = FakeQuantize(kept, apply, integer=False, resizable=False, bits=bits, scaled=False, uncoded=uncoded, local=False)
+    return with_rounding(fake, rounding)
 
 
 @FAKE_QUANTIZERS.register("nnie", "NNIEFakeQuantize")

@@ -68,6 +68,7 @@ def observe_quantized(
     """See :meth:`sophq_func.Quantized.observe_quantized`."""
     engine.check(params, ostate, "observe_quantized", "ostate")
     engine.check_state(qparams, "qparams")
+    engine.check_kinds(qparams)
     states = dict(ostate)
     observing, quantizing = engine.observing(states), engine.quantizing(qparams)
 

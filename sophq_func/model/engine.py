@@ -22,6 +22,7 @@ from sophq_func.model.finite import check_reached
 from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
+from sophq_func.model.shapes import check_kinds, kind_of
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_weights, round_biases
 from sophq_func.numerics.contracts import QParams, State
@@ -76,6 +77,12 @@ class Engine:
             "ostate": state_types(self.quantizers),
             "qparams": dict.fromkeys((*self.quantizers, *self.sources), QParams),
         }
+        # those of frozen weights are not read
+        read = self.running if frozen else self.quantizers
+        self._kinds = {
+            name: kind_of(quantizer.scheme, quantizer.fake_quantize.learnable)
+            for name, quantizer in (*read.items(), *self.sources.items())
+        }
         # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
         copied = frozenset(plan.written) if whole is None else None
         self.loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied)
@@ -91,6 +98,8 @@ class Engine:
         """
         self.skeleton.check(params, where)
         self.check_state(state, what)
+        if what == "qparams":
+            self.check_kinds(state)
 
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
@@ -106,6 +115,10 @@ class Engine:
                 because = "no observer makes it"
                 fix = f"qparams[{name!r}]._replace(extras={{{extra!r}: ...}}), or another fake quantizer"
                 yield explain(name, sentence, because=because, fix=fix)
+
+    def check_kinds(self, qparams: Mapping[str, QParams]) -> None:
+        """Raise a :class:`StateError` that names each of the qparams whose shapes, dtypes or extras are not the plan's."""
+        check_kinds(qparams, self._kinds)
 
     def observing(self, states: OState) -> Effect:
         """The effect of a run that observes: values stay, and their observers' states in ``states`` are replaced."""

@@ -24,7 +24,8 @@ def with_noise(
     kwargs: Kwargs,
 ) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.with_noise`."""
-    engine.check(params, qparams, "with_noise", "qparams")
+    engine.skeleton.check(params, "with_noise")
+    engine.check_state(qparams, "qparams")
     _check_generator(generator)
     likes = _weights_with_noise(engine, params) | _values_with_noise(engine, params, args, kwargs)
     new = dict(qparams)

@@ -6,6 +6,8 @@ from sophq_func.numerics import codebooks as codebooks
 from sophq_func.numerics import compiled as compiled
 from sophq_func.numerics import contracts as contracts
 from sophq_func.numerics import eager as eager
+from sophq_func.numerics import eager_forward as eager_forward
+from sophq_func.numerics import eager_gradients as eager_gradients
 from sophq_func.numerics import formats as formats
 from sophq_func.numerics import layout as layout
 from sophq_func.numerics import pieces as pieces

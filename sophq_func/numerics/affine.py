@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core import modes
-from sophq_func.numerics import eager, ranges
+from sophq_func.numerics import eager, formats, ranges
 from sophq_func.numerics.compiled import keeping_layout, materialized, recomputed
 from sophq_func.numerics.contracts import Codes, QParams
 from sophq_func.numerics.layout import expand
@@ -65,7 +65,14 @@ def folded(quantize: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor) -> T
 
 
 def fake_quantize(
-    x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True, factor: Tensor | None = None
+    x: Tensor,
+    qparams: QParams,
+    scheme: QScheme,
+    order: Order,
+    *,
+    whole: bool = True,
+    factor: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize with the straight-through surrogate of LSQ (arXiv:1902.08153).
 
@@ -83,6 +90,8 @@ def fake_quantize(
       whole: the zero point is made a code: clamped to the bounds and rounded, with a straight-through gradient; otherwise
         it is used as it is.
       factor: compute ``quantize(x * factor) / factor`` as :func:`folded` does; broadcasts against ``x``.
+      noise: uniform in [0, 1) and shaped like ``x``: a code inside is rounded stochastically. What is inside, and so the
+        mask of the gradient, is decided by rounding to the nearest.
 
     Returns:
       A tensor like ``x``.
@@ -92,11 +101,18 @@ def fake_quantize(
       >>> fake_quantize(torch.tensor([0.26, -1.3]), qp, QScheme(bits=4), "kernel")
       tensor([ 0.3000, -0.8000])
     """
-    return prepared(x, qparams, scheme, order, whole=whole, factor=factor)()
+    return prepared(x, qparams, scheme, order, whole=whole, factor=factor, noise=noise)()
 
 
 def prepared(
-    x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True, factor: Tensor | None = None
+    x: Tensor,
+    qparams: QParams,
+    scheme: QScheme,
+    order: Order,
+    *,
+    whole: bool = True,
+    factor: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Callable[[], Tensor]:
     """A thunk that returns :func:`fake_quantize`.
 
@@ -110,14 +126,14 @@ def prepared(
     zero = None
     if not scheme.symmetric:
         zero = expand(materialized(_zero_point(qparams, scheme, whole)), x, granularity)
-    if whole and eager.fits(work, scale, low, high, factor):
-        rounding = eager.Rounding(low, high, reciprocal=order == "kernel", shifted=order == "expression")
-        y = eager.prepared(work, scale, zero, rounding, factor)
+    if whole and noise is None and eager.fits(work, scale, low, high, factor):
+        reciprocal, shifted = order == "kernel", order == "expression"
+        y = eager.prepared(work, scale, zero, (low, high), factor, reciprocal=reciprocal, shifted=shifted)
         return y if work is x else lambda: y().to(x.dtype)
     if factor is None:  # then what is rounded is ``x`` itself, and the step is the scale
-        y = partial(recomputed, _composed, work, work, scale, scale, zero, low, high, order)
+        y = partial(recomputed, _composed, work, work, scale, scale, zero, low, high, order, noise)
     else:
-        y = partial(_composed_folded, work, factor, scale, zero, low, high, order)
+        y = partial(_composed_folded, work, factor, scale, zero, low, high, order, noise)
     return lambda: keeping_layout(y().to(x.dtype), granularity)
 
 
@@ -192,17 +208,32 @@ def nearest(y: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
 
 
 def _composed_folded(
-    x: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
+    x: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    low: Bound,
+    high: Bound,
+    order: Order,
+    noise: Tensor | None,
 ) -> Tensor:
     """:func:`_composed` with a factor folded in, and ``x`` where the factor is 0."""
     dead, safe = ranges.guarded(factor)
     safe = materialized(safe)
-    y = recomputed(_composed, x, x * safe, scale, materialized(scale / safe), zero, low, high, order)
+    y = recomputed(_composed, x, x * safe, scale, materialized(scale / safe), zero, low, high, order, noise)
     return torch.where(dead, x, y)
 
 
 def _composed(
-    x: Tensor, scaled: Tensor, scale: Tensor, step: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order
+    x: Tensor,
+    scaled: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    low: Bound,
+    high: Bound,
+    order: Order,
+    noise: Tensor | None,
 ) -> Tensor:
     """:func:`fake_quantize` as a composition of torch functions: for small tensors, transforms and compilers.
 
@@ -217,17 +248,16 @@ def _composed(
       zero: the zero point; ``None`` means 0.
       low, high: outermost codes.
       order: in which order the code is computed.
+      noise: uniform numbers to round by; ``None``: to the nearest.
     """
     if not modes.may_differentiate():
-        clamped = clamp(_rounded(_ratio(scaled, scale, order), zero, order), low, high)
+        _, clamped = _codes(_ratio(scaled, scale, order), zero, low, high, order, noise)
         return step * (clamped if zero is None else clamped - zero)
     fixed_step = step.detach()
     fixed_zero = None if zero is None else zero.detach()
     ratio = _ratio(scaled.detach(), scale.detach(), order)
-    code = _rounded(ratio, fixed_zero, order)
-    clamped = clamp(code, low, high)
+    inside, clamped = _codes(ratio, fixed_zero, low, high, order, noise)
     level = clamped if fixed_zero is None else clamped - fixed_zero
-    inside = clamped == code
     if zero is not None and fixed_zero is not None:
         # dy/dz = -s outside: the zero point moves the outermost values; inside it cancels
         level = level - torch.where(inside, 0, zero - fixed_zero)
@@ -254,11 +284,27 @@ def _ratio(x: Tensor, scale: Tensor, order: Order) -> Tensor:
     return x * scale.reciprocal() if order == "kernel" else x / scale
 
 
-def _rounded(ratio: Tensor, zero: Tensor | None, order: Order) -> Tensor:
+def _codes(
+    ratio: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The mask of codes inside the bounds, and all codes, clamped.
+
+    With noise, what is inside is drawn; where the nearest code lies outside, the bound stays, whatever the noise says.
+    """
+    code = _rounded(ratio, zero, order)
+    clamped = clamp(code, low, high)
+    inside = clamped == code
+    if noise is None:
+        return inside, clamped
+    drawn = clamp(_rounded(ratio, zero, order, noise), low, high)
+    return inside, torch.where(inside, drawn.detach(), clamped)
+
+
+def _rounded(ratio: Tensor, zero: Tensor | None, order: Order, noise: Tensor | None = None) -> Tensor:
     """The code of a quotient, before clamping."""
     if zero is None:
-        return ratio.round()
-    return (ratio + zero).round() if order == "expression" else ratio.round() + zero
+        return formats.whole(ratio, noise)
+    return formats.whole(ratio + zero, noise) if order == "expression" else formats.whole(ratio, noise) + zero
 
 
 def _zero_point(qparams: QParams, scheme: QScheme, whole: bool) -> Tensor:

@@ -178,7 +178,8 @@ class FakeQuantize(NamedTuple):
       learnable: fields of the qparams that may be learned: ``"scale"``, ``"zero_point"``, or names of extras.
       integer: values are integers times the scale of ``grid``, so that this scale can also round a bias.
       noise: ``apply`` needs uniform numbers in [0, 1) shaped like ``x``: its ``noise`` argument, or ``extras["noise"]``
-        of the qparams. Where both are missing it raises a ``StateError``; ``q.with_noise`` provides them.
+        of the qparams. Where both are missing it raises a ``StateError``; ``q.with_noise`` provides them. Where this is
+        ``False``, noise that is given is a ``StateError``, too: nothing would read it.
       grid: see :class:`GridInForce`.
       scales_bias: the scale of ``grid`` rounds a bias although the codes of values are not integers.
       prepare: see :class:`Prepare`; given where it takes fewer passes over ``x`` than ``apply(x * factor) / factor``.

@@ -73,7 +73,7 @@ class Integer:
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Round half to even, and saturate; see :class:`Format`."""
-        code = _whole(_wide(x) / self.step, noise)
+        code = whole(_wide(x) / self.step, noise)
         return (code * self.step).clamp(self.smallest, self.largest).to(x.dtype)
 
 
@@ -131,7 +131,7 @@ class Float:
         exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=self.smallest_exponent)
         # rounding happens at the last bit of the mantissa, which is scaled to 1
         last_bit = exponent - self.mantissa_bits
-        rounded = torch.ldexp(_whole(torch.ldexp(work, -last_bit), noise), last_bit)
+        rounded = torch.ldexp(whole(torch.ldexp(work, -last_bit), noise), last_bit)
         if self.saturate:
             return rounded.clamp(-self.largest, self.largest).to(x.dtype)
         if self.finite_only:
@@ -303,8 +303,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _whole(code: Tensor, noise: Tensor | None) -> Tensor:
-    """Rounded half to even, or stochastically."""
+def whole(code: Tensor, noise: Tensor | None) -> Tensor:
+    """Whole numbers: rounded half to even, or with noise stochastically, see :meth:`Format.round`."""
     if noise is None:
         return code.round()
     down = code.floor()

@@ -39,7 +39,10 @@ def rows(x: Tensor, granularity: Granularity) -> Tensor:
 
 def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
     """A scale-shaped ``value`` reshaped, and repeated where need be, so that it broadcasts against ``x``."""
-    if value.ndim == 0 or isinstance(granularity, PerTensor):
+    if value.ndim == 0:
+        return value
+    if isinstance(granularity, PerTensor):
+        _check_shape(value, [], x, granularity)
         return value
     if isinstance(granularity, PerToken):
         _check_shape(value, list(x.shape[:-1]), x, granularity)
@@ -57,6 +60,15 @@ def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
         return value.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
     full = value.unsqueeze(-1).expand(*value.shape, granularity.size)
     return full.reshape([x.shape[axis], *rest]).movedim(0, axis)
+
+
+def scale_axes(granularity: Granularity) -> int | None:
+    """How many axes scales have; ``None`` where they have as many as the tensor, but one."""
+    if isinstance(granularity, PerToken):
+        return None
+    if isinstance(granularity, PerTensor):
+        return 0
+    return 2 if isinstance(granularity, PerGroup | PerBlock) else 1
 
 
 def _check_shape(value: Tensor, expected: list[int], x: Tensor, granularity: Granularity) -> None:

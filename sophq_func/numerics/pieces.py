@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams
@@ -21,6 +22,8 @@ def build(spec: Spec) -> FakeQuantize:
     static = FAKE_QUANTIZERS.build(spec)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        if not static.noise and (noise is not None or "noise" in qparams.extras):
+            raise StateError(_unused_noise(spec))
         return static.apply(x, in_force(static, x, qparams, scheme), scheme, noise)
 
     if static.encode is None or static.decode is None:
@@ -45,6 +48,12 @@ def build(spec: Spec) -> FakeQuantize:
         return static_decode(codes, qparams, scheme, dtype)
 
     return static._replace(apply=apply, encode=encode, decode=decode)
+
+
+def _unused_noise(spec: Spec) -> str:
+    because = "with these options it does not quantize at random"
+    fix = "leave the noise out, or name a quantizer that takes it, such as fixed(rounding='stochastic')"
+    return explain(repr(spec), "it is given noise and has no use for it", because=because, fix=fix)
 
 
 def in_force(fake: FakeQuantize, x: Tensor, qparams: QParams, scheme: QScheme) -> QParams:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,3 +84,95 @@ def test_an_ensemble_over_noises_is_one_vmap() -> None:
     outs = torch.vmap(lambda qparams: q.apply(params, qparams, x))(stacked)
     for out, own in zip(outs, noises, strict=True):
         torch.testing.assert_close(out, q.apply(params, own, x))
+
+
+STOCHASTIC = sq.fake_quantize.fixed(rounding="stochastic")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [STOCHASTIC, sq.fake_quantize.learnable(rounding="stochastic"), sq.fake_quantize.e4m3(rounding="stochastic")],
+    ids=lambda spec: spec.name,
+)
+def test_stochastic_rounding_in_a_model_is_unbiased(spec: sq.Spec) -> None:
+    """With a BatchNorm folded in, too: it is the folded weight that is rounded."""
+    q, params, qparams, x = prepared(spec)
+    weights = [name for name in q.plan if name.endswith("weight_fake_quant")]
+    generator = seeded(0)
+    draws = [q.capture(params, q.with_noise(params, qparams, generator, x), x) for _ in range(64)]
+    for name in weights:
+        before = draws[0][name][0]
+        mean = torch.stack([one[name][1] for one in draws]).mean(0)
+        step = torch.stack([one[name][1] for one in draws]).std(0).max()
+        # the outermost code of a symmetric grid is half a step short of the range
+        inner = before.abs() < 0.9 * before.abs().amax(tuple(range(1, before.ndim)), keepdim=True)
+        # five standard deviations of a mean of 64
+        assert float((mean - before)[inner].abs().max()) <= 5 * float(step) / 8
+    q_nearest, _, _, _ = prepared(sq.Spec(spec.name, tuple(o for o in spec.options if o[0] != "rounding")))
+    exact = q_nearest.apply(params, qparams, x)
+    noisy = q.apply(params, q.with_noise(params, qparams, seeded(1), x), x)
+    assert not torch.equal(noisy, exact)
+    assert float((noisy - exact).norm() / exact.norm()) < 0.5
+
+
+def test_each_member_of_a_map_may_draw_inside_it() -> None:
+    q, params, qparams, x = prepared(STOCHASTIC)
+    generator = seeded(0)
+
+    def f(shift: Tensor) -> Tensor:
+        return q.apply(params, q.with_noise(params, qparams, generator, x + shift), x + shift)
+
+    outs = torch.vmap(f, randomness="different")(torch.zeros(3))
+    assert not torch.equal(outs[0], outs[1])
+    same = torch.vmap(f, randomness="same")(torch.zeros(3))
+    torch.testing.assert_close(same[0], same[1])
+
+
+def test_a_step_of_training_through_stochastic_rounding_has_gradients_everywhere() -> None:
+    q, params, qparams, x = prepared(sq.fake_quantize.learnable(rounding="stochastic"))
+    learnable, rest = q.split(q.with_noise(params, qparams, seeded(0), x))
+
+    def loss(learnable: dict[str, Tensor]) -> Tensor:
+        return q.apply(params, sq.merge(learnable, rest), x).square().mean()
+
+    gradient = torch.func.grad(loss)(learnable)
+    assert gradient.keys() == learnable.keys()
+    assert all(bool(g.isfinite().all()) and bool((g != 0).any()) for g in gradient.values())
+
+
+def test_a_dynamic_scheme_rounds_stochastically_too() -> None:
+    model, x = nn.Linear(16, 4).eval(), torch.randn(8, 16, generator=seeded(0))
+    value = sq.override(granularity=sq.PerToken(), dynamic=True, fake_quantize=STOCHASTIC)
+    q = sq.quantize(model, sq.QuantConfig(weight=None, activation=value), example_args=(x,))
+    params = sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    outs = [q.apply(params, q.with_noise(params, qparams, seeded(seed), x), x) for seed in (0, 1)]
+    assert not torch.equal(*outs)
+
+
+@pytest.mark.parametrize("has_noise", [False, True], ids=["without noise", "with noise"])
+def test_what_is_rounded_at_random_does_not_leave(has_noise: bool, tmp_path: Path) -> None:
+    """An exit promises the numbers of apply, which differ from draw to draw; the plan with 'nearest' takes the qparams."""
+    q, params, qparams, x = prepared(STOCHASTIC)
+    given = q.with_noise(params, qparams, seeded(0), x) if has_noise else qparams
+    with pytest.raises(sq.StateError, match=r"rounds at random.*rounding='nearest'"):
+        sq.convert(q, params, given)
+    with pytest.raises(sq.ConfigError, match="rounds at random"):
+        sq.export.tables(q, params, given, tmp_path)
+    nearest, _, _, _ = prepared(sq.fake_quantize.fixed())
+    assert sq.convert(nearest, params, qparams)
+
+
+def test_leftover_noise_is_refused_by_a_plan_without_use_for_it() -> None:
+    q, params, qparams, x = prepared(STOCHASTIC)
+    noisy = q.with_noise(params, qparams, seeded(0), x)
+    nearest, _, _, _ = prepared(sq.fake_quantize.fixed())
+    with pytest.raises(sq.StateError, match="has no use for it"):
+        nearest.apply(params, noisy, x)
+
+
+def test_an_option_that_is_by_keyword_leaves_specs_and_plans_as_they_were() -> None:
+    assert sq.fake_quantize.fixed() == sq.fake_quantize.fixed(rounding="nearest") == sq.Spec("fixed")
+    assert repr(STOCHASTIC) == "fixed(rounding='stochastic')"
+    q, _, _, _ = prepared(STOCHASTIC)
+    assert sq.Plan.from_json(q.plan.to_json()) == q.plan

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sophq_func as sq
 from sophq_func.core.registry import Spec
-from sophq_func.numerics import eager
+from sophq_func.numerics import eager, eager_forward, eager_gradients
 from sophq_func.numerics.affine import fake_quantize
 from tests.contracts import over_static_schemes, sample
 
@@ -43,8 +43,8 @@ def applied(scheme: sq.QScheme, order: Any) -> Callable[..., Tensor]:
 
 def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Any]) -> tuple[list[Tensor], list[Tensor]]:
     """What the function gives, in blocks that leave a rest, and what the composition does."""
-    monkeypatch.setattr(eager, "BLOCK", 10)
-    monkeypatch.setattr(eager, "BACKWARD_BLOCK", 10)
+    monkeypatch.setattr(eager_forward, "BLOCK", 10)
+    monkeypatch.setattr(eager_gradients, "BACKWARD_BLOCK", 10)
     found = []
     for size in (0, 2**60):
         monkeypatch.setattr(eager, "LARGE", size)
@@ -158,7 +158,7 @@ def test_bounds_may_be_data(order: Any, bits: float, scheme: sq.QScheme, monkeyp
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-def test_bounds_that_are_learned_or_mapped_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_that_are_learned_take_the_composition_and_mapped_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "LARGE", 0)
     x, scale, bound = sample(0), torch.tensor(0.3), torch.tensor(7.0)
     assert eager.fits(x, scale, -bound, bound)
@@ -167,7 +167,53 @@ def test_bounds_that_are_learned_or_mapped_take_the_composition(monkeypatch: pyt
     assert not eager.fits(x, scale, -bound.expand(3), bound.expand(3))
     seen = []
     torch.func.vmap(lambda b: seen.append(eager.fits(x, scale, -b, b)) or b)(torch.ones(2))
-    assert seen == [False]
+    assert seen == [True]
+
+
+def bounds_seen(bound: Tensor, transform: Callable[..., Any]) -> list[bool]:
+    """Whether each call of a transformed function finds bounds that are constants."""
+    x, scale, seen = sample(0), torch.tensor(0.3), []
+
+    def f(b: Tensor) -> Tensor:
+        seen.append(eager.fits(x, scale, -b, b))
+        return b.square().sum()
+
+    transform(f)(bound)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        lambda f: lambda b: torch.func.jvp(f, (b,), (b,)),
+        lambda f: torch.func.vmap(torch.func.grad(f)),
+        lambda f: torch.func.grad(lambda b: torch.func.vmap(f)(b).sum()),
+        lambda f: lambda b: torch.func.jvp(torch.func.vmap(f), (b,), (b,)),
+    ],
+    ids=["grad", "jvp", "vmap of grad", "grad of vmap", "jvp of vmap"],
+)
+def test_a_derivative_of_a_bound_at_any_level_is_seen(
+    transform: Callable[..., Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "LARGE", 0)
+    is_mapped = "vmap" in request.node.callspec.id
+    bound = torch.tensor([7.0, 3.0]) if is_mapped else torch.tensor(7.0)
+    assert bounds_seen(bound, transform) == [False]
+
+
+def test_a_mapped_bound_may_have_been_made_inside_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bit widths are: the gradient's level wraps what is computed in it, whether it differentiates it or not."""
+    monkeypatch.setattr(eager, "LARGE", 0)
+    x, scale, seen = sample(0), torch.tensor(0.3), []
+
+    def loss(x: Tensor, bits: Tensor) -> Tensor:
+        high = torch.exp2(bits - 1)
+        seen.append(eager.fits(x, scale, -high, high))
+        return x.square().sum()
+
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(x, torch.tensor([2.0, 4.0]))
+    assert seen == [True]
 
 
 @over_static_schemes
