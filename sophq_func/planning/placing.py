@@ -11,6 +11,7 @@ from sophq_func.config.matching import matches_type
 from sophq_func.config.rules import QuantConfig, requested
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Placement, Requests, Strategy
+from sophq_func.planning.strategies import constants
 from sophq_func.planning.values import node_site, value_site
 
 
@@ -41,11 +42,20 @@ def place(graph: Graph, strategy: Strategy, config: QuantConfig) -> Placed:
     def site_of(name: str) -> Site:
         return node_site(graph, graph.nodes[name])
 
-    placement = strategy.place(graph, _requests(config, site_of, used))
+    placement = _without_constants(graph, strategy.place(graph, _requests(config, site_of, used)))
     chosen_by_rules, matched = _chosen_by_rules(graph, config)
     # Where both choose a value, the reason that is told is the strategy's.
     chosen = {**chosen_by_rules, **placement.chosen}
     return Placed(placement._replace(chosen=chosen), frozenset(used | matched))
+
+
+def _without_constants(graph: Graph, placement: Placement) -> Placement:
+    """A placement without quantizers on zeros, ones and the like, which have no range to calibrate."""
+    left_out = constants(graph)
+    if not left_out:
+        return placement
+    chosen = {value: why for value, why in placement.chosen.items() if value not in left_out}
+    return placement._replace(chosen=chosen)
 
 
 def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int]) -> Requests:

@@ -22,7 +22,7 @@ from torch import nn
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.names import value_quantizer
 from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
-from sophq_func.core.operations import ALL, CONTRACTIONS, DROPOUTS, MOVES
+from sophq_func.core.operations import ALL, CONSTANTS, CONTRACTIONS, DROPOUTS, MOVES
 from sophq_func.numerics.scheme import override
 from sophq_func.observers import fixed_range
 from sophq_func.planning.strategies._base import floating_operands
@@ -81,13 +81,19 @@ def moved(graph: Graph, operand: Operand) -> Operand | None:
     if not operand.value:
         return None
     producer = graph.producer(operand.value)
-    if not moves(producer) or not producer.operands:
+    if not producer.operands or not (moves(producer) or _transposes_parameter(producer)):
         return None
     before = producer.operands[0]
     if before.value:
         # Converted from integers or booleans: the source has no grid that this could be on.
         return before if graph.values[before.value].floating else None
     return before if before.parameter else None
+
+
+def _transposes_parameter(node: Node) -> bool:
+    """Whether a node reads an attribute of a parameter, or of a view of one, that is another view: ``T`` or ``mT``."""
+    # Of other tensors it is a value of its own: which attribute is read, a run cannot tell when it is compiled.
+    return node.function == "get" and node.operands[0].axes is not None
 
 
 def source_of(graph: Graph, operand: Operand) -> Operand:
@@ -120,9 +126,12 @@ def signals(graph: Graph) -> frozenset[str]:
     carrying: set[str] = set()
     for node in graph:
         is_source = node.kind == "input" or bool(node.parameters)
-        if is_source or any(operand.parameter or operand.value in carrying for operand in node.operands):
-            carrying.update(value for value in node.outputs if graph.values[value].floating)
-    return frozenset(carrying)
+        depends = is_source or any(operand.parameter or operand.value in carrying for operand in node.operands)
+        if depends and node.function not in CONSTANTS:
+            values = [graph.values[value] for value in node.outputs]
+            # Complex and sparse values are not quantized, and what is computed from them may be.
+            carrying.update(value.name for value in values if value.floating or value.kind)
+    return frozenset(value for value in carrying if graph.values[value].floating)
 
 
 def choose(graph: Graph, requests: Requests, wanted: Callable[[Graph, Node, Requests], Iterable[Operand]]) -> dict[str, str]:

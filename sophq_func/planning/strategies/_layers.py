@@ -12,10 +12,10 @@ from sophq_func.config.strategies import PLACEMENTS, Placement, Requests, Strate
 from sophq_func.core.operations import LAYERS
 from sophq_func.planning.strategies._dataflow import MULTIPLIERS, choose, contracted, source_of
 
-FUNCTIONS = LAYERS.keys() - {"embedding", "bilinear"}
+FUNCTIONS = LAYERS.keys() - {"embedding", "embedding_bag", "bilinear"}
 """Functions that count as layers: an embedding has no input to quantize, a bilinear layer two.
 
-``MULTIPLIERS`` leave out the modules that call these two.
+``MULTIPLIERS`` leave out the modules that call these.
 """
 
 INPUT = ("0", "input")
