@@ -6,6 +6,7 @@ express them.
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from sophq_func.codes import FROM_THE_TENSOR, Grid, Stored
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import is_regrouped
 from sophq_func.numerics.formats import FLOAT8
+from sophq_func.numerics.layout import channel_axes
 from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
 
 TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16)
@@ -33,6 +35,8 @@ class LinearGrid(NamedTuple):
       ends: for one scale, the real numbers of the outermost codes, if the dtype has codes beyond them; values are clipped
         to them before QuantizeLinear, which clips to the dtype only.
       number: for one scale, scale and zero point as Python numbers.
+      axes, shape: of a weight with channels along several axes, these axes, and its shape with them in front; its codes are
+        a matrix with a row for each channel. Empty otherwise.
     """
 
     scale: Tensor
@@ -43,6 +47,8 @@ class LinearGrid(NamedTuple):
     size: int = 0
     ends: tuple[float, float] | None = None
     number: tuple[float, int] = (1.0, 0)
+    axes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +67,12 @@ class LinearGrid(NamedTuple):
         info = torch.iinfo(self.dtype) if not self.dtype.is_floating_point else None
         return info is None or (info.min, info.max) == (self.low, self.high)
 
+    def in_own_layout(self, real: Tensor) -> Tensor:
+        """The numbers of a weight in the layout of the parameter, from those in the layout of its codes."""
+        if not self.shape:
+            return real
+        return real.reshape(self.shape).movedim(tuple(range(len(self.axes))), self.axes)
+
     def unsigned(self) -> LinearGrid:
         """The same grid with int8 codes shifted by 128 to uint8; other dtypes unchanged."""
         if self.dtype != torch.int8:
@@ -71,7 +83,7 @@ class LinearGrid(NamedTuple):
 
 
 class LinearCodes(NamedTuple):
-    """A weight or a bias as codes on a linear grid, in the layout of the parameter."""
+    """A weight or a bias as codes on a linear grid, in the layout of the parameter or as :class:`LinearGrid` says."""
 
     codes: Tensor
     grid: LinearGrid
@@ -84,6 +96,8 @@ def value_linear(piece: RunQuantizer, grid: Grid) -> LinearGrid | str:
     granularity, ndim = grid.granularity, len(piece.site.shape)
     if not isinstance(granularity, PerTensor | PerChannel):
         return f"no operator has {type(granularity).__name__} on an activation"
+    if isinstance(granularity, PerChannel) and isinstance(granularity.axis, tuple):
+        return "no operator has channels along several axes of an activation"
     if isinstance(granularity, PerTensor):
         return _linear(grid, None)
     if ndim < 2:
@@ -98,6 +112,8 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
     if isinstance(granularity, PerChannel | PerGroup) and is_regrouped(stored.site):
         return "the output channels of a grouped deconvolution lie along two axes"
     if isinstance(granularity, PerChannel | PerGroup):
+        if isinstance(granularity.axis, tuple):
+            return _as_rows(as_float8, granularity)
         axis = (granularity.axis or 0) % max(stored.codes.ndim, 1)
     if isinstance(granularity, PerGroup):
         size = granularity.size
@@ -115,6 +131,27 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
         scale, zero_point = linear.scale.repeat_interleave(rows, 0), linear.zero_point.repeat_interleave(rows, 0)
         linear = linear._replace(scale=scale, zero_point=zero_point)
     return LinearCodes(as_float8.codes.to(linear.dtype), linear)
+
+
+def _as_rows(stored: Stored, granularity: PerChannel | PerGroup) -> LinearCodes | str:
+    """A weight with channels along several axes, or with groups of all its elements, as a matrix: a row for each channel."""
+    linear = _linear(stored.grid, 0)
+    if isinstance(linear, str):
+        return linear
+    axes = channel_axes(stored.codes, granularity)
+    in_front = stored.codes.movedim(axes, tuple(range(len(axes))))
+    count = prod(in_front.shape[: len(axes)])
+    length = prod(in_front.shape[len(axes) :])
+    size = granularity.size if isinstance(granularity, PerGroup) else 0
+    shape = (count, length // size) if size else (count,)
+    linear = linear._replace(
+        scale=linear.scale.reshape(shape),
+        zero_point=linear.zero_point.reshape(shape),
+        size=size,
+        axes=axes,
+        shape=tuple(in_front.shape),
+    )
+    return LinearCodes(in_front.reshape(count, length).to(linear.dtype), linear)
 
 
 def _as_float8(stored: Stored) -> Stored:
