@@ -23,13 +23,11 @@ Axes: TypeAlias = tuple[tuple[int, ...], ...]
 CONVERSIONS = frozenset(("clone", "contiguous", "detach", "float", "to", "type_as")) | DROPOUTS
 """Operations that keep each number in its place: on indices, a conversion to another dtype would round."""
 
-CHOICES = frozenset(
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool2d max_pool3d".split()
-)
+CHOICES = frozenset("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool2d max_pool3d".split())
 """Operations that choose numbers by their size: they would choose other indices than numbers."""
 
-FOLLOWED = (MOVES | DROPOUTS | {"get"}) - CHOICES
-"""Operations that are followed; ``get`` reads an attribute, such as ``T`` or ``mT``."""
+FOLLOWED = (MOVES | DROPOUTS) - CHOICES
+"""Operations that are followed."""
 
 EXACT = 2**24
 """Whole numbers up to this one are exact in float32."""

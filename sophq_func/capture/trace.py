@@ -399,7 +399,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """The address of a tensor's storage; ``None`` without elements, since empty storages share one address, or without one."""
+    """The address of a tensor's storage; ``None`` for sparse tensors, and for empty ones, which share one address."""
     if tensor.layout in SPARSE:
         return None
     return tensor.untyped_storage().data_ptr() if tensor.numel() else None

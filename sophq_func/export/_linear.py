@@ -6,6 +6,7 @@ express them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from sophq_func.codes import FROM_THE_TENSOR, Grid, Stored
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import is_regrouped
 from sophq_func.numerics.formats import FLOAT8
-from sophq_func.numerics.layout import channel_axes
 from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
 
 TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16)
@@ -67,6 +67,13 @@ class LinearGrid(NamedTuple):
         info = torch.iinfo(self.dtype) if not self.dtype.is_floating_point else None
         return info is None or (info.min, info.max) == (self.low, self.high)
 
+    def as_matrix(self, x: Tensor) -> Tensor:
+        """A weight, or its codes, in the layout of the codes, from the layout of the parameter."""
+        if not self.shape:
+            return x
+        in_front = x.movedim(self.axes, tuple(range(len(self.axes))))
+        return in_front.reshape(prod(self.shape[: len(self.axes)]), prod(self.shape[len(self.axes) :]))
+
     def in_own_layout(self, real: Tensor) -> Tensor:
         """The numbers of a weight in the layout of the parameter, from those in the layout of its codes."""
         if not self.shape:
@@ -90,16 +97,18 @@ class LinearCodes(NamedTuple):
 
 
 def value_linear(piece: RunQuantizer, grid: Grid) -> LinearGrid | str:
-    """The linear grid of an activation's quantizer; or why it has none, as a clause."""
+    """The linear grid of the quantizer of a value; or why it has none, as a clause."""
     if grid.dynamic:
         return FROM_THE_TENSOR
     granularity, ndim = grid.granularity, len(piece.site.shape)
     if not isinstance(granularity, PerTensor | PerChannel):
         return f"no operator has {type(granularity).__name__} on an activation"
-    if isinstance(granularity, PerChannel) and isinstance(granularity.axis, tuple):
-        return "no operator has channels along several axes of an activation"
     if isinstance(granularity, PerTensor):
         return _linear(grid, None)
+    if isinstance(granularity.axis, tuple):
+        if piece.site.role == "weight":
+            return _by_rows(grid, piece.site.shape, granularity)
+        return "no operator has channels along several axes of an activation"
     if ndim < 2:
         return "no operator has PerChannel on a tensor of one axis"
     return _linear(grid, (granularity.axis or 0) % ndim)
@@ -113,7 +122,10 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
         return "the output channels of a grouped deconvolution lie along two axes"
     if isinstance(granularity, PerChannel | PerGroup):
         if isinstance(granularity.axis, tuple):
-            return _as_rows(as_float8, granularity)
+            by_rows = _by_rows(as_float8.grid, as_float8.codes.shape, granularity)
+            if isinstance(by_rows, str):
+                return by_rows
+            return LinearCodes(by_rows.as_matrix(as_float8.codes).to(by_rows.dtype), by_rows)
         axis = (granularity.axis or 0) % max(stored.codes.ndim, 1)
     if isinstance(granularity, PerGroup):
         size = granularity.size
@@ -133,25 +145,29 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
     return LinearCodes(as_float8.codes.to(linear.dtype), linear)
 
 
-def _as_rows(stored: Stored, granularity: PerChannel | PerGroup) -> LinearCodes | str:
-    """A weight with channels along several axes, or with groups of all its elements, as a matrix: a row for each channel."""
-    linear = _linear(stored.grid, 0)
+def _by_rows(grid: Grid, shape: Sequence[int], granularity: PerChannel | PerGroup) -> LinearGrid | str:
+    """The grid of a weight with channels along several axes, or with groups of all its elements, as that of a matrix.
+
+    Args:
+      grid: of the weight.
+      shape: of the weight.
+      granularity: with a tuple of axes.
+    """
+    linear = _linear(grid, 0)
     if isinstance(linear, str):
         return linear
-    axes = channel_axes(stored.codes, granularity)
-    in_front = stored.codes.movedim(axes, tuple(range(len(axes))))
-    count = prod(in_front.shape[: len(axes)])
-    length = prod(in_front.shape[len(axes) :])
+    assert isinstance(granularity.axis, tuple)
+    axes = granularity.axis
+    channels, rest = [shape[i] for i in axes], [size for i, size in enumerate(shape) if i not in axes]
     size = granularity.size if isinstance(granularity, PerGroup) else 0
-    shape = (count, length // size) if size else (count,)
-    linear = linear._replace(
-        scale=linear.scale.reshape(shape),
-        zero_point=linear.zero_point.reshape(shape),
+    scales = (prod(channels), prod(rest) // size) if size else (prod(channels),)
+    return linear._replace(
+        scale=linear.scale.reshape(scales),
+        zero_point=linear.zero_point.reshape(scales),
         size=size,
         axes=axes,
-        shape=tuple(in_front.shape),
+        shape=(*channels, *rest),
     )
-    return LinearCodes(in_front.reshape(count, length).to(linear.dtype), linear)
 
 
 def _as_float8(stored: Stored) -> Stored:

@@ -178,7 +178,8 @@ class Program(nn.Module):
         if grid is None:
             return x
         value = self._values[name]
-        return self._target.quantize(x, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
+        scale, zero_point = self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point")
+        return grid.in_own_layout(self._target.quantize(grid.as_matrix(x), scale, zero_point, grid))
 
 
 def program(

@@ -19,7 +19,7 @@ from sophq_func.config.site import Site, WeightSite
 from sophq_func.numerics.affine import folded, switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
 from sophq_func.numerics.ranges import positive
-from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, QScheme, QuantizerConfig
+from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerToken, QScheme, QuantizerConfig
 
 Params = Mapping[str, Tensor]
 """Parameters and buffers of a model, by canonical name."""
@@ -213,15 +213,15 @@ LOOKUPS = frozenset(("embedding", "embedding_bag"))
 def block_axis(site: Site, granularity: Granularity, ndim: int) -> int:
     """The axis along which the blocks of a weight lie, counted from the end: the last one that is summed over.
 
-    It is the last of all where no axis is summed over, or which ones is not known; for values, too, and for scales of
-    blocks of rows and columns, which belong to the weight as it is.
+    It is the last of all where no axis is summed over; for values, too, and where scales belong to blocks or rows of the
+    weight as it is.
 
     Args:
       site: of the weight.
       granularity: of its scales.
       ndim: how many axes the weight has.
     """
-    if site.role != "weight" or site.operation in LOOKUPS or isinstance(granularity, PerBlock):
+    if site.role != "weight" or site.operation in LOOKUPS or isinstance(granularity, PerBlock | PerToken):
         return -1
     kept = site.axis if isinstance(site.axis, tuple) else (site.axis,)
     summed = set(range(-ndim, 0)) - {axis if axis < 0 else axis - ndim for axis in kept}

@@ -88,13 +88,19 @@ def _check_axis(granularity: PerChannel | PerGroup) -> None:
     axis = granularity.axis
     if isinstance(axis, int | None):
         return
-    if isinstance(axis, list | tuple) and all(type(item) is int and item >= 0 for item in axis):
-        if list(axis) == sorted(set(axis)):
-            object.__setattr__(granularity, "axis", tuple(axis))
-            return
+    if _is_ascending(axis):
+        object.__setattr__(granularity, "axis", tuple(axis))
+        return
     where = type(granularity).__name__
     allowed = "an int, None, or a tuple of ints from 0 in ascending order"
     raise ConfigError(explain(where, "this is no axis", got=axis, allowed=allowed, fix=f"{where}(axis=0)"))
+
+
+def _is_ascending(axis: object) -> bool:
+    """Whether this is a list or tuple of different axes, counted from the front, in ascending order."""
+    if not isinstance(axis, list | tuple) or not all(type(item) is int and item >= 0 for item in axis):
+        return False
+    return list(axis) == sorted(set(axis))
 
 
 Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken

@@ -110,10 +110,10 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
 
 def _shape_problems(places: Sequence[WeightPlace], outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     """Problems with weights that cannot be cut into groups or blocks as they are configured."""
-    for place in places:
-        outcome = outcomes[place.site.quantizer]
+    for weight in places:
+        outcome = outcomes[weight.site.quantizer]
         if outcome.config is not None:
-            yield from shape_problems(outcome.site, outcome.config, place.unknown)
+            yield from shape_problems(outcome.site, outcome.config, weight.unknown)
 
 
 def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]]) -> Site:

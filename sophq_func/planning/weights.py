@@ -253,7 +253,8 @@ def _of_other_kinds(graph: Graph, strategy: Strategy, layers: tuple[type, ...]) 
     """A remark on each operand that would be quantized if its numbers were not complex or sparse."""
     for node in graph:
         if node.is_module(*strategy.weights, *layers):
-            kinds = {name: graph.kinds[name] for name in node.parameters.values() if name in graph.kinds}
+            weights = [name for attribute, name in node.parameters.items() if attribute.startswith("weight")]
+            kinds = {name: graph.kinds[name] for name in weights if name in graph.kinds}
             if not kinds and node.options.get("weight_kind"):
                 kinds = {f"the weight of {node.name}": node.options["weight_kind"]}
             kinds |= {_called(graph, operand): operand.kind for operand in node.operands[:1] if operand.kind}

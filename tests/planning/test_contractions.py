@@ -97,9 +97,7 @@ SPELLINGS: dict[str, Spelling] = {
     "einsum, weight alone summed": Spelling(lambda x, w: torch.einsum("ni,oj->n", x, w), "ni", "oj", ""),
     "attention": Spelling(lambda x, w: F.scaled_dot_product_attention(x, w, w), "bni", "boi", "b"),
     "conv1d": Spelling(lambda x, w: F.conv1d(x, w), "bin", "oik", "o"),
-    "convolution": Spelling(
-        lambda x, w: torch.convolution(x, w, None, [1], [0], [1], False, [0], 1), "bin", "oik", "o"
-    ),
+    "convolution": Spelling(lambda x, w: torch.convolution(x, w, None, [1], [0], [1], False, [0], 1), "bin", "oik", "o"),
     "transposed convolution": Spelling(
         lambda x, w: torch.convolution(x, w, None, [1], [0], [1], True, [0], 1), "bin", "iok", "o"
     ),

@@ -81,19 +81,13 @@ def moved(graph: Graph, operand: Operand) -> Operand | None:
     if not operand.value:
         return None
     producer = graph.producer(operand.value)
-    if not producer.operands or not (moves(producer) or _transposes_parameter(producer)):
+    if not moves(producer) or not producer.operands:
         return None
     before = producer.operands[0]
     if before.value:
         # Converted from integers or booleans: the source has no grid that this could be on.
         return before if graph.values[before.value].floating else None
     return before if before.parameter else None
-
-
-def _transposes_parameter(node: Node) -> bool:
-    """Whether a node reads an attribute of a parameter, or of a view of one, that is another view: ``T`` or ``mT``."""
-    # Of other tensors it is a value of its own: which attribute is read, a run cannot tell when it is compiled.
-    return node.function == "get" and node.operands[0].axes is not None
 
 
 def source_of(graph: Graph, operand: Operand) -> Operand:
@@ -104,7 +98,12 @@ def source_of(graph: Graph, operand: Operand) -> Operand:
 
 
 def wanted(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
-    """The operands of a node that the strategy quantizes."""
+    """The operands of a node that the strategy quantizes; complex and sparse ones stay float."""
+    return [operand for operand in _of_interest(graph, node, requests) if not operand.kind]
+
+
+def _of_interest(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
+    """The operands of a node that the strategy quantizes, whatever their numbers are."""
     if node.is_module(*CONTRACTING_MODULES, *requests.layers):
         # A bilinear layer multiplies two inputs, a cell of an RNN its input and its state.
         count = 2 if node.is_module(nn.Bilinear, nn.RNNCellBase) else 1

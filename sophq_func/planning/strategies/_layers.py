@@ -29,9 +29,9 @@ def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
     """
     # A module reads its input first; its weight is a parameter, which is quantized without being chosen here.
     if node.is_module(*MULTIPLIERS, *requests.layers):
-        return list(node.operands[:1])
+        return [operand for operand in node.operands[:1] if not operand.kind]
     if node.function in FUNCTIONS:
-        operands = [operand for operand in node.operands if contracted(node, operand)]
+        operands = [operand for operand in node.operands if contracted(node, operand) and not operand.kind]
         return [operand if operand.role in INPUT else source_of(graph, operand) for operand in operands]
     return list(node.operands) if requests.listed(node) else []
 
