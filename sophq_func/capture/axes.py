@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.capture._torch import is_empty_shell
 from sophq_func.core.operations import DROPOUTS, MOVES
 from sophq_func.core.pytree import flatten, tensors
 from sophq_func.core.types import Args, Kwargs, Output
@@ -25,6 +26,9 @@ CONVERSIONS = frozenset(("clone", "contiguous", "detach", "float", "to", "type_a
 
 CHOICES = frozenset("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool2d max_pool3d".split())
 """Operations that choose numbers by their size: they would choose other indices than numbers."""
+
+STRIDED = frozenset(("view", "view_as"))
+"""Operations that need an operand whose strides fit."""
 
 FOLLOWED = (MOVES | DROPOUTS) - CHOICES
 """Operations that are followed."""
@@ -41,11 +45,29 @@ def indices(tensor: Tensor) -> list[Tensor]:
     made = []
     for axis, size in enumerate(tensor.shape):
         dtype = torch.float32 if size < EXACT else torch.float64
-        index = torch.arange(1, size + 1, dtype=dtype, device=tensor.device)
+        index = torch.arange(1, size + 1, dtype=dtype, device=_device(tensor))
         shape = [1] * tensor.ndim
         shape[axis] = size
         made.append(index.reshape(shape).expand(tensor.shape))
     return made
+
+
+def _device(tensor: Tensor) -> torch.device:
+    """Where indices of a tensor lie: beside it, unless it has no numbers at all."""
+    return torch.device("cpu") if is_empty_shell(tensor) else tensor.device
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """A tensor that a call takes beside its first operand; in the place of one without numbers some that vary everywhere."""
+    if not is_empty_shell(tensor):
+        return tensor
+    places = torch.zeros(tensor.shape, dtype=torch.int64, device="cpu")
+    for axis, size in enumerate(tensor.shape):
+        shape = [1] * tensor.ndim
+        shape[axis] = size
+        places = places + torch.arange(size, device="cpu").reshape(shape)
+    # Whatever is looked up with them has two entries at least, or this moves nothing.
+    return (places % 2).to(tensor.dtype)
 
 
 def same_axes(ndim: int) -> Axes:
@@ -69,26 +91,25 @@ def moved(
       indices: of the first operand.
       made: what the call made.
     """
-    if name in CONVERSIONS:
-        return [[index.to(tensor.device) for index in indices] for tensor in made]
     items, rebuild = flatten((args, kwargs))
     source = next(item for item in items if isinstance(item, Tensor))
-    of_axes = []
+    if any(tensor.dtype != source.dtype for tensor in made) and name not in CONVERSIONS:
+        return [None] * len(made)  # a view of the same bits as other numbers
+    if name in CONVERSIONS:
+        return [[index.to(_device(tensor)) for index in indices] for tensor in made]
+    others = [item for item in items if isinstance(item, Tensor) and item is not source]
+    if any(map(is_empty_shell, others)):
+        if min(source.shape, default=0) < 2:
+            return [None] * len(made)
+        items = [_numbers(item) if isinstance(item, Tensor) and item is not source else item for item in items]
+    of_made: list[list[Tensor]] = [[] for _ in made]
     for index in indices:
-        # A view of the index, since an operation may change the shape of its operand in place.
-        replaced = [index.view_as(index) if item is source else item for item in items]
-        new_args, new_kwargs = rebuild(replaced)
-        of_axes.append(tensors(func(*new_args, **new_kwargs)))
-    if any(len(results) != len(made) for results in of_axes):
-        return [None] * len(made)
-    return [_of_result(tensor, [results[i] for results in of_axes]) for i, tensor in enumerate(made)]
-
-
-def _of_result(made: Tensor, moved_indices: list[Tensor]) -> list[Tensor] | None:
-    """The indices of one result; ``None`` if they do not have its shape, as for a view in another dtype."""
-    if any(index.shape != made.shape for index in moved_indices):
-        return None
-    return [_small(index) for index in moved_indices]
+        # Any view of a contiguous tensor exists. Elsewhere a view, since an operation may change its operand in place.
+        operand = index.contiguous() if name in STRIDED else index.view_as(index)
+        new_args, new_kwargs = rebuild([operand if item is source else item for item in items])
+        for of_one, result in zip(of_made, tensors(func(*new_args, **new_kwargs)), strict=False):
+            of_one.append(_small(result))
+    return [of_one if len(of_one) == len(indices) else None for of_one in of_made]
 
 
 def _small(index: Tensor) -> Tensor:

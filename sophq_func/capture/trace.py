@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.capture import axes
+from sophq_func.capture._torch import without_fakes
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
 from sophq_func.capture.frame import Frame, Function
 from sophq_func.capture.graph import Graph, Node, Operand, Option, Scope, Value
@@ -131,6 +132,13 @@ class _Known(NamedTuple):
     operand: Operand
 
 
+class _Moved(NamedTuple):
+    """Where on a parameter the numbers of a tensor lie: their indices along each axis, and which axes run along which."""
+
+    indices: list[Tensor]
+    axes: axes.Axes
+
+
 UNKNOWN = Operand(role="", slot=0)
 """The operand for a tensor that no recorded call made, such as a constant."""
 
@@ -148,8 +156,7 @@ class _Recorder(Frame):
         self._values: dict[str, Value] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._kinds: dict[str, str] = {}
-        # Of tensors that were only moved from a parameter, by identity: where on it each number lay.
-        self._indices: dict[int, list[Tensor]] = {}
+        self._moved: dict[int, _Moved] = {}  # tensors that were only moved from a parameter, by identity
         self._names = CallNames(skeleton.paths)
         self._counts: dict[tuple[str, str], int] = {}  # of counted calls, by path and function
         self._inputs: dict[int, _Input] = {}  # by identity of the original
@@ -258,23 +265,22 @@ class _Recorder(Frame):
         if not taken:
             return
         source = taken[0]
-        indices = self._indices.get(id(source))
-        if indices is None:
-            if not self._operand(source).parameter or not _is_floating(source):
-                return
-            indices = axes.indices(source)
-        with self.aside():
+        known = self._moved.get(id(source))
+        if known is None and not (self._operand(source).parameter and _is_floating(source)):
+            return
+        with self.aside(), without_fakes():
+            indices = axes.indices(source) if known is None else known.indices
             moved = axes.moved(name, func, args, kwargs, indices, made)
-        for tensor, of_tensor in zip(made, moved, strict=True):
-            if of_tensor is not None:
-                self._indices[id(tensor)] = of_tensor
+            for tensor, of_tensor in zip(made, moved, strict=True):
+                if of_tensor is not None:
+                    self._moved[id(tensor)] = _Moved(of_tensor, axes.axes_of(of_tensor, tensor.ndim))
 
     def _axes(self, tensor: Tensor, operand: Operand) -> axes.Axes | None:
         """Which axes of a parameter run along those of a tensor; ``None`` for one that was not moved from a parameter."""
         if operand.parameter:
             return axes.same_axes(tensor.ndim)
-        indices = self._indices.get(id(tensor))
-        return None if indices is None else axes.axes_of(indices, tensor.ndim)
+        moved = self._moved.get(id(tensor))
+        return None if moved is None else moved.axes
 
     def _count(self, path: str, function: str, counted: bool) -> int:
         """How many counted calls of this module or function came before; one more from now on if this one counts."""
