@@ -105,6 +105,10 @@ def _use_of_function(graph: Graph, node: Node, operand: Operand, parameter: str)
         shape = graph.shapes.get(parameter, ())
         return WeightUse(node, "weight", parameter, _kept_axes(node, operand, operand.axes, shape), shape, read=read)
     axes = _kept_axes(node, operand, same_axes(len(operand.shape)), operand.shape)
+    if axes is not None and len(axes) > 1:
+        # The size of an axis that comes from no parameter may be that of the batch, or of a sequence.
+        owned = _owned_axes(graph, operand)
+        axes = tuple(axis for axis in axes if axis in owned)
     return WeightUse(node, "weight", "", axes, operand.shape, operand.slot, read)
 
 
@@ -127,6 +131,40 @@ def _kept_axes(node: Node, operand: Operand, along: Axes | None, shape: tuple[in
         return None
     summed_of_weight = {axis for d in summed for axis in along[d]}
     return _longer((axis for axis in range(len(shape)) if axis not in summed_of_weight), shape)
+
+
+def _owned_axes(graph: Graph, operand: Operand) -> frozenset[int]:
+    """The axes of a computed tensor along which an axis of a parameter runs, as far as shapes tell.
+
+    They are followed through calls that only move a parameter, and from there through calls whose result has the shape to
+    which their operands are broadcast, such as products with scales, norms and masks.
+    """
+    found: dict[str, frozenset[int]] = {}  # by value, which may be reached on many ways
+
+    def owned(tensor: Operand) -> frozenset[int]:
+        if tensor.axes is not None:
+            return frozenset(axis for axis, along in enumerate(tensor.axes) if along)
+        if not tensor.value:
+            return frozenset()
+        if tensor.value not in found:
+            found[tensor.value] = inherited(tensor)
+        return found[tensor.value]
+
+    def inherited(result: Operand) -> frozenset[int]:
+        operands = graph.producer(result.value).operands
+        if not all(_is_broadcast(taken.shape, result.shape) for taken in operands):
+            return frozenset()
+        from_end = {(axis - len(taken.shape), taken.shape[axis]) for taken in operands for axis in owned(taken)}
+        ndim = len(result.shape)
+        return frozenset(axis + ndim for axis, size in from_end if size == result.shape[axis])
+
+    return owned(operand)
+
+
+def _is_broadcast(shape: tuple[int, ...], result: tuple[int, ...]) -> bool:
+    """Whether a tensor of a shape is broadcast to that of a result, or has it."""
+    ends = zip(reversed(shape), reversed(result), strict=False)
+    return len(shape) <= len(result) and all(size in (1, whole) for size, whole in ends)
 
 
 def _longer(axes: Iterable[int], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -158,6 +196,8 @@ def _kept(first: WeightUse, uses: list[WeightUse]) -> Kept:
     """
     # Rows are looked up, not added up: the layer that shares a table with an embedding decides.
     deciding = [use for use in uses if use.is_embedding == first.is_embedding]
+    if not first.parameter:  # it is quantized for its first use alone
+        deciding = [first]
     for use in deciding:
         if use.axes is None:
             return Kept((), f"{use.node.name} does not tell which axes it sums over: one scale", unknown=True)
@@ -170,7 +210,7 @@ def _kept(first: WeightUse, uses: list[WeightUse]) -> Kept:
         from_the_front = not function or function in COUNTED_FROM_THE_FRONT or function.startswith("conv")
         axis = kept[0] if from_the_front else kept[0] - ndim
         return Kept(axis, "" if is_common else f"its uses sum over different axes: scales along axis {kept[0]} alone")
-    return Kept((), "its uses sum over different axes: one scale" if first.axes else "every axis is summed over: one scale")
+    return Kept((), f"{'its uses sum over different axes' if first.axes else 'no axis is its own'}: one scale")
 
 
 class WeightPlace(NamedTuple):

@@ -73,6 +73,39 @@ def test_scales_lie_along_what_no_use_sums_over(case: str) -> None:
     assert bool(note) == bool(plan.site(name).note)
 
 
+COMPUTED: dict[str, tuple[Callable[..., Tensor], object]] = {
+    "scaled": (lambda m, x: x @ (m.w * 2), sq.PerChannel(-1)),
+    "experts": (lambda m, x: torch.bmm(x.expand(3, 4, 8), m.e.mT.tanh() * m.s), sq.PerChannel((0, 2))),
+    "zeros for each example": (
+        lambda m, x: F.scaled_dot_product_attention(m.proj(x.new_zeros(len(x), 5, 8)), x[:, None], x[:, None]),
+        sq.PerTensor(),
+    ),
+    "queries for each example": (
+        lambda m, x: F.scaled_dot_product_attention(m.proj(m.e[:1].expand(len(x), 5, 8)), x[:, None], x[:, None]),
+        sq.PerChannel(-2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED, ids=lambda case: case.replace(" ", "_"))
+def test_computed_weights_have_scales_along_axes_of_parameters(case: str) -> None:
+    f, expected = COMPUTED[case]
+    model = Net(f, w=weight(8, 5), e=weight(3, 5, 8), s=weight(5), proj=nn.Linear(8, 8))
+    rules = (sq.Rule(name="proj", weight=None),)
+    config = sq.QuantConfig(weight=weights_only().weight, activation=None, rules=rules)
+    plan = planned(model, X, config=config)
+    (name,) = plan
+    assert plan[name].scheme.granularity == expected
+
+
+def test_a_computed_weight_that_grows_with_the_batch_runs_for_any_batch() -> None:
+    f, _ = COMPUTED["queries for each example"]
+    model = Net(f, e=weight(3, 5, 8), proj=nn.Linear(8, 8)).eval()
+    got = ready(model, X, config=weights_only(bits=8))
+    x = torch.randn(7, 8)
+    torch.testing.assert_close(got(x), model(x), rtol=0, atol=0.1)
+
+
 def test_a_table_read_through_its_transpose_is_one_weight() -> None:
     model = Net(lambda m, i: m.table(i) @ m.table.weight.T, table=nn.Embedding(5, 4))
     plan = planned(model, torch.tensor([[1, 2]]))
