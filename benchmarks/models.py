@@ -198,6 +198,8 @@ ACCUMULATES = (
     "from layer to layer instead of dying out"
 )
 
+ZEROS = "the model multiplies zeros that it makes itself, and zeros have no range"
+
 HEAD = ("model", "weight quantizers", "activation quantizers", "FLOPs quantized %", "cosine", "all act", "compile", "vmap")
 
 
@@ -234,6 +236,7 @@ def markdown(rows: list[Row]) -> str:
     ]
     reasons = [(row.model, text) for row in rows for text in (row.acting, row.compile, row.vmap) if text != "yes"]
     reasons += [(row.model, f"cosine {row.cosine:.4f}: {ACCUMULATES}") for row in rows if row.cosine < 0.99]
+    reasons += [(row.model, f"FLOPs {row.flops:.1f} %: {ZEROS}") for row in rows if f"{row.flops:.1f}" != "100.0"]
     if reasons:
         lines += ["What falls short, and why:", "", *(f"* {model}: {text}" for model, text in reasons), ""]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import (
     TorchFunctionMode,
@@ -50,6 +51,17 @@ def push_mode(mode: TorchFunctionMode) -> None:
 def without_innermost_mode() -> AbstractContextManager[object]:
     """A context in which the innermost function mode sees nothing."""
     return _pop_mode_temporarily()
+
+
+def is_empty_shell(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def without_fakes() -> AbstractContextManager[object]:
+    """A context in which tensors get numbers, even where a mode around it makes fake ones."""
+    context: AbstractContextManager[object] = unset_fake_temporarily()  # type: ignore[no-untyped-call]
+    return context
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

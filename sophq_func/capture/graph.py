@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from sophq_func.capture.axes import Axes
 from sophq_func.core.operations import family
 
 Class: TypeAlias = type
@@ -27,6 +28,10 @@ class Operand:
       stale: name of the value that an in-place operation wrote into the memory of this tensor, where the call is given
         the tensor object from before that operation; else empty. A call with that object does not see the tensor that a
         quantizer puts in the place of the value.
+      shape: of the tensor in the traced example.
+      axes: of a parameter, or a tensor that was only moved from one: for each axis, which axes of the parameter run along
+        it (:mod:`sophq_func.capture.axes`); ``None`` for others.
+      kind: ``"complex"`` or ``"sparse"`` where its numbers are so; else empty.
     """
 
     role: str
@@ -34,6 +39,9 @@ class Operand:
     value: str = ""
     parameter: str = ""
     stale: str = ""
+    shape: tuple[int, ...] = ()
+    axes: Axes | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +52,12 @@ class Value:
       name: unique; the call's name, with ``.<index>`` where the call makes several tensors.
       node: name of the call.
       index: its place among the tensors that the call makes, from 0.
-      floating: whether its dtype is a floating one.
+      floating: whether its dtype is a floating one, and it is dense.
       shape: that of the tensor in the traced example.
       output: whether the model returns it.
       view: whether it shares memory with an operand of its call.
       overwritten: whether the model returns it and an in-place operation has written into its memory.
+      kind: ``"complex"`` or ``"sparse"`` where its numbers are so; else empty.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Value:
     output: bool = False
     view: bool = False
     overwritten: bool = False
+    kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +91,7 @@ class Node:
       outputs: names of the values that it makes.
       parameters: canonical names of a leaf module's own tensors, by attribute.
       options: plain attributes of a leaf module that decide about quantization (``groups``, ``eps``, ...).
+      constants: of a contraction, its arguments that are no tensors, by role: the equation of an ``einsum``.
       members: the calls of a fused group, first to last; empty otherwise.
       argument: of an input, the name of the argument of ``forward``.
       also: of an input, names of further arguments for which the example has the same tensor.
@@ -102,6 +113,7 @@ class Node:
     outputs: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Option] = field(default_factory=dict)
+    constants: Mapping[str, Option] = field(default_factory=dict)
     members: tuple[Node, ...] = ()
     argument: str = ""
     also: tuple[str, ...] = ()
@@ -199,6 +211,7 @@ class Graph:
       written: names of inputs that the model writes into.
       scopes: calls of modules that are not leaves, in the order in which they end.
       shapes: of the parameters and buffers, by canonical name.
+      kinds: of those parameters and buffers that are complex or sparse, which of the two, by canonical name.
     """
 
     def __init__(
@@ -210,9 +223,11 @@ class Graph:
         written: tuple[str, ...] = (),
         scopes: tuple[Scope, ...] = (),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        kinds: Mapping[str, str] | None = None,
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
         self.opaque, self.written, self.scopes, self.shapes = opaque, written, scopes, dict(shapes or {})
+        self.kinds = dict(kinds or {})
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:

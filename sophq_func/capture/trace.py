@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sophq_func.capture import axes
+from sophq_func.capture._torch import without_fakes
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
 from sophq_func.capture.frame import Frame, Function, item
 from sophq_func.capture.graph import Graph, Node, Operand, Option, Scope, Value
@@ -17,6 +19,7 @@ from sophq_func.capture.naming import CallNames
 from sophq_func.capture.skeleton import Skeleton, params_of
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
+from sophq_func.core.operations import CONTRACTIONS
 from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
@@ -30,6 +33,9 @@ OPTIONS = (
     "track_running_stats",
 )
 """Attributes of leaf modules on which quantization depends."""
+
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+"""Layouts of tensors without a storage of their own."""
 
 
 def trace(
@@ -126,6 +132,13 @@ class _Known(NamedTuple):
     operand: Operand
 
 
+class _Moved(NamedTuple):
+    """Where on a parameter the numbers of a tensor lie: their indices along each axis, and which axes run along which."""
+
+    indices: list[Tensor]
+    axes: axes.Axes
+
+
 UNKNOWN = Operand(role="", slot=0)
 """The operand for a tensor that no recorded call made, such as a constant."""
 
@@ -142,6 +155,8 @@ class _Recorder(Frame):
         self._nodes: dict[str, Node] = {}
         self._values: dict[str, Value] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._kinds: dict[str, str] = {}
+        self._moved: dict[int, _Moved] = {}  # tensors that were only moved from a parameter, by identity
         self._names = CallNames(skeleton.paths)
         self._counts: dict[tuple[str, str], int] = {}  # of counted calls, by path and function
         self._inputs: dict[int, _Input] = {}  # by identity of the original
@@ -154,6 +169,8 @@ class _Recorder(Frame):
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self._shapes[name] = tuple(tensor.shape)
+            if kind := _kind(tensor):
+                self._kinds[name] = kind
             self._note(tensor, replace(UNKNOWN, parameter=name))
 
     def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
@@ -216,10 +233,13 @@ class _Recorder(Frame):
             function=name,
             call=self._count(path, name, counted),
             counted=counted,
+            constants=_constants(func, args, kwargs) if name in CONTRACTIONS else {},
             after=self.before[-1],
         )
         self._note_item(name, args)
         recorded = self._record(node, before, args, kwargs, output)
+        if name in axes.FOLLOWED:
+            self._follow(name, func, args, kwargs, tensors(recorded))
         return None if name == "setitem" else recorded
 
     def _note_item(self, function: str, args: Args) -> None:
@@ -238,7 +258,39 @@ class _Recorder(Frame):
                 self._values[name] = replace(self._values[name], output=True, overwritten=overwritten)
         modules = {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}
         written = [self._nodes[value].argument for _, copy, value in self._inputs.values() if writes_into(copy)]
-        return Graph(self._nodes, self._values, modules, opaque, tuple(written), tuple(self._scopes), self._shapes)
+        return Graph(
+            self._nodes,
+            self._values,
+            modules,
+            opaque,
+            tuple(written),
+            tuple(self._scopes),
+            self._shapes,
+            self._kinds,
+        )
+
+    def _follow(self, name: str, func: Function, args: Args, kwargs: Kwargs, made: list[Tensor]) -> None:
+        """Note where on a parameter the numbers of some results lie, if a call only moved them from there."""
+        taken = tensors((args, kwargs))
+        if not taken:
+            return
+        source = taken[0]
+        known = self._moved.get(id(source))
+        if known is None and not (self._operand(source).parameter and _is_floating(source)):
+            return
+        with self.aside(), without_fakes():
+            indices = axes.indices(source) if known is None else known.indices
+            moved = axes.moved(name, func, args, kwargs, indices, made)
+            for tensor, of_tensor in zip(made, moved, strict=True):
+                if of_tensor is not None:
+                    self._moved[id(tensor)] = _Moved(of_tensor, axes.axes_of(of_tensor, tensor.ndim))
+
+    def _axes(self, tensor: Tensor, operand: Operand) -> axes.Axes | None:
+        """Which axes of a parameter run along those of a tensor; ``None`` for one that was not moved from a parameter."""
+        if operand.parameter:
+            return axes.same_axes(tensor.ndim)
+        moved = self._moved.get(id(tensor))
+        return None if moved is None else moved.axes
 
     def _count(self, path: str, function: str, counted: bool) -> int:
         """How many counted calls of this module or function came before; one more from now on if this one counts."""
@@ -265,7 +317,8 @@ class _Recorder(Frame):
     def _alias(self, tensor: Tensor) -> Tensor:
         """Another object for the same data; making it is not a call of the model."""
         with self.aside():
-            return tensor.view_as(tensor)
+            # A sparse tensor has no views; without a gradient, detaching makes just another object.
+            return tensor.detach() if tensor.layout in SPARSE else tensor.view_as(tensor)
 
     def _overwrite(self, tensor: Tensor, value: str) -> None:
         """A call wrote into ``tensor``, which made ``value``: mark the tensor, and all that share its memory, as stale."""
@@ -297,8 +350,9 @@ class _Recorder(Frame):
                 name=name,
                 node=node.name,
                 index=index,
-                floating=tensor.is_floating_point(),
+                floating=_is_floating(tensor),
                 shape=tuple(tensor.shape),
+                kind=_kind(tensor),
                 view=any(_share_memory(tensor, other) for other in taken),
             )
             self._note(tensor, replace(UNKNOWN, value=name))
@@ -309,7 +363,17 @@ class _Recorder(Frame):
         operands: list[Operand] = []
 
         def add(role: str, tensor: Tensor) -> Tensor:
-            operands.append(replace(self._operand(tensor), role=role, slot=len(operands)))
+            known = self._operand(tensor)
+            operands.append(
+                replace(
+                    known,
+                    role=role,
+                    slot=len(operands),
+                    shape=tuple(tensor.shape),
+                    axes=self._axes(tensor, known),
+                    kind=_kind(tensor),
+                )
+            )
             return tensor
 
         for i, arg in enumerate(args):
@@ -320,16 +384,40 @@ class _Recorder(Frame):
 
 
 def _options(module: nn.Module) -> dict[str, Option]:
-    """Those of :data:`OPTIONS` that a module has, and the shape of its weight."""
+    """Those of :data:`OPTIONS` that a module has, and the shape and kind of its weight."""
     options = {name: getattr(module, name) for name in OPTIONS if hasattr(module, name)}
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         options["weight_shape"] = tuple(weight.shape)
+        options["weight_kind"] = _kind(weight)
     return options
 
 
+def _constants(func: Function, args: Args, kwargs: Kwargs) -> dict[str, Option]:
+    """The arguments of a call that are no tensors and hold none, by role; and whether it takes its operands in reverse."""
+    named = [*((str(i), arg) for i, arg in enumerate(args)), *kwargs.items()]
+    constants = {role: arg for role, arg in named if not tensors(arg)}
+    if getattr(func, "__name__", "") == "__rmatmul__":  # a.__rmatmul__(b) is b @ a
+        constants["reversed"] = True
+    return constants
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, and its dtype a floating one."""
+    return tensor.is_floating_point() and not _kind(tensor)
+
+
+def _kind(tensor: Tensor) -> str:
+    """``"complex"`` or ``"sparse"``; empty for other tensors."""
+    if tensor.layout in SPARSE:
+        return "sparse"
+    return "complex" if tensor.is_complex() else ""
+
+
 def _storage(tensor: Tensor) -> int | None:
-    """The address of a tensor's storage; ``None`` without elements, since empty storages share one address."""
+    """The address of a tensor's storage; ``None`` for sparse tensors, and for empty ones, which share one address."""
+    if tensor.layout in SPARSE:
+        return None
     return tensor.untyped_storage().data_ptr() if tensor.numel() else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, is_regrouped
-from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.contracts import FakeQuantize, QParams
 from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
 
 SIZE = 2**18
@@ -64,10 +64,21 @@ def _cut(weight: WeightQuantizer, ndim: int) -> tuple[int, int]:
     needs_whole = weight.scheme.dynamic or not fake.local or is_regrouped(weight.site) or ndim == 0
     if needs_whole or not isinstance(granularity, PerTensor | PerChannel | PerGroup | PerBlock):
         return 0, 0
-    axis = (granularity.axis or 0) % ndim if isinstance(granularity, PerChannel | PerGroup) else 0
-    if fake.block_size and axis == ndim - 1:  # blocks lie along the last axis
-        return 0, 0
-    return axis, granularity.rows if isinstance(granularity, PerBlock) else 1
+    if isinstance(granularity, PerBlock):
+        return (0, 0) if _has_blocks_along(0, fake, ndim) else (0, granularity.rows)
+    if isinstance(granularity, PerTensor):
+        axes = tuple(range(ndim))
+    else:
+        channel = granularity.axis
+        # Of several axes the first, which is that of the scale, too.
+        axes = channel[:1] if isinstance(channel, tuple) else ((channel or 0) % ndim,)
+    free = [axis for axis in axes if not _has_blocks_along(axis, fake, ndim)]
+    return (free[0], 1) if free else (0, 0)
+
+
+def _has_blocks_along(axis: int, fake: FakeQuantize, ndim: int) -> bool:
+    """Whether the blocks of a format lie along an axis, so that a cut would go through them."""
+    return bool(fake.block_size) and axis - ndim == fake.block_axis
 
 
 def _part_of(qparams: QParams, shape: torch.Size, axis: int, place: tuple[int, int], unit: int) -> QParams:

@@ -19,7 +19,7 @@ class Grid:
     """The type of a tensor's codes, and the tensors that convert them to real numbers.
 
     Integers: ``real = (code - zero_point) * scale``; float8: ``code * scale``; float16 and bfloat16: ``code``; tables:
-    ``table[code] * scale``, times the exponent or scale of each block of the last axis, if there is one.
+    ``table[code] * scale``, times the exponent or scale of each block, if there is one.
 
     Attributes:
       format: ``"int4"``, ``"uint8"``, ``"float8_e4m3fn"``, ``"table"``, ``"float16"``, ``"bfloat16"``, ...
@@ -29,6 +29,7 @@ class Grid:
         ``table`` (float32, ascending), ``exponent`` (uint8, biased) and ``block_scale`` (float8).
       low, high: of integers, the smallest and largest code that the quantizer makes, int32, ``()`` or shape of the scale.
       block_size: elements of a block; 0 without blocks.
+      block_axis: the axis along which blocks lie, counted from the end.
       dynamic: scale and zero point are computed from each tensor, so that ``parts`` does not have them.
     """
 
@@ -39,6 +40,7 @@ class Grid:
     low: Tensor | None = None
     high: Tensor | None = None
     block_size: int = 0
+    block_axis: int = -1
     dynamic: bool = False
 
     @property
@@ -70,10 +72,10 @@ class Grid:
         real = self._unscaled(codes, parts)
         if "exponent" in parts:
             block_scale = torch.exp2(parts["exponent"].float() - E8M0_BIAS)
-            real = _times_blocks(real, block_scale, self.block_size)
+            real = self._times_blocks(real, block_scale)
         if "block_scale" in parts:
             block_scale = _as_float8(parts["block_scale"], torch.float8_e4m3fn).float()
-            real = _times_blocks(real, block_scale, self.block_size)
+            real = self._times_blocks(real, block_scale)
         return real * expand(parts["scale"], real, self.granularity) if "scale" in parts else real
 
     def _unscaled(self, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -86,6 +88,17 @@ class Grid:
         if self.bits == 8:  # of the formats that are left, the float8 ones; the others are float16 and bfloat16
             return _as_float8(codes, self.dtype).float()
         return codes.float()
+
+    def _times_blocks(self, numbers: Tensor, block_scale: Tensor) -> Tensor:
+        """``numbers`` times the scale of the block that each is in.
+
+        Args:
+          numbers: of the tensor's shape.
+          block_scale: the same, with the number of blocks for the size of ``block_axis``.
+        """
+        along, scale = numbers.movedim(self.block_axis, -1), block_scale.movedim(self.block_axis, -1)
+        blocks = to_blocks(along, self.block_size)
+        return from_blocks(blocks * scale.unsqueeze(-1), along).movedim(-1, self.block_axis)
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The real numbers of the smallest and largest code, in the shape of the scale.
@@ -129,15 +142,3 @@ def storage(bits: int, signed: bool) -> torch.dtype:
 def _as_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes in a float8 dtype; bit patterns, uint8, are reinterpreted."""
     return codes.view(dtype) if codes.dtype == torch.uint8 else codes
-
-
-def _times_blocks(numbers: Tensor, block_scale: Tensor, size: int) -> Tensor:
-    """``numbers`` times the scale of the block of the last axis that each is in.
-
-    Args:
-      numbers: ``(..., n)``.
-      block_scale: ``(..., blocks)``.
-      size: elements of a block.
-    """
-    blocks = to_blocks(numbers, size)
-    return from_blocks(blocks * block_scale.unsqueeze(-1), numbers)

@@ -155,6 +155,7 @@ def _grid(fake: FakeQuantize, qparams: QParams, scheme: QScheme, dynamic: bool) 
         granularity=scheme.granularity,
         parts=parts,
         block_size=fake.block_size,
+        block_axis=fake.block_axis,
         dynamic=dynamic,
     )
 

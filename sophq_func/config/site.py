@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from sophq_func.config.names import underscored
+from sophq_func.numerics.scheme import Axis
 
 Role = Literal["weight", "activation"]
 
@@ -88,7 +89,7 @@ class Neutral:
     more: tuple[OperandSite, ...] = ()
     # Attributes of weights.
     parameter: str = ""
-    axis: int = 0
+    axis: Axis = 0
     norm: str = ""
     bias: str = ""
     source: str = ""
@@ -196,7 +197,8 @@ class WeightSite(Site):
 
     Attributes:
       parameter: canonical name of the weight.
-      axis: axis of the weight's output channels.
+      axis: axis of the weight's output channels; a tuple where there are several, or none: the axes that no call that
+        multiplies with the weight sums over.
       norm: path of the BatchNorm that is folded into the weight; empty without.
       bias: canonical name of the layer's bias; empty without.
       source: quantizer whose scale, times the weight's, rounds the bias; empty where the bias is not rounded.
@@ -209,7 +211,7 @@ class WeightSite(Site):
     kind: ClassVar[str] = "weight"
 
     parameter: str = ""
-    axis: int = 0
+    axis: Axis = 0
     norm: str = ""
     bias: str = ""
     source: str = ""
@@ -222,7 +224,7 @@ class ComputedSite(Site):
     """The quantizer of a weight that is computed in the forward; it acts at the call that multiplies with the weight.
 
     Attributes:
-      axis: axis of the weight's output channels.
+      axis: as that of a :class:`WeightSite`.
       operand: slot of the weight among the operands of a function; -1 for one that is computed inside a leaf module.
       inputs: as those of a :class:`WeightSite`.
     """
@@ -230,7 +232,7 @@ class ComputedSite(Site):
     role: ClassVar[Role] = "weight"
     kind: ClassVar[str] = "computed weight"
 
-    axis: int = 0
+    axis: Axis = 0
     operand: int = -1
     inputs: tuple[LayerInput, ...] = field(default=(), compare=False)
 
@@ -272,6 +274,8 @@ _ITEMS: Mapping[type, tuple[type, ...]] = {
 
 def _field_from_data(cls: type[Site], name: str, value: object) -> Any:
     """A field of a site, from its JSON data, which has lists in the place of tuples."""
+    if name == "axis" and isinstance(value, list | tuple):
+        return _items(name, value, (int,) * len(value))
     default = getattr(cls(quantizer=""), name)
     if isinstance(default, tuple) and isinstance(value, list | tuple):
         return _tuple_from_data(name, value)

@@ -19,8 +19,11 @@ SYNONYMS: Mapping[str, str] = {
     "concat": "cat",
     "concatenate": "cat",
     "divide": "div",
+    "dsmm": "mm",
     "expit": "sigmoid",
     "floordiv": "floor_divide",
+    "ger": "outer",
+    "hsmm": "hspmm",
     "iadd": "add",
     "ifloordiv": "floor_divide",
     "imatmul": "matmul",
@@ -42,14 +45,26 @@ SYNONYMS: Mapping[str, str] = {
     "rpow": "pow",
     "rsub": "sub",
     "rtruediv": "div",
+    "saddmm": "sspaddmm",
+    "spmm": "mm",
     "subtract": "sub",
     "true_divide": "div",
     "truediv": "div",
 }
-"""Canonical name by other spellings; those with leading or trailing underscores need no entry."""
+"""Canonical name by other spellings; those with leading or trailing underscores need no entry.
+
+Torch has functions under several names that compare equal (``torch.mm`` and ``torch.spmm``): :data:`BUILTIN` has one entry
+for them, so that each such name must have a synonym here.
+"""
 
 DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
 """Operations that return their operand unchanged in evaluation."""
+
+CONSTANTS = frozenset(
+    "empty_like full_like new_empty new_empty_strided new_full new_ones new_tensor new_zeros ones_like rand_like "
+    "randint_like randn_like zeros_like".split()
+)
+"""Operations that read no number of their operand, only its shape, dtype or device."""
 
 ALL = ("*",)
 """In :data:`CONTRACTIONS`: every operand of the function."""
@@ -58,18 +73,25 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "addbmm": ("1", "2", "batch1", "batch2"),
     "addmm": ("1", "2", "mat1", "mat2"),
     "addmv": ("1", "2", "mat", "vec"),
+    "addr": ("1", "2", "vec1", "vec2"),
     "baddbmm": ("1", "2", "batch1", "batch2"),
     "bilinear": ("0", "1", "2", "input1", "input2", "weight"),
     "bmm": ("0", "1", "input", "mat2"),
+    "chain_matmul": ALL,
     "conv1d": ("0", "1", "input", "weight"),
     "conv2d": ("0", "1", "input", "weight"),
     "conv3d": ("0", "1", "input", "weight"),
+    "conv_tbc": ("0", "1", "input", "weight"),
     "conv_transpose1d": ("0", "1", "input", "weight"),
     "conv_transpose2d": ("0", "1", "input", "weight"),
     "conv_transpose3d": ("0", "1", "input", "weight"),
-    "embedding": ("1", "weight"),
+    "convolution": ("0", "1", "input", "weight"),
     "dot": ("0", "1", "input", "tensor"),
     "einsum": ALL,
+    "embedding": ("1", "weight"),
+    "embedding_bag": ("1", "weight"),
+    "grouped_mm": ("0", "1", "mat_a", "mat_b"),
+    "hspmm": ("0", "1", "mat1", "mat2"),
     "inner": ("0", "1", "input", "other"),
     "linear": ("0", "1", "input", "weight"),
     "matmul": ("0", "1", "input", "other"),
@@ -78,7 +100,13 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "mv": ("0", "1", "input", "vec"),
     "outer": ("0", "1", "input", "vec2"),
     "scaled_dot_product_attention": ("0", "1", "2", "query", "key", "value"),
+    "smm": ("0", "1", "input", "mat2"),
+    "sparse_addmm": ("1", "2", "mat1", "mat2"),
+    "sparse_mm": ("0", "1", "sparse", "dense"),
+    "sspaddmm": ("1", "2", "mat1", "mat2"),
     "tensordot": ("0", "1", "a", "b"),
+    "vdot": ("0", "1", "input", "other"),
+    "vecdot": ("0", "1", "x", "y"),
 }
 """By canonical name of a function that multiplies and sums: which operands it multiplies, by position or keyword.
 

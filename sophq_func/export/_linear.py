@@ -6,6 +6,8 @@ express them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,8 @@ class LinearGrid(NamedTuple):
       ends: for one scale, the real numbers of the outermost codes, if the dtype has codes beyond them; values are clipped
         to them before QuantizeLinear, which clips to the dtype only.
       number: for one scale, scale and zero point as Python numbers.
+      axes, shape: of a weight with channels along several axes, these axes, and its shape with them in front; its codes are
+        a matrix with a row for each channel. Empty otherwise.
     """
 
     scale: Tensor
@@ -43,6 +47,8 @@ class LinearGrid(NamedTuple):
     size: int = 0
     ends: tuple[float, float] | None = None
     number: tuple[float, int] = (1.0, 0)
+    axes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +67,19 @@ class LinearGrid(NamedTuple):
         info = torch.iinfo(self.dtype) if not self.dtype.is_floating_point else None
         return info is None or (info.min, info.max) == (self.low, self.high)
 
+    def as_matrix(self, x: Tensor) -> Tensor:
+        """A weight, or its codes, in the layout of the codes, from the layout of the parameter."""
+        if not self.shape:
+            return x
+        in_front = x.movedim(self.axes, tuple(range(len(self.axes))))
+        return in_front.reshape(prod(self.shape[: len(self.axes)]), prod(self.shape[len(self.axes) :]))
+
+    def in_own_layout(self, real: Tensor) -> Tensor:
+        """The numbers of a weight in the layout of the parameter, from those in the layout of its codes."""
+        if not self.shape:
+            return real
+        return real.reshape(self.shape).movedim(tuple(range(len(self.axes))), self.axes)
+
     def unsigned(self) -> LinearGrid:
         """The same grid with int8 codes shifted by 128 to uint8; other dtypes unchanged."""
         if self.dtype != torch.int8:
@@ -71,14 +90,14 @@ class LinearGrid(NamedTuple):
 
 
 class LinearCodes(NamedTuple):
-    """A weight or a bias as codes on a linear grid, in the layout of the parameter."""
+    """A weight or a bias as codes on a linear grid, in the layout of the parameter or as :class:`LinearGrid` says."""
 
     codes: Tensor
     grid: LinearGrid
 
 
 def value_linear(piece: RunQuantizer, grid: Grid) -> LinearGrid | str:
-    """The linear grid of an activation's quantizer; or why it has none, as a clause."""
+    """The linear grid of the quantizer of a value; or why it has none, as a clause."""
     if grid.dynamic:
         return FROM_THE_TENSOR
     granularity, ndim = grid.granularity, len(piece.site.shape)
@@ -86,6 +105,10 @@ def value_linear(piece: RunQuantizer, grid: Grid) -> LinearGrid | str:
         return f"no operator has {type(granularity).__name__} on an activation"
     if isinstance(granularity, PerTensor):
         return _linear(grid, None)
+    if isinstance(granularity.axis, tuple):
+        if piece.site.role == "weight":
+            return _by_rows(grid, piece.site.shape, granularity)
+        return "no operator has channels along several axes of an activation"
     if ndim < 2:
         return "no operator has PerChannel on a tensor of one axis"
     return _linear(grid, (granularity.axis or 0) % ndim)
@@ -98,6 +121,11 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
     if isinstance(granularity, PerChannel | PerGroup) and is_regrouped(stored.site):
         return "the output channels of a grouped deconvolution lie along two axes"
     if isinstance(granularity, PerChannel | PerGroup):
+        if isinstance(granularity.axis, tuple):
+            by_rows = _by_rows(as_float8.grid, as_float8.codes.shape, granularity)
+            if isinstance(by_rows, str):
+                return by_rows
+            return LinearCodes(by_rows.as_matrix(as_float8.codes).to(by_rows.dtype), by_rows)
         axis = (granularity.axis or 0) % max(stored.codes.ndim, 1)
     if isinstance(granularity, PerGroup):
         size = granularity.size
@@ -115,6 +143,31 @@ def weight_linear(stored: Stored) -> LinearCodes | str:
         scale, zero_point = linear.scale.repeat_interleave(rows, 0), linear.zero_point.repeat_interleave(rows, 0)
         linear = linear._replace(scale=scale, zero_point=zero_point)
     return LinearCodes(as_float8.codes.to(linear.dtype), linear)
+
+
+def _by_rows(grid: Grid, shape: Sequence[int], granularity: PerChannel | PerGroup) -> LinearGrid | str:
+    """The grid of a weight with channels along several axes, or with groups of all its elements, as that of a matrix.
+
+    Args:
+      grid: of the weight.
+      shape: of the weight.
+      granularity: with a tuple of axes.
+    """
+    linear = _linear(grid, 0)
+    if isinstance(linear, str):
+        return linear
+    assert isinstance(granularity.axis, tuple)
+    axes = granularity.axis
+    channels, rest = [shape[i] for i in axes], [size for i, size in enumerate(shape) if i not in axes]
+    size = granularity.size if isinstance(granularity, PerGroup) else 0
+    scales = (prod(channels), prod(rest) // size) if size else (prod(channels),)
+    return linear._replace(
+        scale=linear.scale.reshape(scales),
+        zero_point=linear.zero_point.reshape(scales),
+        size=size,
+        axes=axes,
+        shape=(*channels, *rest),
+    )
 
 
 def _as_float8(stored: Stored) -> Stored:

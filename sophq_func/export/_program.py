@@ -124,7 +124,8 @@ class Program(nn.Module):
         params = {name: self._tensor(name) for name in self._plain}
         for name, (_, grid) in self._found.stored.items():
             codes, scale = self._tensor(f"{name}_quantized"), self._tensor(f"{name}_scale")
-            params[name] = self._target.dequantize(codes, scale, self._tensor(f"{name}_zero_point"), grid)
+            real = self._target.dequantize(codes, scale, self._tensor(f"{name}_zero_point"), grid)
+            params[name] = grid.in_own_layout(real)
         for name, weight in self._found.computed.items():
             parts = {part: self._tensor(f"{name}_{part}") for part in weight.grid.parts}
             params[name] = weight.read(self._tensor(f"{name}_quantized"), parts)
@@ -177,7 +178,8 @@ class Program(nn.Module):
         if grid is None:
             return x
         value = self._values[name]
-        return self._target.quantize(x, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
+        scale, zero_point = self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point")
+        return grid.in_own_layout(self._target.quantize(grid.as_matrix(x), scale, zero_point, grid))
 
 
 def program(

@@ -96,6 +96,11 @@ def _problem(plan: Plan, name: str, config: QuantizerConfig, qparams: QParams) -
     if not isinstance(config.scheme.granularity, allowed):
         words = " or ".join(f"{cls.__name__}()" for cls in allowed)
         return explain(name, "the tables cannot hold this granularity", got=config.scheme.granularity, allowed=words)
+    if isinstance(config.scheme.granularity, PerChannel) and isinstance(config.scheme.granularity.axis, tuple):
+        because = "they have one row of steps for each weight"
+        fix = f'sq.Rule(name="{name}", weight=sq.override(granularity=sq.PerTensor()))'
+        got = config.scheme.granularity
+        return explain(name, "the tables cannot hold channels along several axes", got=got, because=because, fix=fix)
     fake = pieces.build(config.fake_quantize)
     grid = grid_of(fake, qparams, config.scheme) if fake.integer else None
     if isinstance(grid, Refusal) and not config.observe_only:

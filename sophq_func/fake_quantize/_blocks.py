@@ -41,8 +41,9 @@ def mxfp8(element: str = "e4m3", block_size: int = 32, *, rounding: str = "neare
 
     ``y = Q(x / X) * X``, ``X = 2 ** (floor(log2 amax) - e)`` of each block along the last axis, the exponent clamped to
     E8M0's -127..127, ``e`` that of the element's largest value; elements are rounded half to even and saturate. A last
-    block may be shorter, as if padded with zeros. The scales come from the tensor at hand; observer and scheme are not
-    used. NaN stays NaN, infinities saturate, neither counts in ``amax``. Gradient 1 to ``x``.
+    block may be shorter, as if padded with zeros. In a plan, the blocks of a weight lie along the last axis that its product
+    sums over. The scales come from the tensor at hand; observer and scheme are not used. NaN stays NaN, infinities
+    saturate, neither counts in ``amax``. Gradient 1 to ``x``.
 
     Args:
       element: ``"e4m3"`` or ``"e5m2"``.
@@ -115,8 +116,9 @@ def nvfp4(block_size: int = 16, *, rounding: str = "nearest") -> FakeQuantize:
 
     ``y = E2M1(x / (b s)) b s`` with ``s = amax / (6 * 448)`` from the observer, one for each scale of the scheme's
     granularity, and ``b = E4M3(amax_block / 6 / s)`` of each block along the last axis; both saturate. A last block may be
-    shorter, as if padded with zeros; one whose ``b`` rounds to 0 becomes 0. NaN stays NaN, infinities saturate, neither
-    counts in ``amax_block``. Gradient 1 to ``x``, none to ``s``.
+    shorter, as if padded with zeros; one whose ``b`` rounds to 0 becomes 0. In a plan, the blocks of a weight lie along the
+    last axis that its product sums over. NaN stays NaN, infinities saturate, neither counts in ``amax_block``. Gradient 1
+    to ``x``, none to ``s``.
 
     Args:
       block_size: elements for each E4M3 scale; 16 in NVIDIA's format.

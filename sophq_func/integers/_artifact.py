@@ -20,7 +20,7 @@ from sophq_func.integers._integers import IntegerModel, Integers, IntegerTensor,
 from sophq_func.model.finite import check_reached
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.schedule import Schedule
-from sophq_func.model.weight_quantizer import arranged, arranged_scheme
+from sophq_func.model.weight_quantizer import arranged, arranged_scheme, block_axis
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import expand
@@ -227,6 +227,7 @@ class Artifact:
             granularity=arranged_scheme(config.scheme, site).granularity,
             parts={part: arranged(tensor, site) if part in BY_BLOCKS else tensor for part, tensor in parts.items()},
             block_size=pieces.build(config.fake_quantize).block_size,
+            block_axis=block_axis(site, config.scheme.granularity, len(entry["shape"])),
         )
         return Stored(self.codes(name), grid, site)
 

@@ -8,12 +8,12 @@ from typing import TypeAlias
 import torch
 
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.config.site import WeightSite
+from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import PlanError, near
 from sophq_func.model.value_quantizer import RunQuantizer
-from sophq_func.model.weight_quantizer import Norm, WeightQuantizer
+from sophq_func.model.weight_quantizer import Norm, WeightQuantizer, block_axis
 from sophq_func.numerics import pieces
-from sophq_func.numerics.contracts import OBSERVERS
+from sophq_func.numerics.contracts import OBSERVERS, FakeQuantize
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
@@ -43,7 +43,7 @@ def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantiz
 def weight_quantizer(skeleton: Skeleton, site: WeightSite, config: QuantizerConfig) -> WeightQuantizer:
     """The quantizer of a weight."""
     observer = OBSERVERS.build(config.observer)
-    fake_quantize = pieces.build(config.fake_quantize)
+    fake_quantize = _fake_quantize(site, config)
     if site.parameter not in skeleton.all_names:
         hint = near(site.parameter, skeleton.all_names)
         raise PlanError(
@@ -56,7 +56,14 @@ def weight_quantizer(skeleton: Skeleton, site: WeightSite, config: QuantizerConf
 def value_quantizer(plan: Plan, name: str) -> RunQuantizer:
     """A quantizer that acts while the model runs."""
     config = plan[name]
-    return RunQuantizer(plan.site(name), config, OBSERVERS.build(config.observer), pieces.build(config.fake_quantize))
+    site = plan.site(name)
+    return RunQuantizer(site, config, OBSERVERS.build(config.observer), _fake_quantize(site, config))
+
+
+def _fake_quantize(site: Site, config: QuantizerConfig) -> FakeQuantize:
+    """The fake quantizer of a config, with blocks along the axis that the site's calls sum over."""
+    axis = block_axis(site, config.scheme.granularity, len(site.shape))
+    return pieces.along(pieces.build(config.fake_quantize), axis)
 
 
 def state_types(quantizers: Quantizers) -> dict[str, type]:

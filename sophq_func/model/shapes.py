@@ -150,8 +150,9 @@ def _some_shape(granularity: Granularity) -> Shape:
         return granularity.rows, granularity.columns
     size = granularity.size if isinstance(granularity, PerGroup) else 1
     axis = granularity.axis if isinstance(granularity, PerChannel | PerGroup) else 0
-    axes = abs(axis or 0) + 4  # enough for the axis to exist, in a weight of a 2-d convolution or larger
-    return (size,) * min(axes, MOST_AXES)
+    last = max(axis, default=0) if isinstance(axis, tuple) else abs(axis or 0)
+    ndim = last + 4  # enough for the axis to exist, in a weight of a 2-d convolution or larger
+    return (size,) * min(ndim, MOST_AXES)
 
 
 def _leaf(tensor: Tensor, sized: bool, ranked: bool) -> Leaf:

@@ -19,7 +19,7 @@ from sophq_func.config.site import Site, WeightSite
 from sophq_func.numerics.affine import folded, switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
 from sophq_func.numerics.ranges import positive
-from sophq_func.numerics.scheme import PerChannel, PerGroup, QScheme, QuantizerConfig
+from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerToken, QScheme, QuantizerConfig
 
 Params = Mapping[str, Tensor]
 """Parameters and buffers of a model, by canonical name."""
@@ -192,6 +192,7 @@ class WeightQuantizer:
     def _along(self, factor: Tensor, weight: Tensor) -> Tensor:
         """A factor of shape ``(C,)``, shaped to broadcast along the output channels of the arranged weight."""
         axis = 0 if is_regrouped(self.site) else self.site.axis
+        assert isinstance(axis, int), "a BatchNorm is folded into weights of layers alone, which have one output axis"
         shape = [1] * weight.ndim
         shape[axis] = -1
         return factor.reshape(shape)
@@ -203,6 +204,28 @@ def _unfolded(shift: Tensor, norm: Norm, params: Params) -> Tensor:
     dead = factor == 0
     divisor = torch.where(dead, 1, factor)  # a division by 0, though not selected, gives NaN gradients
     return torch.where(dead, 0, shift / divisor)
+
+
+LOOKUPS = frozenset(("embedding", "embedding_bag"))
+"""Operations that sum over no axis of their weight."""
+
+
+def block_axis(site: Site, granularity: Granularity, ndim: int) -> int:
+    """The axis along which the blocks of a weight lie, counted from the end: the last one that is summed over.
+
+    It is the last of all where no axis is summed over; for values, too, and where scales belong to blocks or rows of the
+    weight as it is.
+
+    Args:
+      site: of the weight.
+      granularity: of its scales.
+      ndim: how many axes the weight has.
+    """
+    if site.role != "weight" or site.operation in LOOKUPS or isinstance(granularity, PerBlock | PerToken):
+        return -1
+    kept = site.axis if isinstance(site.axis, tuple) else (site.axis,)
+    summed = set(range(-ndim, 0)) - {axis if axis < 0 else axis - ndim for axis in kept}
+    return max(summed, default=-1)
 
 
 def is_regrouped(site: Site) -> bool:

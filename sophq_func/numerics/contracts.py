@@ -192,7 +192,8 @@ class FakeQuantize(NamedTuple):
       uncoded: see :class:`Uncoded`; where it gives a reason, ``encode`` must not be called.
       element: how a code is read before scaling: as an index into the values of a format, as a number of a floating
         dtype, or, where this is ``None``, as an integer.
-      block_size: how many elements along the last axis share one entry of ``Codes.parts``; 0 where none do.
+      block_size: how many elements along ``block_axis`` share one entry of ``Codes.parts``; 0 where none do.
+      block_axis: the axis along which blocks lie, counted from the end.
       local: the result for an element depends on the elements of its scale or block alone.
       needs: names of extras that ``init`` does not make and a model must not do without: it raises a ``StateError`` where
         they are missing. Alone, ``apply`` says what it computes then.
@@ -214,5 +215,6 @@ class FakeQuantize(NamedTuple):
     uncoded: Uncoded = never_coded
     element: Format | torch.dtype | None = None
     block_size: int = 0
+    block_axis: int = -1
     local: bool = True
     needs: tuple[str, ...] = ()

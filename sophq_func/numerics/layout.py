@@ -6,6 +6,7 @@ A tensor is *scale-shaped* where its shape is that of the scales: ``()`` per ten
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -23,18 +24,15 @@ def rows(x: Tensor, granularity: Granularity) -> Tensor:
         high, wide = blocks(x, granularity)
         tiles = x.reshape(high, granularity.rows, wide, granularity.columns).transpose(1, 2)
         return tiles.reshape(high, wide, granularity.rows * granularity.columns)
-    axis = channel_axis(x, granularity)
-    channels, length = x.shape[axis], math.prod(x.shape[:axis] + x.shape[axis + 1 :])
-    flat = x.movedim(axis, 0).reshape(channels, length)  # not -1, which an empty tensor leaves open
+    axes = channel_axes(x, granularity)
+    channels, rest = _parted(x.shape, axes)
+    length = math.prod(rest)
+    flat = x.movedim(axes, tuple(range(len(axes)))).reshape(*channels, length)  # not -1, which an empty tensor leaves open
     if isinstance(granularity, PerChannel):
         return flat
     if length % granularity.size:
-        where = f"tensor of shape {tuple(x.shape)}"
-        sentence = f"its channels of {length} elements cannot be cut into groups by {granularity}"
-        raise StateError(
-            explain(where, sentence, got=granularity.size, allowed=f"a divisor of {length}", fix="PerChannel()")
-        )
-    return flat.reshape(channels, length // granularity.size, granularity.size)
+        raise StateError(indivisible(f"tensor of shape {tuple(x.shape)}", length, granularity, "PerChannel()"))
+    return flat.reshape(*channels, length // granularity.size, granularity.size)
 
 
 def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
@@ -52,14 +50,27 @@ def expand(value: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
         _check_shape(value, [high, wide], x, granularity)
         full = value.reshape(high, 1, wide, 1).expand(high, granularity.rows, wide, granularity.columns)
         return full.reshape(x.shape)
-    axis = channel_axis(x, granularity)
-    rest = [*x.shape[:axis], *x.shape[axis + 1 :]]
+    axes = channel_axes(x, granularity)
+    channels, rest = _parted(x.shape, axes)
     groups = [math.prod(rest) // granularity.size] if isinstance(granularity, PerGroup) else []
-    _check_shape(value, [x.shape[axis], *groups], x, granularity)
+    _check_shape(value, [*channels, *groups], x, granularity)
     if isinstance(granularity, PerChannel):
-        return value.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+        return value.reshape([size if i in axes else 1 for i, size in enumerate(x.shape)])
     full = value.unsqueeze(-1).expand(*value.shape, granularity.size)
-    return full.reshape([x.shape[axis], *rest]).movedim(0, axis)
+    return full.reshape(*channels, *rest).movedim(tuple(range(len(axes))), axes)
+
+
+def indivisible(where: str, length: int, granularity: PerGroup, fix: str) -> str:
+    """The message that channels of ``length`` elements cannot be cut into the groups of a granularity."""
+    sentence = f"its channels of {length} elements cannot be cut into groups by {granularity}"
+    return explain(where, sentence, got=granularity.size, allowed=f"a divisor of {length}", fix=fix)
+
+
+def uneven(where: str, high: int, wide: int, granularity: PerBlock, fix: str) -> str:
+    """The message that a matrix of ``high`` by ``wide`` elements cannot be cut into the blocks of a granularity."""
+    sentence = f"its {high} by {wide} elements cannot be cut into blocks by {granularity}"
+    got = (granularity.rows, granularity.columns)
+    return explain(where, sentence, got=got, allowed=f"divisors of {high} and {wide}", fix=fix)
 
 
 def scale_axes(granularity: Granularity) -> int | None:
@@ -84,18 +95,21 @@ def blocks(x: Tensor, granularity: PerBlock) -> tuple[int, int]:
     """How many blocks lie along the first axis of ``x``, and how many along its other axes, flattened."""
     high, wide = (x.shape[0], math.prod(x.shape[1:])) if x.ndim else (1, 1)
     if high % granularity.rows or wide % granularity.columns:
-        where = f"tensor of shape {tuple(x.shape)}"
-        sentence = f"its {high} by {wide} elements cannot be cut into blocks by {granularity}"
-        got = (granularity.rows, granularity.columns)
-        raise StateError(explain(where, sentence, got=got, allowed=f"divisors of {high} and {wide}", fix="PerChannel()"))
+        raise StateError(uneven(f"tensor of shape {tuple(x.shape)}", high, wide, granularity, "PerChannel()"))
     return high // granularity.rows, wide // granularity.columns
 
 
-def channel_axis(x: Tensor, granularity: PerChannel | PerGroup) -> int:
-    """The channel axis in ``x``, counted from the front; 0 where the granularity has none."""
+def channel_axes(x: Tensor, granularity: PerChannel | PerGroup) -> tuple[int, ...]:
+    """The channel axes in ``x``, counted from the front; axis 0 where the granularity has none."""
     axis = 0 if granularity.axis is None else granularity.axis
-    if not -x.ndim <= axis < x.ndim:
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if not all(-x.ndim <= one < x.ndim for one in axes):
         where, sentence = f"tensor of shape {tuple(x.shape)}", "it does not have the channel axis"
         allowed = f"{-x.ndim}..{x.ndim - 1}" if x.ndim else "no axis: the tensor is a scalar"
         raise StateError(explain(where, sentence, got=axis, allowed=allowed, fix="PerTensor()"))
-    return axis % x.ndim
+    return tuple(one % x.ndim for one in axes)
+
+
+def _parted(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The sizes along the channel axes, and the sizes along the others."""
+    return [shape[i] for i in axes], [size for i, size in enumerate(shape) if i not in axes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams
 from sophq_func.numerics.ranges import bounds, min_max, range_to_qparams
-from sophq_func.numerics.scheme import QScheme
+from sophq_func.numerics.scheme import PerChannel, PerGroup, QScheme
 
 
 def build(spec: Spec) -> FakeQuantize:
@@ -63,3 +65,56 @@ def in_force(fake: FakeQuantize, x: Tensor, qparams: QParams, scheme: QScheme) -
     lo, hi = min_max(x, scheme.granularity)
     scale, zero_point, _ = range_to_qparams(lo, hi, scheme, limits=bounds(qparams, scheme))
     return fake.init(QParams(scale, zero_point, qparams.extras), x, scheme)
+
+
+def along(fake: FakeQuantize, axis: int) -> FakeQuantize:
+    """A fake quantizer with blocks along the last axis, changed to one with blocks along another axis.
+
+    Args:
+      fake: as :func:`build` returns it; one without blocks comes back unchanged.
+      axis: counted from the end.
+    """
+    if not fake.block_size or axis == -1:
+        return fake
+
+    def there(x: Tensor) -> Tensor:
+        return x.movedim(axis, -1)
+
+    def back(x: Tensor) -> Tensor:
+        return x.movedim(-1, axis)
+
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        return fake.init(qparams, there(x), _there(scheme, axis, x.ndim))
+
+    def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
+        noise = None if noise is None else there(noise)
+        return back(fake.apply(there(x), qparams, _there(scheme, axis, x.ndim), noise))
+
+    changed = fake._replace(init=init, apply=apply, block_axis=axis)
+    if fake.encode is None or fake.decode is None:
+        return changed
+    fake_encode, fake_decode = fake.encode, fake.decode
+
+    def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
+        codes = fake_encode(there(x), qparams, _there(scheme, axis, x.ndim))
+        # Of the parts, those with one entry for each block have the axes of the tensor.
+        parts = {name: back(part) if part.ndim == x.ndim else part for name, part in codes.parts.items()}
+        return Codes(back(codes.values), parts)
+
+    def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
+        ndim = codes.values.ndim
+        parts = {name: there(part) if part.ndim == ndim else part for name, part in codes.parts.items()}
+        return back(fake_decode(Codes(there(codes.values), parts), qparams, _there(scheme, axis, ndim), dtype))
+
+    return changed._replace(encode=encode, decode=decode)
+
+
+def _there(scheme: QScheme, axis: int, ndim: int) -> QScheme:
+    """A scheme for tensors of ``ndim`` axes, of which one is moved to the end."""
+    granularity = scheme.granularity
+    if not isinstance(granularity, PerChannel | PerGroup):
+        return scheme
+    order = [i for i in range(ndim) if i != axis + ndim] + [axis + ndim]
+    channels = granularity.axis if isinstance(granularity.axis, tuple) else (granularity.axis or 0,)
+    moved = tuple(order.index(channel % ndim) for channel in channels)
+    return replace(scheme, granularity=replace(granularity, axis=moved))

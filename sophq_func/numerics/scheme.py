@@ -20,14 +20,21 @@ class PerTensor:
     """One scale for the whole tensor: ``(...)`` has a scale of shape ``()``."""
 
 
+Axis: TypeAlias = int | tuple[int, ...]
+"""One axis, counted from either end; or several, counted from the front, in ascending order."""
+
+
 @dataclass(frozen=True)
 class PerChannel:
     """One scale for each index along ``axis``: ``(O, I, H, W)`` with ``axis=0`` has a scale of shape ``(O,)``.
 
-    ``None`` means the axis of a weight's output channels, which the plan fills in; outside a plan it means 0.
+    With several axes there is one scale for each combination of indices: the weight ``(E, I, O)`` of ``E`` experts with
+    ``axis=(0, 2)`` has a scale of shape ``(E, O)``.
+
+    ``None`` means the axes along which a weight is not summed over, which the plan fills in; outside a plan it means 0.
     """
 
-    axis: int | None = None
+    axis: Axis | None = None
 
     def __post_init__(self) -> None:
         _check_axis(self)
@@ -39,10 +46,11 @@ class PerGroup:
 
     ``axis`` is the channel axis, as in :class:`PerChannel`; the other axes are flattened in their order and cut into
     groups. ``(O, I)`` with ``axis=0, size=32`` has a scale of shape ``(O, I // 32)``; ``(O, I, H, W)`` one of shape
-    ``(O, I * H * W // 32)``. The size must divide the number of elements of a channel.
+    ``(O, I * H * W // 32)``; ``(E, I, O)`` with ``axis=(0, 2)`` one of shape ``(E, O, I // 32)``. The size must divide the
+    number of elements of a channel.
     """
 
-    axis: int | None = None
+    axis: Axis | None = None
     size: int = 128
 
     def __post_init__(self) -> None:
@@ -77,9 +85,23 @@ class PerToken:
 
 
 def _check_axis(granularity: PerChannel | PerGroup) -> None:
-    if not isinstance(granularity.axis, int | None):
-        where = type(granularity).__name__
-        raise ConfigError(explain(where, "axis must be an int", got=granularity.axis, allowed="an int or None"))
+    """Check the axis of a granularity; a list, as JSON has it, becomes a tuple."""
+    axis = granularity.axis
+    if isinstance(axis, int | None):
+        return
+    if _is_ascending(axis):
+        object.__setattr__(granularity, "axis", tuple(axis))
+        return
+    where = type(granularity).__name__
+    allowed = "an int, None, or a tuple of ints from 0 in ascending order"
+    raise ConfigError(explain(where, "this is no axis", got=axis, allowed=allowed, fix=f"{where}(axis=0)"))
+
+
+def _is_ascending(axis: object) -> bool:
+    """Whether this is a list or tuple of different axes, counted from the front, in ascending order."""
+    if not isinstance(axis, list | tuple) or not all(type(item) is int and item >= 0 for item in axis):
+        return False
+    return list(axis) == sorted(set(axis))
 
 
 Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken

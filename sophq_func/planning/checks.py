@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from functools import lru_cache
+from math import prod
 
 from torch import nn
 
@@ -17,7 +18,8 @@ from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize
-from sophq_func.numerics.scheme import QuantizerConfig
+from sophq_func.numerics.layout import indivisible, uneven
+from sophq_func.numerics.scheme import PerBlock, PerGroup, QuantizerConfig
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"
 """The field of a config with further operations, for errors, beside the keys that it is translated from."""
@@ -72,6 +74,40 @@ def violations(config: QuantConfig, site: Site, quantizer: QuantizerConfig, reas
         fix = f"bits={allowed_bits[-1]}"  # the last one is the widest
         problems.append(explain(site.quantizer, sentence, got=bits, allowed=allowed, because=because, fix=fix))
     return problems
+
+
+def shape_problems(site: Site, quantizer: QuantizerConfig, unknown: str) -> list[str]:
+    """Problems with a weight that cannot be cut into groups or blocks.
+
+    Args:
+      site: of the weight.
+      quantizer: its config.
+      unknown: name of a call that does not tell which axes of the weight it sums over; empty where all do.
+    """
+    granularity, shape, name = quantizer.scheme.granularity, site.shape, site.quantizer
+    fix = f'sq.Rule(name="{name}", weight=sq.override(granularity=sq.PerChannel()))'
+    has_blocks = bool(_fake_quantizer(quantizer.fake_quantize).block_size)
+    if unknown and (has_blocks or isinstance(granularity, PerGroup)):
+        because = f"{unknown} does not tell which axes of it are summed over, along which its groups must lie"
+        fix = f'sq.Rule(name="{name}", weight=None), or a granularity and a format without groups'
+        return [explain(name, "this weight has no groups", because=because, fix=fix)]
+    if isinstance(granularity, PerGroup) and shape:
+        length = _channel_length(site, granularity)
+        return [indivisible(name, length, granularity, fix)] if length % granularity.size else []
+    if isinstance(granularity, PerBlock) and shape:
+        high, wide = shape[0], prod(shape[1:])
+        is_even = high % granularity.rows == 0 and wide % granularity.columns == 0
+        return [] if is_even else [uneven(name, high, wide, granularity, fix)]
+    return []
+
+
+def _channel_length(site: Site, granularity: PerGroup) -> int:
+    """How many elements each channel of a weight has."""
+    axis = granularity.axis if isinstance(granularity.axis, tuple) else (granularity.axis or 0,)
+    axes = {one % len(site.shape) for one in axis if -len(site.shape) <= one < len(site.shape)}
+    length = prod(size for i, size in enumerate(site.shape) if i not in axes)
+    # A grouped deconvolution has output channels along both of its first axes.
+    return length // site.groups if axes == {1} and site.axis == 1 else length
 
 
 def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:

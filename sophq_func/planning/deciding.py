@@ -10,7 +10,7 @@ from sophq_func.config.rules import Decision, QuantConfig, resolve, resolve_with
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Preset
 from sophq_func.core.registry import Spec
-from sophq_func.numerics.scheme import PerChannel, PerGroup, QuantizerConfig
+from sophq_func.numerics.scheme import PerChannel, PerGroup, PerTensor, QuantizerConfig
 from sophq_func.planning.checks import is_integer, violations
 
 
@@ -75,12 +75,17 @@ def _preset(config: QuantConfig, site: Site, presets: Mapping[str, Preset]) -> P
 
 
 def _with_axis(config: QuantizerConfig, site: Site) -> QuantizerConfig:
-    """``config`` with the axis of its granularity filled in where it is left open."""
+    """``config`` with the axis of its granularity filled in where it is left open.
+
+    A weight without an axis that is kept has one scale.
+    """
     granularity = config.scheme.granularity
     if not isinstance(granularity, PerChannel | PerGroup) or granularity.axis is not None:
         return config
     # The channels of an activation lie along axis 1, behind the batch.
     axis = site.axis if site.role == "weight" else 1
+    if isinstance(granularity, PerChannel) and axis == ():
+        return replace(config, scheme=replace(config.scheme, granularity=PerTensor()))
     return replace(config, scheme=replace(config.scheme, granularity=replace(granularity, axis=axis)))
 
 

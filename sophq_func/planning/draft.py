@@ -14,7 +14,7 @@ in_execution_order          the sites that are left, in order
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.biases import Biases, round_biases
-from sophq_func.planning.checks import names_of, unknown_names, unseen_leaves
+from sophq_func.planning.checks import names_of, shape_problems, unknown_names, unseen_leaves
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
@@ -34,7 +34,7 @@ from sophq_func.planning.picture import Wiring, wiring
 from sophq_func.planning.placing import place
 from sophq_func.planning.sharing import share
 from sophq_func.planning.values import NO_VALUES, quantize_values
-from sophq_func.planning.weights import find_weights
+from sophq_func.planning.weights import WeightPlace, find_weights
 
 
 class Draft(NamedTuple):
@@ -47,7 +47,7 @@ class Draft(NamedTuple):
       wiring: the calls, and the values that pass from one to another through quantizers.
       outcomes: everything decided, quantizers that rules left out included.
       used: indices of the rules that changed something.
-      misfits: problems with values that cannot be quantized, however they are configured.
+      misfits: problems with values that cannot be quantized, and with weights that cannot be cut into groups as configured.
       notes: remarks for the table of the plan.
     """
 
@@ -107,9 +107,17 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
         wiring=wiring(fused, weights.places, decisions.keys(), shared_inputs, sharing.replaced),
         outcomes=outcomes,
         used=used_to_place.union(sharing.used, *(outcome.used for outcome in outcomes)),
-        misfits=(*values.misfits, *sharing.problems),
+        misfits=(*values.misfits, *sharing.problems, *_shape_problems(weights.places, of_weights)),
         notes=(*weights.notes, *biases.notes),
     )
+
+
+def _shape_problems(places: Sequence[WeightPlace], outcomes: Mapping[str, Outcome]) -> Iterator[str]:
+    """Problems with weights that cannot be cut into groups or blocks as they are configured."""
+    for weight in places:
+        outcome = outcomes[weight.site.quantizer]
+        if outcome.config is not None:
+            yield from shape_problems(outcome.site, outcome.config, weight.unknown)
 
 
 def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]]) -> Site:
@@ -150,7 +158,8 @@ def check(drafts: Sequence[Draft], config: QuantConfig) -> None:
     Raises:
       ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all problems in one
         message.
-      PlanError: a value to be quantized is written in place, and used under its old name later.
+      PlanError: a value to be quantized is written in place, and used under its old name later; weights that cannot be cut
+        into groups or blocks.
     """
     graphs = [draft.graph for draft in drafts]
     problems = [problem for graph in graphs for problem in unseen_leaves(graph, config)]

@@ -23,8 +23,8 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
     Raises:
       ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all problems in one
         message.
-      PlanError: a value to be quantized is written in place and used under its old name later; or examples disagree on the
-        calls of one name.
+      PlanError: a value to be quantized is written in place and used under its old name later; weights cannot be cut into
+        groups of the size that is asked for, all of them in one message; or examples disagree on the calls of one name.
 
     Example:
       >>> import torch, sophq_func as sq

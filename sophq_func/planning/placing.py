@@ -12,6 +12,7 @@ from sophq_func.config.rules import QuantConfig, requested
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Placement, Requests, Strategy
 from sophq_func.planning.routing import read_apart
+from sophq_func.planning.strategies import constants
 from sophq_func.planning.values import node_site, value_site
 
 
@@ -42,12 +43,21 @@ def place(graph: Graph, strategy: Strategy, config: QuantConfig) -> Placed:
     def site_of(name: str) -> Site:
         return node_site(graph, graph.nodes[name])
 
-    placement = strategy.place(graph, _requests(config, site_of, used))
+    placement = _without_constants(graph, strategy.place(graph, _requests(config, site_of, used)))
     chosen_by_rules, matched = _chosen_by_rules(graph, config)
     # Where both choose a value, the reason that is told is the strategy's.
     chosen = {**chosen_by_rules, **placement.chosen}
     placement = read_apart(graph, placement._replace(chosen=chosen))
     return Placed(placement, frozenset(used | matched))
+
+
+def _without_constants(graph: Graph, placement: Placement) -> Placement:
+    """A placement without quantizers on zeros, ones and the like, which have no range to calibrate."""
+    left_out = constants(graph)
+    if not left_out:
+        return placement
+    chosen = {value: why for value, why in placement.chosen.items() if value not in left_out}
+    return placement._replace(chosen=chosen)
 
 
 def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int]) -> Requests:

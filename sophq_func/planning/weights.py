@@ -5,23 +5,32 @@ A parameter has one site, however many calls use it; so has each weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from sophq_func.capture.axes import Axes, same_axes
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.names import weight_quantizer
 from sophq_func.config.site import CallSite, ComputedSite, WeightSite, class_names
 from sophq_func.config.strategies import Strategy
 from sophq_func.core.operations import CONTRACTIONS
-from sophq_func.planning.strategies import contracted, source_of
+from sophq_func.numerics.scheme import Axis
+from sophq_func.planning.contractions import summed_axes
+from sophq_func.planning.strategies import contracted, reached, source_of
 
 OUTPUT_AXIS_1 = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
 """Modules whose weight has its output channels along axis 1."""
 
-RIGHT_OPERANDS = ("1", "2", "mat1", "mat2", "other", "batch1", "batch2", "vec")
-"""Roles of operands whose output channels are counted along their last axis, as of the right factor of a product."""
+EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
+"""Operations that look up rows of their weight."""
+
+COUNTED_FROM_THE_FRONT = frozenset(("bilinear", "linear", *EMBEDDINGS))
+"""Functions of layers, beside convolutions: their one kept axis is counted from the front, that of products from the end.
+
+Both name the same axis; stored plans have it so.
+"""
 
 
 class WeightUse(NamedTuple):
@@ -31,7 +40,7 @@ class WeightUse(NamedTuple):
       node: the call, or the fused group that starts with it.
       attribute: name of the weight in its module.
       parameter: canonical name; empty where it is computed in the forward.
-      axis: axis of its output channels.
+      axes: those that the call keeps, counted from the front, in ascending order; ``None`` where they cannot be told.
       shape: of the weight; of one that is computed in the forward, the shape in the example.
       operand: slot of a computed weight among the operands of a function; -1 elsewhere.
       read: the operand that is multiplied with the weight; ``None`` without.
@@ -40,36 +49,43 @@ class WeightUse(NamedTuple):
     node: Node
     attribute: str
     parameter: str
-    axis: int
+    axes: tuple[int, ...] | None
     shape: tuple[int, ...]
     operand: int = -1
     read: Operand | None = None
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the call looks up rows of the weight."""
+        return self.node.operation in EMBEDDINGS
+
 
 def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()) -> Iterator[WeightUse]:
     """Each use of a weight in a strategy's layers or in further ``layers``, in execution order."""
-    varying = input_dependent(graph)
+    varying = reached(graph, lambda node: node.kind == "input")
+    derived = reached(graph, has_parameters) - varying
     for node in graph:
         if node.is_module(*strategy.weights, *layers):
             yield from _uses_of_module(graph, node)
         elif strategy.functions and node.function in CONTRACTIONS:
             for operand in node.operands:
                 source = source_of(graph, operand)
-                is_constant = not source.parameter and not source.value
-                if contracted(node, operand) and not is_constant and source.value not in varying:
+                is_weight = bool(source.parameter) or source.value in derived
+                if is_weight and contracted(node, operand) and not operand.kind:
                     yield _use_of_function(graph, node, operand, source.parameter)
 
 
 def _uses_of_module(graph: Graph, node: Node) -> Iterator[WeightUse]:
     """The weights of a leaf module: its parameters, or one that it computes, as a parametrization does."""
-    axis = 1 if node.is_module(*OUTPUT_AXIS_1) else 0
+    axes = (1,) if node.is_module(*OUTPUT_AXIS_1) else (0,)
     read = node.operands[0] if node.operands else None
     names = [attribute for attribute in node.parameters if attribute.startswith("weight")]
     for attribute in names:
         parameter = node.parameters[attribute]
-        yield WeightUse(node, attribute, parameter, axis, graph.shapes.get(parameter, ()), read=read)
-    if not names and "weight_shape" in node.options:
-        yield WeightUse(node, "weight", "", axis, node.options["weight_shape"], read=read)
+        if parameter not in graph.kinds:
+            yield WeightUse(node, attribute, parameter, axes, graph.shapes.get(parameter, ()), read=read)
+    if not names and "weight_shape" in node.options and not node.options["weight_kind"]:
+        yield WeightUse(node, "weight", "", axes, node.options["weight_shape"], read=read)
 
 
 def _use_of_function(graph: Graph, node: Node, operand: Operand, parameter: str) -> WeightUse:
@@ -81,43 +97,120 @@ def _use_of_function(graph: Graph, node: Node, operand: Operand, parameter: str)
       operand: the weight.
       parameter: name of the parameter of which the operand is a view; empty where it is computed from parameters.
     """
-    axis = _output_axis(graph, node, operand)
     others = [other for other in node.operands if other.slot != operand.slot]
     # Contracted operands first: an embedding contracts its weight alone, and still reads indices.
     others.sort(key=lambda other: not contracted(node, other))
     read = others[0] if others else None
     if parameter:
-        return WeightUse(node, "weight", parameter, axis, graph.shapes.get(parameter, ()), read=read)
-    return WeightUse(node, "weight", "", axis, graph.values[operand.value].shape, operand.slot, read)
+        shape = graph.shapes.get(parameter, ())
+        return WeightUse(node, "weight", parameter, _kept_axes(node, operand, operand.axes, shape), shape, read=read)
+    axes = _kept_axes(node, operand, same_axes(len(operand.shape)), operand.shape)
+    if axes is not None and len(axes) > 1:
+        # The size of an axis that comes from no parameter may be that of the batch, or of a sequence.
+        owned = _owned_axes(graph, operand)
+        axes = tuple(axis for axis in axes if axis in owned)
+    return WeightUse(node, "weight", "", axes, operand.shape, operand.slot, read)
 
 
-def input_dependent(graph: Graph) -> frozenset[str]:
-    """Names of the values that depend on an input of the model; the others are functions of the parameters alone."""
-    dependent: set[str] = set()
-    for node in graph:
-        if node.kind == "input" or any(operand.value in dependent for operand in node.operands):
-            dependent.update(node.outputs)
-    return frozenset(dependent)
+def has_parameters(node: Node) -> bool:
+    """Whether a call takes a parameter or a buffer, or is that of a module that has one."""
+    return bool(node.parameters) or any(operand.parameter for operand in node.operands)
 
 
-def _output_axis(graph: Graph, node: Node, operand: Operand) -> int:
-    """Axis of the output channels in the parameter of which an operand is a view, with transpositions undone."""
-    if node.function.startswith("conv_transpose") or node.function == "embedding":
-        axis = 1
-    elif node.function in ("linear", "conv1d", "conv2d", "conv3d"):
-        axis = 0
-    else:
-        axis = -1 if operand.role in RIGHT_OPERANDS else -2
-    transpositions = 0
-    while operand.value and graph.producer(operand.value).operands:
-        producer = graph.producer(operand.value)
-        # "get" is the reading of an attribute: ``T`` or ``mT``.
-        if producer.function in ("t", "transpose", "get"):
-            transpositions += 1
-        operand = producer.operands[0]
-    is_swapped = transpositions % 2 == 1 and axis < 0
-    # -1 becomes -2, and -2 becomes -1.
-    return -3 - axis if is_swapped else axis
+def _kept_axes(node: Node, operand: Operand, along: Axes | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of a weight that a call of a function does not sum over; ``None`` where they cannot be told.
+
+    Args:
+      node: the call.
+      operand: the weight, or a tensor that was moved from it.
+      along: for each axis of the operand, the axes of the weight that run along it; ``None`` if that is not known.
+      shape: of the weight.
+    """
+    summed = summed_axes(node, operand)
+    if summed is None or along is None:
+        return None
+    summed_of_weight = {axis for d in summed for axis in along[d]}
+    return _longer((axis for axis in range(len(shape)) if axis not in summed_of_weight), shape)
+
+
+def _owned_axes(graph: Graph, operand: Operand) -> frozenset[int]:
+    """The axes of a computed tensor along which an axis of a parameter runs, as far as shapes tell.
+
+    They are followed through calls that only move a parameter, and from there through calls whose result has the shape to
+    which their operands are broadcast, such as products with scales, norms and masks.
+    """
+    found: dict[str, frozenset[int]] = {}  # by value, which may be reached on many ways
+
+    def owned(tensor: Operand) -> frozenset[int]:
+        if tensor.axes is not None:
+            return frozenset(axis for axis, along in enumerate(tensor.axes) if along)
+        if not tensor.value:
+            return frozenset()
+        if tensor.value not in found:
+            found[tensor.value] = inherited(tensor)
+        return found[tensor.value]
+
+    def inherited(result: Operand) -> frozenset[int]:
+        operands = graph.producer(result.value).operands
+        if not all(_is_broadcast(taken.shape, result.shape) for taken in operands):
+            return frozenset()
+        from_end = {(axis - len(taken.shape), taken.shape[axis]) for taken in operands for axis in owned(taken)}
+        ndim = len(result.shape)
+        return frozenset(axis + ndim for axis, size in from_end if size == result.shape[axis])
+
+    return owned(operand)
+
+
+def _is_broadcast(shape: tuple[int, ...], result: tuple[int, ...]) -> bool:
+    """Whether a tensor of a shape is broadcast to that of a result, or has it."""
+    ends = zip(reversed(shape), reversed(result), strict=False)
+    return len(shape) <= len(result) and all(size in (1, whole) for size, whole in ends)
+
+
+def _longer(axes: Iterable[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of more than one element; one of the others where there are none, since it gives one scale all the same."""
+    found = tuple(axes)
+    return tuple(axis for axis in found if shape[axis] != 1) or found[-1:]
+
+
+class Kept(NamedTuple):
+    """The axes of a weight that no use of it sums over, so that scales may vary along them.
+
+    Attributes:
+      axis: as granularities have it; ``()`` where there is none.
+      note: a remark on axes that are left out; empty without.
+      unknown: whether some use does not tell its axes.
+    """
+
+    axis: Axis
+    note: str = ""
+    unknown: bool = False
+
+
+def _kept(first: WeightUse, uses: list[WeightUse]) -> Kept:
+    """The axes that all uses of a weight keep.
+
+    Args:
+      first: the use that says what the weight is for.
+      uses: all uses.
+    """
+    # Rows are looked up, not added up: the layer that shares a table with an embedding decides.
+    deciding = [use for use in uses if use.is_embedding == first.is_embedding]
+    if not first.parameter:  # it is quantized for its first use alone
+        deciding = [first]
+    for use in deciding:
+        if use.axes is None:
+            return Kept((), f"{use.node.name} does not tell which axes it sums over: one scale", unknown=True)
+    kept = [axis for axis in first.axes or () if all(axis in (use.axes or ()) for use in deciding)]
+    is_common = all(use.axes == first.axes for use in deciding)
+    if len(kept) > 1:
+        return Kept(tuple(kept), "" if is_common else f"its uses sum over different axes: scales along {tuple(kept)} alone")
+    if kept:
+        ndim, function = len(first.shape), first.node.function
+        from_the_front = not function or function in COUNTED_FROM_THE_FRONT or function.startswith("conv")
+        axis = kept[0] if from_the_front else kept[0] - ndim
+        return Kept(axis, "" if is_common else f"its uses sum over different axes: scales along axis {kept[0]} alone")
+    return Kept((), f"{'its uses sum over different axes' if first.axes else 'no axis is its own'}: one scale")
 
 
 class WeightPlace(NamedTuple):
@@ -126,10 +219,12 @@ class WeightPlace(NamedTuple):
     Attributes:
       site: of its quantizer.
       uses: each call that multiplies with it, in execution order; at least one.
+      unknown: the use that does not tell which axes it sums over, if one is so; else empty.
     """
 
     site: WeightSite | ComputedSite
     uses: tuple[WeightUse, ...]
+    unknown: str = ""
 
     @property
     def calls(self) -> list[Node]:
@@ -142,7 +237,7 @@ class Weights(NamedTuple):
 
     Attributes:
       places: in the execution order of their first calls.
-      notes: remarks on weights that a BatchNorm cannot be folded into.
+      notes: remarks on weights that a BatchNorm cannot be folded into, and on operands that stay float.
     """
 
     places: tuple[WeightPlace, ...]
@@ -164,31 +259,58 @@ def find_weights(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()
     places = []
     notes = []
     for name, uses in by_name.items():
-        site, note = _site(graph, name, uses)
-        places.append(WeightPlace(site, tuple(uses)))
+        place, note = _place(graph, name, uses)
+        places.append(place)
         if note:
             notes.append(note)
-    return Weights(tuple(places), tuple(notes))
+    return Weights(tuple(places), (*notes, *_of_other_kinds(graph, strategy, layers)))
 
 
-def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightSite | ComputedSite, str]:
-    """The site of a weight, and a note on what keeps a BatchNorm from being folded into it; empty without."""
+def _place(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightPlace, str]:
+    """The place of a weight, and a note on what keeps a BatchNorm from being folded into it; empty without."""
     # A weight that an embedding shares with a linear layer is quantized along the channels of the layer.
-    first = next((use for use in uses if not use.node.is_module(nn.Embedding)), uses[0])
-    common = _common(graph, name, first, uses)
+    first = next((use for use in uses if not use.is_embedding), uses[0])
+    common, kept = _common(graph, name, first, uses), _kept(first, uses)
+    unknown = first.node.name if kept.unknown else ""
     if not first.parameter:
-        note = "computed in the forward, quantized at the call"
-        return ComputedSite(**common, axis=first.axis, operand=first.operand, note=note), ""
+        note = "; ".join(filter(None, ("computed in the forward, quantized at the call", kept.note)))
+        computed = ComputedSite(**common, axis=kept.axis, operand=first.operand, note=note)
+        return WeightPlace(computed, tuple(uses), unknown), ""
     norm, obstacle = _norm_behind(uses)
     site = WeightSite(
         **common,
         parameter=first.parameter,
-        axis=first.axis,
+        axis=kept.axis,
         norm=norm,
         bias=first.node.parameters.get("bias") or "",
-        note="unfolded" if obstacle else "",
+        note="; ".join(filter(None, ("unfolded" if obstacle else "", kept.note))),
     )
-    return site, f"{first.parameter} {obstacle}: quantized once, unfolded" if obstacle else ""
+    note = f"{first.parameter} {obstacle}: quantized once, unfolded" if obstacle else ""
+    return WeightPlace(site, tuple(uses), unknown), note
+
+
+def _of_other_kinds(graph: Graph, strategy: Strategy, layers: tuple[type, ...]) -> Iterator[str]:
+    """A remark on each operand that would be quantized if its numbers were not complex or sparse."""
+    for node in graph:
+        if node.is_module(*strategy.weights, *layers):
+            weights = [name for attribute, name in node.parameters.items() if attribute.startswith("weight")]
+            kinds = {name: graph.kinds[name] for name in weights if name in graph.kinds}
+            if not kinds and node.options.get("weight_kind"):
+                kinds = {f"the weight of {node.name}": node.options["weight_kind"]}
+            kinds |= {_called(graph, operand): operand.kind for operand in node.operands[:1] if operand.kind}
+        elif strategy.functions and node.function in CONTRACTIONS:
+            found = [operand for operand in node.operands if operand.kind and contracted(node, operand)]
+            kinds = {_called(graph, operand): operand.kind for operand in found}
+        else:
+            continue
+        for name, kind in kinds.items():
+            yield f"{name}, of which {node.name} makes products, is {kind}: it stays float"
+
+
+def _called(graph: Graph, operand: Operand) -> str:
+    """What an operand is called in a remark: the parameter or the value from which it was moved."""
+    source = source_of(graph, operand)
+    return source.parameter or source.value or "a constant"
 
 
 def _common(graph: Graph, name: str, first: WeightUse, uses: list[WeightUse]) -> dict[str, Any]:

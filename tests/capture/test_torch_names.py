@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -53,6 +54,16 @@ def the_mode_of_a_run_would_not_know_whether_one_of_the_models_own_stands_before
     with Counting() as outer, Counting() as inner:
         assert _torch.innermost_mode() is inner
         assert _torch.innermost_mode() is not outer
+
+
+@without("_subclasses")
+def a_model_of_fake_tensors_could_not_be_planned_where_it_transposes_a_weight() -> None:
+    with FakeTensorMode():
+        fake = torch.ones(2)
+        assert _torch.is_empty_shell(fake)
+        with _torch.without_fakes():
+            assert not _torch.is_empty_shell(torch.ones(2))
+    assert not _torch.is_empty_shell(torch.ones(2))
 
 
 @without("_pop_mode")

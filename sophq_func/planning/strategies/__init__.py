@@ -4,6 +4,7 @@ from sophq_func.planning.strategies import _academic as _academic
 from sophq_func.planning.strategies import _layers as _layers
 from sophq_func.planning.strategies import _mixed as _mixed
 from sophq_func.planning.strategies import _tpu as _tpu
+from sophq_func.planning.strategies._base import constants, reached
 from sophq_func.planning.strategies._dataflow import contracted, moved, moves, source_of
 
-__all__ = ["contracted", "moved", "moves", "source_of"]
+__all__ = ["constants", "contracted", "moved", "moves", "reached", "source_of"]

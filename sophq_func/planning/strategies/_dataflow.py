@@ -22,7 +22,7 @@ from torch import nn
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.names import value_quantizer
 from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
-from sophq_func.core.operations import ALL, CONTRACTIONS, DROPOUTS, MOVES
+from sophq_func.core.operations import ALL, CONSTANTS, CONTRACTIONS, DROPOUTS, MOVES
 from sophq_func.numerics.scheme import override
 from sophq_func.observers import fixed_range
 from sophq_func.planning.strategies._base import floating_operands
@@ -101,7 +101,12 @@ def source_of(graph: Graph, operand: Operand) -> Operand:
 
 
 def wanted(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
-    """The operands of a node that the strategy quantizes."""
+    """The operands of a node that the strategy quantizes; complex and sparse ones stay float."""
+    return [operand for operand in _of_interest(graph, node, requests) if not operand.kind]
+
+
+def _of_interest(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
+    """The operands of a node that the strategy quantizes, whatever their numbers are."""
     if node.is_module(*CONTRACTING_MODULES, *requests.layers):
         # A bilinear layer multiplies two inputs, a cell of an RNN its input and its state.
         count = 2 if node.is_module(nn.Bilinear, nn.RNNCellBase) else 1
@@ -123,9 +128,12 @@ def signals(graph: Graph) -> frozenset[str]:
     carrying: set[str] = set()
     for node in graph:
         is_source = node.kind == "input" or bool(node.parameters)
-        if is_source or any(operand.parameter or operand.value in carrying for operand in node.operands):
-            carrying.update(value for value in node.outputs if graph.values[value].floating)
-    return frozenset(carrying)
+        depends = is_source or any(operand.parameter or operand.value in carrying for operand in node.operands)
+        if depends and node.function not in CONSTANTS:
+            values = [graph.values[value] for value in node.outputs]
+            # Complex and sparse values are not quantized, and what is computed from them may be.
+            carrying.update(value.name for value in values if value.floating or value.kind)
+    return frozenset(value for value in carrying if graph.values[value].floating)
 
 
 def choose(graph: Graph, requests: Requests, wanted: Callable[[Graph, Node, Requests], Iterable[Operand]]) -> dict[str, str]:

@@ -12,10 +12,10 @@ from sophq_func.config.strategies import PLACEMENTS, Placement, Requests, Strate
 from sophq_func.core.operations import LAYERS
 from sophq_func.planning.strategies._dataflow import MULTIPLIERS, choose, contracted, source_of
 
-FUNCTIONS = LAYERS.keys() - {"embedding", "bilinear"}
+FUNCTIONS = LAYERS.keys() - {"embedding", "embedding_bag", "bilinear"}
 """Functions that count as layers: an embedding has no input to quantize, a bilinear layer two.
 
-``MULTIPLIERS`` leave out the modules that call these two.
+``MULTIPLIERS`` leave out the modules that call these.
 """
 
 INPUT = ("0", "input")
@@ -29,9 +29,9 @@ def read(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
     """
     # A module reads its input first; its weight is a parameter, which is quantized without being chosen here.
     if node.is_module(*MULTIPLIERS, *requests.layers):
-        return list(node.operands[:1])
+        return [operand for operand in node.operands[:1] if not operand.kind]
     if node.function in FUNCTIONS:
-        operands = [operand for operand in node.operands if contracted(node, operand)]
+        operands = [operand for operand in node.operands if contracted(node, operand) and not operand.kind]
         return [operand if operand.role in INPUT else source_of(graph, operand) for operand in operands]
     return list(node.operands) if requests.listed(node) else []
 
