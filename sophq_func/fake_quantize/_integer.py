@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
-from sophq_func.core.modes import may_differentiate
+from sophq_func.core.modes import as_constant, may_differentiate
 from sophq_func.core.pytree import tree_map
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import Order, fake_quantize, prepared
@@ -34,10 +34,10 @@ def fixed() -> FakeQuantize:
     """
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        return fake_quantize(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel")
+        return fake_quantize(x, tree_map(as_constant, qparams), scheme, "kernel")
 
     def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
-        return prepared(x, tree_map(torch.Tensor.detach, qparams), scheme, "kernel", factor=factor)
+        return prepared(x, tree_map(as_constant, qparams), scheme, "kernel", factor=factor)
 
     return FakeQuantize(
         kept,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.modes import as_constant
 from sophq_func.core.pytree import sorted_dict, tree_map
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import fake_quantize, ste, working
@@ -73,7 +74,7 @@ def pact(alpha: float = 6.0) -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         clipped = clip(x, qparams, scheme)
-        constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
+        constant = tree_map(as_constant, grid(qparams, scheme))
         quantized = fake_quantize(clipped.detach(), constant, scheme, "kernel")
         return ste(clipped, quantized).to(x.dtype)
 
@@ -158,7 +159,7 @@ def tqt() -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         learned = grid(qparams, scheme)
-        return fake_quantize(x, learned._replace(zero_point=learned.zero_point.detach()), scheme, "kernel")
+        return fake_quantize(x, learned._replace(zero_point=as_constant(learned.zero_point)), scheme, "kernel")
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(x, grid(qparams, scheme), scheme, "kernel")

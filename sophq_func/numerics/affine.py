@@ -219,9 +219,9 @@ def _composed(
     if not modes.may_differentiate():
         clamped = clamp(_rounded(_ratio(scaled, scale, order), zero, order), low, high)
         return step * (clamped if zero is None else clamped - zero)
-    fixed_step = step.detach()
-    fixed_zero = None if zero is None else zero.detach()
-    ratio = _ratio(scaled.detach(), scale.detach(), order)
+    fixed_step = modes.as_constant(step)
+    fixed_zero = None if zero is None else modes.as_constant(zero)
+    ratio = _ratio(modes.as_constant(scaled), modes.as_constant(scale), order)
     code = _rounded(ratio, fixed_zero, order)
     clamped = clamp(code, low, high)
     level = clamped if fixed_zero is None else clamped - fixed_zero
