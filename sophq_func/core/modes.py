@@ -79,6 +79,14 @@ def as_constant(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def outside_inference(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy for autograd where it was made in ``torch.inference_mode``; Dynamo can trace the call."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def has_derivative(*tensors: Tensor | None) -> bool:
     """Whether a derivative may be asked for of one of these tensors; if not, an autograd.Function need not be applied."""
     if forward_ad._current_level >= 0 or is_wrapped(*tensors):

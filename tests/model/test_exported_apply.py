@@ -1,4 +1,4 @@
-"""``torch.export`` of ``q.apply``: the parameters and qparams are constants of the program, whatever quantizers use of them."""
+"""``torch.export`` of ``q.apply``: parameters and qparams are constants of the program, whatever reads them."""
 
 from __future__ import annotations
 
