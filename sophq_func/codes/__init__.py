@@ -3,6 +3,10 @@
 All exports, artifacts and reports call :func:`stored_form`, and refuse further only what their own format cannot express.
 """
 
+from sophq_func.codes.bias import LIMIT as LIMIT
+from sophq_func.codes.bias import BiasCodes as BiasCodes
+from sophq_func.codes.bias import bias_codes as bias_codes
+from sophq_func.codes.bias import bias_step as bias_step
 from sophq_func.codes.grid import Grid as Grid
 from sophq_func.codes.grid import is_integer as is_integer
 from sophq_func.codes.pack import pack as pack

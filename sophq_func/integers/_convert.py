@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophq_func.codes import BY_BLOCKS, Refusal, Stored, pack, share_on, stored_form
+from sophq_func.codes import BY_BLOCKS, Refusal, Stored, bias_codes, bias_step, pack, share_on, stored_form
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
@@ -19,17 +19,9 @@ from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer, arranged
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.formats import FLOAT8
-from sophq_func.numerics.layout import rows
 
 VERSION = 1
 """Version of the metadata's format."""
-
-LIMIT = 2.0**31 - 2**7
-"""The largest bias, in steps: the largest float32 that fits in int32."""
-
-IDLE_BIAS = 2**30
-"""Steps that a bias takes in a channel of zero weights, whose scale is free: any number well below LIMIT would do."""
-
 
 def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /) -> Artifact:
     """Convert a quantized model to integers: weights, biases, scales and zero points, with BatchNorms folded in.
@@ -238,22 +230,20 @@ class _Conversion:
         real = weight.folded_bias(self.params)
         self.gone.discard(key)
         self.biases[key] = {"source": ""}
-        step = self._step(weight, source)
+        is_rounded = self.values.get(source) == "integer"
+        step = bias_step(stored, self.tensors[f"{source}.scale"]) if is_rounded else None
         if step is None:
             self.tensors[key] = real + self._shift(weight)
             return
-        step = self._enlarged(weight, stored, step, real)
-        code = (real / step).round()
-        if bool((code.abs() > LIMIT).any()):
-            because, fix = "a chip adds it to sums of 32 bits", "look at the scales of the weight and of the layer's input"
-            got = f"{float(code.abs().max()):.3g} steps"
-            self.problems.append(
-                explain(f"convert: {key}", "the bias does not fit in int32", got=got, because=because, fix=fix)
-            )
+        form = bias_codes(stored, step, real)
+        if isinstance(form, Refusal):
+            sentence, fix = "the bias does not fit in int32", "raise the scales of these channels, or use fewer bits"
+            self.problems.append(explain(f"convert: {key}", sentence, because=form.because, fix=fix))
             return
         self.biases[key] = {"source": source}
         self.gone.add(key)
-        self._keep(key, codes=code.to(torch.int32), scale=step)
+        self.tensors[f"{weight.site.parameter}.scale"] = form.scale.detach().clone()
+        self._keep(key, codes=form.codes, scale=form.step)
 
     def _shift(self, weight: WeightQuantizer) -> Tensor | float:
         """What the plan's rounding adds to a bias that is stored in real numbers, as beside weights in 16-bit floats."""
@@ -261,36 +251,6 @@ class _Conversion:
         if not site.source:
             return 0.0
         return weight.bias_shift(self.params, self.qparams[site.quantizer], self.qparams[site.source])
-
-    def _enlarged(self, weight: WeightQuantizer, stored: Stored, step: Tensor, real: Tensor) -> Tensor:
-        """The step of a bias, enlarged where all weights are zero and the bias would overflow.
-
-        Zero weights are zero at any scale, so that the scale of the weight is enlarged with the step.
-        """
-        overflows = (real / step).abs() > LIMIT
-        largest = real.abs()
-        if step.ndim == 0:
-            overflows, largest = overflows.any(), largest.max()
-        if not bool(overflows.any()):
-            return step
-        seen = arranged(stored.read(), weight.site)
-        is_zero = rows(seen, weight.scheme.granularity).eq(0).all(-1)
-        enlarged = torch.where(overflows & is_zero, largest / IDLE_BIAS, step)
-        name = f"{weight.site.parameter}.scale"
-        scale = self.tensors[name]
-        self.tensors[name] = torch.where(overflows & is_zero, scale * (enlarged / step), scale)
-        return enlarged
-
-    def _step(self, weight: WeightQuantizer, source: str) -> Tensor | None:
-        """``s_weight s_input``, ``()`` or ``(out,)``; ``None`` where a sum of the layer has no single scale."""
-        if self.values.get(source) != "integer":
-            return None
-        input_scale, weight_scale = self.tensors[f"{source}.scale"], self.tensors[f"{weight.site.parameter}.scale"]
-        axis = getattr(weight.config.scheme.granularity, "axis", None)
-        is_per_channel = weight_scale.ndim == 1 and axis == weight.site.axis
-        if input_scale.ndim != 0 or not (weight_scale.ndim == 0 or is_per_channel):
-            return None
-        return weight_scale * input_scale
 
     def _folded(self) -> set[str]:
         """The tensors of BatchNorms that are folded wherever they are called: behind converted layers, and nowhere else."""
