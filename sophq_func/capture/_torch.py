@@ -24,6 +24,9 @@ from torch.overrides import (
     _push_mode,
 )
 
+from sophq_func.core.pytree import tree_map
+from sophq_func.core.types import Tree
+
 READS_ITS_OWN = (_ConvNd, nn.Linear, nn.Embedding)
 """Layers whose parameters only their own forward reads. ``_ConvNd`` is the base of all convolutions."""
 
@@ -85,6 +88,23 @@ def has_only_our_hooks(module: nn.Module) -> bool:
 def is_parametrized(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.parametrize`` computes a parameter of the module at each use."""
     return "parametrizations" in module._modules
+
+
+def imagined(tree: Tree, device: torch.device) -> Tree:
+    """``tree`` with fake tensors in the place of its tensors: they have shape and dtype, but no numbers.
+
+    What a model computes from parameters alone is then computed for real, and what depends on its input only in shape.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def fake(leaf: Tree) -> Tree:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        with mode:
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return tree_map(fake, tree)
 
 
 def operator_name(target: object) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from sophq_func.core.operations import family
+from sophq_func.core.types import Args, Kwargs
 
 Class: TypeAlias = type
 """The builtin ``type``, for annotations in a class whose field ``type`` hides it."""
@@ -163,6 +164,8 @@ class Graph:
       written: names of inputs that the model writes into.
       scopes: calls of modules that are not leaves, in the order in which they end.
       shapes: of the parameters and buffers, by canonical name.
+      example: the positional and keyword arguments that were traced, with tensors on ``meta``, which have shape and dtype
+        alone; ``None`` where the arguments hold other objects than tensors and plain values.
     """
 
     def __init__(
@@ -174,9 +177,11 @@ class Graph:
         written: tuple[str, ...] = (),
         scopes: tuple[Scope, ...] = (),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        example: tuple[Args, Kwargs] | None = None,
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
         self.opaque, self.written, self.scopes, self.shapes = opaque, written, scopes, dict(shapes or {})
+        self.example = example
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:
