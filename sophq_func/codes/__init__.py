@@ -20,3 +20,6 @@ from sophq_func.codes.stored import grid_of as grid_of
 from sophq_func.codes.stored import integer_grid as integer_grid
 from sophq_func.codes.stored import share_on as share_on
 from sophq_func.codes.stored import stored_form as stored_form
+from sophq_func.codes.widened import beside as beside
+from sophq_func.codes.widened import widened as widened
+from sophq_func.codes.widened import widened_beside as widened_beside
