@@ -107,6 +107,21 @@ def imagined(tree: Tree, device: torch.device) -> Tree:
     return tree_map(fake, tree)
 
 
+def drop_unread(program: torch.export.ExportedProgram) -> None:
+    """Remove from a program the buffers that no operation reads, with their numbers."""
+    unread = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    kept = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is torch.export.graph_signature.InputKind.BUFFER and spec.arg.name in unread:
+            node = next(node for node in program.graph.nodes if node.name == spec.arg.name)
+            program.graph.erase_node(node)
+            program.state_dict.pop(str(spec.target), None)
+            program.constants.pop(str(spec.target), None)
+        else:
+            kept.append(spec)
+    program.graph_signature.input_specs[:] = kept
+
+
 def operator_name(target: object) -> str:
     """Name, without its overload, of the operator that is the target of a graph's node; empty for other targets."""
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""

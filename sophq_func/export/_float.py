@@ -60,7 +60,7 @@ def float_file(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.tables")
-    module = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False)
+    module = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False, (args, kwargs))
     for name, weight in _clipped(q, params, qparams).items():
         module.get_buffer(module.names[name]).copy_(weight)
     graph = q.engine.retrace(params, args, kwargs)
@@ -110,6 +110,7 @@ def _clipped(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, Q
 class _Nothing:
     """The target for programs without quantizers: every grid passes, and no operator is made."""
 
+    named = True
     stores_biases = False
     computes = False
 

@@ -37,6 +37,9 @@ MARK = "Named"
 MOVES = frozenset(("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"))
 """Op types whose results are values of their input, so that they are on its grid."""
 
+BIASED = frozenset(("Conv", "ConvTranspose", "Gemm"))
+"""Op types whose third input is a bias."""
+
 LARGEST = 2**31 - 1
 """Bytes in a protobuf message at most."""
 
@@ -48,6 +51,7 @@ def finished(
     inputs: Sequence[str],
     outputs: Sequence[str],
     sizes: Mapping[str, str] = MappingProxyType({}),
+    apart: frozenset[str] = frozenset(),
 ) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
     """The checked file, and its marked tensors by name.
 
@@ -57,6 +61,7 @@ def finished(
       narrow: present names of the initializers that are 4-bit codes.
       inputs, outputs: new names of the model's inputs and outputs.
       sizes: new names of dynamic sizes, by present symbol.
+      apart: present names of the biases that may not reach an integer kernel.
 
     Raises:
       ConfigError: the model is too large for one file.
@@ -69,6 +74,8 @@ def finished(
             rewrite(graph, node)
     marked = _unmarked(graph)
     for node in list(graph):
+        if node.op_type in BIASED and len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].name in apart:
+            _added_behind(graph, node)
         if node.op_type in MOVES:
             _still_codes(graph, node)
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
@@ -255,6 +262,29 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
             graph.insert_after(user, [clipped])
             user.replace_input_with(0, x)
         graph.remove(node, safe=True)
+
+
+def _added_behind(graph: ir.Graph, node: ir.Node) -> None:
+    """Rewrite a layer with a bias as the layer and an ``Add``.
+
+    ONNX Runtime 1.32 turns a real bias into int32 where it makes an integer kernel of the layer, and one that does not fit
+    becomes 0. It leaves an Add alone.
+    """
+    bias = node.inputs[2]
+    assert bias is not None
+    values = _array(bias)
+    # the channels are axis 1 of an image, and the last axis of a Gemm's result
+    trailing = 0 if node.op_type == "Gemm" else len(_shape_of(node.inputs[1])) - 2
+    shaped = _initializer(graph, f"{bias.name}_apart", values.reshape(-1, *(1,) * trailing))
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    layer = ir.node(node.op_type, list(node.inputs[:2]), attributes)
+    layer.outputs[0].shape, layer.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    _replace(graph, node, [layer, ir.node("Add", [layer.outputs[0], shaped])])
+
+
+def _shape_of(value: ir.Value | None) -> ir.Shape:
+    assert value is not None and value.shape is not None
+    return value.shape
 
 
 def _unguarded(graph: ir.Graph, node: ir.Node) -> None:

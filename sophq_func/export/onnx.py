@@ -92,16 +92,19 @@ def onnx(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.onnx")
-    module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
+    module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate, (args, kwargs))
     with quiet():
         capture = captured("export.onnx", module, args, kwargs, dynamic_batch, dynamic_axes)
         written = translated("export.onnx", capture.program, OPSET)
         names = {buffer: name for name, buffer in module.names.items()}
         narrow = frozenset(module.names[f"{name}_quantized"] for name in module.narrow()) if pack else frozenset()
         inputs, outputs = module.inputs(args, kwargs), output_names(capture.program)
-        proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
+        apart = frozenset(module.names[name] for name in module.apart)
+        proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes, apart)
     for name, limits in capture.ranges().items():
         proto.metadata_props.add(key=name, value=limits)
+    for name, value in module.beside.items():
+        proto.metadata_props.add(key=f"output.{name}", value=str(value))
     write_bytes(Path(path), proto.SerializeToString())
 
 
@@ -153,6 +156,7 @@ def quiet() -> Iterator[None]:
 class _Onnx:
     """The target ONNX: grids as QuantizeLinear and DequantizeLinear."""
 
+    named = True
     stores_biases = True  # runtimes add int32 biases to their integer sums
     computes = True
 

@@ -9,7 +9,7 @@ import torch as pytorch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from sophq_func.capture import operator_name, quantized_operators
+from sophq_func.capture import drop_unread, operator_name, quantized_operators
 from sophq_func.capture.arguments import as_call
 from sophq_func.export._capture import Axes, captured
 from sophq_func.export._linear import LinearGrid
@@ -69,10 +69,11 @@ def torch(
     """
     operators = quantized_operators()
     args, kwargs = as_call(example_args, "export.torch")
-    module = program("export.torch", q, params, qparams, _Decomposed(operators), simulate)
+    module = program("export.torch", q, params, qparams, _Decomposed(operators), simulate, (args, kwargs))
     exported = captured("export.torch", module, args, kwargs, dynamic_batch, dynamic_axes).program
     exported.graph.eliminate_dead_code()
     _still_codes(exported.graph, operators)
+    drop_unread(exported)
     exported.graph_module.recompile()
     return exported
 
@@ -100,6 +101,7 @@ def _still_codes(graph: Graph, operators: Any) -> None:
 class _Decomposed:
     """The target torch: grids as the operators of PT2E."""
 
+    named = False
     stores_biases = False
     computes = False  # inductor has integer kernels for codes that an operator reads
 
