@@ -23,6 +23,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
+from sophq_func.codes import LIMIT
 from sophq_func.core.errors import ConfigError, explain
 
 NARROW = {np.dtype(np.int8): ml_dtypes.int4, np.dtype(np.uint8): ml_dtypes.uint4}
@@ -51,7 +52,6 @@ def finished(
     inputs: Sequence[str],
     outputs: Sequence[str],
     sizes: Mapping[str, str] = MappingProxyType({}),
-    apart: frozenset[str] = frozenset(),
 ) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
     """The checked file, and its marked tensors by name.
 
@@ -61,7 +61,6 @@ def finished(
       narrow: present names of the initializers that are 4-bit codes.
       inputs, outputs: new names of the model's inputs and outputs.
       sizes: new names of dynamic sizes, by present symbol.
-      apart: present names of the biases that may not reach an integer kernel.
 
     Raises:
       ConfigError: the model is too large for one file.
@@ -74,7 +73,7 @@ def finished(
             rewrite(graph, node)
     marked = _unmarked(graph)
     for node in list(graph):
-        if node.op_type in BIASED and len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].name in apart:
+        if node.op_type in BIASED and len(node.inputs) > 2 and _is_beyond_int32(node):
             _added_behind(graph, node)
         if node.op_type in MOVES:
             _still_codes(graph, node)
@@ -262,6 +261,21 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
             graph.insert_after(user, [clipped])
             user.replace_input_with(0, x)
         graph.remove(node, safe=True)
+
+
+def _is_beyond_int32(node: ir.Node) -> bool:
+    """Whether a layer on two grids has a real bias that is too large for int32 at the step of its integer sums."""
+    x, weight, bias = node.inputs
+    given, stored = None if x is None else x.producer(), _dequantized(weight)
+    if stored is None or given is None or given.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
+        return False
+    scale, step = given.inputs[1], _array(stored.inputs[1])
+    if scale is None or scale.const_value is None:
+        return False
+    values = np.abs(_array(bias).astype(np.float64))
+    # one scale for each output channel, or scales along other axes, of which the smallest is taken
+    steps = (step if step.shape in ((), values.shape) else step.min()) * _array(scale).astype(np.float64).min()
+    return bool((values / steps > LIMIT).any())
 
 
 def _added_behind(graph: ir.Graph, node: ir.Node) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sophq_func.capture.arguments import map_inputs
 from sophq_func.codes import (
-    LIMIT,
     Refusal,
     Stored,
     bias_codes,
@@ -92,7 +91,6 @@ class Expressed(NamedTuple):
       simulated: quantizers of activations that are computed in floating point, by quantizer.
       derived: names in ``stored``, ``computed`` or the params of weights that the model computes from its parameters, by
         quantizer.
-      apart: buffers of biases that may not reach an integer kernel, since they do not fit in int32, by parameter.
     """
 
     stored: dict[str, LinearCodes]
@@ -100,7 +98,6 @@ class Expressed(NamedTuple):
     grids: dict[str, LinearGrid]
     simulated: dict[str, Callable[[Tensor], Tensor]]
     derived: dict[str, str]
-    apart: set[str]
 
 
 class Program(nn.Module):
@@ -201,11 +198,6 @@ class Program(nn.Module):
         made = {name: item for name, item in items.items() if not isinstance(item, (*PLAIN, type(None)))}
         # a size that the model returns is a number that depends on the input
         return {name: item if isinstance(item, Tensor) else torch.scalar_tensor(item) for name, item in made.items()}
-
-    @property
-    def apart(self) -> frozenset[str]:
-        """Names of biases that must be added behind their layer, not inside it."""
-        return frozenset(self._found.apart)
 
     def narrow(self) -> list[str]:
         """Names of parameters whose codes fit in four bits."""
@@ -325,7 +317,7 @@ class _Expressing:
     ) -> None:
         self.q, self.qparams, self.target = q, qparams, target
         self.params = widened_beside(q.engine.weights, params)
-        self.expressed = Expressed({}, {}, {}, {}, {}, set())
+        self.expressed = Expressed({}, {}, {}, {}, {})
         self.problems: dict[str, str] = {}
         self.skipped: list[str] = []
         self.biases: dict[str, tuple[str, Tensor]] = {}
@@ -337,7 +329,7 @@ class _Expressing:
         for name, piece in q.engine.running.items():
             if name in found.weights:
                 self._derived(name, piece, found.weights[name], params.keys())
-            else:
+            elif name not in found.inner:
                 self._activation(name, piece)
         for weight in q.engine.weights:
             if not weight.config.observe_only:  # put on its grid by a run, or frozen
@@ -430,7 +422,6 @@ class _Expressing:
             return coded
         site, grids, bias = weight.site, self.expressed.grids, self.tensors[name]
         if site.source not in grids:
-            self._keep_apart(weight, coded, name)
             return coded
         step = bias_step(coded.stored, grids[site.source].scale)
         if step is None:
@@ -444,13 +435,6 @@ class _Expressing:
         scale = form.scale.float()
         number = (float(scale), coded.linear.grid.number[1]) if scale.ndim == 0 else coded.linear.grid.number
         return coded._replace(linear=coded.linear._replace(grid=coded.linear.grid._replace(scale=scale, number=number)))
-
-    def _keep_apart(self, weight: WeightQuantizer, coded: _Coded, name: str) -> None:
-        """Note a real bias that a runtime, which rounds it to the step of its integer sums, would clamp."""
-        read = {entry.quantizer for entry in weight.site.inputs} & self.expressed.grids.keys()
-        steps = [bias_step(coded.stored, self.expressed.grids[source].scale) for source in sorted(read)]
-        if any(step is not None and bool((self.tensors[name] / step).abs().gt(LIMIT).any()) for step in steps):
-            self.expressed.apart.add(name)
 
 
 class _Coded(NamedTuple):

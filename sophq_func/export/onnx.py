@@ -99,8 +99,7 @@ def onnx(
         names = {buffer: name for name, buffer in module.names.items()}
         narrow = frozenset(module.names[f"{name}_quantized"] for name in module.narrow()) if pack else frozenset()
         inputs, outputs = module.inputs(args, kwargs), output_names(capture.program)
-        apart = frozenset(module.names[name] for name in module.apart)
-        proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes, apart)
+        proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
     for name, limits in capture.ranges().items():
         proto.metadata_props.add(key=name, value=limits)
     for name, value in module.beside.items():

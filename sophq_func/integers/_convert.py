@@ -121,6 +121,7 @@ class _Conversion:
         self.gone: set[str] = set()
         wanted = [name for name in derived_names(q.engine) if name in self.on]
         self.derived = derived(q.engine, params, self.qparams, example, wanted)
+        self.on -= self.derived.inner  # what these quantize is part of a stored weight
         self._warn_of(set(wanted) - self.derived.weights.keys())
 
     def _warn_of(self, names: set[str]) -> None:

@@ -32,13 +32,15 @@ class Derived(NamedTuple):
     Attributes:
       weights: by quantizer, as the quantizer sees them.
       parents: names of the parameters and buffers that nothing but these weights is computed from.
+      inner: quantizers that act on the way from the parents to the weights, and nowhere else.
     """
 
     weights: Mapping[str, Tensor]
     parents: frozenset[str]
+    inner: frozenset[str]
 
 
-NONE = Derived({}, frozenset())
+NONE = Derived({}, frozenset(), frozenset())
 
 
 def derived_names(engine: Engine) -> list[str]:
@@ -62,11 +64,14 @@ def derived(
         return NONE
     weights: dict[str, Tensor] = {}
     parents: set[str] = set()
+    inner: set[str] = set()
     for graph, call in _examples(engine, params, example):
         found = _evaluated(engine, params, qparams, set(names) - weights.keys(), call)
         weights |= found
-        parents |= _parents(engine, graph, weights.keys())
-    return Derived(weights, _that_may_be_missing(engine, params, weights, parents, example))
+        read, acting = _only_for(engine, graph, weights.keys())
+        parents |= read
+        inner |= acting
+    return Derived(weights, _that_may_be_missing(engine, params, weights, parents, example), frozenset(inner))
 
 
 def as_weight(piece: RunQuantizer, tensor: Tensor, taken: Collection[str]) -> tuple[WeightQuantizer, dict[str, Tensor]]:
@@ -131,28 +136,40 @@ def _evaluated(
     return {name: first for name, (first, *more) in seen.items() if all(torch.equal(first, other) for other in more)}
 
 
-def _parents(engine: Engine, graph: Graph, weights: Collection[str]) -> set[str]:
-    """Names of the tensors that only some derived weights are computed from."""
+def _only_for(engine: Engine, graph: Graph, weights: Collection[str]) -> tuple[set[str], set[str]]:
+    """Names of the tensors that only some derived weights are computed from, and of the quantizers in between."""
     sites = [engine.running[name].site for name in weights]
     replaced = {place for site in sites for place in site.places()}
     inside = {name for site in sites if site.operand < 0 for name in _of_parametrization(engine, site)}
     slots = {(node.name, place.operand) for place in replaced for node in graph if _is_at(node, place.made)}
     varying = input_dependent(graph)
     made_for_real = [node for node in graph if any(v in varying or graph.values[v].output for v in node.outputs)]
-    needed = _read_by(graph, made_for_real, slots)
+    needed, needed_calls = _read_by(graph, made_for_real, slots)
     for node in made_for_real:
         if node.kind == "module":
             needed |= set(_below(engine, node.path)) - inside
     makers = [graph.producer(o.value) for node in graph for o in node.operands if (node.name, o.slot) in slots and o.value]
-    return (_read_by(graph, makers, slots) | inside) - needed
+    read, calls = _read_by(graph, makers, slots)
+    between = {(n.path, n.function, n.call) for n in graph if n.name in calls - needed_calls}
+    pieces = {name: piece for name, piece in engine.running.items() if not piece.site.argument and name not in weights}
+    inner = {name for name, piece in pieces.items() if all(place.made in between for place in piece.site.places())}
+    return (read | inside) - needed, inner
 
 
 def _is_at(node: Node, call: tuple[str, str, int]) -> bool:
     return node.kind != "input" and (node.path, node.function, node.call) == call
 
 
-def _read_by(graph: Graph, nodes: Collection[Node], except_for: Collection[tuple[str, int]]) -> set[str]:
-    """Names of the tensors that some calls read, or the calls that their operands come from; some operands left out."""
+def _read_by(
+    graph: Graph, nodes: Collection[Node], except_for: Collection[tuple[str, int]]
+) -> tuple[set[str], set[str]]:
+    """Names of the tensors that some calls read, or the calls that their operands come from; and of all these calls.
+
+    Args:
+      graph: of the example.
+      nodes: the calls.
+      except_for: operands that do not count, by call and slot.
+    """
     read: set[str] = set()
     waiting, visited = list(nodes), {node.name for node in nodes}
     while waiting:
@@ -167,7 +184,7 @@ def _read_by(graph: Graph, nodes: Collection[Node], except_for: Collection[tuple
                 if producer.name not in visited:
                     visited.add(producer.name)
                     waiting.append(producer)
-    return read
+    return read, visited
 
 
 def _of_parametrization(engine: Engine, site: ComputedSite | object) -> list[str]:
