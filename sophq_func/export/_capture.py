@@ -93,6 +93,14 @@ def captured(
             program = _exported(module, sized, bounds)
         except refusals_of_export() as second:
             raise ConfigError(_refusal(where, str(second), axes)) from second
+    except RuntimeError as error:
+        if not module.dtypes:
+            raise
+        sentence = (
+            f"a model in {' and '.join(sorted(map(str, module.dtypes)))} is exported in float32, and this one cannot be"
+        )
+        because, fix = f"torch says: {str(error).splitlines()[0]}", "export model.float(), or take dtypes from the tensors"
+        raise ConfigError(explain(where, sentence, because=because, fix=fix)) from error
     return Captured(program, _symbols(program, sized))
 
 
@@ -230,6 +238,12 @@ def _refusal(where: str, message: str, axes: Axes | None) -> str:
     because = f"torch.export says: {reasons_of_refusal(message)[0]}"
     because += f"; it suggests {', '.join(suggested)}" if suggested else ""
     return explain(where, f"the model cannot be exported for any size of {sizes}", because=because, fix=OF_AXES)
+
+
+def check_flags(where: str, flags: Mapping[str, object]) -> None:
+    """Raise a :class:`ConfigError` that names every option that is neither ``True`` nor ``False``."""
+    wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
+    raise_all([explain(where, f"{name} has the wrong type", got=v, allowed="True or False") for name, v in wrong.items()])
 
 
 def output_names(exported: ExportedProgram) -> list[str]:

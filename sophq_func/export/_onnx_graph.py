@@ -266,16 +266,28 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
 def _is_beyond_int32(node: ir.Node) -> bool:
     """Whether a layer on two grids has a real bias that is too large for int32 at the step of its integer sums."""
     x, weight, bias = node.inputs
-    given, stored = None if x is None else x.producer(), _dequantized(weight)
-    if stored is None or given is None or given.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
+    given, step = None if x is None else x.producer(), _weight_step(weight)
+    if step is None or given is None or given.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
         return False
-    scale, step = given.inputs[1], _array(stored.inputs[1])
+    scale = given.inputs[1]
     if scale is None or scale.const_value is None:
         return False
     values = np.abs(_array(bias).astype(np.float64))
     # one scale for each output channel, or scales along other axes, of which the smallest is taken
     steps = (step if step.shape in ((), values.shape) else step.min()) * _array(scale).astype(np.float64).min()
     return bool((values / steps > LIMIT).any())
+
+
+def _weight_step(weight: ir.Value | None) -> Any:
+    """The scales of a stored weight; of a real one the smallest that ONNX Runtime, which rounds it too, may give it."""
+    stored = _dequantized(weight)
+    if stored is not None:
+        return _array(stored.inputs[1])
+    if weight is None or weight.const_value is None:
+        return None
+    sizes = np.abs(_array(weight).astype(np.float64))
+    of_channels = [sizes.max(axis=tuple(a for a in range(sizes.ndim) if a != axis)).min() for axis in (0, 1)]
+    return np.asarray(max(min(of_channels), np.finfo(np.float32).tiny) / 127)
 
 
 def _added_behind(graph: ir.Graph, node: ir.Node) -> None:

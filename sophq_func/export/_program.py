@@ -141,6 +141,12 @@ class Program(nn.Module):
         self.names[name] = key
         self.register_buffer(key, tensor.detach().clone())
 
+    def put(self, quantizer: str, name: str, tensor: Tensor) -> None:
+        """Replace the value of a quantizer by a constant, which is held under ``name``."""
+        self._hold(name, tensor)
+        self._plain.append(name)
+        self._found.derived[quantizer] = name
+
     def _hold_grid(self, name: str, grid: LinearGrid) -> None:
         self._hold(f"{name}_scale", grid.scale)
         self._hold(f"{name}_zero_point", grid.zero_point)
@@ -312,9 +318,7 @@ class _Expressing:
       biases: by path of a layer, the name of its folded bias, and the bias.
     """
 
-    def __init__(
-        self, q: Quantized, params: Params, qparams: Mapping[str, QParams], target: Target, example: Call
-    ) -> None:
+    def __init__(self, q: Quantized, params: Params, qparams: Mapping[str, QParams], target: Target, example: Call) -> None:
         self.q, self.qparams, self.target = q, qparams, target
         self.params = widened_beside(q.engine.weights, params)
         self.expressed = Expressed({}, {}, {}, {}, {})

@@ -18,7 +18,7 @@ from sophq_func.capture import LOGGER_OF_ONNX
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.files import write_bytes
-from sophq_func.export._capture import Axes, captured, output_names
+from sophq_func.export._capture import Axes, captured, check_flags, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -74,9 +74,10 @@ def onnx(
 
     Raises:
       ConfigError: quantizers cannot be expressed (the message gives the reason for each); the extra ``onnx`` is not
-        installed; the model does not accept all sizes of a dynamic axis; there is no such argument or axis; torch.onnx
+        installed; an option has the wrong type; the model returns what no file can hold; the model does not accept all sizes of a dynamic axis; there is no such argument or axis; torch.onnx
         cannot translate an operation; the file would exceed 2 GiB.
-      StateError: the model is in training mode; params or qparams are missing or unknown.
+      StateError: the model is in training mode; params or qparams are missing or unknown; NaN in a scale, a weight or a
+        bias.
 
     Example:
       >>> import os, tempfile, sophq_func as sq
@@ -88,6 +89,8 @@ def onnx(
       >>> os.path.exists(path)
       True
     """
+    flags = {"signed": signed, "pack": pack, "simulate": simulate, "dynamic_batch": dynamic_batch}
+    check_flags("export.onnx", flags)
     require("export.onnx")
     from sophq_func.export import _onnx_graph
 

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from sophq_func.capture import drop_unread, operator_name, quantized_operators
 from sophq_func.capture.arguments import as_call
-from sophq_func.export._capture import Axes, captured
+from sophq_func.export._capture import Axes, captured, check_flags
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -56,7 +56,8 @@ def torch(
     Raises:
       ConfigError: quantizers cannot be expressed (the message gives the reason for each); the model does not accept all
         sizes of a dynamic axis; there is no such argument or axis.
-      StateError: the model is in training mode; params or qparams are missing or unknown.
+      StateError: the model is in training mode; params or qparams are missing or unknown; NaN in a scale, a weight or a
+        bias.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -67,6 +68,7 @@ def torch(
       >>> program.module()(x).shape
       torch.Size([4, 3])
     """
+    check_flags("export.torch", {"simulate": simulate, "dynamic_batch": dynamic_batch})
     operators = quantized_operators()
     args, kwargs = as_call(example_args, "export.torch")
     module = program("export.torch", q, params, qparams, _Decomposed(operators), simulate, (args, kwargs))

@@ -39,6 +39,7 @@ from sophq_func.numerics.formats import FLOAT8
 VERSION = 1
 """Version of the metadata's format."""
 
+
 def convert(
     q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /, *, example_args: object = None
 ) -> Artifact:

@@ -48,9 +48,7 @@ def derived_names(engine: Engine) -> list[str]:
     return [name for name, piece in engine.running.items() if isinstance(piece.site, ComputedSite)]
 
 
-def derived(
-    engine: Engine, params: Params, qparams: QParamsDict, example: Call | None, names: Collection[str]
-) -> Derived:
+def derived(engine: Engine, params: Params, qparams: QParamsDict, example: Call | None, names: Collection[str]) -> Derived:
     """Evaluate the derived weights of a model once.
 
     Args:
@@ -160,9 +158,7 @@ def _is_at(node: Node, call: tuple[str, str, int]) -> bool:
     return node.kind != "input" and (node.path, node.function, node.call) == call
 
 
-def _read_by(
-    graph: Graph, nodes: Collection[Node], except_for: Collection[tuple[str, int]]
-) -> tuple[set[str], set[str]]:
+def _read_by(graph: Graph, nodes: Collection[Node], except_for: Collection[tuple[str, int]]) -> tuple[set[str], set[str]]:
     """Names of the tensors that some calls read, or the calls that their operands come from; and of all these calls.
 
     Args:

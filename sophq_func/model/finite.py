@@ -71,7 +71,9 @@ def check_numbers(
         if plan[name].observe_only or is_off:
             continue
         is_unreached = plan[name].optional and bool(entry.scale.isnan().any())
-        if not (plan[name].scheme.dynamic or is_unreached or bool(entry.scale.isfinite().all())):
+        scales = entry.scale, quantizer.fake_quantize.grid(entry, quantizer.scheme).scale
+        is_finite = all(bool(scale.isfinite().all()) for scale in scales)
+        if not (plan[name].scheme.dynamic or is_unreached or is_finite):
             fix = "qparams = q.calibrate(params, batches)"
             problems.append(explain(f"{where}: {name}", "the scale is not finite", allowed="finite numbers", fix=fix))
         if isinstance(quantizer, WeightQuantizer):
