@@ -291,21 +291,21 @@ def _weight_step(weight: ir.Value | None) -> Any:
 
 
 def _added_behind(graph: ir.Graph, node: ir.Node) -> None:
-    """Rewrite a layer with a bias as the layer and an ``Add``.
+    """Rewrite a layer with a bias as the layer without it, less the negative bias.
 
     ONNX Runtime 1.32 turns a real bias into int32 where it makes an integer kernel of the layer, and one that does not fit
-    becomes 0. It leaves an Add alone.
+    becomes 0. An ``Add`` it makes a bias again; a ``Sub`` it leaves alone.
     """
     bias = node.inputs[2]
     assert bias is not None
     values = _array(bias)
     # the channels are axis 1 of an image, and the last axis of a Gemm's result
     trailing = 0 if node.op_type == "Gemm" else len(_shape_of(node.inputs[1])) - 2
-    shaped = _initializer(graph, f"{bias.name}_apart", values.reshape(-1, *(1,) * trailing))
+    shaped = _initializer(graph, f"{bias.name}_negative", -values.reshape(-1, *(1,) * trailing))
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     layer = ir.node(node.op_type, list(node.inputs[:2]), attributes)
     layer.outputs[0].shape, layer.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-    _replace(graph, node, [layer, ir.node("Add", [layer.outputs[0], shaped])])
+    _replace(graph, node, [layer, ir.node("Sub", [layer.outputs[0], shaped])])
 
 
 def _shape_of(value: ir.Value | None) -> ir.Shape:

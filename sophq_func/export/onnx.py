@@ -74,8 +74,9 @@ def onnx(
 
     Raises:
       ConfigError: quantizers cannot be expressed (the message gives the reason for each); the extra ``onnx`` is not
-        installed; an option has the wrong type; the model returns what no file can hold; the model does not accept all sizes of a dynamic axis; there is no such argument or axis; torch.onnx
-        cannot translate an operation; the file would exceed 2 GiB.
+        installed; an option has the wrong type; the model returns what no file can hold; the model does not accept all
+        sizes of a dynamic axis; there is no such argument or axis; torch.onnx cannot translate an operation; the file
+        would exceed 2 GiB.
       StateError: the model is in training mode; params or qparams are missing or unknown; NaN in a scale, a weight or a
         bias.
 

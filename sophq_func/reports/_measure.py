@@ -67,7 +67,8 @@ def report(
       A :class:`Report`.
 
     Raises:
-      StateError: no batches, training mode, NaN in a scale, a weight or a bias, an output without floating tensors; see :meth:`Quantized.apply`.
+      StateError: no batches, training mode, NaN in a scale, a weight or a bias, an output without floating tensors; see
+        :meth:`Quantized.apply`.
 
     Example:
       >>> import torch, sophq_func as sq
