@@ -25,7 +25,7 @@ from sophq_func.export._program import program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
 from sophq_func.model.derived import as_weight, derived, derived_names
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.runner import Runner
+from sophq_func.model.runner import Effect, Runner
 from sophq_func.model.schedule import Schedule
 from sophq_func.model.settings import enabled
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged
@@ -134,8 +134,8 @@ class _Nothing:
 class _Marking(Runner):
     """Puts a marker node behind each planned call, with the call's name in the plan."""
 
-    def __init__(self, names: Mapping[Key, str], schedule: Schedule) -> None:
-        super().__init__(schedule, lambda name, x: x)
+    def __init__(self, names: Mapping[Key, str], effect: Effect, schedule: Schedule) -> None:
+        super().__init__(schedule, effect)
         self._names, self._calls = names, dict[tuple[str, str], int]()
 
     def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from inspect import Parameter, Signature
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
 from sophq_func.model.derived import as_weight, derived, derived_names
 from sophq_func.model.finite import check_numbers
-from sophq_func.model.loop import Loop, MakeRunner
+from sophq_func.model.loop import Loop
 from sophq_func.model.quantized import Quantized
+from sophq_func.model.runner import Effect, Runner
+from sophq_func.model.schedule import Schedule
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged, round_biases
 from sophq_func.numerics.affine import switched
@@ -44,8 +47,10 @@ BYTES = (torch.int8, torch.uint8)
 OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 """Dtypes of models that are computed in float32: the operators of grids have no others on every runtime."""
 
+Plain: TypeAlias = bool | int | float | str
+"""A value in an output that depends on no input."""
+
 PLAIN = (bool, int, float, str)
-"""Types of values in an output that depend on no input."""
 
 MIXES = "its mask is neither 0 nor 1"
 
@@ -100,25 +105,30 @@ class Expressed(NamedTuple):
     derived: dict[str, str]
 
 
+class _Noted:
+    """What a run notes beside its output; an object of its own, as torch.export puts back the attributes of modules."""
+
+    beside: Mapping[str, Plain] = MappingProxyType({})
+
+
 class Program(nn.Module):
     """A quantized model as a module, all of whose tensors are buffers.
 
     Attributes:
       names: the buffer of each parameter, code tensor, scale and zero point, by name.
-      watch: makes another runner than the default one; ``None`` for the default.
+      watch: makes another runner, of an effect and a schedule, than the default one; ``None`` for the default.
       dtypes: of inputs that become float32; those of the model's parameters.
       returned: the dtypes of the floating tensors that ``q.apply`` returns, where they may differ from float32.
-      beside: values in the output that are no tensors, by their names; after a run of a target with named outputs.
     """
 
-    watch: MakeRunner | None = None
+    watch: Callable[[Effect, Schedule], Runner] | None = None
 
     def __init__(self, loop: Loop, q: Quantized, params: Params, expressed: Expressed, target: Target) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
         self.dtypes: frozenset[torch.dtype] = frozenset()
         self.returned: list[torch.dtype] = []
-        self.beside: dict[str, bool | int | float | str] = {}
+        self._noted = _Noted()
         self._loop = loop
         self._found, self._target = expressed, target
         self._plain = sorted(params.keys() - expressed.stored.keys())
@@ -140,6 +150,11 @@ class Program(nn.Module):
         key = f"t{len(self.names)}"  # names of buffers may not have dots
         self.names[name] = key
         self.register_buffer(key, tensor.detach().clone())
+
+    @property
+    def beside(self) -> Mapping[str, Plain]:
+        """Values in the output that are no tensors, by their names, after a run of a target with named outputs."""
+        return self._noted.beside
 
     def put(self, quantizer: str, name: str, tensor: Tensor) -> None:
         """Replace the value of a quantizer by a constant, which is held under ``name``."""
@@ -170,7 +185,8 @@ class Program(nn.Module):
             return of_values[name] if name in of_values else self._effect(name, x)
 
         args, kwargs = tree_map(self._narrowed, (args, kwargs))
-        output = self._loop.run(params, effect, args, kwargs, watch=self.watch)[0]
+        watch = None if self.watch is None else partial(self.watch, effect)
+        output = self._loop.run(params, effect, args, kwargs, watch=watch)[0]
         return self._returned(without_dataclasses(output))
 
     def _narrowed(self, leaf: Tree) -> Tree:
@@ -200,7 +216,7 @@ class Program(nn.Module):
                 raise ConfigError(explain("export", sentence, got=got, allowed=words, fix="return its tensors"))
         if not self._target.named:
             return output
-        self.beside = {name: item for name, item in items.items() if isinstance(item, PLAIN)}
+        self._noted.beside = {name: item for name, item in items.items() if isinstance(item, PLAIN)}
         made = {name: item for name, item in items.items() if not isinstance(item, (*PLAIN, type(None)))}
         # a size that the model returns is a number that depends on the input
         return {name: item if isinstance(item, Tensor) else torch.scalar_tensor(item) for name, item in made.items()}
@@ -252,7 +268,9 @@ class Program(nn.Module):
         if grid is None:
             return x
         value = self._values[name]
-        return self._target.quantize(x, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
+        work = _in_float32(x)
+        y = self._target.quantize(work, self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point"), grid)
+        return y.to(x.dtype)
 
 
 def program(

@@ -10,6 +10,7 @@ from torch import Tensor
 from sophq_func.codes import Grid, Refusal, Stored, bias_codes, bias_step, share_on, stored_form, widened_beside
 from sophq_func.core.errors import ConfigError, explain, raise_all
 from sophq_func.model.quantized import Quantized
+from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.contracts import QParams
 
@@ -24,10 +25,8 @@ def with_room_for_biases(q: Quantized, params: Mapping[str, Tensor], qparams: Ma
     new, problems = dict(qparams), []
     for weight, source in _rounded(q, qparams):
         name = weight.site.quantizer
-        stored, grid = (
-            stored_form(weight, qparams[name], small, frozen=q.frozen),
-            stored_form(source, qparams[weight.site.source]),
-        )
+        stored = stored_form(weight, qparams[name], small, frozen=q.frozen, wide=True)
+        grid = stored_form(source, qparams[weight.site.source])
         if not isinstance(stored, Stored) or not isinstance(grid, Grid) or not grid.is_integer or grid.dynamic:
             continue  # what has no grid the tables refuse for that reason
         step = bias_step(stored, grid.parts["scale"])
@@ -43,7 +42,7 @@ def with_room_for_biases(q: Quantized, params: Mapping[str, Tensor], qparams: Ma
     return new
 
 
-def _rounded(q: Quantized, qparams: Mapping[str, QParams]) -> Iterator[tuple[WeightQuantizer, object]]:
+def _rounded(q: Quantized, qparams: Mapping[str, QParams]) -> Iterator[tuple[WeightQuantizer, RunQuantizer]]:
     """Each weight that acts and has a rounded bias, and the quantizer of its layer's input."""
     for weight in q.engine.weights:
         site = weight.site
