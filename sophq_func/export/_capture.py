@@ -96,12 +96,16 @@ def captured(
     except RuntimeError as error:
         if not module.dtypes:
             raise
-        sentence = (
-            f"a model in {' and '.join(sorted(map(str, module.dtypes)))} is exported in float32, and this one cannot be"
-        )
-        because, fix = f"torch says: {str(error).splitlines()[0]}", "export model.float(), or take dtypes from the tensors"
-        raise ConfigError(explain(where, sentence, because=because, fix=fix)) from error
+        raise ConfigError(not_in_float32(where, module, str(error))) from error
     return Captured(program, _symbols(program, sized))
+
+
+def not_in_float32(where: str, module: Program, message: str) -> str:
+    """The error sentence for a model of other dtypes that cannot be computed in float32."""
+    dtypes = " and ".join(sorted(map(str, module.dtypes)))
+    sentence = f"a model in {dtypes} is exported in float32, and this one cannot be"
+    because, fix = f"it says: {message.strip().splitlines()[0]}", "export model.float(), or take dtypes from the tensors"
+    return explain(where, sentence, because=because, fix=fix)
 
 
 def _exported(module: Program, sized: Call, bounds: Bounds) -> ExportedProgram:

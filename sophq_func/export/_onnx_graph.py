@@ -38,6 +38,9 @@ MARK = "Named"
 MOVES = frozenset(("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"))
 """Op types whose results are values of their input, so that they are on its grid."""
 
+INVALID = onnx.checker.ValidationError, onnx.shape_inference.InferenceError
+"""What ``onnx.checker`` raises."""
+
 BIASED = frozenset(("Conv", "ConvTranspose", "Gemm"))
 """Op types whose third input is a bias."""
 

@@ -18,7 +18,7 @@ from sophq_func.capture import LOGGER_OF_ONNX
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.files import write_bytes
-from sophq_func.export._capture import Axes, captured, check_flags, output_names
+from sophq_func.export._capture import Axes, captured, check_flags, not_in_float32, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -103,7 +103,12 @@ def onnx(
         names = {buffer: name for name, buffer in module.names.items()}
         narrow = frozenset(module.names[f"{name}_quantized"] for name in module.narrow()) if pack else frozenset()
         inputs, outputs = module.inputs(args, kwargs), output_names(capture.program)
-        proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
+        try:
+            proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
+        except _onnx_graph.INVALID as error:
+            if not module.dtypes:
+                raise
+            raise ConfigError(not_in_float32("export.onnx", module, str(error))) from error
     for name, limits in capture.ranges().items():
         proto.metadata_props.add(key=name, value=limits)
     for name, value in module.beside.items():

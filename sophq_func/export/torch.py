@@ -11,7 +11,8 @@ from torch.fx import Graph, Node
 
 from sophq_func.capture import drop_unread, operator_name, quantized_operators
 from sophq_func.capture.arguments import as_call
-from sophq_func.export._capture import Axes, captured, check_flags
+from sophq_func.core.errors import ConfigError
+from sophq_func.export._capture import Axes, captured, check_flags, not_in_float32
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -77,6 +78,11 @@ def torch(
     _still_codes(exported.graph, operators)
     drop_unread(exported)
     exported.graph_module.recompile()
+    if module.dtypes:  # fake tensors do not show every clash of dtypes
+        try:
+            exported.module()(*args, **kwargs)
+        except RuntimeError as error:
+            raise ConfigError(not_in_float32("export.torch", module, str(error))) from error
     return exported
 
 

@@ -184,6 +184,8 @@ def test_a_model_that_casts_itself_is_refused_with_the_reason(tmp_path: Path) ->
     made = ready(Cast().eval().half(), x)
     with pytest.raises(sq.ConfigError, match=r"a model in torch\.float16 is exported in float32, and this one cannot be"):
         sq.export.onnx(*made, x, tmp_path / "net.onnx")
+    with pytest.raises(sq.ConfigError, match=r"a model in torch\.float16 is exported in float32, and this one cannot be"):
+        sq.export.torch(*made, x)
 
 
 # outputs
