@@ -11,6 +11,8 @@ from sophq_func.capture import skeleton as skeleton
 from sophq_func.capture import snapshot as snapshot
 from sophq_func.capture import trace as trace
 from sophq_func.capture._torch import LOGGER_OF_ONNX as LOGGER_OF_ONNX
+from sophq_func.capture._torch import drop_unread as drop_unread
+from sophq_func.capture._torch import imagined as imagined
 from sophq_func.capture._torch import operator_name as operator_name
 from sophq_func.capture._torch import quantized_operators as quantized_operators
 from sophq_func.capture._torch import reasons_of_refusal as reasons_of_refusal

@@ -25,6 +25,9 @@ from torch.overrides import (
     _push_mode,
 )
 
+from sophq_func.core.pytree import tree_map
+from sophq_func.core.types import Tree
+
 READS_ITS_OWN = (_ConvNd, nn.Linear, nn.Embedding)
 """Layers whose parameters only their own forward reads. ``_ConvNd`` is the base of all convolutions."""
 
@@ -97,6 +100,38 @@ def has_only_our_hooks(module: nn.Module) -> bool:
 def is_parametrized(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.parametrize`` computes a parameter of the module at each use."""
     return "parametrizations" in module._modules
+
+
+def imagined(tree: Tree, device: torch.device) -> Tree:
+    """``tree`` with fake tensors in the place of its tensors: they have shape and dtype, but no numbers.
+
+    What a model computes from parameters alone is then computed for real, and what depends on its input only in shape.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def fake(leaf: Tree) -> Tree:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        with mode:
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return tree_map(fake, tree)
+
+
+def drop_unread(program: torch.export.ExportedProgram) -> None:
+    """Remove from a program the buffers that no operation reads, with their numbers."""
+    unread = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    kept = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is torch.export.graph_signature.InputKind.BUFFER and spec.arg.name in unread:
+            node = next(node for node in program.graph.nodes if node.name == spec.arg.name)
+            program.graph.erase_node(node)
+            program.state_dict.pop(str(spec.target), None)
+            program.constants.pop(str(spec.target), None)
+        else:
+            kept.append(spec)
+    program.graph_signature.input_specs[:] = kept
 
 
 def operator_name(target: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from sophq_func.capture.axes import Axes
 from sophq_func.core.operations import family
+from sophq_func.core.types import Args, Kwargs
 
 Class: TypeAlias = type
 """The builtin ``type``, for annotations in a class whose field ``type`` hides it."""
@@ -212,6 +213,8 @@ class Graph:
       scopes: calls of modules that are not leaves, in the order in which they end.
       shapes: of the parameters and buffers, by canonical name.
       kinds: of those parameters and buffers that are complex or sparse, which of the two, by canonical name.
+      example: the positional and keyword arguments that were traced, with tensors on ``meta``, which have shape and dtype
+        alone; ``None`` where the arguments hold other objects than tensors and plain values.
     """
 
     def __init__(
@@ -224,10 +227,11 @@ class Graph:
         scopes: tuple[Scope, ...] = (),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         kinds: Mapping[str, str] | None = None,
+        example: tuple[Args, Kwargs] | None = None,
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
         self.opaque, self.written, self.scopes, self.shapes = opaque, written, scopes, dict(shapes or {})
-        self.kinds = dict(kinds or {})
+        self.kinds, self.example = dict(kinds or {}), example
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:
@@ -279,6 +283,8 @@ class Graph:
             self.written,
             self.scopes,
             self.shapes,
+            self.kinds,
+            self.example,
         )
 
     def __repr__(self) -> str:

@@ -223,7 +223,7 @@ class Skeleton:
         """``params`` with buffers detached, so that no gradient reaches them."""
         if not modes.may_differentiate():
             return dict(params)
-        return {**params, **{name: params[name].detach() for name in self.buffers}}
+        return {**params, **{name: modes.as_constant(params[name]) for name in self.buffers}}
 
     def registered(self) -> dict[str, Tensor]:
         """Every parameter and buffer by its canonical name, as tensors on the ``meta`` device."""

@@ -80,7 +80,19 @@ def trace(
         because = "a run is a pure function of parameters and buffers"
         fix = "self.register_buffer(name, tensor)"
         raise PlanError(explain(type(model).__name__, sentence, because=because, fix=fix))
-    return frame.graph(output, model, opaque)
+    graph = frame.graph(output, model, opaque)
+    graph.example = _without_numbers(args, kwargs)
+    return graph
+
+
+def _without_numbers(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    """The arguments of a call with tensors on ``meta``; ``None`` where some are neither tensors nor plain values."""
+    leaves, rebuild = flatten((args, kwargs))
+    if not all(isinstance(leaf, Tensor | str | int | float | bool | None) for leaf in leaves):
+        return None
+    empty = [torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    example: tuple[Args, Kwargs] = rebuild(empty)
+    return example
 
 
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:

@@ -68,6 +68,25 @@ def may_differentiate() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_mapped()
 
 
+def as_constant(tensor: Tensor) -> Tensor:
+    """``tensor`` without a derivative; itself where none can be asked for of it. Dynamo and torch.export can trace the call.
+
+    A program of torch.export cannot hold the ``detach`` of a constant that nothing reads.
+    """
+    tracked = tensor.requires_grad and torch.is_grad_enabled()
+    if tracked or forward_ad._current_level >= 0 or is_mapped():
+        return tensor.detach()
+    return tensor
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy for autograd where it was made in ``torch.inference_mode``; Dynamo can trace the call."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def has_derivative(*tensors: Tensor | None) -> bool:
     """Whether a derivative may be asked for of one of these tensors; if not, an autograd.Function need not be applied."""
     if forward_ad._current_level >= 0 or is_wrapped(*tensors):

@@ -60,6 +60,38 @@ def paths(spec: _pytree.TreeSpec) -> list[str]:
     return [".".join(map(_step, path)) for path, _ in with_paths]
 
 
+def named_leaves(tree: Tree) -> list[tuple[str, Tree]]:
+    """Each leaf with its dotted path; ``""`` for a tree that is a leaf. ``None`` is a leaf.
+
+    Example:
+      >>> named_leaves({"a": 1, "b": (2, None)})
+      [('a', 1), ('b.0', 2), ('b.1', None)]
+    """
+    with_paths, _ = _pytree.tree_flatten_with_path(tree)
+    return [(".".join(map(_step, path)), leaf) for path, leaf in with_paths]
+
+
+def without_dataclasses(tree: Tree) -> Tree:
+    """``tree`` with dicts of fields in the place of dataclasses that the tree library does not know.
+
+    Example:
+      >>> from dataclasses import dataclass
+      >>> @dataclass
+      ... class Point:
+      ...     x: int
+      ...     y: tuple[int, int]
+      >>> without_dataclasses([Point(1, (2, 3))])
+      [{'x': 1, 'y': (2, 3)}]
+    """
+
+    def as_fields(leaf: Tree) -> Tree:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return {field.name: without_dataclasses(getattr(leaf, field.name)) for field in fields(leaf)}
+
+    return tree_map(as_fields, tree)
+
+
 def _step(entry: object) -> str:
     """One step of a path: the key in a dict, the index in a sequence, or the name of an attribute."""
     for attribute in ("key", "idx", "name"):

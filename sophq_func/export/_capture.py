@@ -93,7 +93,19 @@ def captured(
             program = _exported(module, sized, bounds)
         except refusals_of_export() as second:
             raise ConfigError(_refusal(where, str(second), axes)) from second
+    except RuntimeError as error:
+        if not module.dtypes:
+            raise
+        raise ConfigError(not_in_float32(where, module, str(error))) from error
     return Captured(program, _symbols(program, sized))
+
+
+def not_in_float32(where: str, module: Program, message: str) -> str:
+    """The error sentence for a model of other dtypes that cannot be computed in float32."""
+    dtypes = " and ".join(sorted(map(str, module.dtypes)))
+    sentence = f"a model in {dtypes} is exported in float32, and this one cannot be"
+    because, fix = f"it says: {message.strip().splitlines()[0]}", "export model.float(), or take dtypes from the tensors"
+    return explain(where, sentence, because=because, fix=fix)
 
 
 def _exported(module: Program, sized: Call, bounds: Bounds) -> ExportedProgram:
@@ -230,6 +242,12 @@ def _refusal(where: str, message: str, axes: Axes | None) -> str:
     because = f"torch.export says: {reasons_of_refusal(message)[0]}"
     because += f"; it suggests {', '.join(suggested)}" if suggested else ""
     return explain(where, f"the model cannot be exported for any size of {sizes}", because=because, fix=OF_AXES)
+
+
+def check_flags(where: str, flags: Mapping[str, object]) -> None:
+    """Raise a :class:`ConfigError` that names every option that is neither ``True`` nor ``False``."""
+    wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
+    raise_all([explain(where, f"{name} has the wrong type", got=v, allowed="True or False") for name, v in wrong.items()])
 
 
 def output_names(exported: ExportedProgram) -> list[str]:

@@ -23,11 +23,12 @@ from sophq_func.export._linear import LinearGrid
 from sophq_func.export._names import FileNames
 from sophq_func.export._program import program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
+from sophq_func.model.derived import as_weight, derived, derived_names
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.runner import Runner
+from sophq_func.model.runner import Effect, Runner
 from sophq_func.model.schedule import Schedule
 from sophq_func.model.settings import enabled
-from sophq_func.model.weight_quantizer import arranged
+from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import bounds, positive
@@ -60,9 +61,15 @@ def float_file(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.tables")
-    module = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False)
-    for name, weight in _clipped(q, params, qparams).items():
-        module.get_buffer(module.names[name]).copy_(weight)
+    module = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False, (args, kwargs))
+    for weight in q.engine.acting:
+        if (clipped := _clipped(weight, params, qparams)) is not None:
+            module.get_buffer(module.names[weight.site.parameter]).copy_(clipped)
+    wanted = [name for name in derived_names(q.engine) if share_on(qparams[name]) and not q.plan[name].observe_only]
+    for name, tensor in derived(q.engine, params, q.engine.effective(qparams), (args, kwargs), wanted).weights.items():
+        weight, held = as_weight(q.engine.running[name], tensor, params.keys())
+        clipped = _clipped(weight, held, qparams)
+        module.put(name, weight.site.parameter, tensor if clipped is None else clipped)
     graph = q.engine.retrace(params, args, kwargs)
     calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
     module.watch = partial(_Marking, calls)
@@ -91,25 +98,26 @@ def layer_names(product: ir.Value) -> tuple[str, str]:
     return op_name(product), op_name(first)
 
 
-def _clipped(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
-    """Weights on integer grids, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]`` and not rounded."""
-    clipped = {}
-    for weight in q.engine.acting:
-        weight_qparams = qparams[weight.site.quantizer]
-        if not weight.fake_quantize.integer or not share_on(weight_qparams):
-            continue
-        seen = weight.seen(params)
-        grid = weight.fake_quantize.grid(weight_qparams, weight.scheme)
-        zero = torch.zeros_like(grid.scale) if weight.scheme.symmetric else grid.zero_point
-        ends = [(bound - zero) * positive(grid.scale) for bound in bounds(grid, weight.scheme)]
-        low, high = (expand(end, seen, weight.scheme.granularity) for end in ends)
-        clipped[weight.site.parameter] = arranged(seen.clamp(low, high), weight.site).detach()
-    return clipped
+def _clipped(weight: WeightQuantizer, params: Params, qparams: Mapping[str, QParams]) -> Tensor | None:
+    """A weight on an integer grid, BatchNorm folded in, clipped to ``[s (qmin - z), s (qmax - z)]`` and not rounded.
+
+    ``None`` for a weight that is on none.
+    """
+    weight_qparams = qparams[weight.site.quantizer]
+    if not weight.fake_quantize.integer or not share_on(weight_qparams):
+        return None
+    seen = weight.seen(params)
+    grid = weight.fake_quantize.grid(weight_qparams, weight.scheme)
+    zero = torch.zeros_like(grid.scale) if weight.scheme.symmetric else grid.zero_point
+    ends = [(bound - zero) * positive(grid.scale) for bound in bounds(grid, weight.scheme)]
+    low, high = (expand(end, seen, weight.scheme.granularity) for end in ends)
+    return arranged(seen.clamp(low, high), weight.site).detach()
 
 
 class _Nothing:
     """The target for programs without quantizers: every grid passes, and no operator is made."""
 
+    named = True
     stores_biases = False
     computes = False
 
@@ -126,8 +134,8 @@ class _Nothing:
 class _Marking(Runner):
     """Puts a marker node behind each planned call, with the call's name in the plan."""
 
-    def __init__(self, names: Mapping[Key, str], schedule: Schedule) -> None:
-        super().__init__(schedule, lambda name, x: x)
+    def __init__(self, names: Mapping[Key, str], effect: Effect, schedule: Schedule) -> None:
+        super().__init__(schedule, effect)
         self._names, self._calls = names, dict[tuple[str, str], int]()
 
     def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:

@@ -23,6 +23,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
+from sophq_func.codes import LIMIT
 from sophq_func.core.errors import ConfigError, explain
 
 NARROW = {np.dtype(np.int8): ml_dtypes.int4, np.dtype(np.uint8): ml_dtypes.uint4}
@@ -36,6 +37,12 @@ MARK = "Named"
 
 MOVES = frozenset(("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"))
 """Op types whose results are values of their input, so that they are on its grid."""
+
+INVALID = onnx.checker.ValidationError, onnx.shape_inference.InferenceError
+"""What ``onnx.checker`` raises."""
+
+BIASED = frozenset(("Conv", "ConvTranspose", "Gemm"))
+"""Op types whose third input is a bias."""
 
 LARGEST = 2**31 - 1
 """Bytes in a protobuf message at most."""
@@ -69,6 +76,8 @@ def finished(
             rewrite(graph, node)
     marked = _unmarked(graph)
     for node in list(graph):
+        if node.op_type in BIASED and len(node.inputs) > 2 and _is_beyond_int32(node):
+            _added_behind(graph, node)
         if node.op_type in MOVES:
             _still_codes(graph, node)
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
@@ -255,6 +264,56 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
             graph.insert_after(user, [clipped])
             user.replace_input_with(0, x)
         graph.remove(node, safe=True)
+
+
+def _is_beyond_int32(node: ir.Node) -> bool:
+    """Whether a layer on two grids has a real bias that is too large for int32 at the step of its integer sums."""
+    x, weight, bias = node.inputs
+    given, step = None if x is None else x.producer(), _weight_step(weight)
+    if step is None or given is None or given.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
+        return False
+    scale = given.inputs[1]
+    if scale is None or scale.const_value is None:
+        return False
+    values = np.abs(_array(bias).astype(np.float64))
+    # one scale for each output channel, or scales along other axes, of which the smallest is taken
+    steps = (step if step.shape in ((), values.shape) else step.min()) * _array(scale).astype(np.float64).min()
+    return bool((values / steps > LIMIT).any())
+
+
+def _weight_step(weight: ir.Value | None) -> Any:
+    """The scales of a stored weight; of a real one the smallest that ONNX Runtime, which rounds it too, may give it."""
+    stored = _dequantized(weight)
+    if stored is not None:
+        return _array(stored.inputs[1])
+    if weight is None or weight.const_value is None:
+        return None
+    sizes = np.abs(_array(weight).astype(np.float64))
+    of_channels = [sizes.max(axis=tuple(a for a in range(sizes.ndim) if a != axis)).min() for axis in (0, 1)]
+    return np.asarray(max(min(of_channels), np.finfo(np.float32).tiny) / 127)
+
+
+def _added_behind(graph: ir.Graph, node: ir.Node) -> None:
+    """Rewrite a layer with a bias as the layer without it, less the negative bias.
+
+    ONNX Runtime 1.32 turns a real bias into int32 where it makes an integer kernel of the layer, and one that does not fit
+    becomes 0. An ``Add`` it makes a bias again; a ``Sub`` it leaves alone.
+    """
+    bias = node.inputs[2]
+    assert bias is not None
+    values = _array(bias)
+    # the channels are axis 1 of an image, and the last axis of a Gemm's result
+    trailing = 0 if node.op_type == "Gemm" else len(_shape_of(node.inputs[1])) - 2
+    shaped = _initializer(graph, f"{bias.name}_negative", -values.reshape(-1, *(1,) * trailing))
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    layer = ir.node(node.op_type, list(node.inputs[:2]), attributes)
+    layer.outputs[0].shape, layer.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    _replace(graph, node, [layer, ir.node("Sub", [layer.outputs[0], shaped])])
+
+
+def _shape_of(value: ir.Value | None) -> ir.Shape:
+    assert value is not None and value.shape is not None
+    return value.shape
 
 
 def _unguarded(graph: ir.Graph, node: ir.Node) -> None:

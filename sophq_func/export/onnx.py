@@ -18,7 +18,7 @@ from sophq_func.capture import LOGGER_OF_ONNX
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.files import write_bytes
-from sophq_func.export._capture import Axes, captured, output_names
+from sophq_func.export._capture import Axes, captured, check_flags, not_in_float32, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -74,9 +74,11 @@ def onnx(
 
     Raises:
       ConfigError: quantizers cannot be expressed (the message gives the reason for each); the extra ``onnx`` is not
-        installed; the model does not accept all sizes of a dynamic axis; there is no such argument or axis; torch.onnx
-        cannot translate an operation; the file would exceed 2 GiB.
-      StateError: the model is in training mode; params or qparams are missing or unknown.
+        installed; an option has the wrong type; the model returns what no file can hold; the model does not accept all
+        sizes of a dynamic axis; there is no such argument or axis; torch.onnx cannot translate an operation; the file
+        would exceed 2 GiB.
+      StateError: the model is in training mode; params or qparams are missing or unknown; NaN in a scale, a weight or a
+        bias.
 
     Example:
       >>> import os, tempfile, sophq_func as sq
@@ -88,20 +90,29 @@ def onnx(
       >>> os.path.exists(path)
       True
     """
+    flags = {"signed": signed, "pack": pack, "simulate": simulate, "dynamic_batch": dynamic_batch}
+    check_flags("export.onnx", flags)
     require("export.onnx")
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.onnx")
-    module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate)
+    module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate, (args, kwargs))
     with quiet():
         capture = captured("export.onnx", module, args, kwargs, dynamic_batch, dynamic_axes)
         written = translated("export.onnx", capture.program, OPSET)
         names = {buffer: name for name, buffer in module.names.items()}
         narrow = frozenset(module.names[f"{name}_quantized"] for name in module.narrow()) if pack else frozenset()
         inputs, outputs = module.inputs(args, kwargs), output_names(capture.program)
-        proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
+        try:
+            proto, _ = _onnx_graph.finished(written.model, names, narrow, inputs, outputs, capture.sizes)
+        except _onnx_graph.INVALID as error:
+            if not module.dtypes:
+                raise
+            raise ConfigError(not_in_float32("export.onnx", module, str(error))) from error
     for name, limits in capture.ranges().items():
         proto.metadata_props.add(key=name, value=limits)
+    for name, value in module.beside.items():
+        proto.metadata_props.add(key=f"output.{name}", value=str(value))
     write_bytes(Path(path), proto.SerializeToString())
 
 
@@ -153,6 +164,7 @@ def quiet() -> Iterator[None]:
 class _Onnx:
     """The target ONNX: grids as QuantizeLinear and DequantizeLinear."""
 
+    named = True
     stores_biases = True  # runtimes add int32 biases to their integer sums
     computes = True
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain, unknown
@@ -17,6 +18,8 @@ from sophq_func.export._chains import propagated
 from sophq_func.export._float import float_file
 from sophq_func.export._names import ops
 from sophq_func.export._records import Record, one_each, records
+from sophq_func.export._steps import with_room_for_biases
+from sophq_func.model.finite import check_numbers
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import expand
@@ -79,9 +82,10 @@ def tables(
       The paths. Each file is written under a temporary name and renamed, so that it is never incomplete.
 
     Raises:
-      ConfigError: a table cannot hold a dynamic range, a granularity or the steps of a quantizer; names are missing,
+      ConfigError: a table cannot hold a dynamic range, a granularity or the steps of a quantizer; a bias does not fit in
+        int32; names are missing,
         unknown or used twice; an unknown work mode; ``example_args`` without the extra ``onnx``.
-      StateError: there is no such folder; see :meth:`Quantized.apply`.
+      StateError: there is no such folder; NaN in a scale, a weight or a bias; see :meth:`Quantized.apply`.
 
     Differs from sophgo-mq: weights with 255 levels count as 8 bits wide, so that the q_table lists them; deconvolutions
     and table formats are listed; affine 4-bit activations count as 4-bit; an unknown work mode is an error. Quantizers of
@@ -105,6 +109,9 @@ def tables(
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
     for quantizer, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[quantizer].scale, weight, scheme.granularity)  # raises where the steps do not fit the weight
+    check_numbers("tables", q.plan, q.engine.quantizers, params, qparams)
+    with torch.no_grad():
+        qparams = with_room_for_biases(q, params, qparams)
     data, file = (b"", None) if example_args is None else float_file(q, params, qparams, example_args)
     entries = one_each(records(q.plan, qparams, ops(q.plan, names, file)))
     entries += propagated(q.plan, entries, file)

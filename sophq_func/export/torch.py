@@ -9,9 +9,10 @@ import torch as pytorch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from sophq_func.capture import operator_name, quantized_operators
+from sophq_func.capture import drop_unread, operator_name, quantized_operators
 from sophq_func.capture.arguments import as_call
-from sophq_func.export._capture import Axes, captured
+from sophq_func.core.errors import ConfigError
+from sophq_func.export._capture import Axes, captured, check_flags, not_in_float32
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -56,7 +57,8 @@ def torch(
     Raises:
       ConfigError: quantizers cannot be expressed (the message gives the reason for each); the model does not accept all
         sizes of a dynamic axis; there is no such argument or axis.
-      StateError: the model is in training mode; params or qparams are missing or unknown.
+      StateError: the model is in training mode; params or qparams are missing or unknown; NaN in a scale, a weight or a
+        bias.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -67,13 +69,20 @@ def torch(
       >>> program.module()(x).shape
       torch.Size([4, 3])
     """
+    check_flags("export.torch", {"simulate": simulate, "dynamic_batch": dynamic_batch})
     operators = quantized_operators()
     args, kwargs = as_call(example_args, "export.torch")
-    module = program("export.torch", q, params, qparams, _Decomposed(operators), simulate)
+    module = program("export.torch", q, params, qparams, _Decomposed(operators), simulate, (args, kwargs))
     exported = captured("export.torch", module, args, kwargs, dynamic_batch, dynamic_axes).program
     exported.graph.eliminate_dead_code()
     _still_codes(exported.graph, operators)
+    drop_unread(exported)
     exported.graph_module.recompile()
+    if module.dtypes:  # fake tensors do not show every clash of dtypes
+        try:
+            exported.module()(*args, **kwargs)
+        except RuntimeError as error:
+            raise ConfigError(not_in_float32("export.torch", module, str(error))) from error
     return exported
 
 
@@ -100,6 +109,7 @@ def _still_codes(graph: Graph, operators: Any) -> None:
 class _Decomposed:
     """The target torch: grids as the operators of PT2E."""
 
+    named = False
     stores_biases = False
     computes = False  # inductor has integer kernels for codes that an operator reads
 

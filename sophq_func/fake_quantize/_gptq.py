@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.modes import as_constant
 from sophq_func.core.pytree import tree_map
 from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
@@ -151,7 +152,7 @@ def _gptq(
         raise ConfigError(explain(where, "act_order must be a bool", got=act_order, allowed="True or False"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        constant = tree_map(torch.Tensor.detach, qparams)
+        constant = tree_map(as_constant, qparams)
         if "hessian" not in qparams.extras:
             return fake_quantize(x, constant, scheme, "kernel")
         if group_size == FROM_QPARAMS:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.modes import as_constant
 from sophq_func.core.pytree import sorted_dict, tree_map
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
@@ -76,7 +77,7 @@ def pact(alpha: float = 6.0, *, rounding: str = "nearest") -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         clipped = clip(x, qparams, scheme)
-        constant = tree_map(torch.Tensor.detach, grid(qparams, scheme))
+        constant = tree_map(as_constant, grid(qparams, scheme))
         quantized = fake_quantize(clipped.detach(), constant, scheme, "kernel", noise=draw(x, qparams, noise))
         return ste(clipped, quantized).to(x.dtype)
 
@@ -166,7 +167,7 @@ def tqt(*, rounding: str = "nearest") -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         learned = grid(qparams, scheme)
-        constant_zero = learned._replace(zero_point=learned.zero_point.detach())
+        constant_zero = learned._replace(zero_point=as_constant(learned.zero_point))
         return fake_quantize(x, constant_zero, scheme, "kernel", noise=draw(x, qparams, noise))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.modes import as_constant
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.fake_quantize._noise import uniform
 from sophq_func.numerics import affine
@@ -79,7 +80,7 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if "alpha" not in qparams.extras:
-            constant = QParams(qparams.scale.detach(), qparams.zero_point.detach(), qparams.extras)
+            constant = QParams(as_constant(qparams.scale), as_constant(qparams.zero_point), qparams.extras)
             return fake_quantize(x, constant, scheme, "kernel")
         code, zero, scale = rounded(x, qparams, scheme)
         return ((code - zero) * scale).to(x.dtype)
@@ -161,7 +162,7 @@ def qdrop(prob: float = 1.0) -> FakeQuantize:
         raise ConfigError(explain("qdrop", "prob must lie in [0, 1]", got=prob, allowed="a number from 0 to 1"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        applied = qparams._replace(scale=positive(qparams.scale), zero_point=qparams.zero_point.detach())
+        applied = qparams._replace(scale=positive(qparams.scale), zero_point=as_constant(qparams.zero_point))
         quantized = fake_quantize(x, applied, scheme, "quotient")
         if prob == 1:
             return quantized

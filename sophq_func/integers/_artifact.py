@@ -17,6 +17,7 @@ from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.integers._integers import IntegerModel, Integers, IntegerTensor, ValueGrid
+from sophq_func.model.derived import absent, derived_site
 from sophq_func.model.finite import check_reached
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.schedule import Schedule
@@ -58,7 +59,8 @@ class Artifact:
 
         Keys: ``"version"`` of this format, ``"digest"`` of the plan, ``"torch"``: the version that converted the model,
         ``"weights"``, ``"biases"`` and ``"values"``: an entry for each by name, ``"folded"``: names of the BatchNorm
-        parameters that are folded into weights and biases.
+        parameters that are folded into weights and biases, ``"derived"``: names of the parameters that only stored weights
+        are computed from.
         """
         return copy.deepcopy(dict(self._metadata))
 
@@ -169,6 +171,10 @@ class Artifact:
         """The tensors in the form in which the executor computes with them."""
         weights, biases = self._metadata["weights"], self._metadata["biases"]
         integers = {name: self._weight_integers(name) for name, entry in weights.items() if is_integer(entry["format"])}
+        derived: dict[str, IntegerTensor | Tensor] = {}
+        for name, entry in weights.items():
+            if not self.plan.site(entry["quantizer"]).parameter:
+                derived[entry["quantizer"]] = integers.pop(name) if name in integers else self.weight(name)
         rounded = {name: self._bias_integers(name) for name, entry in biases.items() if entry["source"]}
         # The executor itself adds the bias of a folded BatchNorm; all other rounded biases are parameters like weights.
         folded = {name: (entry["bias"], entry["norm"]) for name, entry in weights.items() if entry["norm"]}
@@ -178,7 +184,8 @@ class Artifact:
             extra[name] = rounded[name] if name in rounded else self._tensors[name]
         integers |= {name: bias for name, bias in rounded.items() if name not in names}
         values = {name: self._value(name) for name in self._metadata["values"] if name not in self._floats}
-        return IntegerModel(values, self._other, integers, folded, extra, frozenset(self._metadata["folded"]))
+        dropped = frozenset(self._metadata["folded"])
+        return IntegerModel(values, self._other, integers, folded, extra, dropped, derived)
 
     def _parameters(self, model: IntegerModel) -> dict[str, Tensor]:
         """The parameters that the model is called with, in real numbers; the executor looks up which have integers."""
@@ -186,6 +193,8 @@ class Artifact:
         for name, empty in self._q.engine.empty_params().items():
             if name in model.wholes:
                 parameters[name] = model.wholes[name].real(torch.float32)
+            elif name in self._metadata["derived"]:
+                parameters[name] = absent(torch.empty(empty.shape, dtype=empty.dtype, device=device))
             elif name in self._metadata["weights"]:
                 parameters[name] = self.weight(name)
             elif name in model.dropped:  # of a folded BatchNorm, which is not computed
@@ -220,6 +229,8 @@ class Artifact:
         """The codes of a weight with their grid."""
         entry = self._entry(name)
         site, config = self.plan.site(entry["quantizer"]), self.plan[entry["quantizer"]]
+        if not site.parameter:
+            site = derived_site(site, ())
         parts = {part: self._part(name, part) for part in entry["parts"]}
         grid = Grid(
             format=entry["format"],

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophq_func.codes import BY_BLOCKS, Refusal, Stored, pack, share_on, stored_form
+from sophq_func.capture.arguments import as_call
+from sophq_func.codes import (
+    BY_BLOCKS,
+    Refusal,
+    Stored,
+    beside,
+    bias_codes,
+    bias_step,
+    pack,
+    share_on,
+    stored_form,
+    widened,
+    widened_beside,
+)
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
 from sophq_func.integers._artifact import PACKED, Artifact
+from sophq_func.model.derived import Call, as_weight, derived, derived_names
+from sophq_func.model.finite import check_numbers
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer, arranged
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.formats import FLOAT8
-from sophq_func.numerics.layout import rows
 
 VERSION = 1
 """Version of the metadata's format."""
 
-LIMIT = 2.0**31 - 2**7
-"""The largest bias, in steps: the largest float32 that fits in int32."""
 
-IDLE_BIAS = 2**30
-"""Steps that a bias takes in a channel of zero weights, whose scale is free: any number well below LIMIT would do."""
-
-
-def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /) -> Artifact:
+def convert(
+    q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /, *, example_args: object = None
+) -> Artifact:
     """Convert a quantized model to integers: weights, biases, scales and zero points, with BatchNorms folded in.
 
     A weight is stored as codes, ``real = (code - zero_point) * scale``; up to 4 bits they are packed
@@ -42,13 +53,17 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
     Args:
       q: from :func:`sophq_func.quantize` or ``q.freeze``.
       params, qparams: see :meth:`Quantized.apply`; they are not changed.
+      example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments. It is needed where the model
+        computes weights from its parameters (``w * s``, a parametrization) and the plan was read from JSON, a pickle or a
+        checkpoint; any other plan knows the shapes of its examples. Without it such weights stay as they are, with a
+        warning that names them.
 
     Returns:
       An :class:`Artifact`; ``artifact.run`` computes with its integers.
 
     Raises:
-      StateError: quantizers whose values have no codes (one message lists all of them); a scale is not finite; a bias does
-        not fit in int32; it is called inside a transform; see also :meth:`Quantized.apply`.
+      StateError: quantizers whose values have no codes (one message lists all of them); a scale, a weight or a bias is not
+        finite; a bias does not fit in int32; it is called inside a transform; see also :meth:`Quantized.apply`.
 
     Example:
       >>> import sophq_func as sq
@@ -74,8 +89,10 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
                 fix="convert outside of vmap, grad and compile",
             )
         )
+    check_numbers("convert", q.plan, q.engine.quantizers, params, qparams)
+    example = None if example_args is None else as_call(example_args, "convert")
     with torch.inference_mode(False), torch.no_grad():
-        return _Conversion(q, params, qparams).artifact()
+        return _Conversion(q, params, qparams, example).artifact()
 
 
 class _Conversion:
@@ -90,9 +107,10 @@ class _Conversion:
       gone: parameters that the artifact does not hold, because codes or a folded bias replace them.
     """
 
-    def __init__(self, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> None:
-        small = {name for weight in q.engine.weights for name in _beside(weight)}  # weights are widened slice by slice
-        self.params = {name: _widened(p) if name in small else p.detach() for name, p in params.items()}
+    def __init__(
+        self, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], example: Call | None
+    ) -> None:
+        self.params = widened_beside(q.engine.weights, params)  # weights are widened slice by slice
         self.q, self.qparams = q, q.engine.effective({name: qparams[name] for name in q.plan})
         self.problems: list[str] = []
         self.on = {name for name in q.plan if self._is_on(name)}
@@ -102,6 +120,17 @@ class _Conversion:
         self.values: dict[str, str] = {}
         self.floats: dict[str, QParams] = {}
         self.gone: set[str] = set()
+        wanted = [name for name in derived_names(q.engine) if name in self.on]
+        self.derived = derived(q.engine, params, self.qparams, example, wanted)
+        self.on -= self.derived.inner  # what these quantize is part of a stored weight
+        self._warn_of(set(wanted) - self.derived.weights.keys())
+
+    def _warn_of(self, names: set[str]) -> None:
+        """Warn where derived weights are stored as the parameters that they are computed from."""
+        if names:
+            sentence = f"{', '.join(sorted(names))}: weights that are computed in the forward stay parameters"
+            because, fix = "the plan has no example to compute them with", "sq.convert(q, params, qparams, example_args=x)"
+            warnings.warn(explain("convert", sentence, because=because, fix=fix), stacklevel=4)
 
     def artifact(self) -> Artifact:
         """The converted model.
@@ -111,14 +140,17 @@ class _Conversion:
         """
         # Values first: the step of a bias is that of its layer's input times that of the weight.
         for name, piece in self.q.engine.running.items():
-            if name in self.on:
+            if name in self.derived.weights:
+                self._derived_weight(name, piece)
+            elif name in self.on:
                 self._value(name, piece)
         for weight in self.q.engine.weights:
             if weight.site.quantizer in self.on:
                 self._weight(weight)
         raise_all(self.problems, StateError)
         folded = self._folded()
-        gone = self.gone | folded | self.weights.keys()
+        parents = self.derived.parents - {name for weight in self.q.engine.weights for name in beside(weight)}
+        gone = self.gone | folded | parents | self.weights.keys()
         rest = {name: _copied(p) for name, p in self.params.items() if name not in gone}
         metadata = {
             "version": VERSION,
@@ -128,6 +160,7 @@ class _Conversion:
             "biases": sorted_dict(self.biases),
             "values": sorted_dict(self.values),
             "folded": sorted(folded),
+            "derived": sorted(parents - folded - self.gone),
         }
         return Artifact(self.q.plan, metadata, sorted_dict({**rest, **self.tensors}), self.q, sorted_dict(self.floats))
 
@@ -186,6 +219,17 @@ class _Conversion:
         """Put copies of tensors into the artifact as ``<owner>.<part>``."""
         self.tensors.update({f"{owner}.{part}": tensor.detach().clone() for part, tensor in parts.items()})
 
+    def _derived_weight(self, name: str, piece: RunQuantizer) -> None:
+        """Convert a weight that is computed from parameters alone."""
+        taken = self.params.keys() - self.derived.parents
+        weight, params = as_weight(piece, self.derived.weights[name], taken)
+        stored = stored_form(weight, self.qparams[name], params, wide=True)
+        if isinstance(stored, Refusal):
+            self._refuse(name, f"the values of {piece.config.fake_quantize!r} have no codes", stored.because)
+            return
+        assert isinstance(stored, Stored)
+        self._keep_weight(weight, stored)
+
     def _weight(self, weight: WeightQuantizer) -> None:
         """Convert a weight, and the bias of its layer."""
         name = weight.site.quantizer
@@ -238,22 +282,20 @@ class _Conversion:
         real = weight.folded_bias(self.params)
         self.gone.discard(key)
         self.biases[key] = {"source": ""}
-        step = self._step(weight, source)
+        is_rounded = self.values.get(source) == "integer"
+        step = bias_step(stored, self.tensors[f"{source}.scale"]) if is_rounded else None
         if step is None:
             self.tensors[key] = real + self._shift(weight)
             return
-        step = self._enlarged(weight, stored, step, real)
-        code = (real / step).round()
-        if bool((code.abs() > LIMIT).any()):
-            because, fix = "a chip adds it to sums of 32 bits", "look at the scales of the weight and of the layer's input"
-            got = f"{float(code.abs().max()):.3g} steps"
-            self.problems.append(
-                explain(f"convert: {key}", "the bias does not fit in int32", got=got, because=because, fix=fix)
-            )
+        form = bias_codes(stored, step, real)
+        if isinstance(form, Refusal):
+            sentence, fix = "the bias does not fit in int32", "raise the scales of these channels, or use fewer bits"
+            self.problems.append(explain(f"convert: {key}", sentence, because=form.because, fix=fix))
             return
         self.biases[key] = {"source": source}
         self.gone.add(key)
-        self._keep(key, codes=code.to(torch.int32), scale=step)
+        self.tensors[f"{weight.site.parameter}.scale"] = form.scale.detach().clone()
+        self._keep(key, codes=form.codes, scale=form.step)
 
     def _shift(self, weight: WeightQuantizer) -> Tensor | float:
         """What the plan's rounding adds to a bias that is stored in real numbers, as beside weights in 16-bit floats."""
@@ -261,36 +303,6 @@ class _Conversion:
         if not site.source:
             return 0.0
         return weight.bias_shift(self.params, self.qparams[site.quantizer], self.qparams[site.source])
-
-    def _enlarged(self, weight: WeightQuantizer, stored: Stored, step: Tensor, real: Tensor) -> Tensor:
-        """The step of a bias, enlarged where all weights are zero and the bias would overflow.
-
-        Zero weights are zero at any scale, so that the scale of the weight is enlarged with the step.
-        """
-        overflows = (real / step).abs() > LIMIT
-        largest = real.abs()
-        if step.ndim == 0:
-            overflows, largest = overflows.any(), largest.max()
-        if not bool(overflows.any()):
-            return step
-        seen = arranged(stored.read(), weight.site)
-        is_zero = rows(seen, weight.scheme.granularity).eq(0).all(-1)
-        enlarged = torch.where(overflows & is_zero, largest / IDLE_BIAS, step)
-        name = f"{weight.site.parameter}.scale"
-        scale = self.tensors[name]
-        self.tensors[name] = torch.where(overflows & is_zero, scale * (enlarged / step), scale)
-        return enlarged
-
-    def _step(self, weight: WeightQuantizer, source: str) -> Tensor | None:
-        """``s_weight s_input``, ``()`` or ``(out,)``; ``None`` where a sum of the layer has no single scale."""
-        if self.values.get(source) != "integer":
-            return None
-        input_scale, weight_scale = self.tensors[f"{source}.scale"], self.tensors[f"{weight.site.parameter}.scale"]
-        axis = getattr(weight.config.scheme.granularity, "axis", None)
-        is_per_channel = weight_scale.ndim == 1 and axis == weight.site.axis
-        if input_scale.ndim != 0 or not (weight_scale.ndim == 0 or is_per_channel):
-            return None
-        return weight_scale * input_scale
 
     def _folded(self) -> set[str]:
         """The tensors of BatchNorms that are folded wherever they are called: behind converted layers, and nowhere else."""
@@ -304,21 +316,9 @@ class _Conversion:
         return {name for name in held if all(path in paths for path, _ in self.q.engine.holders(name))}
 
 
-def _beside(weight: WeightQuantizer) -> list[str]:
-    """Names of the parameters that are folded with a weight: the bias of its layer, and the BatchNorm behind it."""
-    norm = weight.norm
-    folded = [] if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
-    return [weight.site.bias, *folded]
-
-
-def _widened(p: Tensor) -> Tensor:
-    """The tensor without its gradient; 16-bit and 8-bit floats as float32."""
-    return p.detach().float() if p.is_floating_point() and p.element_size() < 4 else p.detach()
-
-
 def _copied(p: Tensor) -> Tensor:
     """The same in memory of its own."""
-    return _widened(p) if p.is_floating_point() and p.element_size() < 4 else p.clone()
+    return widened(p) if p.is_floating_point() and p.element_size() < 4 else p.clone()
 
 
 def _bit_patterns(codes: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class IntegerModel(NamedTuple):
       extra: the values of these biases, by name: integers, or real numbers. :class:`Integers` adds them itself,
         behind a layer that runs without a bias.
       dropped: names of the parameters of BatchNorms that are folded into weights.
+      derived: weights that the model computes from parameters alone, by quantizer: integers, or real numbers.
     """
 
     values: Mapping[str, ValueGrid]
@@ -99,6 +100,7 @@ class IntegerModel(NamedTuple):
     biases: Mapping[str, tuple[str, str]]
     extra: Mapping[str, IntegerTensor | Tensor]
     dropped: frozenset[str]
+    derived: Mapping[str, IntegerTensor | Tensor]
 
 
 class Noted(NamedTuple):
@@ -259,6 +261,8 @@ class Integers(Runner):
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         """The effect of a run: ``x`` on the grid of a quantizer, from its integers where it has them."""
+        if name in self._model.derived:
+            return self._stored(name, x)
         value = self._model.values.get(name)
         if value is None:
             return self._model.other(name, x)
@@ -279,6 +283,15 @@ class Integers(Runner):
         largest = int(torch.maximum(value.high - value.zero_point, value.zero_point - value.low).max())
         quantized = IntegerTensor(level, _for_each(scale, x), name, largest)
         return self._noted(quantized.real(x.dtype), quantized, "quantize" if integers is None else "requantize")
+
+    def _stored(self, name: str, x: Tensor) -> Tensor:
+        """The stored weight in the place of ``x``, which is computed from parameters that an artifact need not hold."""
+        weight = self._model.derived[name]
+        if isinstance(weight, Tensor):
+            return weight.to(x.dtype)
+        real = weight.real(x.dtype)
+        self._note(real, weight)
+        return real
 
     def _layer(self, name: str, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
         """The result of a convolution or linear layer, with the bias of a BatchNorm that is folded into its weight."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import outside_inference
 from sophq_func.core.progress import shown
-from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.pytree import sorted_dict, tree_map
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.finite import check_finite
@@ -89,7 +90,9 @@ def resolve(engine: Engine, params: Params, ostate: Mapping[str, State]) -> QPar
         if quantizer.scheme.dynamic:  # each tensor gives its own; NaN of an observer without data must not stay
             entry = entry._replace(scale=torch.ones_like(entry.scale))
         resolved[name] = quantizer.fake_quantize.init(entry, quantizer.seen(params), quantizer.scheme)
-    return sorted_dict(resolved)
+    # a calibration in torch.inference_mode gives scales that can still be learned
+    learnable: QParamsDict = tree_map(outside_inference, sorted_dict(resolved))
+    return learnable
 
 
 def _checked(batches: Iterable[Tree]) -> Iterable[Tree]:

@@ -14,7 +14,7 @@ from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.core.errors import StateError, explain, raise_all
-from sophq_func.core.modes import is_compiling
+from sophq_func.core.modes import as_constant, is_compiling
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
@@ -200,7 +200,7 @@ class Engine:
         for name, quantizer in (*self.quantizers.items(), *self.sources.items()):
             given = qparams[name]
             if "scale" not in quantizer.fake_quantize.learnable:
-                given = given._replace(scale=given.scale.detach())
+                given = given._replace(scale=as_constant(given.scale))
             effective[name] = quantizer.fake_quantize.grid(given, quantizer.scheme)
         return effective
 

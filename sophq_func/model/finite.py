@@ -1,4 +1,4 @@
-"""If a statistic is NaN or infinite, the error names the quantizer and the cause."""
+"""If a statistic, a scale or a weight is NaN or infinite, the error names the quantizer and the cause."""
 
 from __future__ import annotations
 
@@ -47,6 +47,55 @@ def check_reached(name: str, qparams: QParams) -> None:
     if is_plain([qparams.scale]) and bool(qparams.scale.isnan().any()):
         fix = "calibrate with a batch that reaches it"
         raise StateError(f"not calibrated: {name} is optional and has seen no data, but this run reaches it. Fix: {fix}.")
+
+
+def check_numbers(
+    where: str, plan: Plan, quantizers: Quantizers, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]
+) -> None:
+    """Raise a :class:`StateError` that names every weight, folded bias and scale in which NaN would reach a grid.
+
+    For what stores or reports numbers: a run may go on with NaN, a file of integers cannot. Quantizers that only observe or
+    are switched off are passed over, and optional ones that no batch reached.
+
+    Args:
+      where: the function that the user called.
+      plan, quantizers: of the engine.
+      params: of the model; plain tensors.
+      qparams: of every quantizer.
+    """
+    problems = []
+    for name, quantizer in quantizers.items():
+        entry = qparams[name]
+        mask = entry.extras.get("enabled")
+        is_off = mask is not None and not bool((mask != 0).any())
+        if plan[name].observe_only or is_off:
+            continue
+        is_unreached = plan[name].optional and bool(entry.scale.isnan().any())
+        scales = entry.scale, quantizer.fake_quantize.grid(entry, quantizer.scheme).scale
+        is_finite = all(bool(scale.isfinite().all()) for scale in scales)
+        if not (plan[name].scheme.dynamic or is_unreached or is_finite):
+            fix = "qparams = q.calibrate(params, batches)"
+            problems.append(explain(f"{where}: {name}", "the scale is not finite", allowed="finite numbers", fix=fix))
+        if isinstance(quantizer, WeightQuantizer):
+            problems += _numbers_of_layer(where, quantizer, params)
+    raise_all(list(dict.fromkeys(problems)), StateError)
+
+
+def _numbers_of_layer(where: str, weight: WeightQuantizer, params: Mapping[str, Tensor]) -> list[str]:
+    """A sentence for each tensor of a layer in which NaN, or, beside the weight, infinity would become a code."""
+    site, norm, problems = weight.site, weight.norm, []
+    if bool(params[site.parameter].isnan().any()):
+        problems.append(_not_a_number(where, site.parameter, "NaN"))
+    folded = [] if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
+    for name in filter(None, [site.bias, *folded]):
+        if not bool(params[name].isfinite().all()):
+            problems.append(_not_a_number(where, name, "NaN or infinity"))
+    return problems
+
+
+def _not_a_number(where: str, parameter: str, got: str) -> str:
+    because, fix = "no code stands for it", f"look at {parameter}"
+    return explain(f"{where}: {parameter}", f"the numbers hold {got}", because=because, fix=fix)
 
 
 def _floating(state: State) -> list[Tensor]:

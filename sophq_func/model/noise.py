@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Kwargs
 from sophq_func.model.engine import Engine, QParamsDict
@@ -32,7 +33,7 @@ def with_noise(
     for name in sorted(likes):  # a fixed order of draws, whatever the order of execution
         like = likes[name]
         noise = torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
-        extras = sorted_dict({**new[name].extras, "noise": noise})
+        extras = sorted_dict({**new[name].extras, "noise": outside_inference(noise)})
         new[name] = new[name]._replace(extras=extras)
     return sorted_dict(new)
 

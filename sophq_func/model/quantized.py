@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Output, Tree
 from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
@@ -410,7 +411,7 @@ class Quantized:
             fix = "q.eval().freeze(params, qparams)"
             raise StateError(explain("freeze", "a model in training mode cannot be frozen", fix=fix))
         quantized = self.engine.quantized_params(params, qparams)
-        constants = {name: tensor.detach() for name, tensor in quantized.items()}
+        constants = {name: outside_inference(tensor.detach()) for name, tensor in quantized.items()}
         return self._with(self.engine.skeleton, frozen=True), sorted_dict(constants)
 
     def sweep(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain, near, raise_all
-from sophq_func.core.modes import is_plain
+from sophq_func.core.modes import is_plain, outside_inference
 from sophq_func.core.pytree import flatten, sorted_dict, tree_map
 from sophq_func.model.flat import flat
 from sophq_func.numerics import pieces
@@ -75,7 +75,8 @@ def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[
     new = dict(qparams)
     for name, width in widths.items():
         if name in qparams:
-            new[name] = _resized(qparams[name], plan[name].scheme, fake_quantizers[name], width)
+            resized = _resized(qparams[name], plan[name].scheme, fake_quantizers[name], width)
+            new[name] = tree_map(outside_inference, resized)
     return sorted_dict(new)
 
 
@@ -148,7 +149,7 @@ def enabled(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> 
             sentence, allowed = f"{name!r} cannot have this mask", "True, False, or a boolean or floating scalar"
             fix = "sq.enabled(qparams, False)"
             raise ConfigError(explain("enabled", sentence, got=value, allowed=allowed, fix=fix))
-        switch = torch.as_tensor(value, device=qparams[name].scale.device)
+        switch = outside_inference(torch.as_tensor(value, device=qparams[name].scale.device))
         extras = sorted_dict({**new[name].extras, "enabled": switch})
         new[name] = new[name]._replace(extras=extras)
     return sorted_dict(new)

@@ -253,9 +253,9 @@ def _composed(
     if not modes.may_differentiate():
         _, clamped = _codes(_ratio(scaled, scale, order), zero, low, high, order, noise)
         return step * (clamped if zero is None else clamped - zero)
-    fixed_step = step.detach()
-    fixed_zero = None if zero is None else zero.detach()
-    ratio = _ratio(scaled.detach(), scale.detach(), order)
+    fixed_step = modes.as_constant(step)
+    fixed_zero = None if zero is None else modes.as_constant(zero)
+    ratio = _ratio(modes.as_constant(scaled), modes.as_constant(scale), order)
     inside, clamped = _codes(ratio, fixed_zero, low, high, order, noise)
     level = clamped if fixed_zero is None else clamped - fixed_zero
     if zero is not None and fixed_zero is not None:

@@ -15,6 +15,8 @@ from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import tensors
 from sophq_func.core.types import Output, Tree
+from sophq_func.model.derived import derived, derived_names
+from sophq_func.model.finite import check_numbers
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
 from sophq_func.model.shapes import check_qparams
@@ -67,7 +69,8 @@ def report(
       A :class:`Report`.
 
     Raises:
-      StateError: no batches, training mode, an output without floating tensors; see :meth:`Quantized.apply`.
+      StateError: no batches, training mode, NaN in a scale, a weight or a bias, an output without floating tensors; see
+        :meth:`Quantized.apply`.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -81,6 +84,7 @@ def report(
     _check_eval(q)
     each = _listed(batches)
     check_qparams(q.plan, qparams)
+    check_numbers("report", q.plan, q.engine.quantizers, params, qparams)
     on = enabled(qparams, True)
     clips = {name: clipping(config, on[name]) for name, config in q.plan.items()}
     with torch.no_grad():
@@ -90,12 +94,17 @@ def report(
             _add_activations(q, params, on, clips, batch, sums)
             errors.add(batch, how)
     sizes = {name: _size(q, name, params[q.plan.site(name).parameter], on[name]) for name in q.weights_seen(params)}
+    of_derived = derived(q.engine, params, dict(on), as_call(each[0], "report"), derived_names(q.engine))
+    sizes |= {name: _size(q, name, weight, on[name]) for name, weight in of_derived.weights.items()}
     rows = []
     for position, name in enumerate(q.plan):
         if name in sums:  # a value that no batch reached has no row
             rows.append(_row(q, position, name, sums[name], clips[name], sizes.get(name, NO_SIZE), errors))
     before = sum(p.numel() * p.element_size() for p in params.values())
     saved = sum(row.bytes_before - row.bytes_after for row in rows)
+    if of_derived.weights:  # what is left out are the parameters that they are computed from, not the weights themselves
+        parents = sum(params[name].numel() * params[name].element_size() for name in of_derived.parents)
+        saved += parents - sum(sizes[name][0] for name in of_derived.weights)
     return Report(
         model=q.model_name,
         digest=q.plan.digest(),
