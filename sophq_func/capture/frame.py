@@ -25,6 +25,7 @@ from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
 from sophq_func.core.modes import is_compiling, now
 from sophq_func.core.operations import called
+from sophq_func.core.pytree import tensors
 from sophq_func.core.types import Args, Kwargs, Output
 
 Function: TypeAlias = Callable[..., Output]
@@ -40,6 +41,9 @@ class Frame:
       mode: which compiler, transform or derivative was active when the frame was made.
       scopes: paths of the scopes that are running, outermost first.
       leaf_depth: how many leaves are running, one inside the other; functions called inside one are not the model's.
+      computing: how many computations of a module's own parameters are running, one inside the other: parametrizations,
+        and hooks before the forward. They belong to the module.
+      given: while a hook before a forward runs, the tensors that depend on what the module is given; else ``None``.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
     """
 
@@ -47,6 +51,8 @@ class Frame:
         self.mode = now()
         self.scopes = [""]
         self.leaf_depth = 0
+        self.computing = 0
+        self.given: list[Tensor] | None = None
         self.deferred: Deferred | None = None
 
     @property
@@ -80,8 +86,11 @@ class Frame:
         return func(*args, **kwargs)
 
     def inner_function(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
-        """Call a torch function inside a leaf."""
+        """Call a torch function inside a leaf, or inside a computation of a module's own parameters."""
         return func(*args, **kwargs)
+
+    def after_hook(self, path: str, module: nn.Module) -> None:
+        """A hook before the forward of a module that is not a leaf is done."""
 
     def looks_inside(self) -> bool:
         """Whether :meth:`inner_function` must see the calls inside the leaf that starts now."""
@@ -111,10 +120,17 @@ class Slot:
 
 
 class ModuleInfo:
-    """What the hooks of one module read: its path, whether it is a leaf, and the slot of its skeleton."""
+    """What the hooks of one module read.
 
-    def __init__(self, path: str, leaf: bool, slot: Slot) -> None:
-        self.path, self.leaf, self.slot = path, leaf, slot
+    Attributes:
+      path: of the module.
+      leaf: whether it is a leaf.
+      computes: whether it is a parametrization: a module that computes a parameter of another one.
+      slot: that of its skeleton.
+    """
+
+    def __init__(self, path: str, leaf: bool, computes: bool, slot: Slot) -> None:
+        self.path, self.leaf, self.computes, self.slot = path, leaf, computes, slot
 
     def watch(self) -> Watch | None:
         """The mode that this module's calls are reported to; ``None`` between runs, and for a scope inside a leaf."""
@@ -134,6 +150,7 @@ def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
         frame.enter_scope(info.path, args, kwargs)
         return None
     frame.leaf_depth += 1
+    frame.computing += info.computes
     watch.pause()
     if frame.leaf_depth == 1:  # a leaf inside another is a part of it
         args, kwargs = frame.before_module(info.path, args, kwargs)
@@ -159,6 +176,7 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
         frame.leave_scope(info.path, args, kwargs, output)
         return None
     frame.leaf_depth -= 1
+    frame.computing -= info.computes
     watch.pause()
     if frame.deferred is not None and info.path in frame.deferred.readers:
         frame.deferred.leave(info.path, module)
@@ -166,6 +184,32 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
         output = frame.after_module(info.path, module, args, kwargs, output)
     watch.resume()
     return output
+
+
+class OwnHook:
+    """A hook of the model's own before the forward of a module, such as ``torch.nn.utils.spectral_norm`` registers.
+
+    What it computes from the module's tensors belongs to the module, as a parametrization does. What it computes from the
+    module's arguments is the model's, as if the caller did it.
+    """
+
+    def __init__(self, hook: Callable[..., Output], info: ModuleInfo) -> None:
+        self._hook, self._info = hook, info
+
+    def __call__(self, module: nn.Module, *args: Args | Kwargs) -> Output:
+        watch = self._info.slot.watch
+        if watch is None:
+            return self._hook(module, *args)
+        frame = watch.frame
+        outer = frame.given
+        frame.given = tensors(args)
+        try:
+            result = self._hook(module, *args)
+        finally:
+            frame.given = outer
+        if not self._info.leaf and not frame.leaf_depth:
+            frame.after_hook(self._info.path, module)
+        return result
 
 
 def _reads_its_own(module: nn.Module) -> bool:
@@ -220,6 +264,21 @@ class Watch(TorchFunctionMode):
         # attributes such as ``shape`` are the same without the value, and reading one must not compute it
         if self.frame.deferred is not None and func.__name__ != "__get__":
             args, kwargs = self.frame.deferred.filled((args, kwargs))
+        given = self.frame.given
+        if given is None:
+            return self._report(func, args, kwargs)
+        if any(operand is tensor for operand in tensors((args, kwargs)) for tensor in given):
+            output = self._report(func, args, kwargs)
+            given.extend(tensors(output))
+            return output
+        self.frame.computing += 1
+        try:
+            return self.frame.inner_function(func, args, kwargs)
+        finally:
+            self.frame.computing -= 1
+
+    def _report(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Report a call to the frame, as one inside a leaf or one of the model."""
         if self.frame.leaf_depth:
             return self.frame.inner_function(func, args, kwargs)
         name = called(func)

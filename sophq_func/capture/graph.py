@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from sophq_func.core.operations import family
 
@@ -13,6 +13,28 @@ Class: TypeAlias = type
 
 Option: TypeAlias = Any
 """Value of a module's plain attribute: a bool, a number, or a tuple of ints."""
+
+
+class Factor(NamedTuple):
+    """A tensor that a leaf module multiplies and sums, and that depends on parameters alone.
+
+    Attributes:
+      function: canonical name of the function that multiplies.
+      slot: index of the tensor among all tensors of that call.
+      parameter: canonical name of the parameter that it is, or of which it is a view; empty where it is computed.
+      sources: canonical names of all parameters that it is computed from.
+      shape: of the tensor in the example.
+    """
+
+    function: str
+    slot: int
+    parameter: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+REPARAMETRIZE = "reparametrize"
+"""``Node.function`` of a tensor that a parametrization, or a hook before a module's forward, computes from parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +103,9 @@ class Node:
       outputs: names of the values that it makes.
       parameters: canonical names of a leaf module's own tensors, by attribute.
       options: plain attributes of a leaf module that decide about quantization (``groups``, ``eps``, ...).
+      factors: what a leaf module multiplies inside, as far as it is its own.
+      multiplications: how many the call makes in products that are summed, inside leaf modules, too; see
+        :func:`sophq_func.capture.products.multiplications`.
       members: the calls of a fused group, first to last; empty otherwise.
       argument: of an input, the name of the argument of ``forward``.
       also: of an input, names of further arguments for which the example has the same tensor.
@@ -98,6 +123,8 @@ class Node:
     outputs: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Option] = field(default_factory=dict)
+    factors: tuple[Factor, ...] = ()
+    multiplications: int = 0
     members: tuple[Node, ...] = ()
     argument: str = ""
     also: tuple[str, ...] = ()
@@ -163,6 +190,7 @@ class Graph:
       written: names of inputs that the model writes into.
       scopes: calls of modules that are not leaves, in the order in which they end.
       shapes: of the parameters and buffers, by canonical name.
+      buffers: canonical names of the buffers.
     """
 
     def __init__(
@@ -174,9 +202,11 @@ class Graph:
         written: tuple[str, ...] = (),
         scopes: tuple[Scope, ...] = (),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        buffers: frozenset[str] = frozenset(),
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
         self.opaque, self.written, self.scopes, self.shapes = opaque, written, scopes, dict(shapes or {})
+        self.buffers = buffers
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:

@@ -5,16 +5,17 @@ A parameter has one site, however many calls use it; so has each weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.capture.graph import REPARAMETRIZE, Factor, Graph, Node, Operand
 from sophq_func.config.names import weight_quantizer
-from sophq_func.config.site import CallSite, ComputedSite, WeightSite, class_names
+from sophq_func.config.site import CallSite, ComputedSite, OperandSite, WeightSite, class_names
 from sophq_func.config.strategies import Strategy
-from sophq_func.core.operations import CONTRACTIONS
+from sophq_func.core.operations import CONTRACTIONS, LAYERS
 from sophq_func.planning.strategies import contracted, source_of
 
 OUTPUT_AXIS_1 = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
@@ -35,6 +36,7 @@ class WeightUse(NamedTuple):
       shape: of the weight; of one that is computed in the forward, the shape in the example.
       operand: slot of a computed weight among the operands of a function; -1 elsewhere.
       read: the operand that is multiplied with the weight; ``None`` without.
+      source: of a weight that is computed in the forward, outside leaves, the value that is moved to the operand.
     """
 
     node: Node
@@ -44,6 +46,7 @@ class WeightUse(NamedTuple):
     shape: tuple[int, ...]
     operand: int = -1
     read: Operand | None = None
+    source: str = ""
 
 
 def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()) -> Iterator[WeightUse]:
@@ -57,38 +60,53 @@ def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ())
                 source = source_of(graph, operand)
                 is_constant = not source.parameter and not source.value
                 if contracted(node, operand) and not is_constant and source.value not in varying:
-                    yield _use_of_function(graph, node, operand, source.parameter)
+                    yield _use_of_function(graph, node, operand, source)
 
 
 def _uses_of_module(graph: Graph, node: Node) -> Iterator[WeightUse]:
-    """The weights of a leaf module: its parameters, or one that it computes, as a parametrization does."""
+    """The weights that a leaf module multiplies with: parameters, or one that it computes, as a parametrization does."""
     axis = 1 if node.is_module(*OUTPUT_AXIS_1) else 0
     read = node.operands[0] if node.operands else None
-    names = [attribute for attribute in node.parameters if attribute.startswith("weight")]
-    for attribute in names:
+    for attribute in weights_of_layer(node):
         parameter = node.parameters[attribute]
         yield WeightUse(node, attribute, parameter, axis, graph.shapes.get(parameter, ()), read=read)
-    if not names and "weight_shape" in node.options:
-        yield WeightUse(node, "weight", "", axis, node.options["weight_shape"], read=read)
+    for factor in node.factors:
+        if is_computed_weight(factor):
+            yield WeightUse(node, "weight", "", axis, factor.shape, read=read)
 
 
-def _use_of_function(graph: Graph, node: Node, operand: Operand, parameter: str) -> WeightUse:
+def weights_of_layer(node: Node) -> list[str]:
+    """The attributes of a leaf module that hold parameters with which it multiplies."""
+    multiplied = {factor.parameter for factor in node.factors}
+    names = [attribute for attribute, parameter in node.parameters.items() if parameter in multiplied]
+    # A layer may multiply where no function of torch is seen, as in a kernel of its own.
+    return names if node.factors or "weight" not in node.parameters else ["weight"]
+
+
+def is_computed_weight(factor: Factor) -> bool:
+    """Whether a leaf module computes what it multiplies, and calls a function in which a run finds the weight."""
+    return not factor.parameter and LAYERS.get(factor.function) == factor.slot
+
+
+def _use_of_function(graph: Graph, node: Node, operand: Operand, source: Operand) -> WeightUse:
     """The use of an operand of a function as a weight.
 
     Args:
       graph: fused.
       node: the call of the function.
       operand: the weight.
-      parameter: name of the parameter of which the operand is a view; empty where it is computed from parameters.
+      source: the parameter, or the value computed from parameters, from which the operand was only moved.
     """
     axis = _output_axis(graph, node, operand)
     others = [other for other in node.operands if other.slot != operand.slot]
     # Contracted operands first: an embedding contracts its weight alone, and still reads indices.
     others.sort(key=lambda other: not contracted(node, other))
     read = others[0] if others else None
-    if parameter:
-        return WeightUse(node, "weight", parameter, axis, graph.shapes.get(parameter, ()), read=read)
-    return WeightUse(node, "weight", "", axis, graph.values[operand.value].shape, operand.slot, read)
+    if source.parameter:
+        return WeightUse(node, "weight", source.parameter, axis, graph.shapes.get(source.parameter, ()), read=read)
+    attribute = str(graph.producer(source.value).options.get("attribute", "weight"))
+    shape = graph.values[operand.value].shape
+    return WeightUse(node, attribute, "", axis, shape, operand.slot, read, source.value)
 
 
 def input_dependent(graph: Graph) -> frozenset[str]:
@@ -157,10 +175,7 @@ def find_weights(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()
       strategy: names the layers and functions whose weights are quantized.
       layers: module classes beside those of the strategy.
     """
-    by_name: dict[str, list[WeightUse]] = {}
-    for use in weight_uses(graph, strategy, layers):
-        owner = use.parameter or ".".join(filter(None, (use.node.path, use.attribute)))
-        by_name.setdefault(weight_quantizer(owner), []).append(use)
+    by_name = _by_quantizer(graph, weight_uses(graph, strategy, layers))
     places = []
     notes = []
     for name, uses in by_name.items():
@@ -171,6 +186,41 @@ def find_weights(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()
     return Weights(tuple(places), tuple(notes))
 
 
+def _by_quantizer(graph: Graph, uses: Iterator[WeightUse]) -> dict[str, list[WeightUse]]:
+    """By name of its quantizer, each weight's uses, in execution order of the first ones.
+
+    A weight that is computed in the forward is named after the module around it: a second one gets ``_1``.
+    """
+    found = list(uses)
+    taken = {use.parameter for use in found}
+    owners: dict[tuple[object, ...], str] = {}
+    by_name: dict[str, list[WeightUse]] = {}
+    for use in found:
+        owner = use.parameter or owners.setdefault(_identity(graph, use), _free(_path_of(use), taken))
+        taken.add(owner)
+        by_name.setdefault(weight_quantizer(owner), []).append(use)
+    return by_name
+
+
+def _identity(graph: Graph, use: WeightUse) -> tuple[object, ...]:
+    """What tells one computed weight, as it is quantized, from another."""
+    node = graph.nodes.get(graph.values[use.source].node) if use.source else None
+    # A module that is called twice computes its own weight twice, and that is one weight.
+    same = use.attribute if node is None or node.function == REPARAMETRIZE else use.source
+    return use.node.path, same, use.axis, use.shape
+
+
+def _path_of(use: WeightUse) -> str:
+    """The name of a computed weight, without a number."""
+    return ".".join(filter(None, (use.node.path, use.attribute)))
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """``name``, or the first of ``name_1``, ``name_2``, ... that is free."""
+    numbered = (f"{name}_{number}" for number in count(1))
+    return next(free for free in chain([name], numbered) if free not in taken)
+
+
 def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightSite | ComputedSite, str]:
     """The site of a weight, and a note on what keeps a BatchNorm from being folded into it; empty without."""
     # A weight that an embedding shares with a linear layer is quantized along the channels of the layer.
@@ -178,7 +228,9 @@ def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightSite | 
     common = _common(graph, name, first, uses)
     if not first.parameter:
         note = "computed in the forward, quantized at the call"
-        return ComputedSite(**common, axis=first.axis, operand=first.operand, note=note), ""
+        earliest, *others = uses
+        more = tuple(_operand_site(use) for use in others)
+        return ComputedSite(**common, axis=first.axis, operand=earliest.operand, more=more, note=note), ""
     norm, obstacle = _norm_behind(uses)
     site = WeightSite(
         **common,
@@ -189,6 +241,12 @@ def _site(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightSite | 
         note="unfolded" if obstacle else "",
     )
     return site, f"{first.parameter} {obstacle}: quantized once, unfolded" if obstacle else ""
+
+
+def _operand_site(use: WeightUse) -> OperandSite:
+    """The call of a use, and the operand that is the weight."""
+    call = use.node.first
+    return OperandSite(call.path, call.function, call.call, use.operand)
 
 
 def _common(graph: Graph, name: str, first: WeightUse, uses: list[WeightUse]) -> dict[str, Any]:
