@@ -7,6 +7,7 @@ decide                      how each weight is configured
 quantize_values             which of the chosen values get a quantizer, and how each is configured
 round_biases                by which input's scale the bias of each layer is rounded
 layer_inputs                what the layer of each weight reads, and on which grid
+measure                     what the example multiplies, and how much of that is quantized
 in_execution_order          the sites that are left, in order
 ==========================  ============================================================================
 """
@@ -26,6 +27,7 @@ from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.biases import Biases, round_biases
 from sophq_func.planning.checks import names_of, unknown_names, unseen_leaves
+from sophq_func.planning.coverage import Decided, Work, measure
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
@@ -47,6 +49,7 @@ class Draft(NamedTuple):
       used: indices of the rules that changed something.
       misfits: problems with values that cannot be quantized, however they are configured.
       notes: remarks for the table of the plan.
+      work: what the example multiplies, and how much of that is quantized.
     """
 
     graph: Graph
@@ -57,6 +60,7 @@ class Draft(NamedTuple):
     used: frozenset[int]
     misfits: tuple[str, ...]
     notes: tuple[str, ...]
+    work: Work
 
     @property
     def problems(self) -> list[str]:
@@ -95,6 +99,7 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     planned = Planned(fused, strategy, configs, values.inputs)
     biases = round_biases(planned, weights.places)
     inputs = layer_inputs(planned, weights.places)
+    by_name = {outcome.site.quantizer: outcome for outcome in outcomes}
     sites = [_with_inputs(outcome.site, biases, inputs) for outcome in outcomes if outcome.decision is not None]
     return Draft(
         graph=graph,
@@ -105,6 +110,7 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
         used=used_to_place.union(*(outcome.used for outcome in outcomes)),
         misfits=values.misfits,
         notes=(*weights.notes, *biases.notes),
+        work=measure(Decided(planned, config, weights.places, by_name)),
     )
 
 

@@ -12,9 +12,10 @@ from sophq_func.capture.graph import Graph
 from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Data, Site
-from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, near
+from sophq_func.core.errors import ConfigError, PlanError, PlanWarning, StateError, explain, near, warn
 from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
+from sophq_func.planning.coverage import NOT_MEASURED, Coverage, complaints
 from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.draft import check, draft
 from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
@@ -45,6 +46,8 @@ class Plan(Mapping[str, QuantizerConfig]):
       origin: the graphs and the config that it was made from; ``None`` for a plan from JSON or a pickle, as classes and
         functions cannot be stored there.
       runs: the calls of each example, in order.
+      coverage: share of parameters and of multiplications that are quantized, and a line for each layer or contraction
+        that is not, with the reason.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -64,6 +67,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     wiring: Wiring
     origin: Origin | None
     runs: tuple[Run, ...]
+    coverage: Coverage
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         written: tuple[str, ...] = (),
         wiring: Wiring = NO_WIRING,
         runs: tuple[Run, ...] = (),
+        coverage: Coverage = NOT_MEASURED,
         origin: Origin | None = None,
     ) -> None:
         self.__dict__.update(
@@ -90,6 +95,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             written=tuple(written),
             wiring=wiring,
             runs=runs,
+            coverage=coverage,
             origin=origin,
         )
 
@@ -100,6 +106,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         drafts = [draft(graph, config) for graph in graphs]
         check(drafts, config)
         united = unite(drafts)
+        complaint = complaints([draft.work for draft in drafts], config)
+        if complaint:
+            warn(complaint, PlanWarning)
         used = frozenset().union(*(draft.used for draft in drafts))
         return Plan(
             {name: decision.config for name, decision in united.decisions.items() if decision.config is not None},
@@ -112,6 +121,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             united.written,
             united.wiring,
             united.runs,
+            united.coverage,
             origin,
         )
 
@@ -199,10 +209,11 @@ class Plan(Mapping[str, QuantizerConfig]):
     def table(self) -> str:
         """The plan as text: each quantizer, its config, where it sits, and which rule or default decided each field.
 
-        With lines between the columns where rich is installed, else plain.
+        With lines between the columns where rich is installed, else plain. At the end it says what stays float.
         """
         remarks = [f"note: {note}" for note in self.notes] + [f"unused: {rule!r}" for rule in self.unused]
-        return text.table(self.rows(), remarks)
+        # Of an empty plan the table says that nothing is quantized.
+        return text.table(self.rows(), [*remarks, *(self.coverage.lines() if self else ())])
 
     def explain(self, name: str) -> str:
         """Everything about one quantizer as text: where it sits, and each field with what decided it."""
@@ -259,6 +270,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         for entry in data["quantizers"]:
             entry["site"] = self._sites[entry["name"]].to_data()
         explanations = {"reasons": self._reasons, "notes": self.notes, **self.wiring._asdict(), "runs": self.runs}
+        explanations["coverage"] = self.coverage.to_data()
         return json.dumps({"version": VERSION, **data, **explanations}, indent=1, sort_keys=True)
 
     @staticmethod

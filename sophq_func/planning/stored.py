@@ -11,11 +11,12 @@ from sophq_func.config.rules import Rule
 from sophq_func.config.site import ComputedSite, Data, Site, ValueSite, WeightSite
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.scheme import QuantizerConfig, config_from_data
+from sophq_func.planning.coverage import Coverage
 from sophq_func.planning.picture import Call, Edge, Wiring
 from sophq_func.planning.runs import Run
 from sophq_func.planning.unite import Counts
 
-VERSION = 3
+VERSION = 4
 """The version of the text that is written. It grows when the fields of a plan or of a site change."""
 
 
@@ -32,6 +33,7 @@ class Stored(NamedTuple):
     written: tuple[str, ...]
     wiring: Wiring
     runs: tuple[Run, ...]
+    coverage: Coverage
 
 
 def read(text: str) -> Stored:
@@ -83,6 +85,7 @@ def _parts(data: Data) -> Stored:
             tuple(Edge(_text(source), _text(target), _texts(through)) for source, target, through in data["edges"]),
         ),
         runs=tuple(map(Run.from_data, data["runs"])),
+        coverage=Coverage.from_data(data["coverage"]),
     )
 
 
@@ -128,6 +131,18 @@ def _from_2(data: Data) -> Data:
     return {"runs": [], **data, "version": 3, "quantizers": quantizers}
 
 
+def _from_3(data: Data) -> Data:
+    """From version 3, where a computed weight was quantized at one call, and which did not say what stays float."""
+    return {**data, "version": 4, "quantizers": [_with_calls(entry) for entry in data["quantizers"]], "coverage": None}
+
+
+def _with_calls(entry: Data) -> Data:
+    """A quantizer of version 3, with the further calls of its site, of which there were none."""
+    if entry["site"]["kind"] != ComputedSite.kind:
+        return entry
+    return {**entry, "site": {**entry["site"], "more": []}}
+
+
 def _site_from_2(old: Data) -> Data:
     if old.keys() != SITES_OF_VERSION_2:
         raise TypeError(f"a site has the fields {sorted(SITES_OF_VERSION_2)}, got {sorted(old)}")
@@ -139,8 +154,10 @@ def _site_from_2(old: Data) -> Data:
     else:
         new = ComputedSite(quantizer="")
     data = new.to_data()
+    if isinstance(new, ComputedSite):
+        del data["more"]  # version 3 did not have it
     return data | {name: value for name, value in old.items() if name in data}
 
 
-MIGRATIONS: Mapping[int, Callable[[Data], Data]] = {2: _from_2}
+MIGRATIONS: Mapping[int, Callable[[Data], Data]] = {2: _from_2, 3: _from_3}
 """By version, what converts its data to the next version."""

@@ -11,6 +11,7 @@ from sophq_func.capture.graph import Graph
 from sophq_func.config.rules import Decision
 from sophq_func.config.site import ComputedSite, Site, WeightSite
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.planning.coverage import Coverage, coverage
 from sophq_func.planning.draft import Draft
 from sophq_func.planning.picture import Wiring, merged
 from sophq_func.planning.runs import Run
@@ -31,6 +32,7 @@ class United(NamedTuple):
       runs: the calls of each example, in order.
       opaque: paths of leaf modules, whose inner calls are not recorded.
       written: inputs that the model writes into.
+      coverage: what is quantized, and what stays float.
     """
 
     sites: Mapping[str, Site]
@@ -41,6 +43,7 @@ class United(NamedTuple):
     runs: tuple[Run, ...]
     opaque: tuple[str, ...]
     written: tuple[str, ...]
+    coverage: Coverage
 
 
 def unite(drafts: Sequence[Draft]) -> United:
@@ -73,6 +76,7 @@ def unite(drafts: Sequence[Draft]) -> United:
         runs=tuple(Run.of(draft.graph) for draft in drafts),
         opaque=tuple(sorted({path for draft in drafts for path in draft.graph.opaque})),
         written=tuple(sorted({name for draft in drafts for name in draft.graph.written})),
+        coverage=coverage([draft.work for draft in drafts]),
     )
 
 
