@@ -49,8 +49,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether ``module`` is seen as one call, without the calls inside.
 
     That is a module without children whose ``forward`` is that of a class of torch.nn. Parametrizations
-    (``torch.nn.utils.parametrize``) do not count as children. What computes one is a leaf, too, for its arithmetic is not the
-    model's.
+    (``torch.nn.utils.parametrize``) do not count as children. What computes one is a leaf, too, since its arithmetic is
+    not the model's.
     """
     if isinstance(module, ParametrizationList):
         return True

@@ -251,7 +251,10 @@ def _quantized_parameters(decided: Decided) -> Iterator[str]:
     for place in decided.weights:
         if decided.planned.acts(place.site.quantizer):
             for use in place.uses:
-                yield from [use.parameter] if use.parameter else _sources(decided.planned.graph, use)
+                graph = decided.planned.graph
+                # of the tensors that a computed weight comes from, masks and vectors of power iterations are buffers
+                parents = (name for name in _sources(graph, use) if name not in graph.buffers)
+                yield from [use.parameter] if use.parameter else parents
 
 
 def _sources(graph: Graph, use: WeightUse) -> Iterator[str]:
@@ -452,9 +455,8 @@ def _never_called(works: Sequence[Work]) -> list[Left]:
     """The layers with a weight that no example reads."""
     used = frozenset().union(*(work.used for work in works))
     layers = {path: kind for work in works for path, kind in work.layers.items()}
-    sizes = {name for work in works for name in work.sizes}
-    unread = {path: kind for path, kind in layers.items() if f"{path}.weight" in sizes - used}
-    return [Left(path, kind, 0.0, "no example calls it") for path, kind in unread.items()]
+    unread = {name for work in works for name in work.sizes} - used
+    return [Left(path, kind, 0.0, "no example calls it") for path, kind in layers.items() if f"{path}.weight" in unread]
 
 
 def complaints(works: Iterable[Work], config: QuantConfig) -> str:

@@ -56,11 +56,26 @@ def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ())
         if node.is_module(*strategy.weights, *layers):
             yield from _uses_of_module(graph, node)
         elif strategy.functions and node.function in CONTRACTIONS:
-            for operand in node.operands:
-                source = source_of(graph, operand)
-                is_constant = not source.parameter and not source.value
-                if contracted(node, operand) and not is_constant and source.value not in varying:
-                    yield _use_of_function(graph, node, operand, source)
+            yield from _uses_of_function(graph, node, varying)
+
+
+def _uses_of_function(graph: Graph, node: Node, varying: Collection[str]) -> Iterator[WeightUse]:
+    """The operands of a function that are parameters, and the first one that is computed from parameters.
+
+    A second computed one is a value, as in attention whose queries, keys and values are all learned; one that a module
+    computes as its own parameter is a weight in any place.
+    """
+    has_computed = False
+    for operand in node.operands:
+        source = source_of(graph, operand)
+        is_constant = not source.parameter and not source.value
+        if not contracted(node, operand) or is_constant or source.value in varying:
+            continue
+        is_own = bool(source.value) and graph.producer(source.value).function == REPARAMETRIZE
+        if source.value and not is_own and has_computed:
+            continue
+        has_computed = has_computed or bool(source.value)
+        yield _use_of_function(graph, node, operand, source)
 
 
 def _uses_of_module(graph: Graph, node: Node) -> Iterator[WeightUse]:

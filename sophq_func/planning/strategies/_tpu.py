@@ -112,7 +112,8 @@ def transformer_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
     for node in graph:
         asked = requests.asks(node)
         is_layer = node.is_module(nn.Conv2d, nn.Linear) and not is_fused_away(node)
-        is_listed = is_layer or node.is_module(*requests.layers) or node.operation in TRANSFORMER_OPERATIONS or requests.listed(node)
+        is_added = node.is_module(*requests.layers) or requests.listed(node)
+        is_listed = is_layer or is_added or node.operation in TRANSFORMER_OPERATIONS
         if asked or (asked is None and is_listed):
             chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
     return chosen
