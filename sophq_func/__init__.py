@@ -31,6 +31,7 @@ from sophq_func.config.site import Site as Site
 from sophq_func.core.errors import CheckpointError as CheckpointError
 from sophq_func.core.errors import ConfigError as ConfigError
 from sophq_func.core.errors import PlanError as PlanError
+from sophq_func.core.errors import PlanWarning as PlanWarning
 from sophq_func.core.errors import StateError as StateError
 from sophq_func.core.registry import Spec as Spec
 from sophq_func.core.version import __version__ as __version__
@@ -58,6 +59,8 @@ from sophq_func.numerics.scheme import QScheme as QScheme
 from sophq_func.numerics.scheme import QuantizerConfig as QuantizerConfig
 from sophq_func.numerics.scheme import override as override
 from sophq_func.observers import observer as observer
+from sophq_func.planning.coverage import Coverage as Coverage
+from sophq_func.planning.coverage import Left as Left
 from sophq_func.planning.make import plan as plan
 from sophq_func.planning.plan import Plan as Plan
 from sophq_func.planning.plot import draw as draw

@@ -97,6 +97,12 @@ def has_only_our_hooks(module: nn.Module) -> bool:
     return len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
 
 
+def wrap_hooks_before(module: nn.Module, wrap: Callable[[Callable[..., object]], Callable[..., object]]) -> None:
+    """Put ``wrap(hook)`` in the place of each hook before a module's forward."""
+    for key, hook in module._forward_pre_hooks.items():
+        module._forward_pre_hooks[key] = wrap(hook)
+
+
 def is_parametrized(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.parametrize`` computes a parameter of the module at each use."""
     return "parametrizations" in module._modules

@@ -26,6 +26,7 @@ from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
 from sophq_func.core.modes import is_compiling, is_mapped, now
 from sophq_func.core.operations import called
+from sophq_func.core.pytree import tensors
 from sophq_func.core.types import Args, Kwargs, Output
 
 Function: TypeAlias = Callable[..., Output]
@@ -42,6 +43,9 @@ class Frame:
       scopes: paths of the scopes that are running, outermost first.
       before: for each of these, the module with parameters that it called last: its path, empty at the start of the scope.
       leaf_depth: how many leaves are running, one inside the other; functions called inside one are not the model's.
+      computing: how many computations of a module's own parameters are running, one inside the other: parametrizations,
+        and hooks before the forward. They belong to the module.
+      given: while a hook before a forward runs, the tensors that depend on what the module is given; else ``None``.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
     """
 
@@ -50,6 +54,8 @@ class Frame:
         self.scopes = [""]
         self.before = [""]
         self.leaf_depth = 0
+        self.computing = 0
+        self.given: list[Tensor] | None = None
         self.deferred: Deferred | None = None
 
     @property
@@ -83,8 +89,11 @@ class Frame:
         return func(*args, **kwargs)
 
     def inner_function(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
-        """Call a torch function inside a leaf."""
+        """Call a torch function inside a leaf, or inside a computation of a module's own parameters."""
         return func(*args, **kwargs)
+
+    def after_hook(self, path: str, module: nn.Module) -> None:
+        """A hook before the forward of a module that is not a leaf is done."""
 
     def looks_inside(self) -> bool:
         """Whether :meth:`inner_function` must see the calls inside the leaf that starts now."""
@@ -118,13 +127,14 @@ class ModuleInfo:
 
     Attributes:
       path: of the module.
-      leaf: whether it is called as a whole.
+      leaf: whether it is a leaf.
+      computes: whether it is a parametrization: a module that computes a parameter of another one.
       marks: whether calls around it are told apart by it, see :attr:`Frame.before`: it has parameters.
-      slot: of its skeleton.
+      slot: that of its skeleton.
     """
 
-    def __init__(self, path: str, leaf: bool, marks: bool, slot: Slot) -> None:
-        self.path, self.leaf, self.marks, self.slot = path, leaf, marks, slot
+    def __init__(self, path: str, leaf: bool, computes: bool, marks: bool, slot: Slot) -> None:
+        self.path, self.leaf, self.computes, self.marks, self.slot = path, leaf, computes, marks, slot
 
     def watch(self) -> Watch | None:
         """The mode that this module's calls are reported to; ``None`` between runs, and for a scope inside a leaf."""
@@ -147,6 +157,7 @@ def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
         frame.enter_scope(info.path, args, kwargs)
         return None
     frame.leaf_depth += 1
+    frame.computing += info.computes
     watch.pause()
     if frame.leaf_depth == 1:  # a leaf inside another is a part of it
         args, kwargs = frame.before_module(info.path, args, kwargs)
@@ -173,6 +184,7 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
         frame.leave_scope(info.path, args, kwargs, output)
         return None
     frame.leaf_depth -= 1
+    frame.computing -= info.computes
     watch.pause()
     if frame.deferred is not None and info.path in frame.deferred.readers:
         frame.deferred.leave(info.path, module)
@@ -200,6 +212,32 @@ def item(function: str, args: Args) -> int | None:
     # a number that an operation has computed, where it can be read; an index of another dtype is a mask
     is_number = isinstance(index, Tensor) and index.ndim == 0 and index.dtype in (torch.int64, torch.int32)
     return int(index) if is_number and not is_compiling() and not is_mapped() else None
+
+
+class OwnHook:
+    """A hook of the model's own before the forward of a module, such as ``torch.nn.utils.spectral_norm`` registers.
+
+    What it computes from the module's tensors belongs to the module, as a parametrization does. What it computes from the
+    module's arguments is the model's, as if the caller did it.
+    """
+
+    def __init__(self, hook: Callable[..., Output], info: ModuleInfo) -> None:
+        self._hook, self._info = hook, info
+
+    def __call__(self, module: nn.Module, *args: Args | Kwargs) -> Output:
+        watch = self._info.slot.watch
+        if watch is None:
+            return self._hook(module, *args)
+        frame = watch.frame
+        outer = frame.given
+        frame.given = tensors(args)
+        try:
+            result = self._hook(module, *args)
+        finally:
+            frame.given = outer
+        if not self._info.leaf and not frame.leaf_depth:
+            frame.after_hook(self._info.path, module)
+        return result
 
 
 def _reads_its_own(module: nn.Module) -> bool:
@@ -254,6 +292,21 @@ class Watch(TorchFunctionMode):
         # attributes such as ``shape`` are the same without the value, and reading one must not compute it
         if self.frame.deferred is not None and func.__name__ != "__get__":
             args, kwargs = self.frame.deferred.filled((args, kwargs))
+        given = self.frame.given
+        if given is None:
+            return self._report(func, args, kwargs)
+        if any(operand is tensor for operand in tensors((args, kwargs)) for tensor in given):
+            output = self._report(func, args, kwargs)
+            given.extend(tensors(output))
+            return output
+        self.frame.computing += 1
+        try:
+            return self.frame.inner_function(func, args, kwargs)
+        finally:
+            self.frame.computing -= 1
+
+    def _report(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Report a call to the frame, as one inside a leaf or one of the model."""
         if self.frame.leaf_depth:
             return self.frame.inner_function(func, args, kwargs)
         name = called(func)

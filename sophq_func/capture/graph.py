@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from sophq_func.capture.axes import Axes
 from sophq_func.core.operations import family
@@ -15,6 +15,28 @@ Class: TypeAlias = type
 
 Option: TypeAlias = Any
 """Value of a module's plain attribute: a bool, a number, or a tuple of ints."""
+
+
+class Factor(NamedTuple):
+    """A tensor that a leaf module multiplies and sums, and that depends on parameters alone.
+
+    Attributes:
+      function: canonical name of the function that multiplies.
+      slot: index of the tensor among all tensors of that call.
+      parameter: canonical name of the parameter that it is, or of which it is a view; empty where it is computed.
+      sources: canonical names of all parameters that it is computed from.
+      shape: of the tensor in the example.
+    """
+
+    function: str
+    slot: int
+    parameter: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+REPARAMETRIZE = "reparametrize"
+"""``Node.function`` of a tensor that a parametrization, or a hook before a module's forward, computes from parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +115,9 @@ class Node:
       parameters: canonical names of a leaf module's own tensors, by attribute.
       options: plain attributes of a leaf module that decide about quantization (``groups``, ``eps``, ...).
       constants: of a contraction, its arguments that are no tensors, by role: the equation of an ``einsum``.
+      factors: what a leaf module multiplies inside, as far as it is its own.
+      multiplications: how many the call makes in products that are summed, inside leaf modules, too; see
+        :func:`sophq_func.capture.products.multiplications`.
       members: the calls of a fused group, first to last; empty otherwise.
       argument: of an input, the name of the argument of ``forward``.
       also: of an input, names of further arguments for which the example has the same tensor.
@@ -115,6 +140,8 @@ class Node:
     parameters: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Option] = field(default_factory=dict)
     constants: Mapping[str, Option] = field(default_factory=dict)
+    factors: tuple[Factor, ...] = ()
+    multiplications: int = 0
     members: tuple[Node, ...] = ()
     argument: str = ""
     also: tuple[str, ...] = ()
@@ -215,6 +242,7 @@ class Graph:
       kinds: of those parameters and buffers that are complex or sparse, which of the two, by canonical name.
       example: the positional and keyword arguments that were traced, with tensors on ``meta``, which have shape and dtype
         alone; ``None`` where the arguments hold other objects than tensors and plain values.
+      buffers: canonical names of the buffers.
     """
 
     def __init__(
@@ -228,10 +256,11 @@ class Graph:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         kinds: Mapping[str, str] | None = None,
         example: tuple[Args, Kwargs] | None = None,
+        buffers: frozenset[str] = frozenset(),
     ) -> None:
         self.nodes, self.values, self.modules = dict(nodes), dict(values), dict(modules)
         self.opaque, self.written, self.scopes, self.shapes = opaque, written, scopes, dict(shapes or {})
-        self.kinds, self.example = dict(kinds or {}), example
+        self.kinds, self.example, self.buffers = dict(kinds or {}), example, buffers
         self._users: dict[str, list[tuple[Node, Operand]]] = {name: [] for name in self.values}
         for node in self:
             for operand in node.operands:
@@ -285,6 +314,7 @@ class Graph:
             self.shapes,
             self.kinds,
             self.example,
+            self.buffers,
         )
 
     def __repr__(self) -> str:

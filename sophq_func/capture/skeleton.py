@@ -12,15 +12,25 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import ParametrizationList
 
-from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_parameter, own_tensors, store_of
+from sophq_func.capture._torch import (
+    READS_ITS_OWN,
+    Store,
+    has_only_one_hook_before,
+    is_parameter,
+    own_tensors,
+    store_of,
+    wrap_hooks_before,
+)
 from sophq_func.capture.aliases import aliases, filled, names_in
-from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
+from sophq_func.capture.frame import Frame, ModuleInfo, OwnHook, Slot, Watch, enter, leave
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.core import modes
@@ -39,8 +49,11 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether ``module`` is seen as one call, without the calls inside.
 
     That is a module without children whose ``forward`` is that of a class of torch.nn. Parametrizations
-    (``torch.nn.utils.parametrize``) do not count as children.
+    (``torch.nn.utils.parametrize``) do not count as children. What computes one is a leaf, too, since its arithmetic is
+    not the model's.
     """
+    if isinstance(module, ParametrizationList):
+        return True
     has_children = any(name != "parametrizations" for name, _ in module.named_children())
     if has_children or isinstance(module, CONTAINERS):
         return False
@@ -106,9 +119,11 @@ class Skeleton:
         self._slot = Slot()
         self._lock = threading.RLock()  # reentrant, since a run may start another of the same skeleton
         for path, module in self._module_at.items():
-            marks = next(module.parameters(), None) is not None
-            info = ModuleInfo(path, path in opaque or is_leaf(module), marks, self._slot)
+            leaf, computes = path in opaque or is_leaf(module), isinstance(module, ParametrizationList)
+            marks = not computes and next(module.parameters(), None) is not None
+            info = ModuleInfo(path, leaf, computes, marks, self._slot)
             module._sophq_info = info  # type: ignore[assignment]
+            wrap_hooks_before(module, partial(OwnHook, info=info))
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 

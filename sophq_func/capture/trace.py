@@ -9,17 +9,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from sophq_func.capture import axes
 from sophq_func.capture._torch import without_fakes
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
 from sophq_func.capture.frame import Frame, Function, item
-from sophq_func.capture.graph import Graph, Node, Operand, Option, Scope, Value
+from sophq_func.capture.graph import REPARAMETRIZE, Factor, Graph, Node, Operand, Option, Scope, Value
 from sophq_func.capture.naming import CallNames
+from sophq_func.capture.products import multiplications, multiplied
 from sophq_func.capture.skeleton import Skeleton, params_of
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
-from sophq_func.core.operations import CONTRACTIONS
+from sophq_func.core.operations import CONTRACTIONS, MOVES, called
 from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
@@ -151,6 +153,25 @@ class _Moved(NamedTuple):
     axes: axes.Axes
 
 
+class _Origin(NamedTuple):
+    """Where a tensor comes from that depends on parameters alone.
+
+    Attributes:
+      parameter: canonical name of the parameter that it is, or of which it is a view; empty where it is computed.
+      sources: canonical names of all parameters that it is computed from, in order.
+    """
+
+    parameter: str
+    sources: tuple[str, ...]
+
+
+class _Derived(NamedTuple):
+    """A tensor that was computed, inside a leaf or a hook, from parameters alone; kept alive until the run ends."""
+
+    tensor: Tensor
+    origin: _Origin
+
+
 UNKNOWN = Operand(role="", slot=0)
 """The operand for a tensor that no recorded call made, such as a constant."""
 
@@ -177,6 +198,10 @@ class _Recorder(Frame):
         self._starts: list[int] = []  # of the scopes that are running
         self._scopes: list[Scope] = []
         self._before: dict[int, int] = {}  # versions of the operands of the leaf that is running
+        self._derived: dict[int, _Derived] = {}  # by identity
+        self._varying: dict[int, Tensor] = {}  # what the leaf that is running computes from its operands, by identity
+        self._factors: list[Factor] = []  # of the leaf that is running
+        self._multiplications = 0  # of the same
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -209,11 +234,79 @@ class _Recorder(Frame):
 
     def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         self._before = _versions((args, kwargs))
+        self._varying, self._factors, self._multiplications = {}, [], 0
         return args, kwargs
 
+    def inner_function(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        output = func(*args, **kwargs)
+        name, given = called(func), tensors((args, kwargs))
+        origins = [self._origin(tensor) for tensor in given]
+        if not self.computing:
+            self._multiplications += multiplications(name, args, kwargs, output)
+            self._factors += self._factors_of(name, args, kwargs)
+        known = [origin for origin in origins if origin is not None]
+        if any(map(self._varies, given)):
+            self._varying.update({id(tensor): tensor for tensor in tensors(output)})
+        elif known:
+            sources = tuple(dict.fromkeys(source for origin in known for source in origin.sources))
+            is_view = len(given) == 1 and name in MOVES
+            origin = _Origin(known[0].parameter if is_view else "", sources)
+            self._derived.update({id(tensor): _Derived(tensor, origin) for tensor in tensors(output)})
+        return output
+
+    def after_hook(self, path: str, module: nn.Module) -> None:
+        for attribute, tensor in vars(module).items():
+            if isinstance(tensor, Tensor) and id(tensor) in self._derived:
+                self._reparametrized(path, attribute, tensor)
+
+    def _factors_of(self, name: str, args: Args, kwargs: Kwargs) -> list[Factor]:
+        """The tensors that a call inside a leaf multiplies and sums, as far as they depend on parameters alone."""
+        factors = []
+        for slot, tensor in multiplied(name, args, kwargs):
+            origin = self._origin(tensor)
+            if origin is not None and not _kind(tensor):
+                factors.append(Factor(name, slot, origin.parameter, origin.sources, tuple(tensor.shape)))
+        return factors
+
+    def _origin(self, tensor: Tensor) -> _Origin | None:
+        """Where a tensor comes from; ``None`` for one that no parameter is known to be a source of."""
+        if id(tensor) in self._derived:
+            return self._derived[id(tensor)].origin
+        parameter = self._operand(tensor).parameter
+        return _Origin(parameter, (parameter,)) if parameter else None
+
+    def _varies(self, tensor: Tensor) -> bool:
+        """Whether a tensor inside a leaf depends on what the leaf is given."""
+        if id(tensor) in self._derived:
+            return False
+        return id(tensor) in self._varying or bool(self._operand(tensor).value)
+
+    def _reparametrized(self, path: str, attribute: str, tensor: Tensor) -> None:
+        """Record that a module computed one of its attributes from its own tensors, unless that is recorded already."""
+        known = self._operand(tensor)
+        if known.value or known.parameter:
+            return
+        node = Node(
+            name=self._names.take(self._names.function(path, attribute)),
+            kind="function",
+            path=path,
+            paths=self._skeleton.paths[path],
+            function=REPARAMETRIZE,
+            # a run does not report it: what a module computes from its own tensors is no call of the model
+            counted=False,
+            options={"attribute": attribute},
+        )
+        origin = self._origin(tensor)
+        sources = () if origin is None else origin.sources
+        operands = tuple(Operand(role=str(slot), slot=slot, parameter=source) for slot, source in enumerate(sources))
+        self._add(replace(node, operands=operands), [tensor])
+
     def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
-        with self.aside():  # to read a parametrized weight calls functions
-            options = _options(module)
+        if isinstance(module, ParametrizationList):
+            # its path is "<owner>.parametrizations.<attribute>", without the owner where that is the whole model
+            prefix, _, attribute = path.rpartition(".")
+            self._reparametrized(prefix.removesuffix("parametrizations").removesuffix("."), attribute, output)
+            return output
         counted = has_floating(args, kwargs, output)
         node = Node(
             name=self._names.take(self._names.module(path or type(module).__name__.lower())),
@@ -224,7 +317,9 @@ class _Recorder(Frame):
             counted=counted,
             type=type(module),
             parameters=self._skeleton.owned[path],
-            options=options,
+            options={name: getattr(module, name) for name in OPTIONS if hasattr(module, name)},
+            factors=tuple(dict.fromkeys(self._factors)),
+            multiplications=self._multiplications,
             after=self.before[-1],
         )
         return self._record(node, self._before, args, kwargs, output)
@@ -247,6 +342,7 @@ class _Recorder(Frame):
             counted=counted,
             constants=_constants(func, args, kwargs) if name in CONTRACTIONS else {},
             after=self.before[-1],
+            multiplications=multiplications(name, args, kwargs, output),
         )
         self._note_item(name, args)
         recorded = self._record(node, before, args, kwargs, output)
@@ -279,6 +375,7 @@ class _Recorder(Frame):
             tuple(self._scopes),
             self._shapes,
             self._kinds,
+            buffers=self._skeleton.buffers,
         )
 
     def _follow(self, name: str, func: Function, args: Args, kwargs: Kwargs, made: list[Tensor]) -> None:
@@ -393,16 +490,6 @@ class _Recorder(Frame):
         for name, arg in kwargs.items():
             map_named(name, arg, add)
         return tuple(operands)
-
-
-def _options(module: nn.Module) -> dict[str, Option]:
-    """Those of :data:`OPTIONS` that a module has, and the shape and kind of its weight."""
-    options = {name: getattr(module, name) for name in OPTIONS if hasattr(module, name)}
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
-        options["weight_shape"] = tuple(weight.shape)
-        options["weight_kind"] = _kind(weight)
-    return options
 
 
 def _constants(func: Function, args: Args, kwargs: Kwargs) -> dict[str, Option]:

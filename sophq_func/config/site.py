@@ -8,7 +8,7 @@ that a kind does not have is empty there (:class:`Neutral`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -171,7 +171,11 @@ class Site(Neutral):
 
     def identity(self) -> Data:
         """The fields that the numbers of a model depend on, as data: those that take part in comparisons."""
-        return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self) if self._is_told(f)}
+
+    def _is_told(self, field: Field[Any]) -> bool:
+        """Whether a field is one of :meth:`identity`."""
+        return field.compare
 
     @staticmethod
     def from_data(data: Data) -> Site:
@@ -226,6 +230,7 @@ class ComputedSite(Site):
     Attributes:
       axis: as that of a :class:`WeightSite`.
       operand: slot of the weight among the operands of a function; -1 for one that is computed inside a leaf module.
+      more: further calls that multiply with the weight.
       inputs: as those of a :class:`WeightSite`.
     """
 
@@ -234,7 +239,12 @@ class ComputedSite(Site):
 
     axis: Axis = 0
     operand: int = -1
+    more: tuple[OperandSite, ...] = ()
     inputs: tuple[LayerInput, ...] = field(default=(), compare=False)
+
+    def _is_told(self, field: Field[Any]) -> bool:
+        # Without further calls the identity is that of version 3 of a plan's text, so that old checkpoints fit.
+        return super()._is_told(field) and (field.name != "more" or bool(self.more))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,10 @@ class CheckpointError(StateError):
     """A checkpoint is damaged, is not a checkpoint at all, or does not fit the plan."""
 
 
+class PlanWarning(UserWarning):
+    """A plan leaves much of a model float, although nobody asked for that."""
+
+
 _NOT_GIVEN = object()
 """Default of ``got``: ``None`` is a value that a user may have given."""
 
@@ -69,13 +73,18 @@ def explain(
 
 
 def deprecated(text: str) -> None:
-    """Issue a ``DeprecationWarning`` that points at the user's line, however deep inside the library it arises."""
+    """Issue a ``DeprecationWarning`` that points at the user's line."""
+    warn(text, DeprecationWarning)
+
+
+def warn(text: str, category: type[Warning]) -> None:
+    """Issue a warning that points at the user's line, however deep inside the library it arises."""
     level = 1  # of ``warnings.warn``: 1 is the line that calls it, 2 that of its caller, and so on
     frame = sys._getframe()
     while frame.f_back is not None and _is_of_this_library(frame):
         level += 1
         frame = frame.f_back
-    warnings.warn(text, DeprecationWarning, level)
+    warnings.warn(text, category, level)
 
 
 def _is_of_this_library(frame: FrameType) -> bool:

@@ -116,7 +116,8 @@ class Runner(Frame):
         return self._on_output(pair, output, floating)
 
     def inner_function(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
-        function = called(func) if self.inner else ""
+        # a parametrization may call such a function, too, to compute the weight
+        function = called(func) if self.inner and not self.computing else ""
         if function in LAYERS:
             args, kwargs = self._on_operands({LAYERS[function]: self.inner}, args, kwargs)
         return self.compute(func, args, kwargs)

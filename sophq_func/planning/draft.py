@@ -8,6 +8,7 @@ quantize_values             which of the chosen values get a quantizer, and how 
 share                       which quantizers act at every call of a place, instead of one for each call
 round_biases                by which input's scale the bias of each layer is rounded
 layer_inputs                what the layer of each weight reads, and on which grid
+measure                     what the example multiplies, and how much of that is quantized
 in_execution_order          the sites that are left, in order
 ==========================  ============================================================================
 """
@@ -27,6 +28,7 @@ from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.biases import Biases, round_biases
 from sophq_func.planning.checks import names_of, shape_problems, unknown_names, unseen_leaves
+from sophq_func.planning.coverage import Decided, Work, measure
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
@@ -49,6 +51,7 @@ class Draft(NamedTuple):
       used: indices of the rules that changed something.
       misfits: problems with values that cannot be quantized, and with weights that cannot be cut into groups as configured.
       notes: remarks for the table of the plan.
+      work: what the example multiplies, and how much of that is quantized.
     """
 
     graph: Graph
@@ -59,6 +62,7 @@ class Draft(NamedTuple):
     used: frozenset[int]
     misfits: tuple[str, ...]
     notes: tuple[str, ...]
+    work: Work
 
     @property
     def problems(self) -> list[str]:
@@ -99,6 +103,7 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     planned = Planned(fused, strategy, configs, shared_inputs, sharing.replaced)
     biases = round_biases(planned, weights.places)
     inputs = layer_inputs(planned, weights.places)
+    by_name = {outcome.site.quantizer: outcome for outcome in outcomes}
     sites = [_with_inputs(outcome.site, biases, inputs) for outcome in outcomes if outcome.decision is not None]
     return Draft(
         graph=graph,
@@ -109,6 +114,7 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
         used=used_to_place.union(sharing.used, *(outcome.used for outcome in outcomes)),
         misfits=(*values.misfits, *sharing.problems, *_shape_problems(weights.places, of_weights)),
         notes=(*weights.notes, *biases.notes),
+        work=measure(Decided(planned, config, weights.places, by_name)),
     )
 
 

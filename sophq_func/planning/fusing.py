@@ -45,7 +45,16 @@ def fuse(graph: Graph, further: Iterable[type[Fused]] = ()) -> Graph:
             value, name = graph.values[old_name], renamed.get(old_name, old_name)
             is_same = (value.name, value.node) == (name, node.name)
             values[name] = value if is_same else replace(value, name=name, node=node.name)
-    return Graph(nodes, values, graph.modules, graph.opaque, graph.written, shapes=graph.shapes, kinds=graph.kinds)
+    return Graph(
+        nodes,
+        values,
+        graph.modules,
+        graph.opaque,
+        graph.written,
+        shapes=graph.shapes,
+        kinds=graph.kinds,
+        buffers=graph.buffers,
+    )
 
 
 def _groups(graph: Graph, patterns: Sequence[type[Fused]]) -> dict[str, Node]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from sophq_func.config.site import EVERY_CALL, OperandSite, Site, ValueSite, WeightSite
+from sophq_func.config.site import EVERY_CALL, ComputedSite, OperandSite, Site, ValueSite, WeightSite
 from sophq_func.core.errors import ConfigError, PlanError, explain, unknown
 from sophq_func.planning.picture import Edge, Wiring
 from sophq_func.planning.plan import Plan
@@ -94,7 +94,7 @@ def _moved(site: Site, parameters: Collection[str], before: Mapping[Pair, int], 
     if not kept:
         return site if isinstance(site, WeightSite) else None
     first, *more = kept
-    if isinstance(site, ValueSite):
+    if isinstance(site, ValueSite | ComputedSite):
         return replace(site, anchor=first.made, operand=first.operand, more=tuple(more))
     return replace(site, anchor=first.made)
 

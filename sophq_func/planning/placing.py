@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from sophq_func.capture.graph import Graph, Node
+from sophq_func.capture.graph import REPARAMETRIZE, Graph, Node
 from sophq_func.config.matching import matches_type
+from sophq_func.config.names import input_quantizer
 from sophq_func.config.rules import QuantConfig, requested
 from sophq_func.config.site import Site
-from sophq_func.config.strategies import Placement, Requests, Strategy
+from sophq_func.config.strategies import Placement, Requests, SharedInput, Strategy
 from sophq_func.planning.routing import read_apart
 from sophq_func.planning.strategies import constants
 from sophq_func.planning.values import node_site, value_site
@@ -47,7 +48,7 @@ def place(graph: Graph, strategy: Strategy, config: QuantConfig) -> Placed:
     chosen_by_rules, matched = _chosen_by_rules(graph, config)
     # Where both choose a value, the reason that is told is the strategy's.
     chosen = {**chosen_by_rules, **placement.chosen}
-    placement = read_apart(graph, placement._replace(chosen=chosen))
+    placement = read_apart(graph, _read_where_used(graph, placement._replace(chosen=chosen)))
     return Placed(placement, frozenset(used | matched))
 
 
@@ -58,6 +59,23 @@ def _without_constants(graph: Graph, placement: Placement) -> Placement:
         return placement
     chosen = {value: why for value, why in placement.chosen.items() if value not in left_out}
     return placement._replace(chosen=chosen)
+
+
+def _read_where_used(graph: Graph, placement: Placement) -> Placement:
+    """A placement in which parameters that a module computes are quantized before the calls that take them.
+
+    A run does not report the computation, so nothing can act behind it.
+    """
+    chosen, inputs = dict(placement.chosen), dict(placement.inputs)
+    for value in placement.chosen:
+        if graph.producer(value).function != REPARAMETRIZE:
+            continue
+        why = chosen.pop(value)
+        uses = tuple((user.name, operand.slot) for user, operand in graph.users(value))
+        if uses:
+            consumer, _ = uses[0]
+            inputs[input_quantizer(consumer)] = SharedInput(consumer, uses, why)
+    return placement._replace(chosen=chosen, inputs=inputs)
 
 
 def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int]) -> Requests:

@@ -12,9 +12,10 @@ from sophq_func.capture.graph import Graph
 from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Data, Site
-from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, near
+from sophq_func.core.errors import ConfigError, PlanError, PlanWarning, StateError, explain, near, warn
 from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
+from sophq_func.planning.coverage import NOT_MEASURED, Coverage, complaints
 from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.draft import check, draft
 from sophq_func.planning.excluded import excluded
@@ -49,6 +50,8 @@ class Plan(Mapping[str, QuantizerConfig]):
       runs: the calls of each example, in order.
       excluded: names, as in rules, of modules and functions that a run may reach although no example does, because rules
         leave them float.
+      coverage: share of parameters and of multiplications that are quantized, and a line for each layer or contraction
+        that is not, with the reason.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -69,6 +72,7 @@ class Plan(Mapping[str, QuantizerConfig]):
     origin: Origin | None
     runs: tuple[Run, ...]
     excluded: tuple[str, ...]
+    coverage: Coverage
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class Plan(Mapping[str, QuantizerConfig]):
         wiring: Wiring = NO_WIRING,
         runs: tuple[Run, ...] = (),
         excluded: tuple[str, ...] = (),
+        coverage: Coverage = NOT_MEASURED,
         origin: Origin | None = None,
     ) -> None:
         self.__dict__.update(
@@ -97,6 +102,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             wiring=wiring,
             runs=runs,
             excluded=tuple(excluded),
+            coverage=coverage,
             origin=origin,
         )
 
@@ -107,6 +113,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         drafts = [draft(graph, config) for graph in told_apart(graphs)]
         check(drafts, config)
         united = unite(drafts)
+        complaint = complaints([draft.work for draft in drafts], config)
+        if complaint:
+            warn(complaint, PlanWarning)
         used = frozenset().union(*(draft.used for draft in drafts))
         return Plan(
             {name: decision.config for name, decision in united.decisions.items() if decision.config is not None},
@@ -120,6 +129,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             united.wiring,
             united.runs,
             excluded(graphs, config),
+            united.coverage,
             origin,
         )
 
@@ -207,10 +217,11 @@ class Plan(Mapping[str, QuantizerConfig]):
     def table(self) -> str:
         """The plan as text: each quantizer, its config, where it sits, and which rule or default decided each field.
 
-        With lines between the columns where rich is installed, else plain.
+        With lines between the columns where rich is installed, else plain. At the end it says what stays float.
         """
         remarks = [f"note: {note}" for note in self.notes] + [f"unused: {rule!r}" for rule in self.unused]
-        return text.table(self.rows(), remarks)
+        # Of an empty plan the table says that nothing is quantized.
+        return text.table(self.rows(), [*remarks, *(self.coverage.lines() if self else ())])
 
     def explain(self, name: str) -> str:
         """Everything about one quantizer as text: where it sits, and each field with what decided it."""
@@ -272,6 +283,7 @@ class Plan(Mapping[str, QuantizerConfig]):
             **self.wiring._asdict(),
             "runs": self.runs,
             "excluded": self.excluded,
+            "coverage": self.coverage.to_data(),
         }
         return json.dumps({"version": VERSION, **data, **explanations}, indent=1, sort_keys=True)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sophq_func.config.rules import QuantConfig, shared
-from sophq_func.config.site import EVERY_CALL, OperandSite, Site, ValueSite, WeightSite
+from sophq_func.config.site import EVERY_CALL, ComputedSite, OperandSite, Site, ValueSite, WeightSite
 from sophq_func.core.errors import explain
 from sophq_func.planning.deciding import Outcome
 
@@ -61,9 +61,9 @@ def share(config: QuantConfig, outcomes: Iterable[Outcome]) -> Sharing:
 def _at_every_call(site: Site) -> Site:
     """A site that acts at every call of the places at which it acts."""
     lead, *more = dict.fromkeys(place._replace(call=EVERY_CALL) for place in site.places())
-    if isinstance(site, ValueSite):
+    if isinstance(site, ValueSite | ComputedSite):
         return replace(site, anchor=lead.made, more=tuple(more))
-    return replace(site, anchor=lead.made)
+    return site
 
 
 def _problems(outcomes: Iterable[Outcome]) -> Iterable[str]:

@@ -11,6 +11,7 @@ from sophq_func.config.rules import Rule
 from sophq_func.config.site import ComputedSite, Data, Site, ValueSite, WeightSite
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics.scheme import QuantizerConfig, config_from_data
+from sophq_func.planning.coverage import Coverage
 from sophq_func.planning.picture import Call, Edge, Wiring
 from sophq_func.planning.runs import UNKNOWN_WAY, Run
 from sophq_func.planning.unite import Counts
@@ -33,6 +34,7 @@ class Stored(NamedTuple):
     wiring: Wiring
     runs: tuple[Run, ...]
     excluded: tuple[str, ...]
+    coverage: Coverage
 
 
 def read(text: str) -> Stored:
@@ -85,6 +87,7 @@ def _parts(data: Data) -> Stored:
         ),
         runs=tuple(map(Run.from_data, data["runs"])),
         excluded=_texts(data["excluded"]),
+        coverage=Coverage.from_data(data["coverage"]),
     )
 
 
@@ -130,6 +133,23 @@ def _from_2(data: Data) -> Data:
     return {"runs": [], **data, "version": 3, "quantizers": quantizers}
 
 
+def _from_3(data: Data) -> Data:
+    """From version 3, where a computed weight was quantized at one call.
+
+    It did not say what stays float, what rules leave so, and what is called before each call.
+    """
+    quantizers = [_with_calls(entry) for entry in data["quantizers"]]
+    runs = [[[[*made, UNKNOWN_WAY] for made in calls], scopes] for calls, scopes in data["runs"]]
+    return {**data, "version": 4, "quantizers": quantizers, "runs": runs, "excluded": [], "coverage": None}
+
+
+def _with_calls(entry: Data) -> Data:
+    """A quantizer of version 3, with the further calls of its site, of which there were none."""
+    if entry["site"]["kind"] != ComputedSite.kind:
+        return entry
+    return {**entry, "site": {**entry["site"], "more": []}}
+
+
 def _site_from_2(old: Data) -> Data:
     if old.keys() != SITES_OF_VERSION_2:
         raise TypeError(f"a site has the fields {sorted(SITES_OF_VERSION_2)}, got {sorted(old)}")
@@ -141,13 +161,9 @@ def _site_from_2(old: Data) -> Data:
     else:
         new = ComputedSite(quantizer="")
     data = new.to_data()
+    if isinstance(new, ComputedSite):
+        del data["more"]  # version 3 did not have it
     return data | {name: value for name, value in old.items() if name in data}
-
-
-def _from_3(data: Data) -> Data:
-    """From version 3, which did not say what is called before each call, nor what rules leave float."""
-    runs = [[[[*made, UNKNOWN_WAY] for made in calls], scopes] for calls, scopes in data["runs"]]
-    return {**data, "version": 4, "runs": runs, "excluded": []}
 
 
 MIGRATIONS: Mapping[int, Callable[[Data], Data]] = {2: _from_2, 3: _from_3}

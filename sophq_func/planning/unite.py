@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.rules import Decision
-from sophq_func.config.site import Site, WeightSite
+from sophq_func.config.site import ComputedSite, Site, WeightSite
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.planning.coverage import Coverage, coverage
 from sophq_func.planning.draft import Draft
 from sophq_func.planning.picture import Wiring, merged
 from sophq_func.planning.runs import Run
@@ -31,6 +32,7 @@ class United(NamedTuple):
       runs: the calls of each example, in order.
       opaque: paths of leaf modules, whose inner calls are not recorded.
       written: inputs that the model writes into.
+      coverage: what is quantized, and what stays float.
     """
 
     sites: Mapping[str, Site]
@@ -41,6 +43,7 @@ class United(NamedTuple):
     runs: tuple[Run, ...]
     opaque: tuple[str, ...]
     written: tuple[str, ...]
+    coverage: Coverage
 
 
 def unite(drafts: Sequence[Draft]) -> United:
@@ -73,6 +76,7 @@ def unite(drafts: Sequence[Draft]) -> United:
         runs=tuple(Run.of(draft.graph) for draft in drafts),
         opaque=tuple(sorted({path for draft in drafts for path in draft.graph.opaque})),
         written=tuple(sorted({name for draft in drafts for name in draft.graph.written})),
+        coverage=coverage([draft.work for draft in drafts]),
     )
 
 
@@ -104,6 +108,8 @@ def agreed(before: Site, now: Site) -> tuple[Site, str]:
     if now.role == "activation" and before.places() != now.places():
         because, fix = "it is one name for different calls in different examples", "plan with examples that agree on it"
         raise PlanError(explain(now.quantizer, "the examples cannot be united", because=because, fix=fix))
+    if isinstance(before, ComputedSite) and isinstance(now, ComputedSite):
+        return _with_all_calls(before, now), ""
     if not isinstance(before, WeightSite) or not isinstance(now, WeightSite):
         return now, ""
     now = replace(now, inputs=tuple(dict.fromkeys((*before.inputs, *now.inputs))))
@@ -115,6 +121,12 @@ def agreed(before: Site, now: Site) -> tuple[Site, str]:
         # The bias would be rounded to another step in each example.
         return replace(now, source=""), ""
     return now, ""
+
+
+def _with_all_calls(before: ComputedSite, now: ComputedSite) -> ComputedSite:
+    """The site of a computed weight, with the calls of two examples that multiply with it."""
+    first, *more = dict.fromkeys((*before.places(), *now.places()))
+    return replace(now, anchor=first.made, operand=first.operand, more=tuple(more))
 
 
 def merged_order(orders: Sequence[Sequence[str]]) -> list[str]:

@@ -5,17 +5,18 @@ A parameter has one site, however many calls use it; so has each weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from sophq_func.capture.axes import Axes, same_axes
-from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.capture.graph import REPARAMETRIZE, Factor, Graph, Node, Operand
 from sophq_func.config.names import weight_quantizer
-from sophq_func.config.site import CallSite, ComputedSite, WeightSite, class_names
+from sophq_func.config.site import CallSite, ComputedSite, OperandSite, WeightSite, class_names
 from sophq_func.config.strategies import Strategy
-from sophq_func.core.operations import CONTRACTIONS
+from sophq_func.core.operations import CONTRACTIONS, LAYERS
 from sophq_func.numerics.scheme import Axis
 from sophq_func.planning.contractions import summed_axes
 from sophq_func.planning.strategies import contracted, reached, source_of
@@ -44,6 +45,7 @@ class WeightUse(NamedTuple):
       shape: of the weight; of one that is computed in the forward, the shape in the example.
       operand: slot of a computed weight among the operands of a function; -1 elsewhere.
       read: the operand that is multiplied with the weight; ``None`` without.
+      source: of a weight that is computed in the forward, outside leaves, the value that is moved to the operand.
     """
 
     node: Node
@@ -53,6 +55,7 @@ class WeightUse(NamedTuple):
     shape: tuple[int, ...]
     operand: int = -1
     read: Operand | None = None
+    source: str = ""
 
     @property
     def is_embedding(self) -> bool:
@@ -68,48 +71,83 @@ def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ())
         if node.is_module(*strategy.weights, *layers):
             yield from _uses_of_module(graph, node)
         elif strategy.functions and node.function in CONTRACTIONS:
-            for operand in node.operands:
-                source = source_of(graph, operand)
-                is_weight = bool(source.parameter) or source.value in derived
-                if is_weight and contracted(node, operand) and not operand.kind:
-                    yield _use_of_function(graph, node, operand, source.parameter)
+            yield from _uses_of_function(graph, node, derived)
+
+
+def _uses_of_function(graph: Graph, node: Node, derived: Collection[str]) -> Iterator[WeightUse]:
+    """The operands of a function that are parameters, and the first one that is computed from parameters.
+
+    A second computed one is a value, as in attention whose queries, keys and values are all learned; one that a module
+    computes as its own parameter is a weight in any place.
+
+    Args:
+      graph: fused.
+      node: the call of the function.
+      derived: names of the values that are computed from parameters alone.
+    """
+    has_computed = False
+    for operand in node.operands:
+        source = source_of(graph, operand)
+        is_weight = bool(source.parameter) or source.value in derived
+        if not is_weight or not contracted(node, operand) or operand.kind:
+            continue
+        is_own = bool(source.value) and graph.producer(source.value).function == REPARAMETRIZE
+        if source.value and not is_own and has_computed:
+            continue
+        has_computed = has_computed or bool(source.value)
+        yield _use_of_function(graph, node, operand, source)
 
 
 def _uses_of_module(graph: Graph, node: Node) -> Iterator[WeightUse]:
-    """The weights of a leaf module: its parameters, or one that it computes, as a parametrization does."""
+    """The weights that a leaf module multiplies with: parameters, or one that it computes, as a parametrization does."""
     axes = (1,) if node.is_module(*OUTPUT_AXIS_1) else (0,)
     read = node.operands[0] if node.operands else None
-    names = [attribute for attribute in node.parameters if attribute.startswith("weight")]
-    for attribute in names:
+    for attribute in weights_of_layer(node):
         parameter = node.parameters[attribute]
         if parameter not in graph.kinds:
             yield WeightUse(node, attribute, parameter, axes, graph.shapes.get(parameter, ()), read=read)
-    if not names and "weight_shape" in node.options and not node.options["weight_kind"]:
-        yield WeightUse(node, "weight", "", axes, node.options["weight_shape"], read=read)
+    for factor in node.factors:
+        if is_computed_weight(factor):
+            yield WeightUse(node, "weight", "", axes, factor.shape, read=read)
 
 
-def _use_of_function(graph: Graph, node: Node, operand: Operand, parameter: str) -> WeightUse:
+def weights_of_layer(node: Node) -> list[str]:
+    """The attributes of a leaf module that hold parameters with which it multiplies."""
+    multiplied = {factor.parameter for factor in node.factors}
+    names = [attribute for attribute, parameter in node.parameters.items() if parameter in multiplied]
+    # A layer may multiply where no function of torch is seen, as in a kernel of its own.
+    return names if node.factors or "weight" not in node.parameters else ["weight"]
+
+
+def is_computed_weight(factor: Factor) -> bool:
+    """Whether a leaf module computes what it multiplies, and calls a function in which a run finds the weight."""
+    return not factor.parameter and LAYERS.get(factor.function) == factor.slot
+
+
+def _use_of_function(graph: Graph, node: Node, operand: Operand, source: Operand) -> WeightUse:
     """The use of an operand of a function as a weight.
 
     Args:
       graph: fused.
       node: the call of the function.
       operand: the weight.
-      parameter: name of the parameter of which the operand is a view; empty where it is computed from parameters.
+      source: the parameter, or the value computed from parameters, from which the operand was only moved.
     """
     others = [other for other in node.operands if other.slot != operand.slot]
     # Contracted operands first: an embedding contracts its weight alone, and still reads indices.
     others.sort(key=lambda other: not contracted(node, other))
     read = others[0] if others else None
-    if parameter:
-        shape = graph.shapes.get(parameter, ())
-        return WeightUse(node, "weight", parameter, _kept_axes(node, operand, operand.axes, shape), shape, read=read)
+    if source.parameter:
+        shape = graph.shapes.get(source.parameter, ())
+        axes = _kept_axes(node, operand, operand.axes, shape)
+        return WeightUse(node, "weight", source.parameter, axes, shape, read=read)
     axes = _kept_axes(node, operand, same_axes(len(operand.shape)), operand.shape)
     if axes is not None and len(axes) > 1:
         # The size of an axis that comes from no parameter may be that of the batch, or of a sequence.
         owned = _owned_axes(graph, operand)
         axes = tuple(axis for axis in axes if axis in owned)
-    return WeightUse(node, "weight", "", axes, operand.shape, operand.slot, read)
+    attribute = str(graph.producer(source.value).options.get("attribute", "weight"))
+    return WeightUse(node, attribute, "", axes, operand.shape, operand.slot, read, source.value)
 
 
 def has_parameters(node: Node) -> bool:
@@ -196,8 +234,6 @@ def _kept(first: WeightUse, uses: list[WeightUse]) -> Kept:
     """
     # Rows are looked up, not added up: the layer that shares a table with an embedding decides.
     deciding = [use for use in uses if use.is_embedding == first.is_embedding]
-    if not first.parameter:  # it is quantized for its first use alone
-        deciding = [first]
     for use in deciding:
         if use.axes is None:
             return Kept((), f"{use.node.name} does not tell which axes it sums over: one scale", unknown=True)
@@ -252,10 +288,7 @@ def find_weights(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()
       strategy: names the layers and functions whose weights are quantized.
       layers: module classes beside those of the strategy.
     """
-    by_name: dict[str, list[WeightUse]] = {}
-    for use in weight_uses(graph, strategy, layers):
-        owner = use.parameter or ".".join(filter(None, (use.node.path, use.attribute)))
-        by_name.setdefault(weight_quantizer(owner), []).append(use)
+    by_name = _by_quantizer(graph, weight_uses(graph, strategy, layers))
     places = []
     notes = []
     for name, uses in by_name.items():
@@ -266,6 +299,41 @@ def find_weights(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()
     return Weights(tuple(places), (*notes, *_of_other_kinds(graph, strategy, layers)))
 
 
+def _by_quantizer(graph: Graph, uses: Iterator[WeightUse]) -> dict[str, list[WeightUse]]:
+    """By name of its quantizer, each weight's uses, in execution order of the first ones.
+
+    A weight that is computed in the forward is named after the module around it: a second one gets ``_1``.
+    """
+    found = list(uses)
+    taken = {use.parameter for use in found}
+    owners: dict[tuple[object, ...], str] = {}
+    by_name: dict[str, list[WeightUse]] = {}
+    for use in found:
+        owner = use.parameter or owners.setdefault(_identity(graph, use), _free(_path_of(use), taken))
+        taken.add(owner)
+        by_name.setdefault(weight_quantizer(owner), []).append(use)
+    return by_name
+
+
+def _identity(graph: Graph, use: WeightUse) -> tuple[object, ...]:
+    """What tells one computed weight, as it is quantized, from another."""
+    node = graph.nodes.get(graph.values[use.source].node) if use.source else None
+    # A module that is called twice computes its own weight twice, and that is one weight.
+    same = use.attribute if node is None or node.function == REPARAMETRIZE else use.source
+    return use.node.path, same, use.axes, use.shape
+
+
+def _path_of(use: WeightUse) -> str:
+    """The name of a computed weight, without a number."""
+    return ".".join(filter(None, (use.node.path, use.attribute)))
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """``name``, or the first of ``name_1``, ``name_2``, ... that is free."""
+    numbered = (f"{name}_{number}" for number in count(1))
+    return next(free for free in chain([name], numbered) if free not in taken)
+
+
 def _place(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightPlace, str]:
     """The place of a weight, and a note on what keeps a BatchNorm from being folded into it; empty without."""
     # A weight that an embedding shares with a linear layer is quantized along the channels of the layer.
@@ -274,7 +342,9 @@ def _place(graph: Graph, name: str, uses: list[WeightUse]) -> tuple[WeightPlace,
     unknown = first.node.name if kept.unknown else ""
     if not first.parameter:
         note = "; ".join(filter(None, ("computed in the forward, quantized at the call", kept.note)))
-        computed = ComputedSite(**common, axis=kept.axis, operand=first.operand, note=note)
+        earliest, *others = uses
+        more = tuple(_operand_site(use) for use in others)
+        computed = ComputedSite(**common, axis=kept.axis, operand=earliest.operand, more=more, note=note)
         return WeightPlace(computed, tuple(uses), unknown), ""
     norm, obstacle = _norm_behind(uses)
     site = WeightSite(
@@ -293,10 +363,8 @@ def _of_other_kinds(graph: Graph, strategy: Strategy, layers: tuple[type, ...]) 
     """A remark on each operand that would be quantized if its numbers were not complex or sparse."""
     for node in graph:
         if node.is_module(*strategy.weights, *layers):
-            weights = [name for attribute, name in node.parameters.items() if attribute.startswith("weight")]
+            weights = [node.parameters[attribute] for attribute in weights_of_layer(node)]
             kinds = {name: graph.kinds[name] for name in weights if name in graph.kinds}
-            if not kinds and node.options.get("weight_kind"):
-                kinds = {f"the weight of {node.name}": node.options["weight_kind"]}
             kinds |= {_called(graph, operand): operand.kind for operand in node.operands[:1] if operand.kind}
         elif strategy.functions and node.function in CONTRACTIONS:
             found = [operand for operand in node.operands if operand.kind and contracted(node, operand)]
@@ -311,6 +379,12 @@ def _called(graph: Graph, operand: Operand) -> str:
     """What an operand is called in a remark: the parameter or the value from which it was moved."""
     source = source_of(graph, operand)
     return source.parameter or source.value or "a constant"
+
+
+def _operand_site(use: WeightUse) -> OperandSite:
+    """The call of a use, and the operand that is the weight."""
+    call = use.node.first
+    return OperandSite(call.path, call.step, call.call, use.operand)
 
 
 def _common(graph: Graph, name: str, first: WeightUse, uses: list[WeightUse]) -> dict[str, Any]:

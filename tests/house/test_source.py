@@ -16,10 +16,10 @@ ROOT = Path(sq.__file__).parent
 FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
-    "Artifact CHIPS Checkpoint CheckpointError ChipSpec ConfigError FakeQuantize Fidelity Graph HessianTrace Observer "
-    "PerBlock PerChannel PerGroup PerTensor PerToken Plan PlanError QParams QScheme QuantConfig Quantized "
-    "QuantizerConfig Report ReportRow Rule Sensitivity Site Spec StateError TopEigenvalue build convert draw enabled "
-    "export fake_quantize fake_quantizer fidelity from_dicts hessian_trace load merge observer observers override "
+    "Artifact CHIPS Checkpoint CheckpointError ChipSpec ConfigError Coverage FakeQuantize Fidelity Graph HessianTrace "
+    "Left Observer PerBlock PerChannel PerGroup PerTensor PerToken Plan PlanError PlanWarning QParams QScheme QuantConfig "
+    "Quantized QuantizerConfig Report ReportRow Rule Sensitivity Site Spec StateError TopEigenvalue build convert draw "
+    "enabled export fake_quantize fake_quantizer fidelity from_dicts hessian_trace load merge observer observers override "
     "pack params_of patterns plan prepare_by_platform quantize rademacher report rules save sensitivity stack "
     "top_eigenvalue trace unpack unstack with_bits".split()
 )

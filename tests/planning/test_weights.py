@@ -1,346 +1,324 @@
-"""Weights of functions: which there are, what decides their granularity, and what cannot be cut into groups."""
+"""Which tensors are weights: those that a layer multiplies, and nothing that they are computed from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import utils
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import sophq_func as sq
-from tests.helpers import ready
+from sophq_func.config.site import ComputedSite
+from tests.helpers import ready, same
+from tests.model.test_edges import Net
 
-FIXED = sq.fake_quantize.fixed()
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch announces that the old hooks will go
+FOUR = sq.QuantConfig(weight=sq.override(bits=4))
+CHIP = sq.QuantConfig(chip="BM1690", strategy="CNN")
 
 
-class Net(nn.Module):
-    """A forward given as a function, and the layers and parameters that it uses."""
+class OwnForward(nn.Conv2d):
+    """A layer of which the calls inside its forward are seen."""
 
-    def __init__(self, f: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+
+class Masked(nn.Module):
+    """The parametrization that does what pruning does."""
+
+    def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            setattr(self, name, part)
+        self.register_buffer("mask", mask)
+        self.mask: Tensor
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.f(self, *inputs)
-
-
-def weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.mask.to(weight.dtype) * weight
 
 
-def weights_only(granularity: object = None, **changes: object) -> sq.QuantConfig:
-    change = sq.override(granularity=granularity or sq.PerChannel(), fake_quantize=FIXED, **changes)
-    return sq.QuantConfig(weight=change, activation=None)
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 0.7
 
 
-def planned(model: nn.Module, *inputs: Tensor, config: sq.QuantConfig | None = None) -> sq.Plan:
-    return sq.plan(sq.trace(model.eval(), inputs), config or weights_only())
+class ScaledBefore:
+    """The hook that does the same: equalized learning rates, as in generative networks."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        module.weight = module.weight_orig * 0.7  # type: ignore[operator,assignment]
 
 
-X = torch.randn(4, 8)
+def by_norm(layer: nn.Module) -> nn.Module:
+    return utils.weight_norm(layer)
 
 
-# Several uses of one weight.
+def by_norm_twin(layer: nn.Module) -> nn.Module:
+    return parametrizations.weight_norm(layer)
 
-USES: dict[str, tuple[Callable[..., Tensor], object, str]] = {
-    "a table and the layer behind it": (
-        lambda m, x: F.linear(F.embedding(x.argmax(-1) % 5, m.w), m.w),
-        sq.PerChannel(0),
-        "",
-    ),
-    "to and fro": (lambda m, x: (x[:, :5] @ m.w) @ m.w.T, sq.PerTensor(), "different axes: one scale"),
-    "parts of one": (lambda m, x: x[:, :5] @ m.w[:, :2] + x[:, :5] @ m.w[:, 2:4], sq.PerChannel(-1), ""),
-    "an expert and all": (
-        lambda m, x: torch.einsum("ni,eoi->neo", x, m.e).sum(1) + torch.einsum("ni,eoi->no", x, m.e),
-        sq.PerChannel(-2),
-        "different axes: scales along axis 1 alone",
-    ),
-    "chosen by size": (lambda m, x: x[:, :5] @ F.max_pool1d(m.w, 2), sq.PerTensor(), "does not tell"),
+
+def by_spectrum(layer: nn.Module) -> nn.Module:
+    return utils.spectral_norm(layer)
+
+
+def by_spectrum_twin(layer: nn.Module) -> nn.Module:
+    hooked = utils.spectral_norm(copy.deepcopy(layer))
+    parametrizations.spectral_norm(layer)
+    (norm,) = layer.parametrizations.weight  # type: ignore[union-attr,misc]
+    norm._u.copy_(hooked.weight_u)
+    norm._v.copy_(hooked.weight_v)
+    return layer
+
+
+def by_pruning(layer: nn.Module) -> nn.Module:
+    prune.l1_unstructured(layer, "weight", 0.5)
+    prune.ln_structured(layer, "weight", 0.3, n=2, dim=0)
+    return layer
+
+
+def by_pruning_twin(layer: nn.Module) -> nn.Module:
+    mask = by_pruning(copy.deepcopy(layer)).weight_mask
+    parametrize.register_parametrization(layer, "weight", Masked(mask))  # type: ignore[arg-type]
+    return layer
+
+
+def by_hook(layer: nn.Module) -> nn.Module:
+    weight = layer._parameters.pop("weight")
+    layer.register_parameter("weight_orig", weight)
+    layer.register_forward_pre_hook(ScaledBefore())
+    return layer
+
+
+def by_hook_twin(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", Scaled())
+    return layer
+
+
+TWINS = {
+    "weight_norm": (by_norm, by_norm_twin),
+    "spectral_norm": (by_spectrum, by_spectrum_twin),
+    "pruning": (by_pruning, by_pruning_twin),
+    "a hook of the user's": (by_hook, by_hook_twin),
+}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Conv2d": (lambda: nn.Conv2d(2, 3, 2), (4, 2, 4, 4)),
+    "Linear": (lambda: nn.Linear(5, 3), (4, 5)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(2, 3, 2), (4, 2, 5)),
+    "a layer with a forward of its own": (lambda: OwnForward(2, 3, 2), (4, 2, 4, 4)),
 }
 
 
-@pytest.mark.parametrize("case", USES, ids=lambda case: case.replace(" ", "_"))
-def test_scales_lie_along_what_no_use_sums_over(case: str) -> None:
-    f, expected, note = USES[case]
-    plan = planned(Net(f, w=weight(5, 4), e=weight(3, 2, 8)), X)
-    (name,) = plan
-    assert plan[name].scheme.granularity == expected
-    assert note in plan.site(name).note
-    assert bool(note) == bool(plan.site(name).note)
+def gradients(model: nn.Module, x: Tensor, config: sq.QuantConfig) -> tuple[list[str], Tensor, list[Tensor]]:
+    """The quantizers, the output, and the gradients that are not zero, by size."""
+    r = ready(model, x, config=config)
+    grads = torch.func.grad(lambda params: r.q.apply(params, r.qparams, x).square().sum())(r.params)
+    found = [grad for grad in grads.values() if grad.any()]
+    return list(r.q.plan), r(x), sorted(found, key=lambda grad: (grad.numel(), float(grad.abs().sum())))
 
 
-COMPUTED: dict[str, tuple[Callable[..., Tensor], object]] = {
-    "scaled": (lambda m, x: x @ (m.w * 2), sq.PerChannel(-1)),
-    "experts": (lambda m, x: torch.bmm(x.expand(3, 4, 8), m.e.mT.tanh() * m.s), sq.PerChannel((0, 2))),
-    "zeros for each example": (
-        lambda m, x: F.scaled_dot_product_attention(m.proj(x.new_zeros(len(x), 5, 8)), x[:, None], x[:, None]),
-        sq.PerTensor(),
-    ),
-    "queries for each example": (
-        lambda m, x: F.scaled_dot_product_attention(m.proj(m.e[:1].expand(len(x), 5, 8)), x[:, None], x[:, None]),
-        sq.PerChannel(-2),
-    ),
+@pytest.mark.parametrize("config", [FOUR, CHIP], ids=["4 bits", "chip"])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("hook", TWINS)
+def test_a_hook_equals_its_parametrization(hook: str, kind: str, config: sq.QuantConfig) -> None:
+    hooked, twin = TWINS[hook]
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    results = []
+    for change in (hooked, twin):
+        torch.manual_seed(1)  # the vectors of spectral_norm are random
+        results.append(gradients(nn.Sequential(change(copy.deepcopy(layer))).eval(), x, config))
+    (names, out, grads), (names_of_twin, out_of_twin, grads_of_twin) = results
+    assert names == names_of_twin
+    same(out, out_of_twin)
+    torch.testing.assert_close(grads, grads_of_twin)  # sums in another order
+
+
+@pytest.mark.parametrize("hook", TWINS)
+def test_the_only_weight_of_a_hooked_layer_is_what_it_multiplies_with(hook: str) -> None:
+    model, x = nn.Sequential(TWINS[hook][0](nn.Conv2d(2, 3, 2))).eval(), torch.randn(4, 2, 4, 4)
+    r = ready(model, x, config=sq.QuantConfig(weight=sq.override(bits=4), activation=None))
+    (name,) = r.q.plan
+    assert name == "0.weight_fake_quant"
+    model(x)  # the hook puts the weight of this run there
+    weight: Tensor = model[0].weight.detach()
+    expected = F.conv2d(x, r.q.quantize_value(name, weight, r.qparams[name]), r.params.get("0.bias"))
+    same(r(x), expected)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 6, 3), lambda: OwnForward(3, 6, 3)], ids=["leaf", "own forward"])
+def test_a_training_step_moves_the_vector_of_spectral_norm_as_in_float(make: Callable[[], nn.Module]) -> None:
+    model, x = nn.Sequential(utils.spectral_norm(make())).eval(), torch.randn(2, 3, 6, 6)
+    for config in (FOUR, CHIP):
+        r = ready(model, x, config=config)
+        w, u = r.params["0.weight_orig"].flatten(1), r.params["0.weight_u"]
+        v = F.normalize(w.T @ u, dim=0, eps=1e-12)
+        right = F.normalize(w @ v, dim=0, eps=1e-12)
+        _, params = r.q.train().apply_and_update(r.params, r.qparams, x)
+        torch.testing.assert_close(params["0.weight_u"], right)  # a product of the same factors in another order
+        same(r.q.apply_and_update(r.params, r.qparams, x)[1]["0.weight_u"], u)
+
+
+def test_what_a_hook_does_to_the_arguments_is_the_models() -> None:
+    layer = utils.weight_norm(nn.Linear(4, 4))
+    layer.register_forward_pre_hook(lambda module, args: (args[0] + args[0] * 2,))
+    plan = sq.quantize(nn.Sequential(layer), FOUR, example_args=torch.randn(2, 4)).plan
+    assert {"mul.post_act_fake_quantizer", "add.post_act_fake_quantizer", "0.weight_fake_quant"} <= plan.keys()
+    assert not any("norm" in name for name in plan)
+
+
+def test_a_power_iteration_in_a_hook_without_a_class_is_no_contraction_of_the_model() -> None:
+    layer = nn.Linear(4, 3)
+    layer.register_parameter("raw", layer._parameters.pop("weight"))
+    layer.register_buffer("u", torch.randn(3))
+
+    def divide(module: Any, args: Any) -> None:
+        v = F.normalize(module.raw.mT @ module.u, dim=0)
+        module.weight = module.raw / torch.dot(module.u, torch.mv(module.raw, v))
+
+    layer.register_forward_pre_hook(divide)
+    graph = sq.trace(nn.Sequential(layer, nn.ReLU()).eval(), torch.randn(2, 4))
+    assert list(graph.nodes) == ["input", "0", "1"]
+    assert list(sq.plan(graph, sq.QuantConfig())) == ["input.post_act_fake_quantizer", "0.weight_fake_quant"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Conv2d", "a layer with a forward of its own"])
+@pytest.mark.parametrize("hook", TWINS)
+def test_hooks_compile_and_map(hook: str, kind: str) -> None:
+    make, shape = LAYERS[kind]
+    model, x = nn.Sequential(TWINS[hook][0](make()), nn.ReLU()).eval(), torch.randn(shape)
+    r = ready(model, x)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(r, fullgraph=True, backend="aot_eager")(x), r(x))
+    torch.testing.assert_close(torch.vmap(lambda one: r(one[None])[0])(x), r(x))
+    same(copy.deepcopy(r.q).apply(r.params, r.qparams, x), r(x))
+
+
+# what only looks like a weight
+
+
+def test_a_stored_scale_and_a_mask_are_no_weights() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight_scale = nn.Parameter(torch.ones(3))
+    layer.register_buffer("weight_mask", torch.ones(3, 4))
+    for config in (FOUR, CHIP):
+        plan = sq.quantize(layer, config, example_args=torch.randn(2, 4)).plan
+        assert [name for name in plan if plan.site(name).role == "weight"] == ["weight_fake_quant"]
+
+
+class Own(nn.Module):
+    """A layer of the user's, whose weight has another name."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kernel, self.weight_g = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.rand(3, 1))
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
+
+
+OWN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "as it is": (lambda m, x: F.linear(x, m.kernel) * m.weight_g.T, "kernel_fake_quant"),
+    "a view": (lambda m, x: (x @ m.kernel.mT) * m.weight_g.T, "kernel_fake_quant"),
+    "computed": (lambda m, x: F.linear(x.relu(), m.kernel * m.weight_g), "weight_fake_quant"),
 }
 
 
-@pytest.mark.parametrize("case", COMPUTED, ids=lambda case: case.replace(" ", "_"))
-def test_computed_weights_have_scales_along_axes_of_parameters(case: str) -> None:
-    f, expected = COMPUTED[case]
-    model = Net(f, w=weight(8, 5), e=weight(3, 5, 8), s=weight(5), proj=nn.Linear(8, 8))
-    rules = (sq.Rule(name="proj", weight=None),)
-    config = sq.QuantConfig(weight=weights_only().weight, activation=None, rules=rules)
-    plan = planned(model, X, config=config)
-    (name,) = plan
-    assert plan[name].scheme.granularity == expected
+@pytest.mark.parametrize("how", OWN)
+def test_the_weight_of_a_users_layer_is_what_it_multiplies_with(how: str) -> None:
+    forward, expected = OWN[how]
+    config = sq.QuantConfig(weight_layers=(Own,), activation=None)
+    assert list(sq.quantize(Own(forward), config, example_args=torch.randn(2, 4)).plan) == [expected]
 
 
-def test_a_computed_weight_that_grows_with_the_batch_runs_for_any_batch() -> None:
-    f, _ = COMPUTED["queries for each example"]
-    model = Net(f, e=weight(3, 5, 8), proj=nn.Linear(8, 8)).eval()
-    got = ready(model, X, config=weights_only(bits=8))
-    x = torch.randn(7, 8)
-    torch.testing.assert_close(got(x), model(x), rtol=0, atol=0.1)
+def test_a_layer_of_torch_that_computes_its_weight_is_quantized_on_the_result() -> None:
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight / weight.std(), bias)
+
+    model, x = Standardized(2, 3, 2), torch.randn(4, 2, 4, 4)
+    r = ready(model, x, config=sq.QuantConfig(weight=sq.override(bits=4), activation=None))
+    (name,) = r.q.plan
+    assert isinstance(r.q.plan.site(name), ComputedSite)
+    weight = r.q.quantize_value(name, (model.weight / model.weight.std()).detach(), r.qparams[name])
+    same(r(x), F.conv2d(x, weight, r.params["bias"]))
 
 
-def test_a_table_read_through_its_transpose_is_one_weight() -> None:
-    model = Net(lambda m, i: m.table(i) @ m.table.weight.T, table=nn.Embedding(5, 4))
-    plan = planned(model, torch.tensor([[1, 2]]))
-    assert list(plan) == ["table.weight_fake_quant"]
-    assert plan["table.weight_fake_quant"].scheme.granularity == sq.PerChannel(-2)
+def test_a_parametrization_that_multiplies_is_not_the_layer() -> None:
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(3, 1)), nn.Parameter(torch.randn(4, 1))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + F.linear(self.a, self.b)
+
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    parametrize.register_parametrization(layer, "weight", LowRank())
+    r = ready(layer, x, config=sq.QuantConfig(weight=sq.override(bits=4), activation=None))
+    (name,) = r.q.plan
+    same(r(x), F.linear(x, r.q.quantize_value(name, layer.weight.detach(), r.qparams[name]), r.params["bias"]))
 
 
-def test_an_axis_that_somebody_asks_for_is_taken() -> None:
-    config = weights_only(sq.PerChannel(0))
-    (found,) = planned(Net(lambda m, x: x @ m.w, w=weight(8, 3)), X, config=config).values()
-    assert found.scheme.granularity == sq.PerChannel(0)
+# weights that are computed and used several times
 
 
-def test_axes_survive_json() -> None:
-    plan = planned(Net(lambda m, x: torch.bmm(x.expand(3, 4, 8), m.w), w=weight(3, 8, 2)), X)
-    again = sq.Plan.from_json(plan.to_json())
-    assert again.site("w_fake_quant").axis == (0, 2)
-    assert again["w_fake_quant"].scheme.granularity == sq.PerChannel((0, 2))
-    assert dict(again) == dict(plan)
+def weights_of(plan: sq.Plan) -> Iterator[str]:
+    return (name for name in plan if plan.site(name).role == "weight")
 
 
-# Experts in one tensor.
-
-ENDS = torch.tensor([4, 4, 8], dtype=torch.int32)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_experts_of_a_grouped_product_have_scales_of_their_own(transposed: bool) -> None:
-    size = torch.tensor([1.0, 30.0, 1000.0])[:, None, None]
-    w = torch.randn(3, 8, 16) * size * torch.logspace(0, 2, 16)
-    stored = w.mT.contiguous() if transposed else w
-
-    def forward(m: Net, x: Tensor) -> Tensor:
-        return F.grouped_mm(x, m.w.mT if transposed else m.w, offs=ENDS)
-
-    x = torch.randn(8, 8)
-    got = ready(Net(forward, w=nn.Parameter(stored)).eval(), x, config=weights_only(bits=8, symmetric_range=True))
-    scale = w.abs().amax(1, keepdim=True) / 127
-    assert got.qparams["w_fake_quant"].scale.shape == (3, 16)
-    torch.testing.assert_close(got.qparams["w_fake_quant"].scale, scale.squeeze(1))
-    right = (w * (1 / scale)).round().clamp(-127, 127) * scale
-    torch.testing.assert_close(got(x), F.grouped_mm(x, right, offs=ENDS), rtol=1e-5, atol=1e-2)
+def test_a_parametrized_layer_that_is_called_twice_is_quantized_twice() -> None:
+    layer, x = parametrizations.weight_norm(nn.Linear(4, 4)), torch.randn(2, 4)
+    model = Net(lambda m, x: m.layer(m.layer(x)), layer=layer)
+    r = ready(model, x, config=sq.QuantConfig(weight=sq.override(bits=3), activation=None))
+    assert list(r.q.plan) == ["layer.weight_fake_quant"]
+    weight = r.q.quantize_value("layer.weight_fake_quant", layer.weight.detach(), r.qparams["layer.weight_fake_quant"])
+    bias = r.params["layer.bias"]
+    same(r(x), F.linear(F.linear(x, weight, bias), weight, bias))
 
 
-EXPERTS: dict[str, Callable[..., Tensor]] = {
-    "bmm": lambda m, x: torch.bmm(x.expand(3, 4, 8), m.w),
-    "loop": lambda m, x: torch.stack([F.linear(x, m.w[e].T) for e in range(3)]),
-    "gathered": lambda m, x: torch.einsum("ni,nio->no", x, m.w[torch.tensor([2, 0, 1, 2])]),
-    "joined": lambda m, x: x @ m.w.permute(1, 0, 2).reshape(8, 6),
-    "matmul": lambda m, x: x @ m.w,
-    "vmap in words": lambda m, x: torch.tensordot(x, m.w, ([1], [1])),
-}
+def test_a_computed_weight_is_quantized_wherever_it_is_multiplied() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = m.fc.weight * 2
+        return F.linear(F.linear(x, weight), weight)
+
+    model, x = Net(forward, fc=nn.Linear(4, 4, bias=False)), torch.randn(2, 4)
+    r = ready(model, x, config=sq.QuantConfig(weight=sq.override(bits=3), activation=None))
+    (name,) = r.q.plan
+    weight = r.q.quantize_value(name, r.params["fc.weight"] * 2, r.qparams[name])
+    same(r(x), F.linear(F.linear(x, weight), weight))
 
 
-@pytest.mark.parametrize("case", EXPERTS, ids=lambda case: case.replace(" ", "_"))
-def test_experts_of_every_spelling_have_scales_of_their_own(case: str) -> None:
-    got = ready(Net(EXPERTS[case], w=weight(3, 8, 2)).eval(), X, config=weights_only(bits=8, symmetric_range=True))
-    scale = got.params["w"].abs().amax(1) / 127
-    torch.testing.assert_close(got.qparams["w_fake_quant"].scale, scale)
+def test_two_computed_weights_of_one_module_have_a_quantizer_each() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, m.a.weight * 2), m.b.weight * 3)
+
+    model, x = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.randn(2, 4)
+    r = ready(model, x, config=sq.QuantConfig(weight=sq.override(bits=3), activation=None))
+    assert list(r.q.plan) == ["weight_fake_quant", "weight_1_fake_quant"]
+    first, second = (
+        r.q.quantize_value(name, weight, r.qparams[name])
+        for name, weight in zip(r.q.plan, (r.params["a.weight"] * 2, r.params["b.weight"] * 3), strict=True)
+    )
+    same(r(x), F.linear(F.linear(x, first), second))
 
 
-# Groups and blocks.
-
-
-@pytest.mark.parametrize("case", EXPERTS, ids=lambda case: case.replace(" ", "_"))
-def test_groups_lie_along_what_is_summed_over(case: str) -> None:
-    config = weights_only(sq.PerGroup(size=4), bits=8, symmetric_range=True)
-    got = ready(Net(EXPERTS[case], w=weight(3, 8, 2)).eval(), X, config=config)
-    right = got.params["w"].reshape(3, 2, 4, 2).abs().amax(2).mT / 127
-    torch.testing.assert_close(got.qparams["w_fake_quant"].scale, right)
-
-
-BLOCKS: dict[str, Callable[..., Tensor]] = {
-    "x @ w": lambda m, x: x @ m.w,
-    "linear of T": lambda m, x: F.linear(x, m.w.T),
-    "einsum": lambda m, x: torch.einsum("io,ni->no", m.w, x),
-    "computed": lambda m, x: x @ (m.w * 1.0),
-}
-
-
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxint8", "nvfp4"])
-@pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.replace(" ", "_"))
-def test_blocks_lie_along_what_is_summed_over(case: str, name: str) -> None:
-    w = torch.randn(40, 3) * torch.logspace(-2, 2, 40)[:, None]
-    x = torch.randn(4, 40)
-    change = sq.override(fake_quantize=getattr(sq.fake_quantize, name)())
-    config = sq.QuantConfig(weight=change, activation=None)
-    got = ready(Net(BLOCKS[case], w=nn.Parameter(w)).eval(), x, config=config)
-    (quantizer,) = got.qparams
-    scheme = sq.QScheme(granularity=sq.PerChannel(0))
-    right = sq.fake_quantizer(name).apply(w.T.contiguous(), got.qparams[quantizer], scheme).T
-    torch.testing.assert_close(got(x), x @ right)
-
-
-def test_blocks_of_layers_and_of_tables_lie_as_they_did() -> None:
-    for model, x in ((nn.Linear(40, 3), torch.randn(4, 40)), (nn.Embedding(7, 40), torch.arange(7))):
-        change = sq.override(fake_quantize=sq.fake_quantize.mxfp4())
-        got = ready(model, x, config=sq.QuantConfig(weight=change, activation=None))
-        right = sq.fake_quantizer("mxfp4").apply(got.params["weight"], got.qparams["weight_fake_quant"], sq.QScheme())
-        torch.testing.assert_close(got(x), torch.func.functional_call(model, {**got.params, "weight": right}, (x,)))
-
-
-def test_group_sizes_that_do_not_divide_are_reported_together() -> None:
-    layers = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 37), nn.Linear(37, 64), nn.Linear(64, 10))
-    with pytest.raises(sq.PlanError) as error:
-        planned(layers, torch.randn(2, 64), config=weights_only(sq.PerGroup(size=32)))
-    lines = str(error.value).splitlines()
-    assert lines[0] == "2 problems:"
-    assert "1.weight_fake_quant" in lines[1]
-    assert "channels of 48 elements" in lines[1]
-    assert "2.weight_fake_quant" in lines[2]
-    assert "channels of 37 elements" in lines[2]
-
-
-UNEVEN: dict[str, tuple[Net, Tensor, object, str]] = {
-    "matmul": (Net(lambda m, x: x @ m.w, w=weight(8, 32)), X, sq.PerGroup(size=32), "channels of 8 elements"),
-    "experts": (
-        Net(lambda m, x: torch.bmm(x.expand(3, 4, 8), m.w), w=weight(3, 8, 4)),
-        X,
-        sq.PerGroup(size=16),
-        "channels of 8 elements",
-    ),
-    "computed": (Net(lambda m, x: x @ (m.w * 2), w=weight(8, 32)), X, sq.PerGroup(size=32), "channels of 8 elements"),
-    "convolution": (
-        Net(lambda m, x: m.conv(x[None]), conv=nn.Conv1d(4, 6, 3)),
-        X,
-        sq.PerGroup(size=8),
-        "channels of 12 elements",
-    ),
-    "grouped deconvolution": (
-        Net(lambda m, x: m.conv(x[None]), conv=nn.ConvTranspose1d(4, 6, 3, groups=2)),
-        X,
-        sq.PerGroup(size=4),
-        "channels of 6 elements",
-    ),
-    "blocks": (Net(lambda m, x: m.linear(x), linear=nn.Linear(8, 6)), X, sq.PerBlock(4, 4), "6 by 8 elements"),
-}
-
-
-@pytest.mark.parametrize("case", UNEVEN, ids=lambda case: case.replace(" ", "_"))
-def test_what_cannot_be_cut_is_refused_by_name(case: str) -> None:
-    model, x, granularity, words = UNEVEN[case]
-    with pytest.raises(sq.PlanError, match=rf"weight_fake_quant: its {words}|w_fake_quant: its {words}"):
-        planned(model, x, config=weights_only(granularity))
-
-
-def test_the_fix_of_a_group_size_is_one() -> None:
-    model = nn.Sequential(nn.Linear(64, 37), nn.Linear(37, 8))
-    rule = sq.Rule(name="1.weight_fake_quant", weight=sq.override(granularity=sq.PerChannel()))
-    change = sq.override(granularity=sq.PerGroup(size=32))
-    plan = planned(model, torch.randn(2, 64), config=sq.QuantConfig(weight=change, rules=(rule,)))
-    assert plan["0.weight_fake_quant"].scheme.granularity == sq.PerGroup(0, 32)
-    assert plan["1.weight_fake_quant"].scheme.granularity == sq.PerChannel(0)
-
-
-def test_groups_of_a_grouped_deconvolution_that_divide_are_planned() -> None:
-    model = Net(lambda m, x: m.conv(x[None]), conv=nn.ConvTranspose1d(4, 6, 3, groups=2))
-    got = ready(model.eval(), X, config=weights_only(sq.PerGroup(size=3)))
-    assert got.qparams["conv.weight_fake_quant"].scale.shape == (6, 2)
-
-
-@pytest.mark.parametrize("change", [{"granularity": sq.PerGroup(size=2)}, {"fake_quantize": sq.fake_quantize.mxfp4()}])
-def test_groups_along_axes_that_nobody_knows_are_refused(change: dict[str, object]) -> None:
-    model = Net(lambda m, x: x @ F.max_pool1d(m.w, 2), w=weight(8, 4))
-    config = sq.QuantConfig(weight=sq.override(**change), activation=None)
-    with pytest.raises(sq.PlanError, match=r"w_fake_quant: this weight has no groups \(because matmul does not tell"):
-        planned(model, X, config=config)
-
-
-# What is no weight, and no value.
-
-
-@pytest.mark.parametrize("made", [lambda x: torch.eye(8), lambda x: torch.randn(8, 8), lambda x: torch.ones_like(x).T])
-def test_a_constant_is_no_weight(made: Callable[[Tensor], Tensor]) -> None:
-    assert list(planned(Net(lambda m, x: x @ made(x)), X)) == []
-
-
-SPARSE = torch.eye(4).to_sparse()
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize(
-    "f",
-    [
-        lambda m, x: m.linear(SPARSE @ x),
-        lambda m, x: torch.sparse.mm(SPARSE.to_sparse_csr(), m.linear(x)),
-        lambda m, x: torch.sparse.addmm(torch.zeros(4, 3), SPARSE, m.linear(x)),
-        lambda m, x: torch.mm(SPARSE, x @ m.linear.weight.T),
-    ],
-    ids=["matmul", "csr", "addmm", "mm"],
-)
-def test_sparse_operands_stay_float_and_the_plan_says_so(f: Callable[..., Tensor]) -> None:
-    model = Net(f, linear=nn.Linear(8, 3)).eval()
-    got = ready(model, X)
-    assert "linear.weight_fake_quant" in got.q.plan
-    assert any("is sparse: it stays float" in note for note in got.q.plan.notes)
-    cosine = F.cosine_similarity(got(X).flatten(), model(X).flatten(), 0)
-    assert cosine > 0.999
-
-
-def test_a_sparse_argument_of_the_model_goes_through() -> None:
-    model = Net(lambda m, x, a: a @ m.linear(a @ x), linear=nn.Linear(8, 3)).eval()
-    dense, sparse = ready(model, X, SPARSE.to_dense()), ready(model, X, SPARSE)
-    torch.testing.assert_close(sparse(X, SPARSE), dense(X, SPARSE.to_dense()), rtol=0, atol=0.05)
-    assert not any(name.startswith("inputs.1") for name in sparse.q.plan)
-
-
-FOURIER: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module | nn.Parameter]]] = {
-    "einsum": (
-        lambda m, x: m.out(torch.fft.irfft(torch.einsum("nk,km->nm", torch.fft.rfft(x), m.w), n=8)),
-        {"w": nn.Parameter(torch.randn(5, 5, dtype=torch.cfloat)), "out": nn.Linear(8, 3)},
-    ),
-    "pairs of reals": (
-        lambda m, x: m.out(torch.fft.irfft(torch.fft.rfft(x) @ torch.view_as_complex(m.w), n=8)),
-        {"w": weight(5, 5, 2), "out": nn.Linear(8, 3)},
-    ),
-    "layer": (
-        lambda m, x: m.out(m.mix(x.to(torch.cfloat)).abs()),
-        {"mix": nn.Linear(8, 8, dtype=torch.cfloat), "out": nn.Linear(8, 3)},
-    ),
-    "convolution": (
-        lambda m, x: m.out(m.conv(torch.complex(x, x)[:, None]).abs().flatten(1)),
-        {"conv": nn.Conv1d(1, 1, 1, dtype=torch.cfloat), "out": nn.Linear(8, 3)},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FOURIER, ids=lambda case: case.replace(" ", "_"))
-def test_complex_tensors_stay_float_and_what_follows_does_not(case: str) -> None:
-    f, parts = FOURIER[case]
-    model = Net(f, **parts).eval()
-    got = ready(model, X)
-    values = [name for name in got.q.plan if name.endswith("post_act_fake_quantizer")]
-    assert [name for name in got.q.plan if name.endswith("weight_fake_quant")] == ["out.weight_fake_quant"]
-    assert "w_fake_quant" not in got.q.plan
-    assert len(values) == 1  # what the last layer reads
-    assert any("is complex: it stays float" in note for note in got.q.plan.notes)
-    assert F.cosine_similarity(got(X).flatten(), model(X).flatten(), 0) > 0.999
+def test_examples_that_use_a_computed_weight_differently_are_united() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(4, 4))
+    model = Net(lambda m, x, again=False: m.layer(m.layer(x)) if again else m.layer(x), layer=layer)
+    x = torch.randn(2, 4)
+    examples = [((x,), {"again": True}), ((x,), {})]
+    q = sq.quantize(model, sq.QuantConfig(weight=sq.override(bits=3), activation=None), examples=examples)
+    params = sq.params_of(model)
+    qparams = q.qparams(params, q.observe(params, q.init(params), x, again=True)[1])
+    weight = q.quantize_value("layer.weight_fake_quant", layer.weight.detach(), qparams["layer.weight_fake_quant"])
+    once = F.linear(x, weight, params["layer.bias"])
+    same(q.apply(params, qparams, x), once)
+    same(q.apply(params, qparams, x, again=True), F.linear(once, weight, params["layer.bias"]))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.capture.graph import REPARAMETRIZE, Graph, Node, Operand
 from sophq_func.config.names import value_quantizer
 from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, Strategy
 from sophq_func.core.operations import ALL, CONSTANTS, CONTRACTIONS, DROPOUTS, MOVES
@@ -46,6 +46,12 @@ def contracted(node: Node, operand: Operand) -> bool:
     """Whether a node calls a function that multiplies an operand and sums the products."""
     roles = CONTRACTIONS.get(node.function, ())
     return roles == ALL or operand.role in roles
+
+
+def is_own_weight(graph: Graph, node: Node, operand: Operand) -> bool:
+    """Whether a node multiplies with a parameter that a module computes: a weight, which has a quantizer of its own."""
+    computed = bool(operand.value) and graph.producer(operand.value).function == REPARAMETRIZE
+    return computed and node.function in CONTRACTIONS
 
 
 CONTRACTING_MODULES = tuple(cls for cls in WEIGHTS if cls not in (nn.Embedding, nn.EmbeddingBag))
@@ -152,7 +158,7 @@ def choose(graph: Graph, requests: Requests, wanted: Callable[[Graph, Node, Requ
             chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
         elif asked is None:
             for operand in wanted(graph, node, requests):
-                if operand.value in carrying:
+                if operand.value in carrying and not is_own_weight(graph, node, operand):
                     chosen.setdefault(operand.value, f"operand of {node.name}")
     return chosen
 

@@ -27,11 +27,11 @@ NOT_SELECTED = frozenset(("floor_divide", "remainder", "type_as"))
 PASSED = frozenset(("relu", "relu6", "dropout", "flatten"))
 """Operations behind which a value is quantized, instead of before."""
 
-# Module classes and operations whose inputs the strategy Transformer quantizes; other values it only observes.
-TRANSFORMER_MODULES = (nn.Conv2d, nn.Linear)
+# Operations whose inputs the strategy Transformer quantizes, beside those of layers; other values it only observes.
 TRANSFORMER_OPERATIONS = frozenset(("matmul",))
 
-OBSERVED = Preset(override(observe_only=True), "strategy Transformer: no contraction reads it")
+OBSERVED = override(observe_only=True)
+UNREAD = "strategy Transformer: no contraction reads it"
 
 WEIGHTS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)
 """Module classes whose weights are quantized."""
@@ -96,13 +96,24 @@ def model_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
     return {node.name: "input of the model" for node in inputs if graph.values[node.name].floating}
 
 
+def is_fused_away(node: Node) -> bool:
+    """Whether a layer is fused to a class that sophgo-mq's strategy Transformer does not list.
+
+    Its list holds ``Conv2d``, ``Linear`` and ``LinearReLU``, and compares classes, not their bases.
+    """
+    if node.is_module(nn.Conv2d):
+        return bool(node.members)
+    return node.is_module(nn.Linear) and node.norm is not None
+
+
 def transformer_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
-    """The inputs of convolutions, linear layers and matrix products."""
+    """The inputs of matrix products, and of convolutions and linear layers unless :func:`is_fused_away`."""
     chosen: dict[str, str] = {}
     for node in graph:
         asked = requests.asks(node)
-        is_module = node.is_module(*TRANSFORMER_MODULES, *requests.layers)
-        is_listed = is_module or node.operation in TRANSFORMER_OPERATIONS or requests.listed(node)
+        is_layer = node.is_module(nn.Conv2d, nn.Linear) and not is_fused_away(node)
+        is_added = node.is_module(*requests.layers) or requests.listed(node)
+        is_listed = is_layer or is_added or node.operation in TRANSFORMER_OPERATIONS
         if asked or (asked is None and is_listed):
             chosen.update({v: chosen.get(v, f"input of {node.name}") for v in floating_operands(graph, node)})
     return chosen
@@ -120,11 +131,24 @@ def place_cnn(graph: Graph, requests: Requests) -> Placement:
 
 
 def place_transformer(graph: Graph, requests: Requests) -> Placement:
-    """Quantize inputs of convolutions, linear layers and matrix products; observe the other inputs in the list."""
+    """Quantize inputs of convolutions, linear layers and matrix products; observe the other inputs in the list.
+
+    As in sophgo-mq, a convolution that is fused with what follows counts among the others.
+    """
     quantized = transformer_inputs(graph, requests)
     chosen = quantized | model_inputs(graph, requests) | requested_inputs(graph, requests)
     observed = chosen.keys() - quantized.keys()
-    return Placement(chosen, presets={value_quantizer(value): OBSERVED for value in observed})
+    presets = {value_quantizer(value): Preset(OBSERVED, why_observed(graph, value)) for value in observed}
+    return Placement(chosen, presets=presets)
+
+
+def why_observed(graph: Graph, value: str) -> str:
+    """Why the strategy Transformer only observes a value, in words."""
+    fused = next((user for user, _ in graph.users(value) if is_fused_away(user)), None)
+    if fused is None or fused.type is None:
+        return UNREAD
+    listed = "Conv2d, Linear and LinearReLU"
+    return f"strategy Transformer: {fused.name} is fused to a {fused.type.__name__}, and only {listed} are on its list"
 
 
 PLACEMENTS.add("CNN", Strategy(place_cnn, WEIGHTS, int4_inputs=True))
