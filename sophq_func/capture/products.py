@@ -222,11 +222,11 @@ def _of_cell(call: Products) -> int:
 
 
 COUNTS: Mapping[str, Callable[[Products], int]] = {
-    **dict.fromkeys("dot grouped_mm inner linear matmul mm mv bmm hsmm smm spmm".split(), _of_matrices),
-    **dict.fromkeys("addmm addmv baddbmm saddmm sspaddmm".split(), _of_matrices_added),
+    **dict.fromkeys("dot grouped_mm inner linear matmul mm mv bmm hsmm hspmm smm spmm sparse_mm".split(), _of_matrices),
+    **dict.fromkeys("addmm addmv baddbmm saddmm sspaddmm sparse_addmm".split(), _of_matrices_added),
     **dict.fromkeys("outer ger".split(), _of_all_pairs),
     **dict.fromkeys("vdot vecdot".split(), _of_all_terms),
-    **dict.fromkeys("conv1d conv2d conv3d".split(), _of_convolution),
+    **dict.fromkeys("conv1d conv2d conv3d convolution".split(), _of_convolution),
     **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(), _of_transposed_convolution),
     **dict.fromkeys("multi_dot chain_matmul".split(), _of_chain),
     **dict.fromkeys(RECURRENT, _of_recurrent_layer),

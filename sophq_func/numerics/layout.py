@@ -77,9 +77,10 @@ def scale_axes(granularity: Granularity) -> int | None:
     """How many axes scales have; ``None`` where they have as many as the tensor, but one."""
     if isinstance(granularity, PerToken):
         return None
-    if isinstance(granularity, PerTensor):
-        return 0
-    return 2 if isinstance(granularity, PerGroup | PerBlock) else 1
+    if isinstance(granularity, PerChannel | PerGroup):
+        channels = len(granularity.axis) if isinstance(granularity.axis, tuple) else 1
+        return channels + isinstance(granularity, PerGroup)
+    return 2 if isinstance(granularity, PerBlock) else 0
 
 
 def _check_shape(value: Tensor, expected: list[int], x: Tensor, granularity: Granularity) -> None:

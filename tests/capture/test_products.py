@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sophq_func as sq
-from sophq_func.capture.products import multiplications
+from sophq_func.capture.products import COUNTS, multiplications
+from sophq_func.core.operations import CONTRACTIONS
 from tests.model.test_edges import Net
 
 R = torch.randn
@@ -106,3 +107,7 @@ def test_a_packed_sequence_counts_its_steps_alone() -> None:
 
 def test_an_unknown_function_multiplies_nothing_that_is_known() -> None:
     assert multiplications("no_such_function", (R(2, 2),), {}, R(2, 2)) == 0
+
+
+def test_every_contraction_has_a_count_but_those_that_look_rows_up() -> None:
+    assert CONTRACTIONS.keys() - COUNTS.keys() == {"embedding", "embedding_bag"}
