@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
@@ -85,6 +86,39 @@ def has_only_our_hooks(module: nn.Module) -> bool:
 def is_parametrized(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.parametrize`` computes a parameter of the module at each use."""
     return "parametrizations" in module._modules
+
+
+def level() -> int:
+    """How many transforms of ``torch.func`` are active, one inside the other."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+def without_innermost_transform() -> AbstractContextManager[object]:
+    """A context in which the transform that began last does not act; no tensor that it wraps may be computed with."""
+    context: AbstractContextManager[object] = temporarily_pop_interpreter_stack()
+    return context
+
+
+def wrapper_level(tensor: Tensor) -> int:
+    """The level of the transform whose wrapper a tensor is, from 1; 0 for a tensor that is none, or of one that ended."""
+    return max(torch._C._functorch.maybe_get_level(tensor), 0)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is the wrapper of a transform, even of one that has ended."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside a wrapper: the same object each time, while somebody holds it."""
+    return torch._C._functorch.get_unwrapped(tensor)
+
+
+def mapped_axis(tensor: Tensor) -> int | None:
+    """The axis of the tensor inside a wrapper over which ``vmap`` maps; ``None`` for wrappers of derivatives."""
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        return None
+    return torch._C._functorch.maybe_get_bdim(tensor)
 
 
 def operator_name(target: object) -> str:

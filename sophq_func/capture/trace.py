@@ -15,10 +15,14 @@ from sophq_func.capture.frame import Frame, Function
 from sophq_func.capture.graph import Graph, Node, Operand, Option, Scope, Value
 from sophq_func.capture.naming import CallNames
 from sophq_func.capture.skeleton import Skeleton, params_of
+from sophq_func.capture.transforms import depth, innermost, whole
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
 from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
+
+UNSEEN = frozenset(("requires_grad", "make_dual"))
+"""Functions that mark their operand for a derivative and return it, so that they are no calls of the model."""
 
 OPTIONS = (
     "affine",
@@ -40,6 +44,9 @@ def trace(
     leaf_module: tuple[type, ...] = (),
 ) -> Graph:
     """Run ``model`` once on an example and record its calls and dataflow; the model is not changed.
+
+    The example runs in the grad mode of the caller, since a model may ask for derivatives in its forward. Parameters are
+    detached, so that autograd keeps nothing for a model that does not.
 
     Args:
       model: any module. Python control flow takes the branches that the example takes.
@@ -66,7 +73,7 @@ def trace(
     skeleton = Skeleton(model, opaque)
     frame = _Recorder(skeleton)
     versions = [writes_into(constant) for constant in skeleton.constants]
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
     if versions != [writes_into(constant) for constant in skeleton.constants]:
@@ -80,7 +87,7 @@ def trace(
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:
     """Like :func:`trace`, for a skeleton and given parameters; ``names`` are the names of the model's arguments."""
     frame = _Recorder(skeleton)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         args, kwargs = map_inputs(names, args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
     return frame.graph(output, skeleton.module, ())
@@ -150,6 +157,7 @@ class _Recorder(Frame):
         self._starts: list[int] = []  # of the scopes that are running
         self._scopes: list[Scope] = []
         self._before: dict[int, int] = {}  # versions of the operands of the leaf that is running
+        self._outer = depth()  # transforms around the run
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -172,7 +180,7 @@ class _Recorder(Frame):
             node = self._nodes[first.value]
             self._nodes[first.value] = replace(node, also=(*node.also, name))
             return first.copy
-        copy = tensor.detach().clone()
+        copy = tensor.clone()  # with a gradient where the example has one: the model may ask for it
         value = self._names.take(self._names.input(name))
         self._inputs[id(tensor)] = _Input(tensor, copy, value)
         self._add(Node(name=value, kind="input", path="", paths=("",), argument=name), [copy])
@@ -202,6 +210,9 @@ class _Recorder(Frame):
     def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
         before = _versions((args, kwargs))
         output = func(*args, **kwargs)
+        if name in UNSEEN:
+            self._note(output, self._operand(args[0]))
+            return output
         if name == "setitem":  # returns nothing; the value that it makes is the tensor it writes into
             output = args[0]
         if not tensors(output):
@@ -248,7 +259,7 @@ class _Recorder(Frame):
         made = [item for item in items if isinstance(item, Tensor)]
         self._add(node, made, tensors((args, kwargs)))
         for tensor, value in zip(returned, self._nodes[node.name].outputs, strict=True):
-            if id(tensor) in before and before[id(tensor)] != writes_into(tensor):
+            if id(tensor) in before and before[id(tensor)] != writes_into(innermost(tensor)):
                 self._overwrite(tensor, value)
         return rebuild(items)
 
@@ -259,6 +270,7 @@ class _Recorder(Frame):
 
     def _overwrite(self, tensor: Tensor, value: str) -> None:
         """A call wrote into ``tensor``, which made ``value``: mark the tensor, and all that share its memory, as stale."""
+        tensor = innermost(tensor)
         storage = _storage(tensor)
         sharing = () if storage is None else self._in_storage[storage]
         for key in sharing:
@@ -269,6 +281,7 @@ class _Recorder(Frame):
 
     def _note(self, tensor: Tensor, operand: Operand) -> None:
         """Remember which operand a tensor is."""
+        tensor = innermost(tensor)
         storage = _storage(tensor)
         if storage is not None and id(tensor) not in self._known:
             self._in_storage.setdefault(storage, []).append(id(tensor))
@@ -276,8 +289,18 @@ class _Recorder(Frame):
 
     def _operand(self, tensor: Tensor) -> Operand:
         """Which operand a tensor is."""
-        known = self._known.get(id(tensor))
+        tensor = innermost(tensor)
+        known = self._known.get(id(tensor)) or self._same_numbers(tensor)
         return UNKNOWN if known is None else known.operand
+
+    def _same_numbers(self, tensor: Tensor) -> _Known | None:
+        """The tensor of which a new one is another view of all numbers, as a transform makes it where no mode sees it."""
+        storage = _storage(tensor)
+        if storage is None:
+            return None
+        layout = _layout(tensor)
+        known = (self._known[key] for key in reversed(self._in_storage.get(storage, ())))
+        return next((other for other in known if _layout(other.tensor) == layout), None)
 
     def _add(self, node: Node, made: Sequence[Tensor], taken: Sequence[Tensor] = ()) -> None:
         """Add a node, and the values of the tensors that it makes; ``taken`` are those that it takes."""
@@ -288,7 +311,7 @@ class _Recorder(Frame):
                 node=node.name,
                 index=index,
                 floating=tensor.is_floating_point(),
-                shape=tuple(tensor.shape),
+                shape=tuple(whole(tensor, self._outer).shape),
                 view=any(_share_memory(tensor, other) for other in taken),
             )
             self._note(tensor, replace(UNKNOWN, value=name))
@@ -319,8 +342,14 @@ def _options(module: nn.Module) -> dict[str, Option]:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """The address of a tensor's storage; ``None`` without elements, since empty storages share one address."""
-    return tensor.untyped_storage().data_ptr() if tensor.numel() else None
+    """The address of a tensor's storage; ``None`` without one.
+
+    Empty storages share one address, and so count as none. Sparse tensors have several, which no view shares.
+    """
+    tensor = innermost(tensor)
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    return tensor.untyped_storage().data_ptr()
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -328,6 +357,12 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return _storage(a) is not None and _storage(a) == _storage(b)
 
 
+def _layout(tensor: Tensor) -> tuple[torch.dtype, int, list[tuple[int, int]]]:
+    """Which numbers of its storage a tensor has, in whatever order its axes are."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.dtype, tensor.storage_offset(), sorted((size, stride) for size, stride in axes if size > 1)
+
+
 def _versions(tree: Tree) -> dict[int, int]:
     """How often each tensor of a tree was written into, by identity."""
-    return {id(tensor): writes_into(tensor) for tensor in tensors(tree)}
+    return {id(tensor): writes_into(innermost(tensor)) for tensor in tensors(tree)}

@@ -13,6 +13,7 @@ from sophq_func.capture.arguments import arguments
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
+from sophq_func.capture.transforms import depth, is_inside, on_whole, outside, whole
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Kwargs, Output
@@ -94,10 +95,15 @@ class Engine:
 
     def observing(self, states: OState) -> Effect:
         """The effect of a run that observes: values stay, and their observers' states in ``states`` are replaced."""
+        outer = depth()
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
             if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
+                return x
+            if is_inside(x, outer):  # a state outlives the transform that wraps the value
+                with outside(outer):
+                    states[name] = quantizer.observer.update(states[name], whole(x, outer), quantizer.scheme)
                 return x
             states[name] = quantizer.observer.update(states[name], x, quantizer.scheme)
             return x
@@ -106,6 +112,7 @@ class Engine:
 
     def quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
         """The effect of a run that quantizes: values are rounded to their grids."""
+        outer = depth()
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
@@ -113,6 +120,8 @@ class Engine:
                 return x
             if quantizer.config.optional:
                 check_reached(name, qparams[name])
+            if is_inside(x, outer):
+                return on_whole(lambda x: quantizer.quantize(x, qparams[name]), x, outer)
             return quantizer.quantize(x, qparams[name])
 
         return effect
