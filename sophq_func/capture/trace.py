@@ -209,7 +209,12 @@ class _Recorder(Frame):
 
     def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
         before = _versions((args, kwargs))
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except RuntimeError as error:
+            if name == "grad":
+                raise self._no_gradient(error) from error
+            raise
         if name in UNSEEN:
             self._note(output, self._operand(args[0]))
             return output
@@ -229,6 +234,13 @@ class _Recorder(Frame):
         )
         recorded = self._record(node, before, args, kwargs, output)
         return None if name == "setitem" else recorded
+
+    def _no_gradient(self, error: RuntimeError) -> PlanError:
+        """The error for a gradient that the model asks for in its forward and that torch cannot compute."""
+        fix = "give an example that requires grad; for gradients of parameters call torch.func.grad of functional_call"
+        because = f"params are detached, and torch says: {error}"
+        where = self.scope or "the model"
+        return PlanError(explain(where, "torch.autograd.grad in forward finds no gradient", because=because, fix=fix))
 
     def graph(self, output: Output, model: nn.Module, opaque: tuple[str, ...]) -> Graph:
         """The graph of the recorded run; ``output`` is what the model returned."""

@@ -24,6 +24,8 @@ from sophq_func.capture._torch import (
     wrapper_level,
 )
 from sophq_func.core.modes import is_compiling, is_mapped
+from sophq_func.core.pytree import tree_map
+from sophq_func.core.types import Tree
 
 
 def depth() -> int:
@@ -67,6 +69,11 @@ def whole(tensor: Tensor, outer: int) -> Tensor:
     front = [rest.pop(axis) for axis in reversed(axes)]
     with outside(outer):
         return tensor.permute(*front, *rest)
+
+
+def wholes(tree: Tree, outer: int) -> Tree:
+    """A tree with the :func:`whole` tensor in the place of each tensor."""
+    return tree_map(lambda leaf: whole(leaf, outer) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def on_whole(f: Callable[[Tensor], Tensor], tensor: Tensor, outer: int) -> Tensor:

@@ -6,7 +6,9 @@ Users meet it as :class:`~sophq_func.model.quantized.Quantized`; conversions and
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from sophq_func.capture.arguments import arguments
@@ -50,6 +52,7 @@ class Engine:
       running: by name, the quantizers that act while the model runs.
       quantizers: all quantizers, by name.
       sources: in a part, by name, the quantizers outside of it whose scales round biases in it.
+      differentiates: whether the model itself asks autograd for a gradient in its forward.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:
@@ -68,6 +71,7 @@ class Engine:
             weight.site.parameter for weight in self.acting if _is_read_by_its_layer(weight, skeleton)
         )
         self.sources = _sources_outside(self.weights, self.quantizers, whole)
+        self.differentiates = any(made.function == "grad" for run in plan.runs for made in run.calls)
         self._names_of_whole = frozenset(whole or ())
         self.entry_types: dict[str, dict[str, type]] = {
             "ostate": state_types(self.quantizers),
@@ -92,6 +96,10 @@ class Engine:
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
         self.plan.check(state, what, self.entry_types[what], self._names_of_whole)
+
+    def constant(self) -> AbstractContextManager[object]:
+        """A context for runs of which nobody takes a derivative, but the model itself where it does."""
+        return nullcontext() if self.differentiates else torch.no_grad()
 
     def observing(self, states: OState) -> Effect:
         """The effect of a run that observes: values stay, and their observers' states in ``states`` are replaced."""
