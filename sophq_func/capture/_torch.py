@@ -68,6 +68,11 @@ def store_of(module: nn.Module, attribute: str) -> Store:
     return module._parameters if attribute in module._parameters else module._buffers  # type: ignore[return-value]
 
 
+def parameters_in(module: nn.Module) -> Store:
+    """The dict in which a module holds its parameters."""
+    return module._parameters  # type: ignore[return-value]
+
+
 def is_parameter(module: nn.Module, attribute: str) -> bool:
     """Whether a module holds a parameter, and not a buffer, under a name."""
     return attribute in module._parameters

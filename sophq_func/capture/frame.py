@@ -135,10 +135,10 @@ def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
         return None
     frame.leaf_depth += 1
     watch.pause()
+    if frame.deferred is not None:
+        frame.deferred.enter(module)
     if frame.leaf_depth == 1:  # a leaf inside another is a part of it
         args, kwargs = frame.before_module(info.path, args, kwargs)
-    if frame.deferred is not None and info.path in frame.deferred.readers:
-        frame.deferred.enter(info.path, module)
     if frame.looks_inside() or not _reads_its_own(module):
         watch.resume()
     return args, kwargs
@@ -160,8 +160,8 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
         return None
     frame.leaf_depth -= 1
     watch.pause()
-    if frame.deferred is not None and info.path in frame.deferred.readers:
-        frame.deferred.leave(info.path, module)
+    if frame.deferred is not None:
+        frame.deferred.leave(module)
     if output is not None and not frame.leaf_depth:
         output = frame.after_module(info.path, module, args, kwargs, output)
     watch.resume()

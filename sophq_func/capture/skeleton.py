@@ -64,10 +64,10 @@ def params_of(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         got, allowed = type(model).__name__, "a torch.nn.Module"
         raise PlanError(explain("params_of", "the model must be a torch.nn.Module", got=got, allowed=allowed))
-    return sorted_dict({name: tensor.detach() for name, tensor in _registered(model).items()})
+    return sorted_dict({name: tensor.detach() for name, tensor in registered_tensors(model).items()})
 
 
-def _registered(model: nn.Module) -> dict[str, Tensor]:
+def registered_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by canonical name: the first of their names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -87,7 +87,7 @@ class Skeleton:
     """
 
     def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
-        registered = _registered(model)
+        registered = registered_tensors(model)
         by_id = {id(tensor): name for name, tensor in registered.items()}
         self.root = ""
         self.names = self.all_names = frozenset(registered)
@@ -220,7 +220,7 @@ class Skeleton:
 
     def registered(self) -> dict[str, Tensor]:
         """Every parameter and buffer by its canonical name, as tensors on the ``meta`` device."""
-        return _registered(self.module)
+        return registered_tensors(self.module)
 
     def deferrable(self, path: str, parameter: str) -> bool:
         """Whether only the forward of the layer at ``path`` reads a parameter, so that :meth:`run` may compute it then."""
@@ -258,7 +258,7 @@ class Skeleton:
           The model's output, and its buffers afterwards.
         """
         if frame is not None and later:
-            frame.deferred = Deferred(later, self.owned, params)
+            frame.deferred = Deferred(later, params)
         mode = modes.now() if frame is None else frame.mode
         if mode.compiling:
             # Dynamo cannot trace a ``Memory``: put back those attributes that an eager run bound anew

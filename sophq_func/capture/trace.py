@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sophq_func.capture._torch import parameters_in
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
 from sophq_func.capture.frame import Frame, Function
 from sophq_func.capture.graph import Graph, Node, Operand, Option, Scope, Value
 from sophq_func.capture.naming import CallNames
-from sophq_func.capture.skeleton import Skeleton, params_of
+from sophq_func.capture.skeleton import Skeleton, params_of, registered_tensors
 from sophq_func.capture.transforms import depth, innermost, whole
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
@@ -71,7 +72,7 @@ def trace(
     args, kwargs = _checked_call(model, args, kwargs)
     opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
     skeleton = Skeleton(model, opaque)
-    frame = _Recorder(skeleton)
+    frame = _Recorder(skeleton, {id(tensor): name for name, tensor in registered_tensors(model).items()})
     versions = [writes_into(constant) for constant in skeleton.constants]
     with torch.random.fork_rng():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
@@ -141,11 +142,17 @@ class _Recorder(Frame):
     """Records each call of a run as a node of the graph.
 
     Tensors are told apart by identity. Therefore a call that returns its own operand returns a view of it here.
+
+    Args:
+      skeleton: whose run is recorded.
+      escaped: names of the tensors that the user's model holds, by identity. A run has its own: a call that takes one of
+        these was made by a layer that is not in the copy of the model.
     """
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, skeleton: Skeleton, escaped: Mapping[int, str] | None = None) -> None:
         super().__init__()
         self._skeleton = skeleton
+        self._escaped = escaped or {}
         self._nodes: dict[str, Node] = {}
         self._values: dict[str, Value] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -202,12 +209,13 @@ class _Recorder(Frame):
             call=self._count(path, "", counted),
             counted=counted,
             type=type(module),
-            parameters=self._skeleton.owned[path],
+            parameters=self._parameters(path, module),
             options=options,
         )
         return self._record(node, self._before, args, kwargs, output)
 
     def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        self._check_escaped(name, args, kwargs)  # before the call, which may write into a buffer of the user's
         before = _versions((args, kwargs))
         try:
             output = func(*args, **kwargs)
@@ -235,12 +243,33 @@ class _Recorder(Frame):
         recorded = self._record(node, before, args, kwargs, output)
         return None if name == "setitem" else recorded
 
+    def _check_escaped(self, function: str, args: Args, kwargs: Kwargs) -> None:
+        """Raise a :class:`PlanError` if a call takes a tensor of the user's model."""
+        names = {self._escaped[id(tensor)] for tensor in tensors((args, kwargs)) if id(tensor) in self._escaped}
+        if names:
+            place = f"{self.scope}.{function}".lstrip(".")
+            sentence = f"{min(names)!r} reaches this call past params"
+            because = "a function that forward calls holds a layer in its closure or as a global, and a run cannot replace it"
+            fix = "make the function a method of the model, or give it the layer as an argument"
+            raise PlanError(explain(place, sentence, because=because, fix=fix))
+
     def _no_gradient(self, error: RuntimeError) -> PlanError:
         """The error for a gradient that the model asks for in its forward and that torch cannot compute."""
         fix = "give an example that requires grad; for gradients of parameters call torch.func.grad of functional_call"
         because = f"params are detached, and torch says: {error}"
         where = self.scope or "the model"
         return PlanError(explain(where, "torch.autograd.grad in forward finds no gradient", because=because, fix=fix))
+
+    def _parameters(self, path: str, module: nn.Module) -> dict[str, str]:
+        """Canonical names of the tensors with which a leaf module was called, by attribute.
+
+        A parameter may be another one of the model, or none, where the model binds its own tensor for the time of the call.
+        """
+        held = parameters_in(module)
+        names = dict(self._skeleton.owned[path])
+        for attribute in names.keys() & held.keys():
+            names[attribute] = self._operand(held[attribute]).parameter
+        return {attribute: name for attribute, name in names.items() if name}
 
     def graph(self, output: Output, model: nn.Module, opaque: tuple[str, ...]) -> Graph:
         """The graph of the recorded run; ``output`` is what the model returned."""

@@ -40,6 +40,20 @@ def innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def unmapped(tensor: Tensor, outer: int) -> Tensor:
+    """The tensor inside the wrappers of the model's own ``vmap``; others, and wrappers inside others, stay."""
+    while wrapper_level(tensor) > outer and mapped_axis(tensor) is not None:
+        tensor = unwrapped(tensor)
+    return tensor
+
+
+def mapped_like(wrapper: Tensor, tensor: Tensor, outer: int) -> Tensor:
+    """A tensor of the shape of :func:`unmapped`, wrapped as ``wrapper`` is."""
+    depth = _maps_inside(wrapper, outer)
+    result: Tensor = _Member.apply(tensor.permute(_front_first(wrapper, outer)), wrapper.detach(), depth)
+    return result
+
+
 def is_inside(tensor: Tensor, outer: int) -> bool:
     """Whether a tensor is wrapped by a transform that began inside ``outer`` others."""
     return is_mapped() and not is_compiling() and wrapper_level(tensor) > outer
@@ -56,19 +70,27 @@ def outside(outer: int) -> Iterator[None]:
 
 def whole(tensor: Tensor, outer: int) -> Tensor:
     """The whole tensor inside the wrappers of the model's own transforms, without their derivatives."""
-    axes = []
+    order = _front_first(tensor, outer)
+    while wrapper_level(tensor) > outer:
+        tensor = unwrapped(tensor)
+    if order == sorted(order):
+        return tensor
+    with outside(outer):
+        return tensor.permute(order)
+
+
+def _front_first(tensor: Tensor, outer: int) -> list[int]:
+    """The axes of the tensor inside the wrappers: first those over which ``vmap`` maps, then the others."""
+    mapped = []
     while wrapper_level(tensor) > outer:
         axis = mapped_axis(tensor)
         if axis is not None:
-            axes.append(axis)
+            mapped.append(axis)
         tensor = unwrapped(tensor)
-    if not axes:
-        return tensor
     # each axis is counted among those that the vmaps around it have left over; the innermost vmap was found first
     rest = list(range(tensor.dim()))
-    front = [rest.pop(axis) for axis in reversed(axes)]
-    with outside(outer):
-        return tensor.permute(*front, *rest)
+    front = [rest.pop(axis) for axis in reversed(mapped)]
+    return front + rest
 
 
 def wholes(tree: Tree, outer: int) -> Tree:

@@ -30,6 +30,9 @@ from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.scheme import PerToken
 from sophq_func.planning.plan import Plan
 
+DERIVATIVES = ("grad", "unpack_dual")
+"""Functions that end a derivative: of reverse mode, and of forward mode."""
+
 OState = dict[str, State]
 """Observer states, by quantizer."""
 
@@ -52,7 +55,7 @@ class Engine:
       running: by name, the quantizers that act while the model runs.
       quantizers: all quantizers, by name.
       sources: in a part, by name, the quantizers outside of it whose scales round biases in it.
-      differentiates: whether the model itself asks autograd for a gradient in its forward.
+      differentiates: whether the model itself takes a derivative in its forward.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:
@@ -67,11 +70,14 @@ class Engine:
         self.weights, self.running = make_quantizers(skeleton, plan)
         self.quantizers: Quantizers = {**{weight.site.quantizer: weight for weight in self.weights}, **self.running}
         self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
+        self.differentiates = any(made.function in DERIVATIVES for run in plan.runs for made in run.calls)
         self.deferrable = frozenset(
-            weight.site.parameter for weight in self.acting if _is_read_by_its_layer(weight, skeleton)
+            weight.site.parameter
+            for weight in self.acting
+            # a derivative wraps the parameter itself, where no mode sees it
+            if not self.differentiates and _is_read_by_its_layer(weight, skeleton)
         )
         self.sources = _sources_outside(self.weights, self.quantizers, whole)
-        self.differentiates = any(made.function == "grad" for run in plan.runs for made in run.calls)
         self._names_of_whole = frozenset(whole or ())
         self.entry_types: dict[str, dict[str, type]] = {
             "ostate": state_types(self.quantizers),
