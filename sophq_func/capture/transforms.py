@@ -93,6 +93,13 @@ def _front_first(tensor: Tensor, outer: int) -> list[int]:
     return front + rest
 
 
+def members(tensor: Tensor, outer: int) -> Iterator[Tensor]:
+    """Each member of the :func:`whole` tensor, as the model's function sees them one by one."""
+    count = _maps_inside(tensor, outer)
+    together = whole(tensor, outer)
+    yield from together.flatten(0, count - 1) if count else [together]
+
+
 def wholes(tree: Tree, outer: int) -> Tree:
     """A tree with the :func:`whole` tensor in the place of each tensor."""
     return tree_map(lambda leaf: whole(leaf, outer) if isinstance(leaf, Tensor) else leaf, tree)

@@ -15,7 +15,7 @@ from sophq_func.capture.arguments import arguments
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
-from sophq_func.capture.transforms import depth, is_inside, on_whole, outside, whole
+from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Kwargs, Output
@@ -117,7 +117,8 @@ class Engine:
                 return x
             if is_inside(x, outer):  # a state outlives the transform that wraps the value
                 with outside(outer):
-                    states[name] = quantizer.observer.update(states[name], whole(x, outer), quantizer.scheme)
+                    for seen in members(x, outer) if quantizer.is_inner else [whole(x, outer)]:
+                        states[name] = quantizer.observer.update(states[name], seen, quantizer.scheme)
                 return x
             states[name] = quantizer.observer.update(states[name], x, quantizer.scheme)
             return x
@@ -126,7 +127,7 @@ class Engine:
 
     def quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
         """The effect of a run that quantizes: values are rounded to their grids."""
-        outer = depth()
+        outer, compiling = depth(), is_compiling()
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
@@ -134,7 +135,9 @@ class Engine:
                 return x
             if quantizer.config.optional:
                 check_reached(name, qparams[name])
-            if is_inside(x, outer):
+            if compiling:
+                quantizer.check_members(x)
+            elif is_inside(x, outer) and not quantizer.is_inner:
                 return on_whole(lambda x: quantizer.quantize(x, qparams[name]), x, outer)
             return quantizer.quantize(x, qparams[name])
 
