@@ -14,6 +14,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -124,6 +125,21 @@ def mapped_axis(tensor: Tensor) -> int | None:
     if not torch._C._functorch.is_batchedtensor(tensor):
         return None
     return torch._C._functorch.maybe_get_bdim(tensor)
+
+
+CheckpointSteps = Callable[..., Iterator[None]]
+"""What :func:`checkpoint_steps` returns."""
+
+
+def checkpoint_steps() -> CheckpointSteps:
+    """The generator function that ``torch.utils.checkpoint.checkpoint`` drives; its first argument computes once more."""
+    steps: CheckpointSteps = torch.utils.checkpoint._checkpoint_without_reentrant_generator  # type: ignore[assignment]
+    return steps
+
+
+def replace_checkpoint_steps(steps: CheckpointSteps) -> None:
+    """Let ``checkpoint`` drive another generator function."""
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = steps  # type: ignore[assignment]
 
 
 def operator_name(target: object) -> str:

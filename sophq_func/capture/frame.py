@@ -25,10 +25,14 @@ from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
 from sophq_func.core.modes import is_compiling, now
 from sophq_func.core.operations import called
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 Function: TypeAlias = Callable[..., Output]
 """A function of torch."""
+
+
+Rerun: TypeAlias = "Callable[[Frame, Function, Args, Kwargs], Output]"
+"""Calls a function of the model as a run does, and reports its calls to a frame."""
 
 
 class Frame:
@@ -82,6 +86,22 @@ class Frame:
     def inner_function(self, func: Function, args: Args, kwargs: Kwargs) -> Output:
         """Call a torch function inside a leaf."""
         return func(*args, **kwargs)
+
+    def again(self) -> Frame:
+        """The frame for a part of the run that begins now, and that a checkpoint computes once more in a backward pass.
+
+        It does to values what this one does, and records nothing. Nothing that was computed before this part may be shared
+        with it: autograd must save the same tensors both times.
+        """
+        other = Frame()
+        self.begin_again(other)
+        return other
+
+    def begin_again(self, other: Frame) -> None:
+        """Let another frame start where this one is, each with values that it computes itself."""
+        other.scopes = list(self.scopes)
+        if self.deferred is not None:
+            other.deferred = self.deferred.again()
 
     def looks_inside(self) -> bool:
         """Whether :meth:`inner_function` must see the calls inside the leaf that starts now."""
@@ -190,11 +210,16 @@ class Watch(TorchFunctionMode):
 
     While a leaf of torch's own classes computes, the mode is off the stack: a trip through it takes longer than many a
     function. It must stay on the stack while Dynamo traces, and where a mode of the model lies above it.
+
+    Args:
+      frame: what sees the calls.
+      rerun: computes a part of the run once more, watched by another frame.
     """
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, rerun: Rerun) -> None:
         super().__init__()
         self.frame = frame
+        self.rerun = rerun
         self.paused = False
 
     def __exit__(self, *error: object) -> None:
@@ -212,6 +237,23 @@ class Watch(TorchFunctionMode):
         if self.paused:
             push_mode(self)
             self.paused = False
+
+    def again(self, fn: Function) -> Function:
+        """A function of the model that may be called after the run, and sees then what it would see now."""
+        frame = self.frame.again()
+        return lambda *args, **kwargs: self.rerun(frame, fn, args, kwargs)
+
+    def report(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Report a call that torch shows to no mode, and no call inside it."""
+        if self.frame.deferred is not None:
+            args, kwargs = self.frame.deferred.filled((args, kwargs))
+
+        def opaque(*args: Tree, **kwargs: Tree) -> Output:
+            with self, self.frame.aside():  # watched, since it may read a parameter whose value is deferred
+                return func(*args, **kwargs)
+
+        with without_innermost_mode():
+            return self.frame.function(name, opaque, args, kwargs)
 
     def __torch_function__(
         self, func: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None

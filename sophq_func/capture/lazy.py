@@ -7,6 +7,7 @@ that layer that reads such a parameter gets the same value. A layer to which the
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -36,6 +37,13 @@ class Deferred:
         # weak, so that the memory of a value is free as soon as its layer, and a graph of autograd, let go of it
         self._values: dict[str, weakref.ref[Tensor]] = {}
         self._replaced: list[list[tuple[str, Tensor]]] = []  # of each layer that is running
+
+    def again(self) -> Deferred:
+        """The same parameters for another run; this one forgets its values, so that both compute them anew."""
+        self._values.clear()
+        other = copy.copy(self)
+        other._values, other._replaced = {}, []
+        return other
 
     def enter(self, module: nn.Module) -> None:
         """Put the values into a layer that starts, where it holds the raw tensors."""

@@ -12,12 +12,14 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sophq_func.capture import hidden
 from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_parameter, own_tensors, store_of
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
@@ -268,7 +270,7 @@ class Skeleton:
         with self._lock:
             memory = Memory(self.entry.modules())
             try:
-                return self._run(self._call_bound, frame, params, args, kwargs)
+                return self._run(partial(self._call_bound, self.entry), frame, params, args, kwargs)
             finally:
                 # not tensors, such as aliases, which each run binds itself
                 changed = [binding for binding in memory.restore() if not isinstance(binding[2], Tensor)]
@@ -288,15 +290,30 @@ class Skeleton:
             self._module_at[path].__dict__[attribute] = filled(template, now)
         if frame is not None:
             frame.begin(now)
-        watch = None if frame is None else Watch(frame)
+        watch = None if frame is None else Watch(frame, partial(self._rerun, now))
         outer = self._slot.watch  # of the run around this one
         self._slot.watch = watch
         try:
-            with watch or nullcontext():
+            with hidden.REPORTED if watch and not watch.frame.mode.compiling else nullcontext(), watch or nullcontext():
                 output, buffers = call(now, args, kwargs)
         finally:
             self._slot.watch = outer
         return output, sorted_dict(buffers)
+
+    def _rerun(
+        self, now: Mapping[str, Tensor], frame: Frame, fn: Callable[..., Output], args: Args, kwargs: Kwargs
+    ) -> Output:
+        """Compute a part of a run once more, with its tensors; buffers stay as they are.
+
+        A checkpoint does so in a backward pass, when the run may be over and the modules hold no tensors.
+        """
+        with self._lock:
+            memory = Memory(self.entry.modules())
+            try:
+                output, _ = self._run(partial(self._call_bound, fn), frame, now, args, kwargs)
+            finally:
+                memory.restore()
+        return output
 
     def _call(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
         """The model's output with these tensors, and its buffers afterwards; Dynamo can trace it."""
@@ -304,13 +321,16 @@ class Skeleton:
         output = functional_call(self.entry, tensors, args, dict(kwargs), tie_weights=False)
         return output, {name: tensors[place] for place, name in self._tensors.items() if name in self.buffers}
 
-    def _call_bound(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
-        """The same in eager, faster: ``functional_call`` takes longer to find the modules than a small model to run."""
+    def _call_bound(self, fn: Callable[..., Output], now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
+        """The output of the model, or of a part ``fn`` of it, in eager.
+
+        Faster than :meth:`_call`: ``functional_call`` takes longer to find the modules than a small model to run.
+        """
         places = [(store, attribute, name, store[attribute]) for store, attribute, name in self._places()]
         for store, attribute, name, _ in places:
             store[attribute] = now[name]
         try:
-            output = self.entry(*args, **kwargs)
+            output = fn(*args, **kwargs)
             return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
         finally:
             for store, attribute, _, empty in places:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sophq_func.capture.frame import Frame, unwatched
 from sophq_func.core.errors import StateError
-from sophq_func.core.operations import LAYERS, called
+from sophq_func.core.operations import LAYERS, called, is_operation
 from sophq_func.core.pytree import flatten, has_floating, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.model.schedule import OPTIONAL, Actions, Pair, Schedule
@@ -71,6 +71,13 @@ class Runner(Frame):
             what = f"input {name!r} was the same tensor as {first!r} in the example, and here it is another"
             raise StateError(f"{what}. Fix: plan with an example in which they differ.")
         return after
+
+    def again(self) -> Frame:
+        self.shared_results.clear()
+        other = Runner(self.schedule, self.effect)
+        other.counts = dict(self.counts)
+        self.begin_again(other)
+        return other
 
     def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         actions = self._actions((path, ""))
@@ -153,6 +160,10 @@ class Runner(Frame):
         if self.mode.compiling and (path, function) in self.schedule.hidden:
             why = f"torch.compile hides this spelling of {function}"
             return StateError(f"{text}, because {why}. Fix: write torch.{function}(x) or a module.")
+        hidden = [name for at, name in expected if at == path and name and not is_operation(name)]
+        if self.mode.compiling and hidden:
+            why = f"torch.compile looks into autograd.Function {hidden[0]}, and shows no call of it"
+            return StateError(f"{text}, because {why}. Fix: run it without torch.compile.")
         why = "so its quantizers cannot be told apart"
         return StateError(f"{text}, {why}. Fix: plan with examples of both ways, or {OPTIONAL}.")
 
