@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -127,19 +128,29 @@ def mapped_axis(tensor: Tensor) -> int | None:
     return torch._C._functorch.maybe_get_bdim(tensor)
 
 
-CheckpointSteps = Callable[..., Iterator[None]]
-"""What :func:`checkpoint_steps` returns."""
+class CheckpointParts(NamedTuple):
+    """What ``torch.utils.checkpoint.checkpoint`` calls.
+
+    Attributes:
+      steps: a generator function, whose steps come before and after the first computation of what is checkpointed; its
+        first argument computes it once more.
+      function: has an ``apply`` that computes it with ``use_reentrant=True``.
+    """
+
+    steps: Callable[..., Iterator[None]]
+    function: object
 
 
-def checkpoint_steps() -> CheckpointSteps:
-    """The generator function that ``torch.utils.checkpoint.checkpoint`` drives; its first argument computes once more."""
-    steps: CheckpointSteps = torch.utils.checkpoint._checkpoint_without_reentrant_generator  # type: ignore[assignment]
-    return steps
+def checkpoint_parts() -> CheckpointParts:
+    """What ``checkpoint`` calls now."""
+    module: Any = torch.utils.checkpoint
+    return CheckpointParts(module._checkpoint_without_reentrant_generator, module.CheckpointFunction)
 
 
-def replace_checkpoint_steps(steps: CheckpointSteps) -> None:
-    """Let ``checkpoint`` drive another generator function."""
-    torch.utils.checkpoint._checkpoint_without_reentrant_generator = steps  # type: ignore[assignment]
+def replace_checkpoint_parts(parts: CheckpointParts) -> None:
+    """Let ``checkpoint`` call others."""
+    module: Any = torch.utils.checkpoint
+    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = parts
 
 
 def operator_name(target: object) -> str:

@@ -45,7 +45,10 @@ class Frame:
       scopes: paths of the scopes that are running, outermost first.
       leaf_depth: how many leaves are running, one inside the other; functions called inside one are not the model's.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
+      sees_functions: whether calls of an ``autograd.Function`` are reported, which makes each of them one call.
     """
+
+    sees_functions = True
 
     def __init__(self) -> None:
         self.mode = now()

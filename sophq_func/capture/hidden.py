@@ -1,6 +1,6 @@
 """Calls that torch shows to no mode: those of a user's ``autograd.Function``, and of ``torch.utils.checkpoint``.
 
-While a run is in progress, two functions of torch are replaced by others that report to the run of their own thread; where
+While a run is in progress, these functions of torch are replaced by others that report to the run of their own thread; where
 there is none, they call the original. A compiler sees the originals.
 """
 
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from torch.utils.checkpoint import checkpoint
 
-from sophq_func.capture._torch import checkpoint_steps, innermost_mode, replace_checkpoint_steps
+from sophq_func.capture._torch import CheckpointParts, checkpoint_parts, innermost_mode, replace_checkpoint_parts
 from sophq_func.capture.frame import Frame, Watch
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.operations import is_operation
@@ -23,8 +24,8 @@ from sophq_func.core.types import Output
 FUNCTION_APPLY = torch.autograd.Function.__dict__["apply"]
 """Torch's own, which every ``autograd.Function`` inherits."""
 
-CHECKPOINT_STEPS = checkpoint_steps()
-"""Torch's own generator, whose steps come before and after the first computation of what is checkpointed."""
+CHECKPOINT = checkpoint_parts()
+"""Torch's own."""
 
 
 def watching() -> Watch | None:
@@ -45,9 +46,6 @@ def reported_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any
     watch = watching()
     if watch is None:
         return original(*args, **kwargs)
-    if cls is CheckpointFunction:  # the reentrant kind; the other one has the same result, and its steps are reported
-        run_function, preserve_rng_state, *rest = args
-        return checkpoint(run_function, *rest, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     if cls.__module__.startswith("torch."):  # a part of a function of torch that is seen, or is looked through
         return original(*args, **kwargs)
     return watch.report(call_name(cls), original, args, kwargs)
@@ -57,8 +55,8 @@ def reported_steps(fn: Callable[..., Output], *args: Any, **kwargs: Any) -> Iter
     """The steps of a checkpoint: what is computed again in a backward pass sees what the run saw."""
     watch = watching()
     if watch is None:
-        return CHECKPOINT_STEPS(fn, *args, **kwargs)
-    return _aside(watch.frame, CHECKPOINT_STEPS(watch.again(fn), *args, **kwargs))
+        return CHECKPOINT.steps(fn, *args, **kwargs)
+    return _aside(watch.frame, CHECKPOINT.steps(watch.again(fn), *args, **kwargs))
 
 
 def _aside(frame: Frame, steps: Iterator[None]) -> Iterator[None]:
@@ -74,13 +72,28 @@ def _aside(frame: Frame, steps: Iterator[None]) -> Iterator[None]:
         next(steps, None)
 
 
+class ReportedReentrant:
+    """What a checkpoint calls with ``use_reentrant=True``: the other kind, which has the same result and is reported."""
+
+    @staticmethod
+    def apply(run_function: Callable[..., Output], preserve_rng_state: bool, *args: Any) -> Output:
+        if watching() is None:
+            return CHECKPOINT.function.apply(run_function, preserve_rng_state, *args)
+        return checkpoint(run_function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
 class Reported:
-    """A context in which hidden calls are reported; entered by each run, in whatever thread.
+    """A context in which hidden calls of one kind are reported; runs enter it, in whatever thread.
 
     What it replaces belongs to the process. So it counts the runs in progress: the first replaces, the last restores.
+
+    Args:
+      replace: puts the functions that report in the place of torch's own.
+      restore: puts torch's own back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replace: Callable[[], None], restore: Callable[[], None]) -> None:
+        self._replace, self._restore = replace, restore
         self._lock = threading.Lock()
         self._runs = 0
 
@@ -88,16 +101,34 @@ class Reported:
         with self._lock:
             self._runs += 1
             if self._runs == 1:
-                torch.autograd.Function.apply = classmethod(reported_apply)  # type: ignore[assignment, method-assign]
-                replace_checkpoint_steps(reported_steps)
+                self._replace()
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._runs -= 1
             if not self._runs:
-                torch.autograd.Function.apply = FUNCTION_APPLY
-                replace_checkpoint_steps(CHECKPOINT_STEPS)
+                self._restore()
 
 
-REPORTED = Reported()
-"""The one context of this process."""
+def _set_apply(apply: classmethod[torch.autograd.Function, Any, Output]) -> None:
+    torch.autograd.Function.apply = apply  # type: ignore[assignment, method-assign]
+
+
+CHECKPOINTS = Reported(
+    partial(replace_checkpoint_parts, CheckpointParts(reported_steps, ReportedReentrant)),
+    partial(replace_checkpoint_parts, CHECKPOINT),
+)
+"""Checkpoints are reported."""
+
+FUNCTIONS = Reported(partial(_set_apply, classmethod(reported_apply)), partial(_set_apply, FUNCTION_APPLY))
+"""Calls of an ``autograd.Function`` are. To replace a method empties torch's caches, so only runs that need it do."""
+
+
+def reported(functions: bool) -> AbstractContextManager[object]:
+    """A context in which hidden calls are reported: of checkpoints, and of each ``autograd.Function`` where asked for."""
+    if not functions:
+        return CHECKPOINTS
+    stack = ExitStack()
+    stack.enter_context(CHECKPOINTS)
+    stack.enter_context(FUNCTIONS)
+    return stack

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import TypeAlias
 
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sophq_func.capture import hidden
 from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_parameter, own_tensors, store_of
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
+from sophq_func.capture.hidden import reported
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.core import modes
@@ -294,8 +293,14 @@ class Skeleton:
         outer = self._slot.watch  # of the run around this one
         self._slot.watch = watch
         try:
-            with hidden.REPORTED if watch and not watch.frame.mode.compiling else nullcontext(), watch or nullcontext():
+            if watch is None:
                 output, buffers = call(now, args, kwargs)
+            elif watch.frame.mode.compiling:
+                with watch:
+                    output, buffers = call(now, args, kwargs)
+            else:
+                with reported(watch.frame.sees_functions), watch:
+                    output, buffers = call(now, args, kwargs)
         finally:
             self._slot.watch = outer
         return output, sorted_dict(buffers)

@@ -46,6 +46,7 @@ class Runner(Frame):
         self.quantized_inputs: dict[str, tuple[Tensor, Tensor]] = {}
         self.shared_results: dict[str, tuple[Tensor, Tensor]] = {}
         self.inner = ""
+        self.sees_functions = schedule.functions
 
     @property
     def takes_inputs(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sophq_func.config.site import Site, WeightSite
-from sophq_func.core.operations import hidden_from_compile
+from sophq_func.core.operations import hidden_from_compile, operations
 from sophq_func.planning.plan import Plan
 
 Pair = tuple[str, str]
@@ -13,6 +13,10 @@ Pair = tuple[str, str]
 
 OPTIONAL = "Rule(name=..., optional=True) where a run may leave the value out"
 """The fix in errors about runs that do not reach a quantizer."""
+
+
+KNOWN = operations() | {"", "get"}
+"""Names of torch's own functions; a call of a module has none, and the getter of a tensor's attribute has ``"get"``."""
 
 
 class Actions(NamedTuple):
@@ -39,6 +43,7 @@ class Schedule:
       shared: quantizers that act before several calls, which may read the same tensor.
       counts: for each example, how many calls each pair makes.
       optional: pairs, and arguments, that a run may leave out.
+      functions: whether an example calls a function that is none of torch's, such as an ``autograd.Function``.
       hidden: pairs of ``actions`` whose function has a spelling that ``torch.compile`` hides from a frame.
     """
 
@@ -55,6 +60,8 @@ class Schedule:
         # a place is optional only if every quantizer there is
         required = {place for site in sites if not plan[site.quantizer].optional for place in places(site)}
         self.optional = {place for site in sites for place in places(site)} - required
+        # a plan of an older version does not know
+        self.functions = not plan.runs or not {made.function for run in plan.runs for made in run.calls} <= KNOWN
         hidden = hidden_from_compile()
         self.hidden = {pair for pair in self.actions if pair[1] in hidden}
 
