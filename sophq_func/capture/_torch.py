@@ -90,6 +90,11 @@ def has_only_our_hooks(module: nn.Module) -> bool:
     return len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module of a skeleton has its hooks."""
+    return "_sophq_info" in vars(module)
+
+
 def is_parametrized(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.parametrize`` computes a parameter of the module at each use."""
     return "parametrizations" in module._modules

@@ -51,11 +51,14 @@ class Deferred:
         values = {attribute: self._filled(tensor) for attribute, tensor in held.items() if tensor is not None}
         replaced = [attribute for attribute, value in values.items() if value is not held[attribute]]
         self._replaced.append([(attribute, held[attribute]) for attribute in replaced])
-        held.update((attribute, values[attribute]) for attribute in replaced)
+        for attribute in replaced:
+            held[attribute] = values[attribute]
 
     def leave(self, module: nn.Module) -> None:
         """Put the raw tensors back into a layer that is done."""
-        parameters_in(module).update(self._replaced.pop())
+        held = parameters_in(module)
+        for attribute, tensor in self._replaced.pop():
+            held[attribute] = tensor
 
     def filled(self, tree: Tree) -> Tree:
         """Arguments of a function, with values instead of raw tensors in tuples, lists and dicts."""

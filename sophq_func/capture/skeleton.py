@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_parameter, own_tensors, store_of
+from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_hooked, is_parameter, own_tensors, store_of
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
 from sophq_func.capture.hidden import reported
@@ -40,8 +40,10 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether ``module`` is seen as one call, without the calls inside.
 
     That is a module without children whose ``forward`` is that of a class of torch.nn. Parametrizations
-    (``torch.nn.utils.parametrize``) do not count as children.
+    (``torch.nn.utils.parametrize``) do not count as children. A ScriptModule runs where no call can be seen.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     has_children = any(name != "parametrizations" for name, _ in module.named_children())
     if has_children or isinstance(module, CONTAINERS):
         return False
@@ -107,9 +109,7 @@ class Skeleton:
         self._slot = Slot()
         self._lock = threading.RLock()  # reentrant, since a run may start another of the same skeleton
         for path, module in self._module_at.items():
-            module._sophq_info = ModuleInfo(path, path in opaque or is_leaf(module), self._slot)  # type: ignore[assignment]
-            module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+            self._hook(path, module, path in opaque or is_leaf(module))
 
     # copied without the lock, which cannot be copied: a copy has its own
 
@@ -119,6 +119,18 @@ class Skeleton:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+        # a ScriptModule copies nothing of what Python has added to it, and its parts are other objects then
+        self._module_at = dict(self.module.named_modules())
+        for path, module in self._module_at.items():
+            if not is_hooked(module):
+                self._hook(path, module, leaf=True)
+
+    def _hook(self, path: str, module: nn.Module, leaf: bool) -> None:
+        """Let a module report its calls to the run in progress."""
+        module._sophq_info = ModuleInfo(path, leaf, self._slot)  # type: ignore[assignment]
+        # by the class, since a ScriptModule has methods of these names that refuse
+        nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True)
+        nn.Module.register_forward_hook(module, leave, with_kwargs=True, always_call=True)
 
     def in_mode(self, training: bool) -> Skeleton:
         """A copy whose modules all have this training flag."""
@@ -397,11 +409,16 @@ def _copy_without_weights(
                 constants.append(memo[id(value)])
     try:
         names = {id(memo[id(tensor)]): name for name, tensor in registered.items()}
-        return copy.deepcopy(model, memo), constants, names
+        module = copy.deepcopy(model, memo)
     except Exception as error:
         sentence = f"{type(model).__name__} cannot be copied, which a pure run needs"
         fix = "give the class whose instance cannot be copied a __deepcopy__"
         raise PlanError(explain("trace", sentence, because=f"copy.deepcopy says: {error}", fix=fix)) from error
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):  # copied by its own method, which knows nothing of the memo
+            for attribute, tensor in list(own_tensors(part)):
+                store_of(part, attribute)[attribute] = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return module, constants, names
 
 
 def _first_argument(x: Tree, *_: object, **__: object) -> Tree:

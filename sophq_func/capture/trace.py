@@ -69,6 +69,9 @@ def trace(
         1(0)
     """
     params = params_of(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        fix = "quantize the module from which it was scripted or traced"
+        raise PlanError(explain("trace", "a ScriptModule runs where no call of it can be seen", fix=fix))
     args, kwargs = _checked_call(model, args, kwargs)
     opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
     skeleton = Skeleton(model, opaque)
