@@ -158,6 +158,11 @@ def replace_checkpoint_parts(parts: CheckpointParts) -> None:
     module._checkpoint_without_reentrant_generator, module.CheckpointFunction = parts
 
 
+def is_higher_order(func: object) -> bool:
+    """Whether a function is an operation that takes functions, as ``torch.cond`` calls it."""
+    return isinstance(func, torch._ops.HigherOrderOperator)
+
+
 def operator_name(target: object) -> str:
     """Name, without its overload, of the operator that is the target of a graph's node; empty for other targets."""
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""

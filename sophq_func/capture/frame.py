@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from sophq_func.capture._torch import (
     has_only_our_hooks,
     innermost_mode,
+    is_higher_order,
     is_parametrized,
     pop_mode,
     push_mode,
@@ -250,13 +251,17 @@ class Watch(TorchFunctionMode):
         """Report a call that torch shows to no mode, and no call inside it."""
         if self.frame.deferred is not None:
             args, kwargs = self.frame.deferred.filled((args, kwargs))
+        with without_innermost_mode():
+            return self._opaque(name, func, args, kwargs)
+
+    def _opaque(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Report a call, and no call inside it."""
 
         def opaque(*args: Tree, **kwargs: Tree) -> Output:
             with self, self.frame.aside():  # watched, since it may read a parameter whose value is deferred
                 return func(*args, **kwargs)
 
-        with without_innermost_mode():
-            return self.frame.function(name, opaque, args, kwargs)
+        return self.frame.function(name, opaque, args, kwargs)
 
     def __torch_function__(
         self, func: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
@@ -267,6 +272,8 @@ class Watch(TorchFunctionMode):
             args, kwargs = self.frame.deferred.filled((args, kwargs))
         if self.frame.leaf_depth:
             return self.frame.inner_function(func, args, kwargs)
+        if is_higher_order(func):
+            return self._opaque(func.name(), func, args, kwargs)
         name = called(func)
         if name in DECOMPOSED:
             # torch takes a mode off the stack while it handles a call: on it again, it sees the parts

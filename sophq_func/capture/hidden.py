@@ -1,4 +1,4 @@
-"""Calls that torch shows to no mode: those of a user's ``autograd.Function``, and of ``torch.utils.checkpoint``.
+"""Calls that torch shows to no mode: of a user's ``autograd.Function``, of scripted functions, and of checkpoints.
 
 While a run is in progress, these functions of torch are replaced by others that report to the run of their own thread; where
 there is none, they call the original. A compiler sees the originals.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,9 @@ from sophq_func.core.types import Output
 FUNCTION_APPLY = torch.autograd.Function.__dict__["apply"]
 """Torch's own, which every ``autograd.Function`` inherits."""
 
+SCRIPT_CALL = torch.jit.ScriptFunction.__call__
+"""Torch's own."""
+
 CHECKPOINT = checkpoint_parts()
 """Torch's own."""
 
@@ -34,9 +37,10 @@ def watching() -> Watch | None:
     return watch if isinstance(watch, Watch) and not watch.frame.leaf_depth else None
 
 
-def call_name(function: type[torch.autograd.Function]) -> str:
-    """The name of a call of an ``autograd.Function``: that of its class, which must not be taken for an operation."""
-    name = function.__name__
+def call_name(name: str) -> str:
+    """The name of a call of an ``autograd.Function`` or a scripted function, which must not be taken for an operation."""
+    if not name.isidentifier():  # that of a lambda
+        return "script_function"
     return f"{name}_function" if is_operation(name) else name
 
 
@@ -48,7 +52,15 @@ def reported_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any
         return original(*args, **kwargs)
     if cls.__module__.startswith("torch."):  # a part of a function of torch that is seen, or is looked through
         return original(*args, **kwargs)
-    return watch.report(call_name(cls), original, args, kwargs)
+    return watch.report(call_name(cls.__name__), original, args, kwargs)
+
+
+def reported_script(self: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Output:
+    """The call of a function that TorchScript runs."""
+    watch = watching()
+    if watch is None:
+        return SCRIPT_CALL(self, *args, **kwargs)
+    return watch.report(call_name(self.name), partial(SCRIPT_CALL, self), args, kwargs)
 
 
 def reported_steps(fn: Callable[..., Output], *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -82,53 +94,71 @@ class ReportedReentrant:
         return checkpoint(run_function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
-class Reported:
-    """A context in which hidden calls of one kind are reported; runs enter it, in whatever thread.
+@contextmanager
+def _checkpoints() -> Iterator[None]:
+    """A context in which checkpoints are reported."""
+    replace_checkpoint_parts(CheckpointParts(reported_steps, ReportedReentrant))
+    try:
+        yield
+    finally:
+        replace_checkpoint_parts(CHECKPOINT)
 
-    What it replaces belongs to the process. So it counts the runs in progress: the first replaces, the last restores.
+
+@contextmanager
+def _functions() -> Iterator[None]:
+    """A context in which functions are reported, and in which what the model compiles runs as it is written.
+
+    Else a compiler would look into ``torch.cond`` and ``flex_attention``, which compile themselves.
+    """
+    function: Any = torch.autograd.Function
+    script: Any = torch.jit.ScriptFunction
+    function.apply, script.__call__ = classmethod(reported_apply), reported_script
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        function.apply, script.__call__ = FUNCTION_APPLY, SCRIPT_CALL
+
+
+class Shared:
+    """A context that acts on the whole process, and that runs of several threads enter: the first begins it, the last ends it.
 
     Args:
-      replace: puts the functions that report in the place of torch's own.
-      restore: puts torch's own back.
+      make: returns the context.
     """
 
-    def __init__(self, replace: Callable[[], None], restore: Callable[[], None]) -> None:
-        self._replace, self._restore = replace, restore
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
         self._lock = threading.Lock()
         self._runs = 0
+        self._stack = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
+            if not self._runs:
+                self._stack.enter_context(self._make())
             self._runs += 1
-            if self._runs == 1:
-                self._replace()
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._runs -= 1
             if not self._runs:
-                self._restore()
+                self._stack.close()
 
 
-def _set_apply(apply: classmethod[torch.autograd.Function, Any, Output]) -> None:
-    torch.autograd.Function.apply = apply  # type: ignore[assignment, method-assign]
+CHECKPOINTS = Shared(_checkpoints)
+FUNCTIONS = Shared(_functions)
 
 
-CHECKPOINTS = Reported(
-    partial(replace_checkpoint_parts, CheckpointParts(reported_steps, ReportedReentrant)),
-    partial(replace_checkpoint_parts, CHECKPOINT),
-)
-"""Checkpoints are reported."""
-
-FUNCTIONS = Reported(partial(_set_apply, classmethod(reported_apply)), partial(_set_apply, FUNCTION_APPLY))
-"""Calls of an ``autograd.Function`` are. To replace a method empties torch's caches, so only runs that need it do."""
+@contextmanager
+def _both() -> Iterator[None]:
+    with CHECKPOINTS, FUNCTIONS:
+        yield
 
 
-def reported(functions: bool) -> AbstractContextManager[object]:
-    """A context in which hidden calls are reported: of checkpoints, and of each ``autograd.Function`` where asked for."""
-    if not functions:
-        return CHECKPOINTS
-    stack = ExitStack()
-    stack.enter_context(CHECKPOINTS)
-    stack.enter_context(FUNCTIONS)
-    return stack
+def reported(functions: bool) -> AbstractContextManager[None]:
+    """A context in which hidden calls are reported: of checkpoints, and of functions where asked for.
+
+    The second takes longer, as it empties Python's caches of the methods that it replaces.
+    """
+    return _both() if functions else CHECKPOINTS
