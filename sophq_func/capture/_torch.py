@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
@@ -143,7 +143,7 @@ class CheckpointParts(NamedTuple):
     """
 
     steps: Callable[..., Iterator[None]]
-    function: object
+    function: Any
 
 
 def checkpoint_parts() -> CheckpointParts:
@@ -159,7 +159,7 @@ def replace_checkpoint_parts(parts: CheckpointParts) -> None:
 
 
 def is_higher_order(func: object) -> bool:
-    """Whether a function is an operation that takes functions, as ``torch.cond`` calls it."""
+    """Whether a function is an operation that takes functions, such as the one that ``flex_attention`` calls."""
     return isinstance(func, torch._ops.HigherOrderOperator)
 
 

@@ -273,7 +273,7 @@ class Watch(TorchFunctionMode):
         if self.frame.leaf_depth:
             return self.frame.inner_function(func, args, kwargs)
         if is_higher_order(func):
-            return self._opaque(func.name(), func, args, kwargs)
+            return self._opaque(func.__name__, func, args, kwargs)
         name = called(func)
         if name in DECOMPOSED:
             # torch takes a mode off the stack while it handles a call: on it again, it sees the parts

@@ -44,7 +44,7 @@ def call_name(name: str) -> str:
     return f"{name}_function" if is_operation(name) else name
 
 
-def reported_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Output:
+def reported_apply(cls: type[Any], *args: Any, **kwargs: Any) -> Output:
     """``autograd.Function.apply``: one call of the model, whose inside is none of it."""
     original = partial(FUNCTION_APPLY.__func__, cls)
     watch = watching()

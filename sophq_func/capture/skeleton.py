@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_hooked, is_parameter, own_tensors, store_of
+from sophq_func.capture._torch import (
+    READS_ITS_OWN,
+    Store,
+    has_only_one_hook_before,
+    is_hooked,
+    is_parameter,
+    own_tensors,
+    store_of,
+)
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
 from sophq_func.capture.hidden import reported
@@ -129,7 +137,7 @@ class Skeleton:
         """Let a module report its calls to the run in progress."""
         module._sophq_info = ModuleInfo(path, leaf, self._slot)  # type: ignore[assignment]
         # by the class, since a ScriptModule has methods of these names that refuse
-        nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True)
+        nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True)  # type: ignore[arg-type]
         nn.Module.register_forward_hook(module, leave, with_kwargs=True, always_call=True)
 
     def in_mode(self, training: bool) -> Skeleton:

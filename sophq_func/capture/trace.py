@@ -248,11 +248,13 @@ class _Recorder(Frame):
 
     def _check_escaped(self, function: str, args: Args, kwargs: Kwargs) -> None:
         """Raise a :class:`PlanError` if a call takes a tensor of the user's model."""
+        if not self._escaped:
+            return
         names = {self._escaped[id(tensor)] for tensor in tensors((args, kwargs)) if id(tensor) in self._escaped}
         if names:
             place = f"{self.scope}.{function}".lstrip(".")
-            sentence = f"{min(names)!r} reaches this call past params"
-            because = "a function that forward calls holds a layer in its closure or as a global, and a run cannot replace it"
+            sentence = f"{' and '.join(sorted(names))} reach this call past params"
+            because = "a function that forward calls holds a layer in its closure, and a run cannot replace it there"
             fix = "make the function a method of the model, or give it the layer as an argument"
             raise PlanError(explain(place, sentence, because=because, fix=fix))
 
@@ -401,7 +403,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return _storage(a) is not None and _storage(a) == _storage(b)
 
 
-def _layout(tensor: Tensor) -> tuple[torch.dtype, int, list[tuple[int, int]]]:
+def _layout(tensor: Tensor) -> tuple[torch.dtype, int | torch.SymInt, list[tuple[int, int]]]:
     """Which numbers of its storage a tensor has, in whatever order its axes are."""
     axes = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.dtype, tensor.storage_offset(), sorted((size, stride) for size, stride in axes if size > 1)

@@ -50,8 +50,7 @@ def unmapped(tensor: Tensor, outer: int) -> Tensor:
 def mapped_like(wrapper: Tensor, tensor: Tensor, outer: int) -> Tensor:
     """A tensor of the shape of :func:`unmapped`, wrapped as ``wrapper`` is."""
     depth = _maps_inside(wrapper, outer)
-    result: Tensor = _Member.apply(tensor.permute(_front_first(wrapper, outer)), wrapper.detach(), depth)
-    return result
+    return _to_members(tensor.permute(_front_first(wrapper, outer)), wrapper.detach(), depth)
 
 
 def is_inside(tensor: Tensor, outer: int) -> bool:
@@ -118,8 +117,7 @@ def on_whole(f: Callable[[Tensor], Tensor], tensor: Tensor, outer: int) -> Tenso
         return f(tensor)
     # only says at which levels there are members: a derivative in it would be one more wrapper
     like = tensor.detach()
-    result: Tensor = _Member.apply(f(_Whole.apply(tensor, like, mapped)), like, mapped)
-    return result
+    return _to_members(f(_to_whole(tensor, like, mapped)), like, mapped)
 
 
 def _maps_inside(tensor: Tensor, outer: int) -> int:
@@ -129,6 +127,18 @@ def _maps_inside(tensor: Tensor, outer: int) -> int:
         count += mapped_axis(tensor) is not None
         tensor = unwrapped(tensor)
     return count
+
+
+def _to_whole(x: Tensor, like: Tensor, depth: int) -> Tensor:
+    """Members as the whole tensor; ``like`` is batched by the ``depth`` innermost ``vmap`` that batch it."""
+    result: Tensor = _Whole.apply(x, like, depth)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _to_members(x: Tensor, like: Tensor, depth: int) -> Tensor:
+    """The whole tensor as members, batched as ``like`` is."""
+    result: Tensor = _Member.apply(x, like, depth)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Adjoint(torch.autograd.Function):
@@ -157,13 +167,12 @@ class _Whole(_Adjoint):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (like,) = ctx.saved_tensors
-        return _Member.apply(gradient, like, ctx.depth), None, None
+        return _to_members(gradient, like, ctx.depth), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (like,) = ctx.saved_tensors
-        result: Tensor = _Whole.apply(tangent, like, ctx.depth)
-        return result
+        return _to_whole(tangent, like, ctx.depth)
 
     @staticmethod
     def vmap(
@@ -171,12 +180,12 @@ class _Whole(_Adjoint):
     ) -> tuple[Tensor, int | None]:
         axis, like_axis, _ = axes
         if like_axis is None and axis is not None:  # behind the axes that the vmaps further out put in front
-            return _Whole.apply(x.movedim(axis, 0), like, depth), depth
+            return _to_whole(x.movedim(axis, 0), like, depth), depth
         member = like.select(like_axis, 0) if like_axis is not None else like
         if not depth:
-            return _Whole.apply(x, member, 0), axis
+            return _to_whole(x, member, 0), axis
         members = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-        return _Whole.apply(members, members.detach(), depth - 1), None
+        return _to_whole(members, members.detach(), depth - 1), None
 
 
 class _Member(_Adjoint):
@@ -185,13 +194,12 @@ class _Member(_Adjoint):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (like,) = ctx.saved_tensors
-        return _Whole.apply(gradient, like, ctx.depth), None, None
+        return _to_whole(gradient, like, ctx.depth), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (like,) = ctx.saved_tensors
-        result: Tensor = _Member.apply(tangent, like, ctx.depth)
-        return result
+        return _to_members(tangent, like, ctx.depth)
 
     @staticmethod
     def vmap(
@@ -199,8 +207,8 @@ class _Member(_Adjoint):
     ) -> tuple[Tensor, int | None]:
         axis, like_axis, _ = axes
         if like_axis is None and axis is not None:
-            return _Member.apply(x.movedim(axis, depth), like, depth), 0
+            return _to_members(x.movedim(axis, depth), like, depth), 0
         member = like.select(like_axis, 0) if like_axis is not None else like
         if not depth:
-            return _Member.apply(x, member, 0), axis
-        return _Member.apply(x, member, depth - 1), 0
+            return _to_members(x, member, 0), axis
+        return _to_members(x, member, depth - 1), 0

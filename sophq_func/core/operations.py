@@ -70,6 +70,7 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("1", "weight"),
     "dot": ("0", "1", "input", "tensor"),
     "einsum": ALL,
+    "flex_attention": ("0", "1", "2", "query", "key", "value"),
     "inner": ("0", "1", "input", "other"),
     "linear": ("0", "1", "input", "weight"),
     "matmul": ("0", "1", "input", "other"),

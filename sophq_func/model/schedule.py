@@ -15,8 +15,11 @@ OPTIONAL = "Rule(name=..., optional=True) where a run may leave the value out"
 """The fix in errors about runs that do not reach a quantizer."""
 
 
-KNOWN = operations() | {"", "get"}
-"""Names of torch's own functions; a call of a module has none, and the getter of a tensor's attribute has ``"get"``."""
+KNOWN = operations() - {"cond"} | {"", "get"}
+"""Names of torch's own functions; a call of a module has none, and the getter of a tensor's attribute has ``"get"``.
+
+Not ``torch.cond``, which a run sees only where hidden calls are reported.
+"""
 
 
 class Actions(NamedTuple):
