@@ -48,11 +48,12 @@ def reported_apply(cls: type[Any], *args: Any, **kwargs: Any) -> Output:
     """``autograd.Function.apply``: one call of the model, whose inside is none of it."""
     original = partial(FUNCTION_APPLY.__func__, cls)
     watch = watching()
+    name: str = cls.__name__
     if watch is None:
         return original(*args, **kwargs)
     if cls.__module__.startswith("torch."):  # a part of a function of torch that is seen, or is looked through
         return original(*args, **kwargs)
-    return watch.report(call_name(cls.__name__), original, args, kwargs)
+    return watch.report(call_name(name), original, args, kwargs)
 
 
 def reported_script(self: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Output:
@@ -121,7 +122,7 @@ def _functions() -> Iterator[None]:
 
 
 class Shared:
-    """A context that acts on the whole process, and that runs of several threads enter: the first begins it, the last ends it.
+    """A context that acts on the whole process: of the runs inside it, the first begins it and the last ends it.
 
     Args:
       make: returns the context.

@@ -50,9 +50,7 @@ class RunQuantizer:
         scheme = self.scheme
         is_per_tensor = isinstance(scheme.granularity, PerTensor) and not scheme.dynamic and not self.fake_quantize.noise
         if is_member and not is_per_tensor and not isinstance(scheme.granularity, PerToken):
-            sentence = (
-                f"{self.site.quantizer} lies under a vmap in the forward, which torch.compile makes part of its program"
-            )
+            sentence = f"{self.site.quantizer} lies under a vmap in the forward, which cannot be compiled"
             because = "the compiler shows one member at a time, and the scales are those of the whole tensor"
             fix = "run it without torch.compile, or give it one calibrated scale: granularity=sq.PerTensor()"
             raise StateError(explain("apply", sentence, because=because, fix=fix))
