@@ -43,7 +43,7 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
     "inside a list": lambda m, x: m.a(x) + torch.stack([m.a.weight, m.b.weight]).sum() + m.b(x),
     "before its layer": lambda m, x: m.a(x + m.a.weight.mean()),
     "tied": lambda m, x: m.b(m.tied(m.a(x))),
-    "bound to another layer": lambda m, x: m.a(bound(m, x, weight=m.a.weight)),
+    "bound to another layer": lambda m, x: bound(m, m.a(x), weight=m.a.weight),
     "bound to its own layer": lambda m, x: m.a(bound(m, x, weight=m.b.weight, bias=m.a.bias)),
     "read for what is bound": lambda m, x: m.a(bound(m, x, weight=torch.tanh(m.a.weight))),
     "another one is bound": lambda m, x: m.a(m.b(x)) + bound(m, x, weight=torch.eye(4)),

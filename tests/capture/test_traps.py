@@ -7,6 +7,7 @@ import operator
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import sophq_func as sq
-from tests.helpers import DEFAULT, WATCHED, Ready, ready, same
+from tests.helpers import DEFAULT, WATCHED, Ready, ready, same, unchanged
 
 
 class Loop(nn.Module):
