@@ -48,15 +48,14 @@ def reported_apply(cls: type[Any], *args: Any, **kwargs: Any) -> Output:
     """``autograd.Function.apply``: one call of the model, whose inside is none of it."""
     original = partial(FUNCTION_APPLY.__func__, cls)
     watch = watching()
-    name: str = cls.__name__
     if watch is None:
         return original(*args, **kwargs)
     if cls.__module__.startswith("torch."):  # a part of a function of torch that is seen, or is looked through
         return original(*args, **kwargs)
-    return watch.report(call_name(name), original, args, kwargs)
+    return watch.report(call_name(cls.__name__), original, args, kwargs)
 
 
-def reported_script(self: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Output:
+def reported_script(self: Any, *args: Any, **kwargs: Any) -> Output:
     """The call of a function that TorchScript runs."""
     watch = watching()
     if watch is None:
