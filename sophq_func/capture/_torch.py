@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import (
@@ -82,6 +85,11 @@ def store_of(module: nn.Module, attribute: str) -> Store:
     return module._parameters if attribute in module._parameters else module._buffers  # type: ignore[return-value]
 
 
+def parameters_in(module: nn.Module) -> Store:
+    """The dict in which a module holds its parameters."""
+    return module._parameters  # type: ignore[return-value]
+
+
 def is_parameter(module: nn.Module, attribute: str) -> bool:
     """Whether a module holds a parameter, and not a buffer, under a name."""
     return attribute in module._parameters
@@ -101,6 +109,11 @@ def wrap_hooks_before(module: nn.Module, wrap: Callable[[Callable[..., object]],
     """Put ``wrap(hook)`` in the place of each hook before a module's forward."""
     for key, hook in module._forward_pre_hooks.items():
         module._forward_pre_hooks[key] = wrap(hook)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module of a skeleton has its hooks."""
+    return "_sophq_info" in vars(module)
 
 
 def is_parametrized(module: nn.Module) -> bool:
@@ -138,6 +151,69 @@ def drop_unread(program: torch.export.ExportedProgram) -> None:
         else:
             kept.append(spec)
     program.graph_signature.input_specs[:] = kept
+
+
+def level() -> int:
+    """How many transforms of ``torch.func`` are active, one inside the other."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+def without_innermost_transform() -> AbstractContextManager[object]:
+    """A context in which the transform that began last does not act; no tensor that it wraps may be computed with."""
+    context: AbstractContextManager[object] = temporarily_pop_interpreter_stack()
+    return context
+
+
+def wrapper_level(tensor: Tensor) -> int:
+    """The level of the transform whose wrapper a tensor is, from 1; 0 for a tensor that is none, or of one that ended."""
+    return max(torch._C._functorch.maybe_get_level(tensor), 0)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is the wrapper of a transform, even of one that has ended."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside a wrapper: the same object each time, while somebody holds it."""
+    return torch._C._functorch.get_unwrapped(tensor)
+
+
+def mapped_axis(tensor: Tensor) -> int | None:
+    """The axis of the tensor inside a wrapper over which ``vmap`` maps; ``None`` for wrappers of derivatives."""
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        return None
+    return torch._C._functorch.maybe_get_bdim(tensor)
+
+
+class CheckpointParts(NamedTuple):
+    """What ``torch.utils.checkpoint.checkpoint`` calls.
+
+    Attributes:
+      steps: a generator function, whose steps come before and after the first computation of what is checkpointed; its
+        first argument computes it once more.
+      function: has an ``apply`` that computes it with ``use_reentrant=True``.
+    """
+
+    steps: Callable[..., Iterator[None]]
+    function: Any
+
+
+def checkpoint_parts() -> CheckpointParts:
+    """What ``checkpoint`` calls now."""
+    module: Any = torch.utils.checkpoint
+    return CheckpointParts(module._checkpoint_without_reentrant_generator, module.CheckpointFunction)
+
+
+def replace_checkpoint_parts(parts: CheckpointParts) -> None:
+    """Let ``checkpoint`` call others."""
+    module: Any = torch.utils.checkpoint
+    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = parts
+
+
+def is_higher_order(func: object) -> bool:
+    """Whether a function is an operation that takes functions, such as the one that ``flex_attention`` calls."""
+    return isinstance(func, torch._ops.HigherOrderOperator)
 
 
 def operator_name(target: object) -> str:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sophq_func.capture._torch import (
     has_only_our_hooks,
     innermost_mode,
+    is_higher_order,
     is_parametrized,
     pop_mode,
     push_mode,
@@ -27,10 +28,14 @@ from sophq_func.capture.lazy import Deferred
 from sophq_func.core.modes import is_compiling, is_mapped, now
 from sophq_func.core.operations import called
 from sophq_func.core.pytree import tensors
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 Function: TypeAlias = Callable[..., Output]
 """A function of torch."""
+
+
+Rerun: TypeAlias = "Callable[[Frame, Function, Args, Kwargs], Output]"
+"""Calls a function of the model as a run does, and reports its calls to a frame."""
 
 
 class Frame:
@@ -47,7 +52,10 @@ class Frame:
         and hooks before the forward. They belong to the module.
       given: while a hook before a forward runs, the tensors that depend on what the module is given; else ``None``.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
+      sees_functions: whether calls of an ``autograd.Function`` are reported, which makes each of them one call.
     """
+
+    sees_functions = True
 
     def __init__(self) -> None:
         self.mode = now()
@@ -94,6 +102,22 @@ class Frame:
 
     def after_hook(self, path: str, module: nn.Module) -> None:
         """A hook before the forward of a module that is not a leaf is done."""
+
+    def again(self) -> Frame:
+        """The frame for a part of the run that begins now, and that a checkpoint computes once more in a backward pass.
+
+        It does to values what this one does, and records nothing. Nothing that was computed before this part may be shared
+        with it: autograd must save the same tensors both times.
+        """
+        other = Frame()
+        self.begin_again(other)
+        return other
+
+    def begin_again(self, other: Frame) -> None:
+        """Let another frame start where this one is, each with values that it computes itself."""
+        other.scopes, other.before = list(self.scopes), list(self.before)
+        if self.deferred is not None:
+            other.deferred = self.deferred.again()
 
     def looks_inside(self) -> bool:
         """Whether :meth:`inner_function` must see the calls inside the leaf that starts now."""
@@ -159,10 +183,10 @@ def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
     frame.leaf_depth += 1
     frame.computing += info.computes
     watch.pause()
+    if frame.deferred is not None:
+        frame.deferred.enter(module)
     if frame.leaf_depth == 1:  # a leaf inside another is a part of it
         args, kwargs = frame.before_module(info.path, args, kwargs)
-    if frame.deferred is not None and info.path in frame.deferred.readers:
-        frame.deferred.enter(info.path, module)
     if frame.looks_inside() or not _reads_its_own(module):
         watch.resume()
     return args, kwargs
@@ -186,8 +210,8 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
     frame.leaf_depth -= 1
     frame.computing -= info.computes
     watch.pause()
-    if frame.deferred is not None and info.path in frame.deferred.readers:
-        frame.deferred.leave(info.path, module)
+    if frame.deferred is not None:
+        frame.deferred.leave(module)
     if not frame.leaf_depth:
         if output is not None:
             output = frame.after_module(info.path, module, args, kwargs, output)
@@ -262,11 +286,16 @@ class Watch(TorchFunctionMode):
 
     While a leaf of torch's own classes computes, the mode is off the stack: a trip through it takes longer than many a
     function. It must stay on the stack while Dynamo traces, and where a mode of the model lies above it.
+
+    Args:
+      frame: what sees the calls.
+      rerun: computes a part of the run once more, watched by another frame.
     """
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, rerun: Rerun) -> None:
         super().__init__()
         self.frame = frame
+        self.rerun = rerun
         self.paused = False
 
     def __exit__(self, *error: object) -> None:
@@ -284,6 +313,27 @@ class Watch(TorchFunctionMode):
         if self.paused:
             push_mode(self)
             self.paused = False
+
+    def again(self, fn: Function) -> Function:
+        """A function of the model that may be called after the run, and sees then what it would see now."""
+        frame = self.frame.again()
+        return lambda *args, **kwargs: self.rerun(frame, fn, args, kwargs)
+
+    def report(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Report a call that torch shows to no mode, and no call inside it."""
+        if self.frame.deferred is not None:
+            args, kwargs = self.frame.deferred.filled((args, kwargs))
+        with without_innermost_mode():
+            return self._opaque(name, func, args, kwargs)
+
+    def _opaque(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        """Report a call, and no call inside it."""
+
+        def opaque(*args: Tree, **kwargs: Tree) -> Output:
+            with self, self.frame.aside():  # watched, since it may read a parameter whose value is deferred
+                return func(*args, **kwargs)
+
+        return self.frame.function(name, opaque, args, kwargs)
 
     def __torch_function__(
         self, func: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
@@ -309,6 +359,8 @@ class Watch(TorchFunctionMode):
         """Report a call to the frame, as one inside a leaf or one of the model."""
         if self.frame.leaf_depth:
             return self.frame.inner_function(func, args, kwargs)
+        if is_higher_order(func):
+            return self._opaque(func.__name__, func, args, kwargs)
         name = called(func)
         if name in DECOMPOSED:
             # torch takes a mode off the stack while it handles a call: on it again, it sees the parts

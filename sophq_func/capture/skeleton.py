@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import TypeAlias
 
@@ -24,6 +23,7 @@ from sophq_func.capture._torch import (
     READS_ITS_OWN,
     Store,
     has_only_one_hook_before,
+    is_hooked,
     is_parameter,
     own_tensors,
     store_of,
@@ -31,6 +31,7 @@ from sophq_func.capture._torch import (
 )
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, OwnHook, Slot, Watch, enter, leave
+from sophq_func.capture.hidden import reported
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.core import modes
@@ -50,9 +51,9 @@ def is_leaf(module: nn.Module) -> bool:
 
     That is a module without children whose ``forward`` is that of a class of torch.nn. Parametrizations
     (``torch.nn.utils.parametrize``) do not count as children. What computes one is a leaf, too, since its arithmetic is
-    not the model's.
+    not the model's; so is a ScriptModule, which runs where no call can be seen.
     """
-    if isinstance(module, ParametrizationList):
+    if isinstance(module, ParametrizationList | torch.jit.ScriptModule):
         return True
     has_children = any(name != "parametrizations" for name, _ in module.named_children())
     if has_children or isinstance(module, CONTAINERS):
@@ -77,10 +78,10 @@ def params_of(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         got, allowed = type(model).__name__, "a torch.nn.Module"
         raise PlanError(explain("params_of", "the model must be a torch.nn.Module", got=got, allowed=allowed))
-    return sorted_dict({name: tensor.detach() for name, tensor in _registered(model).items()})
+    return sorted_dict({name: tensor.detach() for name, tensor in registered_tensors(model).items()})
 
 
-def _registered(model: nn.Module) -> dict[str, Tensor]:
+def registered_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by canonical name: the first of their names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -100,7 +101,7 @@ class Skeleton:
     """
 
     def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
-        registered = _registered(model)
+        registered = registered_tensors(model)
         by_id = {id(tensor): name for name, tensor in registered.items()}
         self.root = ""
         self.names = self.all_names = frozenset(registered)
@@ -119,13 +120,7 @@ class Skeleton:
         self._slot = Slot()
         self._lock = threading.RLock()  # reentrant, since a run may start another of the same skeleton
         for path, module in self._module_at.items():
-            leaf, computes = path in opaque or is_leaf(module), isinstance(module, ParametrizationList)
-            marks = not computes and next(module.parameters(), None) is not None
-            info = ModuleInfo(path, leaf, computes, marks, self._slot)
-            module._sophq_info = info  # type: ignore[assignment]
-            wrap_hooks_before(module, partial(OwnHook, info=info))
-            module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+            self._hook(path, module, path in opaque or is_leaf(module))
 
     # copied without the lock, which cannot be copied: a copy has its own
 
@@ -135,6 +130,22 @@ class Skeleton:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+        # a ScriptModule copies nothing of what Python has added to it, and its parts are other objects then
+        self._module_at = dict(self.module.named_modules())
+        for path, module in self._module_at.items():
+            if not is_hooked(module):
+                self._hook(path, module, leaf=True)
+
+    def _hook(self, path: str, module: nn.Module, leaf: bool) -> None:
+        """Let a module report its calls to the run in progress."""
+        computes = isinstance(module, ParametrizationList)
+        marks = not computes and next(module.parameters(), None) is not None
+        info = ModuleInfo(path, leaf, computes, marks, self._slot)
+        module._sophq_info = info  # type: ignore[assignment]
+        wrap_hooks_before(module, partial(OwnHook, info=info))
+        # by the class, since a ScriptModule has methods of these names that refuse
+        nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True)  # type: ignore[arg-type]
+        nn.Module.register_forward_hook(module, leave, with_kwargs=True, always_call=True)
 
     def in_mode(self, training: bool) -> Skeleton:
         """A copy whose modules all have this training flag."""
@@ -242,7 +253,7 @@ class Skeleton:
 
     def registered(self) -> dict[str, Tensor]:
         """Every parameter and buffer by its canonical name, as tensors on the ``meta`` device."""
-        return _registered(self.module)
+        return registered_tensors(self.module)
 
     def deferrable(self, path: str, parameter: str) -> bool:
         """Whether only the forward of the layer at ``path`` reads a parameter, so that :meth:`run` may compute it then."""
@@ -280,7 +291,7 @@ class Skeleton:
           The model's output, and its buffers afterwards.
         """
         if frame is not None and later:
-            frame.deferred = Deferred(later, self.owned, params)
+            frame.deferred = Deferred(later, params)
         mode = modes.now() if frame is None else frame.mode
         if mode.compiling:
             # Dynamo cannot trace a ``Memory``: put back those attributes that an eager run bound anew
@@ -290,7 +301,7 @@ class Skeleton:
         with self._lock:
             memory = Memory(self.entry.modules())
             try:
-                return self._run(self._call_bound, frame, params, args, kwargs)
+                return self._run(partial(self._call_bound, self.entry), frame, params, args, kwargs)
             finally:
                 # not tensors, such as aliases, which each run binds itself
                 changed = [binding for binding in memory.restore() if not isinstance(binding[2], Tensor)]
@@ -310,15 +321,36 @@ class Skeleton:
             self._module_at[path].__dict__[attribute] = filled(template, now)
         if frame is not None:
             frame.begin(now)
-        watch = None if frame is None else Watch(frame)
+        watch = None if frame is None else Watch(frame, partial(self._rerun, now))
         outer = self._slot.watch  # of the run around this one
         self._slot.watch = watch
         try:
-            with watch or nullcontext():
+            if watch is None:
                 output, buffers = call(now, args, kwargs)
+            elif watch.frame.mode.compiling:
+                with watch:
+                    output, buffers = call(now, args, kwargs)
+            else:
+                with reported(watch.frame.sees_functions), watch:
+                    output, buffers = call(now, args, kwargs)
         finally:
             self._slot.watch = outer
         return output, sorted_dict(buffers)
+
+    def _rerun(
+        self, now: Mapping[str, Tensor], frame: Frame, fn: Callable[..., Output], args: Args, kwargs: Kwargs
+    ) -> Output:
+        """Compute a part of a run once more, with its tensors; buffers stay as they are.
+
+        A checkpoint does so in a backward pass, when the run may be over and the modules hold no tensors.
+        """
+        with self._lock:
+            memory = Memory(self.entry.modules())
+            try:
+                output, _ = self._run(partial(self._call_bound, fn), frame, now, args, kwargs)
+            finally:
+                memory.restore()
+        return output
 
     def _call(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
         """The model's output with these tensors, and its buffers afterwards; Dynamo can trace it."""
@@ -326,13 +358,16 @@ class Skeleton:
         output = functional_call(self.entry, tensors, args, dict(kwargs), tie_weights=False)
         return output, {name: tensors[place] for place, name in self._tensors.items() if name in self.buffers}
 
-    def _call_bound(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
-        """The same in eager, faster: ``functional_call`` takes longer to find the modules than a small model to run."""
+    def _call_bound(self, fn: Callable[..., Output], now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
+        """The output of the model, or of a part ``fn`` of it, in eager.
+
+        Faster than :meth:`_call`: ``functional_call`` takes longer to find the modules than a small model to run.
+        """
         places = [(store, attribute, name, store[attribute]) for store, attribute, name in self._places()]
         for store, attribute, name, _ in places:
             store[attribute] = now[name]
         try:
-            output = self.entry(*args, **kwargs)
+            output = fn(*args, **kwargs)
             return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
         finally:
             for store, attribute, _, empty in places:
@@ -394,11 +429,16 @@ def _copy_without_weights(
                 constants.append(memo[id(value)])
     try:
         names = {id(memo[id(tensor)]): name for name, tensor in registered.items()}
-        return copy.deepcopy(model, memo), constants, names
+        module = copy.deepcopy(model, memo)
     except Exception as error:
         sentence = f"{type(model).__name__} cannot be copied, which a pure run needs"
         fix = "give the class whose instance cannot be copied a __deepcopy__"
         raise PlanError(explain("trace", sentence, because=f"copy.deepcopy says: {error}", fix=fix)) from error
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):  # copied by its own method, which knows nothing of the memo
+            for attribute, tensor in list(own_tensors(part)):
+                store_of(part, attribute)[attribute] = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return module, constants, names
 
 
 def _first_argument(x: Tree, *_: object, **__: object) -> Tree:

@@ -12,18 +12,22 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from sophq_func.capture import axes
-from sophq_func.capture._torch import without_fakes
+from sophq_func.capture._torch import parameters_in, without_fakes
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
 from sophq_func.capture.frame import Frame, Function, item
 from sophq_func.capture.graph import REPARAMETRIZE, Factor, Graph, Node, Operand, Option, Scope, Value
 from sophq_func.capture.naming import CallNames
 from sophq_func.capture.products import multiplications, multiplied
-from sophq_func.capture.skeleton import Skeleton, params_of
+from sophq_func.capture.skeleton import Skeleton, params_of, registered_tensors
+from sophq_func.capture.transforms import depth, innermost, whole
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
 from sophq_func.core.operations import CONTRACTIONS, MOVES, called
 from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
+
+UNSEEN = frozenset(("requires_grad", "make_dual"))
+"""Functions that mark their operand for a derivative and return it, so that they are no calls of the model."""
 
 OPTIONS = (
     "affine",
@@ -49,6 +53,9 @@ def trace(
 ) -> Graph:
     """Run ``model`` once on an example and record its calls and dataflow; the model is not changed.
 
+    The example runs in the grad mode of the caller, since a model may ask for derivatives in its forward. Parameters are
+    detached, so that autograd keeps nothing for a model that does not.
+
     Args:
       model: any module. Python control flow takes the branches that the example takes.
       args: positional arguments of the example; a single tensor counts as a tuple of it.
@@ -69,12 +76,15 @@ def trace(
         1(0)
     """
     params = params_of(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        fix = "quantize the module from which it was scripted or traced"
+        raise PlanError(explain("trace", "a ScriptModule runs where no call of it can be seen", fix=fix))
     args, kwargs = _checked_call(model, args, kwargs)
     opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
     skeleton = Skeleton(model, opaque)
-    frame = _Recorder(skeleton)
+    frame = _Recorder(skeleton, {id(tensor): name for name, tensor in registered_tensors(model).items()})
     versions = [writes_into(constant) for constant in skeleton.constants]
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
     if versions != [writes_into(constant) for constant in skeleton.constants]:
@@ -100,7 +110,7 @@ def _without_numbers(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:
     """Like :func:`trace`, for a skeleton and given parameters; ``names`` are the names of the model's arguments."""
     frame = _Recorder(skeleton)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         args, kwargs = map_inputs(names, args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
     return frame.graph(output, skeleton.module, ())
@@ -180,11 +190,17 @@ class _Recorder(Frame):
     """Records each call of a run as a node of the graph.
 
     Tensors are told apart by identity. Therefore a call that returns its own operand returns a view of it here.
+
+    Args:
+      skeleton: whose run is recorded.
+      escaped: names of the tensors that the user's model holds, by identity. A run has its own: a call that takes one of
+        these was made by a layer that is not in the copy of the model.
     """
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, skeleton: Skeleton, escaped: Mapping[int, str] | None = None) -> None:
         super().__init__()
         self._skeleton = skeleton
+        self._escaped = escaped or {}
         self._nodes: dict[str, Node] = {}
         self._values: dict[str, Value] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -202,6 +218,7 @@ class _Recorder(Frame):
         self._varying: dict[int, Tensor] = {}  # what the leaf that is running computes from its operands, by identity
         self._factors: list[Factor] = []  # of the leaf that is running
         self._multiplications = 0  # of the same
+        self._outer = depth()  # transforms around the run
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -226,7 +243,7 @@ class _Recorder(Frame):
             node = self._nodes[first.value]
             self._nodes[first.value] = replace(node, also=(*node.also, name))
             return first.copy
-        copy = tensor.detach().clone()
+        copy = tensor.clone()  # with a gradient where the example has one: the model may ask for it
         value = self._names.take(self._names.input(name))
         self._inputs[id(tensor)] = _Input(tensor, copy, value)
         self._add(Node(name=value, kind="input", path="", paths=("",), argument=name), [copy])
@@ -316,7 +333,7 @@ class _Recorder(Frame):
             call=self._count(path, "", counted),
             counted=counted,
             type=type(module),
-            parameters=self._skeleton.owned[path],
+            parameters=self._parameters(path, module),
             options={name: getattr(module, name) for name in OPTIONS if hasattr(module, name)},
             factors=tuple(dict.fromkeys(self._factors)),
             multiplications=self._multiplications,
@@ -325,8 +342,17 @@ class _Recorder(Frame):
         return self._record(node, self._before, args, kwargs, output)
 
     def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
+        self._check_escaped(name, args, kwargs)  # before the call, which may write into a buffer of the user's
         before = _versions((args, kwargs))
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except RuntimeError as error:
+            if name == "grad":
+                raise self._no_gradient(error) from error
+            raise
+        if name in UNSEEN:
+            self._note(output, self._operand(args[0]))
+            return output
         if name == "setitem":  # returns nothing; the value that it makes is the tensor it writes into
             output = args[0]
         if not tensors(output):
@@ -356,6 +382,36 @@ class _Recorder(Frame):
         parameter = self._operand(args[0]).parameter if number is not None else ""
         if parameter:
             self.before[-1] = f"{parameter}[{number}]"
+
+    def _check_escaped(self, function: str, args: Args, kwargs: Kwargs) -> None:
+        """Raise a :class:`PlanError` if a call takes a tensor of the user's model."""
+        if not self._escaped:
+            return
+        names = {self._escaped[id(tensor)] for tensor in tensors((args, kwargs)) if id(tensor) in self._escaped}
+        if names:
+            place = f"{self.scope}.{function}".lstrip(".")
+            sentence = f"{' and '.join(sorted(names))} reach this call past params"
+            because = "a function that forward calls holds a layer in its closure, and a run cannot replace it there"
+            fix = "make the function a method of the model, or give it the layer as an argument"
+            raise PlanError(explain(place, sentence, because=because, fix=fix))
+
+    def _no_gradient(self, error: RuntimeError) -> PlanError:
+        """The error for a gradient that the model asks for in its forward and that torch cannot compute."""
+        fix = "give an example that requires grad; for gradients of parameters call torch.func.grad of functional_call"
+        because = f"params are detached, and torch says: {error}"
+        where = self.scope or "the model"
+        return PlanError(explain(where, "torch.autograd.grad in forward finds no gradient", because=because, fix=fix))
+
+    def _parameters(self, path: str, module: nn.Module) -> dict[str, str]:
+        """Canonical names of the tensors with which a leaf module was called, by attribute.
+
+        A parameter may be another one of the model, or none, where the model binds its own tensor for the time of the call.
+        """
+        held = parameters_in(module)
+        names = dict(self._skeleton.owned[path])
+        for attribute in names.keys() & held.keys():
+            names[attribute] = self._operand(held[attribute]).parameter
+        return {attribute: name for attribute, name in names.items() if name}
 
     def graph(self, output: Output, model: nn.Module, opaque: tuple[str, ...]) -> Graph:
         """The graph of the recorded run; ``output`` is what the model returned."""
@@ -419,7 +475,7 @@ class _Recorder(Frame):
         made = [item for item in items if isinstance(item, Tensor)]
         self._add(node, made, tensors((args, kwargs)))
         for tensor, value in zip(returned, self._nodes[node.name].outputs, strict=True):
-            if id(tensor) in before and before[id(tensor)] != writes_into(tensor):
+            if id(tensor) in before and before[id(tensor)] != writes_into(innermost(tensor)):
                 self._overwrite(tensor, value)
         return rebuild(items)
 
@@ -431,6 +487,7 @@ class _Recorder(Frame):
 
     def _overwrite(self, tensor: Tensor, value: str) -> None:
         """A call wrote into ``tensor``, which made ``value``: mark the tensor, and all that share its memory, as stale."""
+        tensor = innermost(tensor)
         storage = _storage(tensor)
         sharing = () if storage is None else self._in_storage[storage]
         for key in sharing:
@@ -441,6 +498,7 @@ class _Recorder(Frame):
 
     def _note(self, tensor: Tensor, operand: Operand) -> None:
         """Remember which operand a tensor is."""
+        tensor = innermost(tensor)
         storage = _storage(tensor)
         if storage is not None and id(tensor) not in self._known:
             self._in_storage.setdefault(storage, []).append(id(tensor))
@@ -448,8 +506,18 @@ class _Recorder(Frame):
 
     def _operand(self, tensor: Tensor) -> Operand:
         """Which operand a tensor is."""
-        known = self._known.get(id(tensor))
+        tensor = innermost(tensor)
+        known = self._known.get(id(tensor)) or self._same_numbers(tensor)
         return UNKNOWN if known is None else known.operand
+
+    def _same_numbers(self, tensor: Tensor) -> _Known | None:
+        """The tensor of which a new one is another view of all numbers, as a transform makes it where no mode sees it."""
+        storage = _storage(tensor)
+        if storage is None:
+            return None
+        layout = _layout(tensor)
+        known = (self._known[key] for key in reversed(self._in_storage.get(storage, ())))
+        return next((other for other in known if _layout(other.tensor) == layout), None)
 
     def _add(self, node: Node, made: Sequence[Tensor], taken: Sequence[Tensor] = ()) -> None:
         """Add a node, and the values of the tensors that it makes; ``taken`` are those that it takes."""
@@ -460,7 +528,7 @@ class _Recorder(Frame):
                 node=node.name,
                 index=index,
                 floating=_is_floating(tensor),
-                shape=tuple(tensor.shape),
+                shape=tuple(whole(tensor, self._outer).shape),
                 kind=_kind(tensor),
                 view=any(_share_memory(tensor, other) for other in taken),
             )
@@ -514,10 +582,14 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """The address of a tensor's storage; ``None`` for sparse tensors, and for empty ones, which share one address."""
-    if tensor.layout in SPARSE:
+    """The address of a tensor's storage; ``None`` without one.
+
+    Empty storages share one address, and so count as none. Sparse tensors have several, which no view shares.
+    """
+    tensor = innermost(tensor)
+    if tensor.layout is not torch.strided or not tensor.numel():
         return None
-    return tensor.untyped_storage().data_ptr() if tensor.numel() else None
+    return tensor.untyped_storage().data_ptr()
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -525,6 +597,12 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return _storage(a) is not None and _storage(a) == _storage(b)
 
 
+def _layout(tensor: Tensor) -> tuple[torch.dtype, int | torch.SymInt, list[tuple[int, int]]]:
+    """Which numbers of its storage a tensor has, in whatever order its axes are."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.dtype, tensor.storage_offset(), sorted((size, stride) for size, stride in axes if size > 1)
+
+
 def _versions(tree: Tree) -> dict[int, int]:
     """How often each tensor of a tree was written into, by identity."""
-    return {id(tensor): writes_into(tensor) for tensor in tensors(tree)}
+    return {id(tensor): writes_into(innermost(tensor)) for tensor in tensors(tree)}

@@ -90,6 +90,7 @@ CONTRACTIONS: Mapping[str, tuple[str, ...]] = {
     "einsum": ALL,
     "embedding": ("1", "weight"),
     "embedding_bag": ("1", "weight"),
+    "flex_attention": ("0", "1", "2", "query", "key", "value"),
     "grouped_mm": ("0", "1", "mat_a", "mat_b"),
     "hspmm": ("0", "1", "mat1", "mat2"),
     "inner": ("0", "1", "input", "other"),

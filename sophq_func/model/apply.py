@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sophq_func.capture.transforms import depth, is_inside, outside, whole
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.engine import Engine
@@ -48,10 +49,18 @@ def capture(
             name = weight.site.quantizer
             captured[name] = params[weight.site.parameter], weight.quantize(params, qparams[name])
     quantize = engine.quantizing(qparams)
+    outer = depth()
+
+    def before_and_after(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        # a copy, as the model may write into x later
+        return x.clone(), quantize_value(engine, name, x, qparams[name])
 
     def effect(name: str, x: Tensor) -> Tensor:
-        # a copy, as the model may write into x later
-        captured[name] = x.clone(), quantize_value(engine, name, x, qparams[name])
+        if is_inside(x, outer):  # what is captured outlives the transform that wraps the value
+            with outside(outer):
+                captured[name] = before_and_after(name, whole(x, outer))
+        else:
+            captured[name] = before_and_after(name, x)
         return quantize(name, x)
 
     engine.run_quantized(params, qparams, effect, args, kwargs)

@@ -21,17 +21,22 @@ from sophq_func.numerics.contracts import QParams, State
 
 def calibrate(engine: Engine, params: Params, batches: Iterable[Tree], progress: bool) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.calibrate`."""
-    ostate = init(engine, params, None)
+    engine.skeleton.check(params, "calibrate")
+    constants = {name: tensor.detach() for name, tensor in params.items()}
+    ostate = init(engine, constants, None)
     count = 0
-    with torch.no_grad():
+    with engine.constant():
         for batch in shown(_checked(batches), "calibrate", progress):
             args, kwargs = as_call(batch)
-            _, ostate = observe(engine, params, ostate, args, kwargs)
+            _, ostate = observe(engine, constants, ostate, args, kwargs)
+            if engine.differentiates:  # a batch that requires grad would stay alive as long as the states
+                ostate = tree_map(Tensor.detach, ostate)
             count += 1
-        if not count:
-            fix = "pass a list of tensors, tuples or dicts"
-            raise StateError(explain("calibrate", "there are no batches to observe", fix=fix))
-        return resolve(engine, params, ostate)
+    if not count:
+        fix = "pass a list of tensors, tuples or dicts"
+        raise StateError(explain("calibrate", "there are no batches to observe", fix=fix))
+    with torch.no_grad():
+        return resolve(engine, constants, ostate)
 
 
 def init(engine: Engine, params: Params, ostate: Mapping[str, State] | None) -> OState:

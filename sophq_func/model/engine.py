@@ -6,13 +6,16 @@ Users meet it as :class:`~sophq_func.model.quantized.Quantized`; conversions and
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from sophq_func.capture.arguments import arguments
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
+from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import as_constant, is_compiling
 from sophq_func.core.pytree import sorted_dict
@@ -28,6 +31,9 @@ from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.scheme import PerToken
 from sophq_func.planning.plan import Plan
+
+DERIVATIVES = ("grad", "unpack_dual")
+"""Functions that end a derivative: of reverse mode, and of forward mode."""
 
 OState = dict[str, State]
 """Observer states, by quantizer."""
@@ -51,6 +57,7 @@ class Engine:
       running: by name, the quantizers that act while the model runs.
       quantizers: all quantizers, by name.
       sources: in a part, by name, the quantizers outside of it whose scales round biases in it.
+      differentiates: whether the model itself takes a derivative in its forward.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:
@@ -65,8 +72,12 @@ class Engine:
         self.weights, self.running = make_quantizers(skeleton, plan)
         self.quantizers: Quantizers = {**{weight.site.quantizer: weight for weight in self.weights}, **self.running}
         self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
+        self.differentiates = any(made.function in DERIVATIVES for run in plan.runs for made in run.calls)
         self.deferrable = frozenset(
-            weight.site.parameter for weight in self.acting if _is_read_by_its_layer(weight, skeleton)
+            weight.site.parameter
+            for weight in self.acting
+            # a derivative wraps the parameter itself, where no mode sees it
+            if not self.differentiates and _is_read_by_its_layer(weight, skeleton)
         )
         self.sources = _sources_outside(self.weights, self.quantizers, whole)
         self._needing = tuple(
@@ -120,12 +131,22 @@ class Engine:
         """Raise a :class:`StateError` that names each of the qparams whose shapes, dtypes or extras are not the plan's."""
         check_kinds(qparams, self._kinds)
 
+    def constant(self) -> AbstractContextManager[object]:
+        """A context for runs of which nobody takes a derivative, but the model itself where it does."""
+        return nullcontext() if self.differentiates else torch.no_grad()
+
     def observing(self, states: OState) -> Effect:
         """The effect of a run that observes: values stay, and their observers' states in ``states`` are replaced."""
+        outer = depth()
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
             if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
+                return x
+            if is_inside(x, outer):  # a state outlives the transform that wraps the value
+                with outside(outer):
+                    for seen in members(x, outer) if quantizer.is_inner else [whole(x, outer)]:
+                        states[name] = quantizer.observer.update(states[name], seen, quantizer.scheme)
                 return x
             states[name] = quantizer.observer.update(states[name], x, quantizer.scheme)
             return x
@@ -134,6 +155,7 @@ class Engine:
 
     def quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
         """The effect of a run that quantizes: values are rounded to their grids."""
+        outer, compiling = depth(), is_compiling()
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
@@ -141,6 +163,10 @@ class Engine:
                 return x
             if quantizer.config.optional:
                 check_reached(name, qparams[name])
+            if compiling:
+                quantizer.check_members(x)
+            elif is_inside(x, outer) and not quantizer.is_inner:
+                return on_whole(lambda x: quantizer.quantize(x, qparams[name]), x, outer)
             return quantizer.quantize(x, qparams[name])
 
         return effect

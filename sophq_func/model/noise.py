@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sophq_func.capture.transforms import depth, is_inside, whole
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
@@ -57,13 +58,14 @@ def _values_with_noise(engine: Engine, params: Params, args: Args, kwargs: Kwarg
         if quantizer.fake_quantize.noise and not quantizer.config.observe_only
     }
     seen = {}
+    outer = depth()
 
     def effect(name: str, x: Tensor) -> Tensor:
         if name in noisy:
-            seen[name] = x
+            seen[name] = whole(x, outer) if is_inside(x, outer) else x
         return x
 
     # the run must not move the global generator: its dropout, say, is none of the caller's
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), engine.constant():
         engine.run_float(params, effect, args, kwargs)
     return seen

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sophq_func.capture.frame import Frame, item, unwatched
 from sophq_func.capture.graph import function_of, step
 from sophq_func.core.errors import StateError
-from sophq_func.core.operations import CONTRACTIONS, LAYERS, called
+from sophq_func.core.operations import CONTRACTIONS, LAYERS, called, is_operation
 from sophq_func.core.pytree import flatten, has_floating, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.model.schedule import OPTIONAL, OTHER_WAY, SHARE, Actions, Pair, Schedule, place_name
@@ -49,6 +49,7 @@ class Runner(Frame):
         self.shared_results: dict[str, tuple[Tensor, Tensor]] = {}
         self.items: list[tuple[str, Tensor]] = []
         self.inner = ""
+        self.sees_functions = schedule.functions
 
     @property
     def takes_inputs(self) -> bool:
@@ -78,6 +79,13 @@ class Runner(Frame):
     def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
         if path in self.schedule.unreached:
             raise self.schedule.unknown(path, "", self.counts)
+
+    def again(self) -> Frame:
+        self.shared_results.clear()
+        other = Runner(self.schedule, self.effect)
+        other.counts, other.items = dict(self.counts), self.items
+        self.begin_again(other)
+        return other
 
     def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         actions = self._actions(self._pair(path, ""))
@@ -194,6 +202,10 @@ class Runner(Frame):
             name = function_of(function)
             why = f"torch.compile hides this spelling of {name}"
             return StateError(f"{text}, because {why}. Fix: write torch.{name}(x) or a module.")
+        hidden = [name for at, name in expected if at == path and name and not is_operation(function_of(name))]
+        if self.mode.compiling and hidden:
+            why = f"torch.compile looks into autograd.Function {hidden[0]}, and shows no call of it"
+            return StateError(f"{text}, because {why}. Fix: run it without torch.compile.")
         why = "so its quantizers cannot be told apart"
         return StateError(f"{text}, {why}. Fix: {OTHER_WAY}, {SHARE}, or {OPTIONAL}.")
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from sophq_func.capture.graph import function_of, is_told_apart
+from sophq_func.capture.graph import REPARAMETRIZE, function_of, is_told_apart
 from sophq_func.config.matching import matches_name
 from sophq_func.config.names import value_quantizer
 from sophq_func.config.site import EVERY_CALL, Site, ValueSite, WeightSite
 from sophq_func.core.errors import StateError
-from sophq_func.core.operations import hidden_from_compile
+from sophq_func.core.operations import hidden_from_compile, operations
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.runs import UNKNOWN_WAY
 
@@ -26,6 +26,13 @@ SHARE = "Rule(name=..., share=True) where a run may make any number of calls"
 
 OPTIONAL = "Rule(name=..., optional=True) where a run may leave the value out"
 """The fix in errors about runs that do not reach a quantizer."""
+
+
+KNOWN = operations() - {"cond"} | {"", "get", REPARAMETRIZE}
+"""Names of torch's own functions; a call of a module has none, and the getter of a tensor's attribute has ``"get"``.
+
+Not ``torch.cond``, which a run sees only where hidden calls are reported.
+"""
 
 
 class Actions(NamedTuple):
@@ -77,6 +84,7 @@ class Schedule:
       shared: quantizers that act before several calls, which may read the same tensor.
       counts: for each example, how many calls each pair makes; of ``every``, one or none.
       optional: pairs, and arguments, that a run may leave out.
+      functions: whether an example calls a function that is none of torch's, such as an ``autograd.Function``.
       hidden: pairs of ``actions`` whose function has a spelling that ``torch.compile`` hides from a frame.
       known: the ways that the examples took.
       unreached: paths of modules with parameters that no example calls, and that no rule leaves float.
@@ -111,6 +119,9 @@ class Schedule:
         # a place is optional only if every quantizer there is
         required = {place for site in sites if not plan[site.quantizer].optional for place in places(site)}
         self.optional = {place for site in sites for place in places(site)} - required
+        # a plan of an older version does not know
+        called = {function_of(made.function) for run in plan.runs for made in run.calls}
+        self.functions = not plan.runs or not called <= KNOWN
         hidden = hidden_from_compile()
         self.hidden = {pair for pair in self.actions if function_of(pair[1]) in hidden}
         self.known = _known(plan, self.actions.keys() - self.every, bool(self.optional))

@@ -77,7 +77,7 @@ def sweep(
         quantized = versions(engine.effective(setting))
         return keep(apply(frozen, quantized, setting, args, kwargs))
 
-    with torch.no_grad():
+    with engine.constant():
         if how == "vmap":
             return _mapped(run_alone, each, size)
         if how == "auto" and len(each) > 1 and size <= SMALL:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from sophq_func.capture.frame import unwatched
 from sophq_func.capture.naming import CallNames
+from sophq_func.capture.transforms import depth, outside, wholes
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, unknown
 from sophq_func.core.pytree import copied, tensors
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.model.engine import Engine
 from sophq_func.model.loop import MakeRunner
 from sophq_func.model.runner import Effect, Function, Runner
@@ -221,6 +222,7 @@ class Tap(Runner):
         self._root_name = root_name
         self._open: list[Open] = []
         self._left = wanted.ends
+        self._outer = depth()
 
     @property
     def takes_inputs(self) -> bool:
@@ -265,9 +267,16 @@ class Tap(Runner):
 
     def _start(self, pair: Pair, name: str, args: Args, kwargs: Kwargs) -> None:
         """A call starts: copy its arguments, if it is wanted, before it may write into them."""
-        with self.aside(), unwatched():
-            given = copied((args, kwargs)) if name else NOTHING
+        given: Given = self._copied((args, kwargs)) if name else NOTHING
         self._open.append(Open(pair, name, given))
+
+    def _copied(self, tree: Tree) -> Tree:
+        """Copies of tensors, of the whole ones under a transform of the model, which they outlive; no calls of the model."""
+        with self.aside(), unwatched():
+            if depth() == self._outer:
+                return copied(tree)
+            with outside(self._outer):
+                return copied(wholes(tree, self._outer))
 
     def _end(self, pair: Pair) -> tuple[str, Given]:
         """A call ends: its name and its arguments."""
@@ -280,8 +289,7 @@ class Tap(Runner):
         """Keep a call that has ended, if it is wanted; after the last one that is wanted, the run ends."""
         if not name:
             return
-        with self.aside(), unwatched():
-            result = copied(output)
+        result = self._copied(output)
         args, kwargs = given
         self.seen.setdefault(name, []).append(Call(args, dict(kwargs), result))
         if self._left is None or self.mode.compiling:  # a compiled program has no way to end early

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sophq_func.config.site import Site
+from sophq_func.config.site import ComputedSite, Site
+from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import is_mapped
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams
-from sophq_func.numerics.scheme import QScheme, QuantizerConfig
+from sophq_func.numerics.scheme import PerTensor, PerToken, QScheme, QuantizerConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,25 @@ class RunQuantizer:
     def scheme(self) -> QScheme:
         """The scheme of the config."""
         return self.config.scheme
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether it acts on a weight inside a leaf, whose axes are those of the layer even where the model maps over it."""
+        return isinstance(self.site, ComputedSite) and self.site.operand < 0
+
+    def check_members(self, x: Tensor) -> None:
+        """Raise a :class:`StateError` where a compiler shows one member of the value, and its scale is not that of each.
+
+        In eager the whole value is quantized, as it is without the ``vmap`` in the forward.
+        """
+        is_member = is_mapped() and x.dim() < len(self.site.shape) and not self.is_inner
+        scheme = self.scheme
+        is_per_tensor = isinstance(scheme.granularity, PerTensor) and not scheme.dynamic and not self.fake_quantize.noise
+        if is_member and not is_per_tensor and not isinstance(scheme.granularity, PerToken):
+            sentence = f"{self.site.quantizer} lies under a vmap in the forward, which cannot be compiled"
+            because = "the compiler shows one member at a time, and the scales are those of the whole tensor"
+            fix = "run it without torch.compile, or give it one calibrated scale: granularity=sq.PerTensor()"
+            raise StateError(explain("apply", sentence, because=because, fix=fix))
 
     def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` rounded to its grid, unless ``extras["enabled"]`` switches the quantizer off."""

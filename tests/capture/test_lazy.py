@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 import sophq_func as sq
 from sophq_func.capture import lazy
+from tests.helpers import ready
 
 
 class Net(nn.Module):
@@ -28,6 +30,11 @@ class Net(nn.Module):
         return self.f(self, x)
 
 
+def bound(model: Net, x: Tensor, **tensors: Tensor) -> Tensor:
+    """What layer ``b`` returns with other tensors than its own."""
+    return functional_call(model.b, tensors, (x,))
+
+
 FORWARDS: dict[str, Callable[..., Tensor]] = {
     "each layer once": lambda m, x: m.b(m.a(x).relu()),
     "a layer twice": lambda m, x: m.a(m.a(x)),
@@ -36,6 +43,10 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
     "inside a list": lambda m, x: m.a(x) + torch.stack([m.a.weight, m.b.weight]).sum() + m.b(x),
     "before its layer": lambda m, x: m.a(x + m.a.weight.mean()),
     "tied": lambda m, x: m.b(m.tied(m.a(x))),
+    "bound to another layer": lambda m, x: bound(m, m.a(x), weight=m.a.weight),
+    "bound to its own layer": lambda m, x: m.a(bound(m, x, weight=m.b.weight, bias=m.a.bias)),
+    "read for what is bound": lambda m, x: m.a(bound(m, x, weight=torch.tanh(m.a.weight))),
+    "another one is bound": lambda m, x: m.a(m.b(x)) + bound(m, x, weight=torch.eye(4)),
     "its shape and dtype": lambda m, x: m.a(x.to(m.a.weight.dtype)).reshape(-1, m.a.weight.shape[0]),
 }
 
@@ -84,8 +95,7 @@ def test_a_value_is_computed_once_while_somebody_holds_it_and_then_forgotten() -
         return torch.ones(2)
 
     raw = {"w": torch.zeros(2)}
-    values = lazy.Deferred({"w": compute}, {"layer": {"weight": "w", "bias": "b"}, "other": {"weight": "v"}}, raw)
-    assert values.readers == {"layer": {"weight": "w"}}
+    values = lazy.Deferred({"w": compute}, raw)
     held, plain = values.filled([raw["w"], {"x": (raw["w"], 3)}]), torch.zeros(2)
     assert held[0] is held[1]["x"][0]
     assert values.filled(plain) is plain
@@ -163,3 +173,32 @@ def test_a_mode_of_the_user_sees_the_calls_inside_layers() -> None:
     with Named():
         q.apply(params, qparams, x)
     assert {"linear", "relu"} <= set(names)
+
+
+def hyper(m: Net, x: Tensor) -> Tensor:
+    return bound(m, x, weight=m.a(x)[:1].t() * torch.ones(4))
+
+
+SUPPLIED: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net, Tensor], Tensor]]] = {
+    # a model that binds a tensor to a layer, and the same with the function that the layer calls
+    "made from an input": (hyper, lambda m, x: F.linear(x, m.a(x)[:1].t() * torch.ones(4), m.b.bias)),
+    "made from a parameter": (
+        lambda m, x: bound(m, x, weight=m.a.weight * 2),
+        lambda m, x: F.linear(x, m.a.weight * 2, m.b.bias),
+    ),
+    "a constant": (lambda m, x: bound(m, x, weight=torch.eye(4)), lambda m, x: F.linear(x, torch.eye(4), m.b.bias)),
+}
+
+
+@pytest.mark.parametrize("name", SUPPLIED)
+def test_a_layer_reads_the_weight_that_the_model_binds_to_it(name: str) -> None:
+    torch.manual_seed(0)
+    forward, right = SUPPLIED[name]
+    model, x = Net(forward).eval(), torch.randn(3, 4)
+    config = sq.QuantConfig(weight=sq.override(bits=16), activation=sq.override(bits=16))
+    r = ready(model, x, config=config)
+    assert "b.weight_fake_quant" in r.q.plan
+    assert r.q.plan.site("b.weight_fake_quant").kind == "computed weight"
+    # 16 bits: what is left of the range divided by 2**15, summed over 4 products
+    torch.testing.assert_close(r(x), right(model, x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(r.q.apply({**r.params, "b.weight": r.params["b.weight"] * 9}, r.qparams, x), r(x))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 import sophq_func as sq
 from sophq_func.capture import _torch
@@ -128,6 +129,25 @@ def a_layer_whose_hooks_read_parameters_would_be_given_them_too_late() -> None:
     assert not _torch.has_only_our_hooks(module)
     module.register_forward_pre_hook(lambda *_: None)
     assert not _torch.has_only_one_hook_before(module)
+
+
+@without("_checkpoint_without_reentrant_generator")
+def what_a_checkpoint_computes_again_would_find_no_tensors() -> None:
+    parts = _torch.checkpoint_parts()
+    again: list[str] = []
+
+    def steps(fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        return parts.steps(lambda *args: (again.append("fn"), fn(*args)), *args, **kwargs)
+
+    x = torch.ones(2, requires_grad=True)
+    _torch.replace_checkpoint_parts(parts._replace(steps=steps))
+    try:
+        checkpoint.checkpoint(torch.sin, x, use_reentrant=False).sum().backward()
+    finally:
+        _torch.replace_checkpoint_parts(parts)
+    assert again == ["fn"]
+    checkpoint.checkpoint(torch.sin, x, use_reentrant=False).sum().backward()
+    assert again == ["fn"]
 
 
 @without("_modules")

@@ -7,6 +7,7 @@ import operator
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import sophq_func as sq
-from tests.helpers import DEFAULT, WATCHED, Ready, ready, same
+from tests.helpers import DEFAULT, WATCHED, Ready, ready, same, unchanged
 
 
 class Loop(nn.Module):
@@ -831,3 +832,62 @@ def test_an_optional_value_that_calibration_never_saw_is_an_error_when_a_run_rea
     assert bool(q.apply(params, qparams, x).isfinite().all())
     with pytest.raises(sq.StateError, match=r"tanh.post_act_fake_quantizer is optional and has seen no data"):
         q.apply(params, qparams, x, True)
+
+
+# Tensors that reach a call past params
+
+
+def _calls(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x)
+
+
+class InPlain:
+    """An object that is copied as it is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __deepcopy__(self, memo: object) -> InPlain:
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Escaping(nn.Module):
+    """Calls its layers through a function that holds them."""
+
+    def __init__(self, holds: Callable[[nn.Module], Callable[[Tensor], Tensor]], layer: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), layer
+        self.head = holds(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x))
+
+
+HOLDERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "a closure": _calls,
+    "a default argument": lambda layer: lambda x, layer=layer: layer(x),
+    "an object that is not copied": InPlain,
+    "a list in a closure": lambda layer: (lambda layers: lambda x: layers[0](x))([layer]),
+    "a function with its parameter": lambda layer: (lambda weight: lambda x: x @ weight)(next(layer.parameters())),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.BatchNorm1d(4)])
+def test_a_layer_that_a_function_holds_is_refused_before_it_is_called(holder: str, layer: nn.Module) -> None:
+    if holder == "a function with its parameter" and isinstance(layer, nn.BatchNorm1d):
+        pytest.skip("its parameter is no matrix")
+    model = Escaping(HOLDERS[holder], layer)
+    with unchanged(model), pytest.raises(sq.PlanError, match=r"b\..* reach this call past params"):
+        sq.quantize(model, DEFAULT, example_args=(torch.randn(2, 4),))
+
+
+def test_a_layer_in_a_partial_or_a_bound_method_is_the_copy_and_reads_params() -> None:
+    x, layer = torch.randn(2, 4), nn.Linear(4, 4)
+    for holds in (lambda layer: partial(nn.Linear.forward, layer), lambda layer: layer.forward):
+        r = ready(Escaping(holds, layer), x)
+        zeros = {name: torch.zeros_like(value) for name, value in r.params.items()}
+        assert r.q.apply(zeros, r.qparams, x).abs().max() == 0
