@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sophq_func.core.errors import StateError, explain
-from sophq_func.core.pytree import map_named
+from sophq_func.core.modes import is_compiling
+from sophq_func.core.pytree import Known, map_named
 from sophq_func.core.types import Args, Kwargs, Tree
 
 
@@ -63,8 +64,12 @@ def arguments(model: nn.Module) -> Arguments:
 def map_inputs(
     names: Arguments, args: Args, kwargs: Kwargs, f: Callable[[str, Tensor], Tree]
 ) -> tuple[Args, dict[str, Tree]]:
-    """Replace each tensor among a call's arguments by ``f(name, tensor)``, with names such as ``x.0`` inside a list."""
+    """A copy of a call's arguments with ``f(name, tensor)`` in place of each tensor, named such as ``x.0`` inside a list.
+
+    Dicts, caches and all else that may be written into is new: what a model is given enters each run as it was.
+    """
+    known: Known | None = None if is_compiling() else {}  # Dynamo cannot tell identities of what the program makes itself
     further = (f"{names.rest}.{i}" for i in range(len(args) - len(names.positional)))
     by_position = zip((*names.positional, *further), args, strict=False)
-    new_args = tuple(map_named(name, arg, f) for name, arg in by_position)
-    return new_args, {name: map_named(name, arg, f) for name, arg in kwargs.items()}
+    new_args = tuple(map_named(name, arg, f, known) for name, arg in by_position)
+    return new_args, {name: map_named(name, arg, f, known) for name, arg in kwargs.items()}

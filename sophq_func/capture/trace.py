@@ -17,7 +17,7 @@ from sophq_func.capture.naming import CallNames
 from sophq_func.capture.skeleton import Skeleton, params_of
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
-from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
+from sophq_func.core.pytree import flatten, has_floating, named_leaves, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 OPTIONS = (
@@ -296,17 +296,9 @@ class _Recorder(Frame):
 
     def _operands(self, args: Args, kwargs: Kwargs) -> tuple[Operand, ...]:
         """Each tensor among the arguments of a call."""
-        operands: list[Operand] = []
-
-        def add(role: str, tensor: Tensor) -> Tensor:
-            operands.append(replace(self._operand(tensor), role=role, slot=len(operands)))
-            return tensor
-
-        for i, arg in enumerate(args):
-            map_named(str(i), arg, add)
-        for name, arg in kwargs.items():
-            map_named(name, arg, add)
-        return tuple(operands)
+        given = [*named_leaves(args), *named_leaves(dict(kwargs))]
+        named = [(role, leaf) for role, leaf in given if isinstance(leaf, Tensor)]
+        return tuple(replace(self._operand(tensor), role=role, slot=i) for i, (role, tensor) in enumerate(named))
 
 
 def _options(module: nn.Module) -> dict[str, Option]:
