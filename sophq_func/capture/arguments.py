@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from sophq_func.capture.functions import signature
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.pytree import Known, map_named
@@ -50,10 +51,10 @@ class Arguments(NamedTuple):
 
 
 def arguments(model: nn.Module) -> Arguments:
-    """Names of the arguments of ``model.forward``."""
+    """Names of the arguments of ``model.forward``, or of a function without its params."""
     kinds = inspect.Parameter
     positional, rest = [], "args"
-    for name, parameter in inspect.signature(model.forward).parameters.items():
+    for name, parameter in signature(model).parameters.items():
         if parameter.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD):
             positional.append(name)
         elif parameter.kind is kinds.VAR_POSITIONAL:

@@ -21,15 +21,22 @@ from torch.func import functional_call
 from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_parameter, own_tensors, store_of
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
+from sophq_func.capture.functions import FunctionModule
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.core import modes
-from sophq_func.core.errors import PlanError, StateError, explain, near, raise_all
+from sophq_func.core.errors import PlanError, StateError, explain, near, other_prefix, raise_all
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Kwargs, Output, Tree
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 
 Result: TypeAlias = tuple[Output, dict[str, Tensor]]
 """The output of a run, and the buffers after it."""
+
+UNWRAP = (
+    "params = sq.params_of(model) of the model that was planned: model._orig_mod inside torch.compile(model), "
+    "model.module inside a parallel wrapper"
+)
+"""What to do about names that have a prefix."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Classes of ``torch.nn`` that are not leaves even where they have no children."""
@@ -84,6 +91,7 @@ class Skeleton:
       owned: for the first path of each module, the canonical names of its own tensors, by attribute.
       paths: every path of each module, by its first.
       constants: copies of the tensors that are plain attributes of modules.
+      structure: where the model is a function, the tree of its params.
     """
 
     def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
@@ -97,6 +105,7 @@ class Skeleton:
         }
         self._owned_in_all = self.owned
         self.paths = _all_paths(model)
+        self.structure = model.structure if isinstance(model, FunctionModule) else None
         self.module, self.constants, names = _copy_without_weights(model, registered)
         self._module_at = dict(self.module.named_modules())
         self._aliases = aliases(self.module, names)
@@ -189,28 +198,43 @@ class Skeleton:
         """Path and attribute of each module that holds a parameter or buffer."""
         return list(self._holders.get(name, ()))
 
-    def check(self, params: Mapping[str, Tensor], where: str) -> None:
-        """Check that ``params`` holds the tensors that a run uses; ``where`` is the function that an error names.
+    def check(self, params: Given, where: str) -> Mapping[str, Tensor]:
+        """The tensors that a run uses, and maybe others of the model, by name.
+
+        Args:
+          params: a dict of these; or, where the model is a function, the tree that it takes.
+          where: the function that an error names.
 
         Raises:
           StateError: with every parameter that is missing, unknown or not a tensor.
         """
-        fix = "params = sq.params_of(model)"
+        if self.structure is not None:
+            params = self.structure.named(params, where)
+        fix = "params = sq.params_of(model)" if self.structure is None else "params as the function was planned with"
         if not isinstance(params, Mapping):
             got, allowed = type(params).__name__, "a dict {name: Tensor}"
             raise StateError(explain(where, "params must be a dict of tensors", got=got, allowed=allowed, fix=fix))
         problems = []
         if not self.names <= params.keys() <= self.all_names:
-            missing = sorted(self.names - params.keys())
-            problems += [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
-            for name in sorted(map(str, params.keys() - self.all_names)):
-                hint = near(name, missing or self.names) or "leave it out"
-                problems.append(f"{where}: params hold {name!r}, which is not in the model. Fix: {hint}.")
+            problems += self._misnamed(params.keys(), where, fix)
         for name, value in params.items():
             if not isinstance(value, Tensor):
                 sentence, got = f"params[{name!r}] must be a tensor", type(value).__name__
                 problems.append(explain(where, sentence, got=got, allowed="a Tensor", fix=fix))
         raise_all(problems, StateError)
+        return params
+
+    def _misnamed(self, given: Collection[str], where: str, fix: str) -> list[str]:
+        """What is wrong with the names of params, in a sentence each; one for a prefix that all have in common."""
+        renamed = other_prefix(given, self.names, self.all_names)
+        if renamed:
+            return [explain(where, f"params {renamed}", fix=UNWRAP)]
+        missing = sorted(self.names - set(given))
+        problems = [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
+        for name in sorted(map(str, set(given) - self.all_names)):
+            hint = near(name, missing or self.names) or "leave it out"
+            problems.append(f"{where}: params hold {name!r}, which is not in the model. Fix: {hint}.")
+        return problems
 
     def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``params`` with buffers detached, so that no gradient reaches them."""
@@ -300,6 +324,8 @@ class Skeleton:
 
     def _call(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
         """The model's output with these tensors, and its buffers afterwards; Dynamo can trace it."""
+        if self.structure is not None:  # a function reads its params from an attribute, which the run has filled in
+            return self.entry(*args, **kwargs), {name: now[name] for name in self.buffers}
         tensors = {place: now[name] for place, name in self._tensors.items()}
         output = functional_call(self.entry, tensors, args, dict(kwargs), tie_weights=False)
         return output, {name: tensors[place] for place, name in self._tensors.items() if name in self.buffers}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
 from sophq_func.capture.frame import Frame, Function
+from sophq_func.capture.functions import as_module, name_of, signature
 from sophq_func.capture.graph import Graph, Node, Operand, Option, Scope, Value
 from sophq_func.capture.naming import CallNames
 from sophq_func.capture.skeleton import Skeleton, params_of
@@ -33,18 +33,20 @@ OPTIONS = (
 
 
 def trace(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Output],
     args: Args = (),
     kwargs: Kwargs | None = None,
     *,
+    params: Tree = None,
     leaf_module: tuple[type, ...] = (),
 ) -> Graph:
     """Run ``model`` once on an example and record its calls and dataflow; the model is not changed.
 
     Args:
-      model: any module. Python control flow takes the branches that the example takes.
+      model: any module, or a function of params and inputs. Python control flow takes the branches that the example takes.
       args: positional arguments of the example; a single tensor counts as a tuple of it.
       kwargs: keyword arguments of the example.
+      params: of a function, the tree that it takes first; see :func:`sophq_func.quantize`.
       leaf_module: further module classes that are recorded as one call, without the calls inside.
 
     Returns:
@@ -60,7 +62,8 @@ def trace(
         0(input)
         1(0)
     """
-    params = params_of(model)
+    model = as_module(model, params, "trace")
+    given = params_of(model)
     args, kwargs = _checked_call(model, args, kwargs)
     opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
     skeleton = Skeleton(model, opaque)
@@ -68,12 +71,12 @@ def trace(
     versions = [writes_into(constant) for constant in skeleton.constants]
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
-        output, _ = skeleton.run(frame, params, args, kwargs)
+        output, _ = skeleton.run(frame, given, args, kwargs)
     if versions != [writes_into(constant) for constant in skeleton.constants]:
         sentence = "forward must not write in place into a tensor that is a plain attribute"
         because = "a run is a pure function of parameters and buffers"
         fix = "self.register_buffer(name, tensor)"
-        raise PlanError(explain(type(model).__name__, sentence, because=because, fix=fix))
+        raise PlanError(explain(name_of(model), sentence, because=because, fix=fix))
     return frame.graph(output, model, opaque)
 
 
@@ -96,9 +99,9 @@ def _checked_call(model: nn.Module, args: object, kwargs: object) -> tuple[Args,
     positional = (args,) if isinstance(args, Tensor) else tuple(args)
     keywords = dict(kwargs or {})
     try:
-        inspect.signature(model.forward).bind(*positional, **keywords)
+        signature(model).bind(*positional, **keywords)
     except TypeError as error:
-        sentence = f"{type(model).__name__}.forward cannot be called with this example"
+        sentence = f"{name_of(model)} cannot be called with this example"
         raise PlanError(explain("trace", sentence, because=str(error), fix=fix)) from error
     return positional, keywords
 

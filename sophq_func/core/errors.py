@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import FrameType
 
 
@@ -102,6 +102,49 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     matches = difflib.get_close_matches(name, candidates, n=count, cutoff=SIMILARITY)
     suggestions = " or ".join(map(repr, matches))
     return f"did you mean {suggestions}?" if matches else ""
+
+
+def other_prefix(given: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:
+    """How the names that are given differ from those that are wanted, if all do so by one prefix; else empty.
+
+    A wrapper around a model, or around a part of it, puts a prefix before every name inside, such as ``module.``.
+
+    Args:
+      given: names.
+      wanted: names that must be among them.
+      known: names that may be.
+
+    Example:
+      >>> other_prefix(["_orig_mod.0.weight"], ["0.weight"], ["0.weight"])
+      "have a prefix '_orig_mod.' in every name"
+      >>> other_prefix(["0.weight"], ["module.0.weight"], ["module.0.weight"])
+      "lack a prefix 'module.' in every name"
+    """
+    extra = _prefix(given, wanted, known)
+    if extra:
+        return f"have a prefix {extra!r} in every name"
+    lacking = _prefix(wanted, given, given)
+    return f"lack a prefix {lacking!r} in every name" if lacking else ""
+
+
+def _prefix(longer: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:
+    """What, taken away from the names in ``longer`` where it occurs, leaves ``wanted`` and maybe others of ``known``."""
+    names = [name for name in longer if isinstance(name, str)]
+    if len(names) < len(longer) or not names:
+        return ""
+    leading = [names[0][: end + 1] for end, letter in enumerate(names[0]) if letter == "."]
+    # inside a model, around one of its parts, a prefix is a step of the path
+    steps = dict.fromkeys(f"{step}." for name in names for step in name.split(".")[:-1])
+    for prefix in leading:
+        if not all(name.startswith(prefix) for name in names):
+            break
+        if set(wanted) <= {name[len(prefix) :] for name in names} <= set(known):
+            return prefix
+    for prefix in steps:
+        shorter = {".".join(step for step in name.split(".") if f"{step}." != prefix) for name in names}
+        if set(wanted) <= shorter <= set(known):
+            return prefix
+    return ""
 
 
 def unknown(where: str, kind: str, name: object, known: Sequence[str]) -> str:

@@ -47,6 +47,11 @@ def leaves(tree: Tree) -> list[Tree]:
     return optree.tree_leaves(tree, none_is_leaf=True)
 
 
+def torch_leaves(tree: Tree) -> list[Tree]:
+    """All leaves in the order of torch's pytree, to which an unregistered object is one leaf."""
+    return _pytree.tree_leaves(tree)
+
+
 class Node(NamedTuple):
     """A tree that is no leaf, taken apart by one level.
 
@@ -89,7 +94,7 @@ def node_of(tree: Tree) -> Node | None:
         return Node(tree._fields, tree, None, lambda parts: kind(*parts))
     if isinstance(tree, dict | list | set):
         return _of_subclass(tree)
-    return _of_object(tree) if _is_written_in_python(kind) else None
+    return _of_object(tree) if _is_written_in_python(kind) else None  # type: ignore[arg-type]
 
 
 def _numbers(items: Sequence[Tree]) -> list[str]:
@@ -129,7 +134,7 @@ def _of_registered(tree: Tree) -> Node:
     return Node(steps, parts, None, lambda new: definition.unflatten_fn(list(new), context))
 
 
-def _of_subclass(tree: dict[object, Tree] | list[Tree] | set[Tree]) -> Node:
+def _of_subclass(tree: Tree) -> Node:
     """A set, or an instance of a subclass of a container; the parts of a set have no names, so none is looked into."""
     shell = copy.copy(tree)
     if isinstance(tree, set):
@@ -138,10 +143,10 @@ def _of_subclass(tree: dict[object, Tree] | list[Tree] | set[Tree]) -> Node:
 
     def build(parts: Sequence[Tree]) -> Tree:
         for key, part in zip(keys, parts, strict=True):
-            shell[key] = part  # type: ignore[index]
+            shell[key] = part
         return shell
 
-    return Node([str(key) for key in keys], [tree[key] for key in keys], shell, build)  # type: ignore[index]
+    return Node([str(key) for key in keys], [tree[key] for key in keys], shell, build)
 
 
 def _of_object(tree: Tree) -> Node:
@@ -179,7 +184,7 @@ WRITTEN_IN_PYTHON = 1 << 9
 def _is_written_in_python(kind: type) -> bool:
     """Whether the attributes of an instance are all that it consists of, so that a copy of them is a copy of it."""
     has_attributes = kind.__dictoffset__ != 0 or any(map(_slots, kind.__mro__))
-    is_pickled_by_default = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+    is_pickled_by_default = all(getattr(kind, name) is getattr(object, name) for name in ("__reduce__", "__reduce_ex__"))
     is_python = all(cls is object or cls.__flags__ & WRITTEN_IN_PYTHON for cls in kind.__mro__)
     return has_attributes and is_pickled_by_default and is_python
 
@@ -274,11 +279,16 @@ def _is_around(tree: Tree, around: tuple[Tree, ...]) -> bool:
 
 def flatten(tree: Tree) -> tuple[list[Tree], Callable[[Sequence[Tree]], Tree]]:
     """All leaves, and a function that puts as many others into the same structure."""
-    return [leaf for _, leaf in named_leaves(tree)], lambda new: _refilled(tree, iter(new), ())
+    return [leaf for _, leaf in named_leaves(tree)], lambda new: refilled(tree, new)
+
+
+def refilled(tree: Tree, items: Sequence[Tree]) -> Tree:
+    """A tree of the same structure with other leaves, in the order of :func:`named_leaves`."""
+    return _refilled(tree, iter(items), ())
 
 
 def _refilled(tree: Tree, items: Iterator[Tree], around: tuple[Tree, ...]) -> Tree:
-    """A tree of the same structure with the next of ``items`` as its leaves, in the order of :func:`named_leaves`."""
+    """:func:`refilled` with the next of ``items``."""
     node = None if isinstance(tree, Tensor) or _is_around(tree, around) else node_of(tree)
     if node is None:
         return next(items)

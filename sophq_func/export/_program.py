@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sophq_func.capture.arguments import map_inputs
 from sophq_func.codes import Refusal, Stored, share_on, stored_form
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
-from sophq_func.core.types import Args, Kwargs, Output, Tree
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
 from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.quantized import Quantized
@@ -183,7 +183,7 @@ class Program(nn.Module):
 def program(
     where: str,
     q: Quantized,
-    params: Params,
+    params: Given,
     qparams: Mapping[str, QParams],
     target: Target,
     simulate: bool,
@@ -201,7 +201,7 @@ def program(
       StateError: the model is in training mode; see :meth:`Quantized.apply`.
     """
     _check(where, q)
-    q.engine.check(params, qparams, where, "qparams")
+    params = q.engine.check(params, qparams, where, "qparams")
     with torch.no_grad():
         expressed, problems = _activations(q, qparams, target)
         tensors = dict(round_biases(q.engine.acting, params, q.engine.effective(qparams)))  # frozen ones are rounded

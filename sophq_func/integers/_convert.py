@@ -13,6 +13,7 @@ from sophq_func.codes import BY_BLOCKS, Refusal, Stored, pack, share_on, stored_
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
+from sophq_func.core.types import Given
 from sophq_func.integers._artifact import PACKED, Artifact
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.value_quantizer import RunQuantizer
@@ -31,7 +32,7 @@ IDLE_BIAS = 2**30
 """Steps that a bias takes in a channel of zero weights, whose scale is free: any number well below LIMIT would do."""
 
 
-def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /) -> Artifact:
+def convert(q: Quantized, params: Given, qparams: Mapping[str, QParams], /) -> Artifact:
     """Convert a quantized model to integers: weights, biases, scales and zero points, with BatchNorms folded in.
 
     A weight is stored as codes, ``real = (code - zero_point) * scale``; up to 4 bits they are packed
@@ -65,8 +66,8 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
             explain("convert", "the model is not quantized", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
         )
     q = q.eval()
-    q.engine.check(params, qparams, "convert", "qparams")
-    if not is_plain([*params.values(), *tensors(dict(qparams))]):
+    named = q.engine.check(params, qparams, "convert", "qparams")
+    if not is_plain([*named.values(), *tensors(dict(qparams))]):
         raise StateError(
             explain(
                 "convert",
@@ -75,7 +76,7 @@ def convert(q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QP
             )
         )
     with torch.inference_mode(False), torch.no_grad():
-        return _Conversion(q, params, qparams).artifact()
+        return _Conversion(q, named, qparams).artifact()
 
 
 class _Conversion:

@@ -15,7 +15,7 @@ from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
 from sophq_func.model.loop import Loop, MakeRunner
@@ -76,17 +76,26 @@ class Engine:
         copied = frozenset(plan.written) if whole is None else None
         self.loop = Loop(skeleton, Schedule(plan), arguments(skeleton.entry), copied)
 
-    def check(self, params: Params, state: Mapping[str, State], where: str, what: str) -> None:
-        """Raise a :class:`StateError` that names each parameter, and each entry of a state, that does not fit.
+    def check(self, params: Given, state: Mapping[str, State], where: str, what: str) -> Params:
+        """The params by name, after a check that they and a state fit.
 
         Args:
-          params: parameters and buffers, by name.
+          params: parameters and buffers by name; or, where the model is a function, the tree that it takes.
           state: observer states or qparams, by quantizer.
           where: the function that was called, for errors.
           what: what ``state`` is: ``"ostate"`` or ``"qparams"``.
+
+        Raises:
+          StateError: it names each parameter, and each entry of a state, that does not fit.
         """
-        self.skeleton.check(params, where)
+        named = self.skeleton.check(params, where)
         self.check_state(state, what)
+        return named
+
+    def like(self, params: Given, named: Params) -> Given:
+        """Params of the kind that was given: a dict by name, or the tree that the function takes."""
+        structure = self.skeleton.structure
+        return sorted_dict(named) if structure is None else structure.like(params, named)
 
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""

@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from sophq_func.capture.functions import name_of
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Output, Tree
+from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.tap import Tapped
-from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.scheme import QScheme
 from sophq_func.planning.plan import Plan
@@ -31,7 +31,8 @@ class Quantized:
 
     Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`. It holds no
     weights, and its attributes cannot be set. ``params``, ``ostate`` and ``qparams`` are positional-only; all further
-    arguments go to the model.
+    arguments go to the model. Where the model is a function, ``params`` is the tree that it takes, or a flat dict of its
+    names; new params come back in the form that was given.
 
     Attributes:
       plan: the :class:`~sophq_func.planning.plan.Plan`: which quantizers there are, and where.
@@ -90,15 +91,15 @@ class Quantized:
 
     @property
     def model_name(self) -> str:
-        """Name of the model's class."""
-        return type(self.engine.skeleton.entry).__name__
+        """Name of the model's class, or of the function."""
+        return name_of(self.engine.skeleton.entry)
 
     @property
     def path(self) -> str:
         """Of a :meth:`part`, the path of its module in the whole model; else empty."""
         return self.engine.skeleton.root
 
-    def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
+    def init(self, params: Given, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: those of weights have seen their weight, those of activations nothing.
 
         Args:
@@ -113,7 +114,7 @@ class Quantized:
         """
         return calibrate.init(self.engine, params, ostate)
 
-    def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Output, OState]:
+    def observe(self, params: Given, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Output, OState]:
         """Run the float model and update the observers of activations.
 
         Args:
@@ -130,7 +131,7 @@ class Quantized:
         return calibrate.observe(self.engine, params, ostate, args, kwargs)
 
     def observe_quantized(
-        self, params: Params, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+        self, params: Given, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> tuple[Output, OState]:
         """Run the quantized model, and update the observers of activations with the values before they are rounded.
 
@@ -147,7 +148,7 @@ class Quantized:
         """
         return calibrate.observe_quantized(self.engine, params, ostate, qparams, args, kwargs)
 
-    def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
+    def qparams(self, params: Given, ostate: Mapping[str, State], /) -> QParamsDict:
         """Scales and zero points from observer states.
 
         Args:
@@ -163,7 +164,7 @@ class Quantized:
         """
         return calibrate.resolve(self.engine, params, ostate)
 
-    def calibrate(self, params: Params, batches: Iterable[Tree], *, progress: bool = True) -> QParamsDict:
+    def calibrate(self, params: Given, batches: Iterable[Tree], *, progress: bool = True) -> QParamsDict:
         """Observe the weights and every batch, and return qparams: :meth:`init`, :meth:`observe`, :meth:`qparams`.
 
         Args:
@@ -187,7 +188,7 @@ class Quantized:
         """
         return calibrate.calibrate(self.engine, params, batches, progress)
 
-    def apply(self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
+    def apply(self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
         """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.
 
         Args:
@@ -204,8 +205,8 @@ class Quantized:
         return apply.apply(self.engine, params, qparams, args, kwargs)
 
     def apply_and_update(
-        self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
-    ) -> tuple[Output, dict[str, Tensor]]:
+        self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+    ) -> tuple[Output, Given]:
         """:meth:`apply`, and the params with new buffers (BatchNorm statistics).
 
         Args:
@@ -220,7 +221,7 @@ class Quantized:
         return apply.apply_and_update(self.engine, params, qparams, args, kwargs)
 
     def capture(
-        self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+        self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Each quantizer's tensor in a run of the quantized model, before and after quantization.
 
@@ -319,7 +320,7 @@ class Quantized:
         return [self.part(path, call) for path, call in cut.blocks(self.engine, pattern)]
 
     def with_noise(
-        self, params: Params, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
+        self, params: Given, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
     ) -> QParamsDict:
         """The qparams with uniform numbers in [0, 1) under ``extras["noise"]`` of each quantizer that needs them.
 
@@ -380,7 +381,7 @@ class Quantized:
         """The same model and plan with all modules in evaluation mode; a new object."""
         return self._with(self.engine.skeleton.in_mode(False), self.frozen)
 
-    def freeze(self, params: Params, qparams: Mapping[str, QParams], /) -> tuple[Quantized, dict[str, Tensor]]:
+    def freeze(self, params: Given, qparams: Mapping[str, QParams], /) -> tuple[Quantized, Given]:
         """Quantize the weights once, for inference.
 
         Args:
@@ -405,17 +406,17 @@ class Quantized:
           >>> torch.equal(frozen.apply(baked, qparams, x), q.apply(params, qparams, x))
           True
         """
-        self.engine.check(params, qparams, "freeze", "qparams")
+        named = self.engine.check(params, qparams, "freeze", "qparams")
         if self.training:
             fix = "q.eval().freeze(params, qparams)"
             raise StateError(explain("freeze", "a model in training mode cannot be frozen", fix=fix))
-        quantized = self.engine.quantized_params(params, qparams)
+        quantized = self.engine.quantized_params(named, qparams)
         constants = {name: tensor.detach() for name, tensor in quantized.items()}
-        return self._with(self.engine.skeleton, frozen=True), sorted_dict(constants)
+        return self._with(self.engine.skeleton, frozen=True), self.engine.like(params, constants)
 
     def sweep(
         self,
-        params: Params,
+        params: Given,
         settings: Sequence[Mapping[str, QParams]] | Mapping[str, QParams],
         batch: Tree,
         *,
@@ -444,7 +445,7 @@ class Quantized:
         """
         return sweep.sweep(self.engine, params, settings, batch, reduce, how, progress)
 
-    def weights_seen(self, params: Params, /) -> dict[str, tuple[Tensor, QScheme]]:
+    def weights_seen(self, params: Given, /) -> dict[str, tuple[Tensor, QScheme]]:
         """Each weight as its quantizer sees it, and the scheme with axes of that layout.
 
         The BatchNorm is folded in; the weights of grouped deconvolutions have output channels first.
@@ -455,8 +456,8 @@ class Quantized:
         Returns:
           ``{quantizer name: (weight, scheme)}``, sorted.
         """
-        self.engine.skeleton.check(params, "weights_seen")
-        return sorted_dict({weight.site.quantizer: (weight.seen(params), weight.scheme) for weight in self.engine.weights})
+        named = self.engine.skeleton.check(params, "weights_seen")
+        return sorted_dict({weight.site.quantizer: (weight.seen(named), weight.scheme) for weight in self.engine.weights})
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` quantized and dequantized by one quantizer, also where it only observes.

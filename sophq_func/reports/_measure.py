@@ -14,7 +14,7 @@ from sophq_func.codes import Refusal
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import tensors
-from sophq_func.core.types import Output, Tree
+from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
 from sophq_func.model.weight_quantizer import Params
@@ -38,7 +38,7 @@ NO_SIZE = (0, 0)
 
 def report(
     q: Quantized,
-    params: Params,
+    params: Given,
     qparams: Setting,
     batches: Iterable[Tree],
     *,
@@ -78,7 +78,7 @@ def report(
     """
     _check_eval(q)
     each = _listed(batches)
-    q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
+    params = q.engine.check(params, qparams, "report", "qparams")
     on = enabled(qparams, True)
     clips = {name: clipping(config, on[name]) for name, config in q.plan.items()}
     with torch.no_grad():
