@@ -150,6 +150,19 @@ def signature(model: nn.Module) -> inspect.Signature:
     return whole.replace(parameters=[first, *others] if first.kind is first.VAR_POSITIONAL else others)
 
 
+def tensors_by_name(params: Tree, where: str) -> dict[str, Tensor]:
+    """The tensors of a tree by their paths.
+
+    Raises:
+      PlanError: it is no tree of params, see :func:`as_module`.
+    """
+    if isinstance(params, Tensor) or node_of(params) is None:
+        allowed = "a torch.nn.Module, or a tree of tensors"
+        raise PlanError(explain(where, "this has no parameters", got=type(params).__name__, allowed=allowed))
+    _check_tree(params, where)
+    return {name: leaf for name, leaf in named_leaves(params) if isinstance(leaf, Tensor)}
+
+
 def _name_of_function(f: object) -> str:
     return getattr(f, "__name__", type(f).__name__)
 

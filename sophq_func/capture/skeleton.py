@@ -21,7 +21,7 @@ from torch.func import functional_call
 from sophq_func.capture._torch import READS_ITS_OWN, Store, has_only_one_hook_before, is_parameter, own_tensors, store_of
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, Slot, Watch, enter, leave
-from sophq_func.capture.functions import FunctionModule
+from sophq_func.capture.functions import FunctionModule, tensors_by_name
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.core import modes
@@ -55,23 +55,26 @@ def is_leaf(module: nn.Module) -> bool:
     return owner is not nn.Module and owner.__module__.startswith("torch.nn.modules.")
 
 
-def params_of(model: nn.Module) -> dict[str, Tensor]:
+def params_of(model: nn.Module | Given) -> dict[str, Tensor]:
     """All parameters and buffers of a model by sorted name, detached, not copied.
 
     Non-persistent buffers are included; a tensor that has several names is listed once, by the first. This dict is what
     every function of the library calls ``params``.
 
+    Args:
+      model: a module; or the tree of a function's params, of which every leaf that is a tensor is listed by its path.
+
     Raises:
-      PlanError: ``model`` is not a ``torch.nn.Module``.
+      PlanError: ``model`` is neither.
 
     Example:
       >>> list(params_of(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False))))
       ['0.bias', '0.weight', '1.num_batches_tracked', '1.running_mean', '1.running_var']
+      >>> list(params_of({"l1": {"w": torch.ones(2, 3)}, "head": [torch.ones(3)]}))
+      ['head.0', 'l1.w']
     """
-    if not isinstance(model, nn.Module):
-        got, allowed = type(model).__name__, "a torch.nn.Module"
-        raise PlanError(explain("params_of", "the model must be a torch.nn.Module", got=got, allowed=allowed))
-    return sorted_dict({name: tensor.detach() for name, tensor in _registered(model).items()})
+    named = _registered(model) if isinstance(model, nn.Module) else tensors_by_name(model, "params_of")
+    return sorted_dict({name: tensor.detach() for name, tensor in named.items()})
 
 
 def _registered(model: nn.Module) -> dict[str, Tensor]:

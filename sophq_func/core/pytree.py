@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import optree
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -45,6 +46,14 @@ def tree_map(f: Callable[..., object], tree: Tree, *rest: Tree) -> Tree:
 def leaves(tree: Tree) -> list[Tree]:
     """All leaves, dicts in sorted key order; ``None`` is a leaf."""
     return optree.tree_leaves(tree, none_is_leaf=True)
+
+
+# tuples, since Dynamo cannot trace a union of three classes
+LEAVES = (Tensor, nn.Module, str, int, float)
+"""Classes whose instances are never taken apart."""
+
+CONTAINERS = (dict, list, set)
+"""Classes whose subclasses are taken apart by their items."""
 
 
 def torch_leaves(tree: Tree) -> list[Tree]:
@@ -86,15 +95,16 @@ def node_of(tree: Tree) -> Node | None:
         return _of_list(tree)
     if kind is tuple:
         return Node(_numbers(tree), tree, None, tuple)
-    if isinstance(tree, Tensor | nn.Module | str | int | float | None):
+    if tree is None or isinstance(tree, LEAVES):
         return None
     if kind in _pytree.SUPPORTED_NODES:
         return _of_registered(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return Node(tree._fields, tree, None, lambda parts: kind(*parts))
-    if isinstance(tree, dict | list | set):
+    if isinstance(tree, CONTAINERS):
         return _of_subclass(tree)
-    return _of_object(tree) if _is_written_in_python(kind) else None  # type: ignore[arg-type]
+    slots = slots_of(kind)
+    return None if slots is None else _of_object(tree, slots)
 
 
 def _numbers(items: Sequence[Tree]) -> list[str]:
@@ -149,9 +159,10 @@ def _of_subclass(tree: Tree) -> Node:
     return Node([str(key) for key in keys], [tree[key] for key in keys], shell, build)
 
 
-def _of_object(tree: Tree) -> Node:
+def _of_object(tree: Tree, slots: tuple[str, ...]) -> Node:
     """A dataclass or another object, by its attributes; those are set without the class's own ``__setattr__``."""
-    attributes = _attributes(tree)
+    in_slots = {name: getattr(tree, name) for name in slots if hasattr(tree, name)}
+    attributes = {**in_slots, **getattr(tree, "__dict__", {})}
     shell = object.__new__(type(tree))
 
     def build(parts: Sequence[Tree]) -> Tree:
@@ -162,17 +173,11 @@ def _of_object(tree: Tree) -> Node:
     return Node(list(attributes), list(attributes.values()), shell, build)
 
 
-def _attributes(tree: Tree) -> dict[str, Tree]:
-    """The attributes of an object, those in slots first."""
-    slots = [name for cls in type(tree).__mro__ for name in _slots(cls)]
-    in_slots = {name: getattr(tree, name) for name in slots if hasattr(tree, name)}
-    return {**in_slots, **getattr(tree, "__dict__", {})}
-
-
-def _slots(cls: type) -> tuple[str, ...]:
-    slots = cls.__dict__.get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+# Dynamo cannot read the flags of a class, and need not: this is the same in every run
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def slots_of(kind: type) -> tuple[str, ...] | None:
+    """The names of the slots of a class's instances; ``None`` where a copy of the attributes is no copy of the instance."""
+    return _slots_of(kind)  # type: ignore[arg-type]
 
 
 WRITTEN_IN_PYTHON = 1 << 9
@@ -181,12 +186,18 @@ WRITTEN_IN_PYTHON = 1 << 9
 
 # a run asks this about each object among the model's arguments
 @lru_cache(maxsize=1024)
-def _is_written_in_python(kind: type) -> bool:
-    """Whether the attributes of an instance are all that it consists of, so that a copy of them is a copy of it."""
-    has_attributes = kind.__dictoffset__ != 0 or any(map(_slots, kind.__mro__))
+def _slots_of(kind: type) -> tuple[str, ...] | None:
+    slots = tuple(name for cls in kind.__mro__ for name in _own_slots(cls))
+    has_attributes = kind.__dictoffset__ != 0 or slots
     is_pickled_by_default = all(getattr(kind, name) is getattr(object, name) for name in ("__reduce__", "__reduce_ex__"))
     is_python = all(cls is object or cls.__flags__ & WRITTEN_IN_PYTHON for cls in kind.__mro__)
-    return has_attributes and is_pickled_by_default and is_python
+    return slots if has_attributes and is_pickled_by_default and is_python else None
+
+
+def _own_slots(cls: type) -> tuple[str, ...]:
+    slots = cls.__dict__.get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def paths(spec: _pytree.TreeSpec) -> list[str]:

@@ -92,6 +92,11 @@ class Engine:
         self.check_state(state, what)
         return named
 
+    def tree(self, params: Given, where: str) -> Given:
+        """Params by name as the tree that the function takes; where the model is a module, as a sorted dict."""
+        named, structure = self.skeleton.check(params, where), self.skeleton.structure
+        return sorted_dict(named) if structure is None else structure.filled([named[name] for name in structure.names])
+
     def like(self, params: Given, named: Params) -> Given:
         """Params of the kind that was given: a dict by name, or the tree that the function takes."""
         structure = self.skeleton.structure

@@ -414,6 +414,24 @@ class Quantized:
         constants = {name: tensor.detach() for name, tensor in quantized.items()}
         return self._with(self.engine.skeleton, frozen=True), self.engine.like(params, constants)
 
+    def tree(self, params: Given, /) -> Given:
+        """Params by name, such as those of a file, as the tree that the function takes; of a module they stay a dict.
+
+        Args:
+          params: tensors by name.
+
+        Raises:
+          StateError: names that are missing or unknown.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> params, x = {"l1": {"w": torch.ones(2, 3)}}, torch.ones(1, 2)
+          >>> q = sq.quantize(lambda p, x: x @ p["l1"]["w"], sq.QuantConfig(), params=params, example_args=(x,))
+          >>> q.tree(sq.params_of(params))["l1"]["w"].shape
+          torch.Size([2, 3])
+        """
+        return self.engine.tree(params, "tree")
+
     def sweep(
         self,
         params: Given,

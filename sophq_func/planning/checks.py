@@ -12,7 +12,7 @@ from sophq_func.config.matching import is_glob
 from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.rules import QuantConfig
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, path_and_those_around
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import canonical, is_operation, operations
 from sophq_func.core.registry import Spec
@@ -90,6 +90,7 @@ def names_of(graph: Graph) -> set[str]:
     names = {*graph.modules, *graph.nodes, *graph.values}
     names.update(name for node in graph for name in node.also)
     names.update(value_quantizer(value) for value in graph.values)
+    names.update(name for parameter in graph.shapes for name in path_and_those_around(parameter))
     return names
 
 
