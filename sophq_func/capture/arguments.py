@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from sophq_func.capture.functions import signature
+from sophq_func.capture.functions import name_of, signature
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import is_compiling
-from sophq_func.core.pytree import Known, map_named
+from sophq_func.core.pytree import Known, map_named, tensors
 from sophq_func.core.types import Args, Kwargs, Tree
 
 
@@ -36,6 +36,35 @@ def as_call(batch: object, where: str = "calibrate") -> tuple[Args, dict[str, Tr
     raise StateError(
         explain(where, "this batch is not a call of the model", got=type(batch).__name__, allowed=allowed, fix=fix)
     )
+
+
+def check_call(model: nn.Module, examples: Collection[str] | None, args: Args, kwargs: Kwargs, where: str) -> None:
+    """Raise a :class:`StateError` unless a batch is a call of a model as its examples were.
+
+    A loader often yields a label beside each input. The model may refuse it, or take it for an argument that may be left
+    out, as all examples do.
+
+    Args:
+      model: the model.
+      examples: the arguments that are tensors in an example; ``None`` where they are not known.
+      args, kwargs: the batch.
+      where: the function that an error names.
+    """
+    fix = "inputs=lambda batch: batch[0] picks the inputs from what a loader yields"
+    try:
+        signature(model).bind(*args, **kwargs)
+    except TypeError as error:
+        raise StateError(
+            explain(where, "this batch is not a call of the model", because=f"{name_of(model)}: {error}", fix=fix)
+        ) from error
+    if examples is None:
+        return
+    given = [name for name, arg in zip(arguments(model).positional, args, strict=False) if tensors(arg)]
+    further = [name for name in given if name not in examples]
+    if further:
+        sentence = "this batch gives by position what no example gives"
+        otherwise = "; a dict of keyword arguments if it is meant, or plan with an example that has it"
+        raise StateError(explain(where, sentence, got=further, allowed=sorted(examples), fix=fix + otherwise))
 
 
 class Arguments(NamedTuple):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import sorted_dict
@@ -17,13 +16,15 @@ from sophq_func.model.finite import check_finite
 from sophq_func.numerics.contracts import QParams, State
 
 
-def calibrate(engine: Engine, params: Given, batches: Iterable[Tree], progress: bool) -> QParamsDict:
+def calibrate(
+    engine: Engine, params: Given, batches: Iterable[Tree], inputs: Callable[[Tree], Tree] | None, progress: bool
+) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.calibrate`."""
     ostate = init(engine, params, None)
     count = 0
     with torch.no_grad():
         for batch in shown(_checked(batches), "calibrate", progress):
-            args, kwargs = as_call(batch)
+            args, kwargs = engine.call(batch if inputs is None else inputs(batch), "calibrate")
             _, ostate = observe(engine, params, ostate, args, kwargs)
             count += 1
         if not count:

@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from sophq_func.capture.arguments import arguments
+from sophq_func.capture.arguments import arguments, as_call, check_call
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Given, Kwargs, Output
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
 from sophq_func.model.loop import Loop, MakeRunner
@@ -91,6 +91,18 @@ class Engine:
         named = self.skeleton.check(params, where)
         self.check_state(state, what)
         return named
+
+    def call(self, batch: Tree, where: str) -> tuple[Args, dict[str, Tree]]:
+        """A batch as positional and keyword arguments of the model; an error names the function ``where``.
+
+        Raises:
+          StateError: it is no call of the model, or gives by position a tensor that no example gives.
+        """
+        args, kwargs = as_call(batch, where)
+        # a part is called with other arguments than its model
+        examples = self.plan.given if self.whole is None else None
+        check_call(self.skeleton.entry, examples, args, kwargs, where)
+        return args, kwargs
 
     def tree(self, params: Given, where: str) -> Given:
         """Params by name as the tree that the function takes; where the model is a module, as a sorted dict."""

@@ -164,19 +164,29 @@ class Quantized:
         """
         return calibrate.resolve(self.engine, params, ostate)
 
-    def calibrate(self, params: Given, batches: Iterable[Tree], *, progress: bool = True) -> QParamsDict:
+    def calibrate(
+        self,
+        params: Given,
+        batches: Iterable[Tree],
+        *,
+        inputs: Callable[[Tree], Tree] | None = None,
+        progress: bool = True,
+    ) -> QParamsDict:
         """Observe the weights and every batch, and return qparams: :meth:`init`, :meth:`observe`, :meth:`qparams`.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
           batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+          inputs: takes one of these out of what ``batches`` yields, for example ``lambda batch: batch[0]`` where a loader
+            yields pairs of image and label.
           progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
 
         Returns:
           ``{quantizer name: QParams}``, sorted.
 
         Raises:
-          StateError: no batches, a value that no batch reached, or data with NaN or infinity.
+          StateError: no batches, one that is no call of the model, or that gives by position a tensor that no example gives;
+            a value that no batch reached, or data with NaN or infinity.
 
         Example:
           >>> import torch, sophq_func as sq
@@ -186,7 +196,7 @@ class Quantized:
           >>> sorted(qparams) == sorted(q.plan)
           True
         """
-        return calibrate.calibrate(self.engine, params, batches, progress)
+        return calibrate.calibrate(self.engine, params, batches, inputs, progress)
 
     def apply(self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
         """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.

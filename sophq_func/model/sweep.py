@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import flatten, leaves
@@ -57,7 +56,7 @@ def sweep(
     progress: bool,
 ) -> Tree:
     """See :meth:`sophq_func.Quantized.sweep`."""
-    args, kwargs = as_call(batch, "sweep")
+    args, kwargs = engine.call(batch, "sweep")
     named = engine.skeleton.check(params, "sweep")
     each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
     for setting in each:

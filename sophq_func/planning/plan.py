@@ -129,6 +129,15 @@ class Plan(Mapping[str, QuantizerConfig]):
         self.__setattr__(name, None)
 
     @property
+    def given(self) -> frozenset[str] | None:
+        """The arguments of the model in which an example has tensors; ``None`` where the graphs are not known."""
+        if self.origin is None:
+            return None
+        inputs = [node for graph in self.origin.graphs for node in graph if node.kind == "input"]
+        # of ``x.0``, a tensor in a list, the argument is ``x``
+        return frozenset(name.partition(".")[0] for node in inputs for name in (node.argument, *node.also))
+
+    @property
     def calls(self) -> tuple[Call, ...]:
         """The calls of the traced model, its inputs, and its output."""
         return self.wiring.calls

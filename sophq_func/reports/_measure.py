@@ -9,7 +9,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import as_call
 from sophq_func.codes import Refusal
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
@@ -139,7 +138,7 @@ def _weight_sums(q: Quantized, params: Params, on: Setting, clips: Clips) -> dic
 
 def _add_activations(q: Quantized, params: Params, on: Setting, clips: Clips, batch: Tree, sums: dict[str, Sums]) -> None:
     """Add to ``sums`` what the quantizers of activations see in one batch."""
-    args, kwargs = as_call(batch, "report")
+    args, kwargs = q.engine.call(batch, "report")
     for name, (x, y) in q.capture(params, on, *args, **kwargs).items():
         if q.plan.site(name).parameter:
             continue
@@ -167,7 +166,7 @@ class _Errors:
 
     def add(self, batch: Tree, how: str) -> None:
         """Add the errors of one more batch."""
-        args, kwargs = as_call(batch, "report")
+        args, kwargs = self._q.engine.call(batch, "report")
         truth = _floating(self._q.apply(self._params, self._off, *args, **kwargs))
 
         def error(output: Output) -> Tensor:
