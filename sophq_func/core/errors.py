@@ -69,13 +69,18 @@ def explain(
 
 
 def deprecated(text: str) -> None:
-    """Issue a ``DeprecationWarning`` that points at the user's line, however deep inside the library it arises."""
+    """:func:`warn` of something that will be gone in a later version."""
+    warn(text, DeprecationWarning)
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning that points at the user's line, however deep inside the library it arises."""
     level = 1  # of ``warnings.warn``: 1 is the line that calls it, 2 that of its caller, and so on
     frame = sys._getframe()
     while frame.f_back is not None and _is_of_this_library(frame):
         level += 1
         frame = frame.f_back
-    warnings.warn(text, DeprecationWarning, level)
+    warnings.warn(text, category, level)
 
 
 def _is_of_this_library(frame: FrameType) -> bool:

@@ -14,10 +14,11 @@ from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Site, path_and_those_around
 from sophq_func.core.errors import explain, near
-from sophq_func.core.operations import canonical, is_operation, operations
+from sophq_func.core.operations import CONTRACTIONS, canonical, is_operation, operations
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize
 from sophq_func.numerics.scheme import QuantizerConfig
+from sophq_func.planning.weights import input_dependent
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"
 """The field of a config with further operations, for errors, beside the keys that it is translated from."""
@@ -83,6 +84,25 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
     sentence = f"the calls inside leaf_module=({types},) were traced"
     because, fix = "the trace was made without it", "sq.trace(model, args, kwargs, leaf_module=config.leaves)"
     return [explain("plan", sentence, because=because, fix=fix)]
+
+
+FUNCTION = "sq.quantize(f, config, params=params, example_args=(x,)) for what is called as f(params, x)"
+"""How a model is quantized that takes its weights as an argument."""
+
+
+def is_weight_only(config: QuantConfig) -> bool:
+    """Whether a config quantizes weights, and no values."""
+    return config.weight is not None and (config.activation is None or config.quantmode == "weight_only")
+
+
+def multiplies_only_inputs(graph: Graph) -> bool:
+    """Whether a model sums over products of its inputs, and over none with a parameter."""
+    varying = input_dependent(graph)
+    products = [node for node in graph if node.function in CONTRACTIONS]
+    # a layer that sums has a matrix or more; a vector only scales or shifts
+    in_layers = any(len(graph.shapes[name]) > 1 for node in graph for name in node.parameters.values())
+    in_products = any(operand.value not in varying for node in products for operand in node.operands)
+    return bool(products) and not in_layers and not in_products
 
 
 def names_of(graph: Graph) -> set[str]:
