@@ -405,6 +405,8 @@ def _copy_without_weights(
     except Exception as error:
         sentence = f"{type(model).__name__} cannot be copied, which a pure run needs"
         fix = "give the class whose instance cannot be copied a __deepcopy__"
+        if modes.is_distributed(registered.values()):
+            fix = "plan and build before fully_shard or another function shards the model; params may be DTensors then"
         raise PlanError(explain("trace", sentence, because=f"copy.deepcopy says: {error}", fix=fix)) from error
 
 

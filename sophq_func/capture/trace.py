@@ -71,13 +71,39 @@ def trace(
     versions = [writes_into(constant) for constant in skeleton.constants]
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
-        output, _ = skeleton.run(frame, given, args, kwargs)
+        try:
+            output, _ = skeleton.run(frame, given, args, kwargs)
+        except Exception as error:
+            if any(tensor.is_meta for tensor in given.values()) and not _on_meta((args, kwargs)):
+                raise _offloaded(model, given) from error
+            raise
+    if not _on_meta(output) and any(given[name].is_meta for name in frame.reached()):
+        raise _offloaded(model, given)
     if versions != [writes_into(constant) for constant in skeleton.constants]:
         sentence = "forward must not write in place into a tensor that is a plain attribute"
         because = "a run is a pure function of parameters and buffers"
         fix = "self.register_buffer(name, tensor)"
         raise PlanError(explain(name_of(model), sentence, because=because, fix=fix))
     return frame.graph(output, model, opaque)
+
+
+def _on_meta(tree: Tree) -> bool:
+    """Whether a tree holds tensors on the ``meta`` device, or none at all."""
+    found = tensors(tree)
+    return not found or any(tensor.is_meta for tensor in found)
+
+
+def _offloaded(model: nn.Module, params: Mapping[str, Tensor]) -> PlanError:
+    """The error for parameters without numbers, in a model that is given numbers."""
+    names = [name for name, tensor in params.items() if tensor.is_meta]
+    sentence = "parameters are on the meta device, and the example is not"
+    because = "hooks that load them when a layer starts, as those of offloading do, would replace the params of a run"
+    fix = (
+        "load the model whole, or take the hooks off (accelerate.hooks.remove_hook_from_module(model, recurse=True)); "
+        "or plan with an example on meta, and give the numbers as params"
+    )
+    shown = names[:3] + ["..."] * (len(names) > 3)
+    return PlanError(explain(name_of(model), sentence, got=shown, because=because, fix=fix))
 
 
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:
@@ -128,6 +154,11 @@ class _Known(NamedTuple):
     tensor: Tensor
     operand: Operand
 
+
+PAD = (
+    "plan with torch.nested.to_padded_tensor(x, 0.0); a model whose weights alone are quantized runs on nested tensors, too"
+)
+"""What to do instead of planning with a nested tensor."""
 
 UNKNOWN = Operand(role="", slot=0)
 """The operand for a tensor that no recorded call made, such as a constant."""
@@ -222,6 +253,11 @@ class _Recorder(Frame):
         recorded = self._record(node, before, args, kwargs, output)
         return None if name == "setitem" else recorded
 
+    def reached(self) -> set[str]:
+        """Canonical names of the tensors of all modules that were called."""
+        paths = {scope.path for scope in self._scopes} | {node.path for node in self._nodes.values()}
+        return {name for path in paths for name in self._skeleton.owned[path].values()}
+
     def graph(self, output: Output, model: nn.Module, opaque: tuple[str, ...]) -> Graph:
         """The graph of the recorded run; ``output`` is what the model returned."""
         for tensor in tensors(output):
@@ -284,6 +320,8 @@ class _Recorder(Frame):
 
     def _add(self, node: Node, made: Sequence[Tensor], taken: Sequence[Tensor] = ()) -> None:
         """Add a node, and the values of the tensors that it makes; ``taken`` are those that it takes."""
+        if any(tensor.is_nested for tensor in made):
+            raise PlanError(explain(node.name, "a nested tensor has no one shape to plan for", fix=PAD))
         names = [node.name] if len(made) == 1 else [f"{node.name}.{i}" for i in range(len(made))]
         for index, (name, tensor) in enumerate(zip(names, made, strict=True)):
             self._values[name] = Value(

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import is_distributed
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.finite import check_finite
+from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 
 
@@ -36,6 +38,7 @@ def calibrate(
 def init(engine: Engine, params: Given, ostate: Mapping[str, State] | None) -> OState:
     """See :meth:`sophq_func.Quantized.init`."""
     named = engine.skeleton.check(params, "init")
+    _check_whole(engine, named, "init")
     if ostate is not None:
         engine.check_state(ostate, "ostate")
     states = {weight.site.quantizer: weight.observe(named) for weight in engine.weights}
@@ -50,6 +53,7 @@ def init(engine: Engine, params: Given, ostate: Mapping[str, State] | None) -> O
 def observe(engine: Engine, params: Given, ostate: Mapping[str, State], args: Args, kwargs: Kwargs) -> tuple[Output, OState]:
     """See :meth:`sophq_func.Quantized.observe`."""
     named = engine.check(params, ostate, "observe", "ostate")
+    _check_whole(engine, named, "observe")
     states = dict(ostate)
     output = engine.run_float(named, engine.observing(states), args, kwargs)
     return output, sorted_dict(states)
@@ -87,6 +91,15 @@ def resolve(engine: Engine, params: Given, ostate: Mapping[str, State]) -> QPara
             entry = entry._replace(scale=torch.ones_like(entry.scale))
         resolved[name] = quantizer.fake_quantize.init(entry, quantizer.seen(named), quantizer.scheme)
     return sorted_dict(resolved)
+
+
+def _check_whole(engine: Engine, params: Params, where: str) -> None:
+    """Raise a :class:`StateError` for DTensors, which torch cannot mix with the plain tensors of observer states."""
+    if engine.quantizers and is_distributed(params.values()):
+        sentence, fix = "DTensors cannot be observed", "calibrate before sharding, and replicate the qparams on the mesh"
+        raise StateError(
+            explain(where, sentence, fix=f"{fix}; or params = {{n: p.full_tensor() for n, p in params.items()}}")
+        )
 
 
 def _checked(batches: Iterable[Tree]) -> Iterable[Tree]:

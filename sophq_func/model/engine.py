@@ -13,7 +13,8 @@ from sophq_func.capture.arguments import arguments, as_call, check_call
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
-from sophq_func.core.modes import is_compiling
+from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import is_compiling, is_distributed
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
@@ -90,7 +91,18 @@ class Engine:
         """
         named = self.skeleton.check(params, where)
         self.check_state(state, what)
+        if what == "qparams" and is_distributed(named.values()):
+            self._check_distributed(state, where)
         return named
+
+    def _check_distributed(self, qparams: Mapping[str, State], where: str) -> None:
+        """Raise a :class:`StateError` unless qparams are DTensors, as the params are: torch cannot mix the two."""
+        plain = sorted(name for name in self.plan if not is_distributed([qparams[name].scale]))
+        if plain:
+            shown = plain[:3] + ["..."] * (len(plain) > 3)
+            sentence = "params are DTensors, and qparams are plain tensors"
+            fix = "tree_map(lambda t: distribute_tensor(t, mesh, [Replicate()]), qparams)"
+            raise StateError(explain(where, sentence, got=shown, because="torch cannot mix them", fix=fix))
 
     def call(self, batch: Tree, where: str) -> tuple[Args, dict[str, Tree]]:
         """A batch as positional and keyword arguments of the model; an error names the function ``where``.
@@ -123,6 +135,7 @@ class Engine:
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
+            _refuse_nested(name, x)
             if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
                 return x
             states[name] = quantizer.observer.update(states[name], x, quantizer.scheme)
@@ -137,6 +150,7 @@ class Engine:
             quantizer = self.running[name]
             if quantizer.config.observe_only:
                 return x
+            _refuse_nested(name, x)
             if quantizer.config.optional:
                 check_reached(name, qparams[name])
             return quantizer.quantize(x, qparams[name])
@@ -230,6 +244,12 @@ class Engine:
           biases: by path of a layer, the canonical name of its bias and a tensor of its shape.
         """
         return self.loop.on(self.skeleton.altered(skipped, biases))
+
+
+def _refuse_nested(name: str, x: Tensor) -> None:
+    if x.is_nested:
+        sentence, fix = "a nested tensor cannot be observed or quantized", "torch.nested.to_padded_tensor(x, 0.0)"
+        raise StateError(explain(name, sentence, fix=fix))
 
 
 def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:
