@@ -101,9 +101,9 @@ def is_plain(values: Iterable[Tensor]) -> bool:
 
 
 def is_distributed(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of these tensors is a ``DTensor``, of which each process holds a part."""
+    """Whether one of these tensors is a ``DTensor``, of which each process holds a part; never while Dynamo traces."""
     # without the module there are none; to import it takes a second
-    module = sys.modules.get("torch.distributed.tensor")
+    module = None if torch.compiler.is_compiling() else sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
