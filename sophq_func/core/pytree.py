@@ -82,7 +82,8 @@ def node_of(tree: Tree) -> Node | None:
     """A tree taken apart; ``None`` for a leaf.
 
     Nodes are dicts, lists, tuples and what else is registered with torch's pytree; sets; dataclasses; and instances of
-    any class written in Python, by their attributes, if the class does not say itself how it is pickled. Modules are leaves.
+    any class written in Python, by their attributes, unless the class says itself how it is pickled or deleted. Modules are
+    leaves.
 
     Example:
       >>> node_of({"a": 1, "b": 2}).steps
@@ -159,10 +160,12 @@ def _of_subclass(tree: Tree) -> Node:
     return Node([str(key) for key in keys], [tree[key] for key in keys], shell, build)
 
 
-def _of_object(tree: Tree, slots: tuple[str, ...]) -> Node:
+def _of_object(tree: Tree, slots: tuple[str, ...]) -> Node | None:
     """A dataclass or another object, by its attributes; those are set without the class's own ``__setattr__``."""
     in_slots = {name: getattr(tree, name) for name in slots if hasattr(tree, name)}
     attributes = {**in_slots, **getattr(tree, "__dict__", {})}
+    if not attributes:  # it stands for itself, as a marker does that is compared by identity
+        return None
     shell = object.__new__(type(tree))
 
     def build(parts: Sequence[Tree]) -> Tree:
@@ -189,9 +192,10 @@ WRITTEN_IN_PYTHON = 1 << 9
 def _slots_of(kind: type) -> tuple[str, ...] | None:
     slots = tuple(name for cls in kind.__mro__ for name in _own_slots(cls))
     has_attributes = kind.__dictoffset__ != 0 or slots
+    owns_something = hasattr(kind, "__del__")  # which the end of a copy would close
     is_pickled_by_default = all(getattr(kind, name) is getattr(object, name) for name in ("__reduce__", "__reduce_ex__"))
     is_python = all(cls is object or cls.__flags__ & WRITTEN_IN_PYTHON for cls in kind.__mro__)
-    return slots if has_attributes and is_pickled_by_default and is_python else None
+    return slots if has_attributes and is_pickled_by_default and is_python and not owns_something else None
 
 
 def _own_slots(cls: type) -> tuple[str, ...]:
