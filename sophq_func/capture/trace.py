@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -69,6 +69,7 @@ def trace(
     skeleton = Skeleton(model, opaque)
     frame = _Recorder(skeleton)
     versions = [writes_into(constant) for constant in skeleton.constants]
+    versions_given = {name: writes_into(tensor) for name, tensor in given.items()}
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         try:
@@ -84,7 +85,18 @@ def trace(
         because = "a run is a pure function of parameters and buffers"
         fix = "self.register_buffer(name, tensor)"
         raise PlanError(explain(name_of(model), sentence, because=because, fix=fix))
+    if skeleton.structure is not None:
+        written = [name for name, version in versions_given.items() if writes_into(given[name]) != version]
+        _check_function(model, written)
     return frame.graph(output, model, opaque)
+
+
+def _check_function(model: nn.Module, written: Collection[str]) -> None:
+    """Raise a :class:`PlanError` where a function wrote into some of its params, which a run has no copies of."""
+    if written:
+        sentence, because = "a function must not write into its params", "a run is a pure function of them"
+        fix = "write into a clone, and return it if it is a new state"
+        raise PlanError(explain(name_of(model), sentence, got=written, because=because, fix=fix))
 
 
 def _on_meta(tree: Tree) -> bool:
