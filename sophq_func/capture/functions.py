@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sophq_func.capture._torch import hold
 from sophq_func.core.errors import PlanError, StateError, explain, raise_all
-from sophq_func.core.pytree import flatten, named_leaves, node_of, refilled
+from sophq_func.core.pytree import flatten, named_leaves, node_of, refilled, tensors
 from sophq_func.core.types import Output, Tree
 
 CALL = "sq.quantize(f, config, params=params, example_args=(x,)), where f(params, x) is what you would call"
@@ -156,7 +156,7 @@ def tensors_by_name(params: Tree, where: str) -> dict[str, Tensor]:
     Raises:
       PlanError: it is no tree of params, see :func:`as_module`.
     """
-    if isinstance(params, Tensor) or node_of(params) is None:
+    if isinstance(params, Tensor) or not tensors(params):
         allowed = "a torch.nn.Module, or a tree of tensors"
         raise PlanError(explain(where, "this has no parameters", got=type(params).__name__, allowed=allowed))
     _check_tree(params, where)

@@ -110,9 +110,9 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def other_prefix(given: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:
-    """How the names that are given differ from those that are wanted, if all do so by one prefix; else empty.
+    """How the names that are given differ from those that are wanted, if one step of the path is all; else empty.
 
-    A wrapper around a model, or around a part of it, puts a prefix before every name inside, such as ``module.``.
+    A wrapper around a model, or around a part of it, puts a step before every name inside, such as ``module.``.
 
     Args:
       given: names.
@@ -121,15 +121,15 @@ def other_prefix(given: Collection[str], wanted: Collection[str], known: Collect
 
     Example:
       >>> other_prefix(["_orig_mod.0.weight"], ["0.weight"], ["0.weight"])
-      "have a prefix '_orig_mod.' in every name"
+      "have '_orig_mod.' in their names, which the model has not"
       >>> other_prefix(["0.weight"], ["module.0.weight"], ["module.0.weight"])
-      "lack a prefix 'module.' in every name"
+      "lack 'module.' in their names, which the model has"
     """
     extra = _prefix(given, wanted, known)
     if extra:
-        return f"have a prefix {extra!r} in every name"
+        return f"have {extra!r} in their names, which the model has not"
     lacking = _prefix(wanted, given, given)
-    return f"lack a prefix {lacking!r} in every name" if lacking else ""
+    return f"lack {lacking!r} in their names, which the model has" if lacking else ""
 
 
 def _prefix(longer: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:

@@ -12,7 +12,7 @@ from sophq_func.capture.graph import Graph
 from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Data, Site
-from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, near
+from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, near, other_prefix
 from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.diff import PlanDiff
@@ -304,6 +304,11 @@ class Plan(Mapping[str, QuantizerConfig]):
                 got, allowed = type(names[name]).__name__, types[name].__name__
                 raise StateError(explain(f"{what}[{name!r}]", "the class is wrong", got=got, allowed=allowed, fix=fix))
         missing = [name for name in types if name not in names]
+        renamed = other_prefix(names, types, {*types, *known}) if missing else ""
+        if renamed:
+            raise StateError(
+                explain(what, f"the names {renamed}", fix="take the qparams and the plan of one model, not of a wrapper")
+            )
         if missing:
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
         extra = [name for name in names if name not in types and name not in known]
