@@ -112,6 +112,7 @@ class Skeleton:
         self.module, self.constants, names = _copy_without_weights(model, registered)
         self._module_at = dict(self.module.named_modules())
         self._aliases = aliases(self.module, names)
+        self._unfilled = {place[:2]: self._module_at[place.path].__dict__[place.attribute] for place in self._aliases}
         self._tensors = self._named_tensors()
         self._holders = self._holders_by_name()
         self._rebound: list[Binding] = []  # what the model bound anew in an eager run
@@ -291,6 +292,8 @@ class Skeleton:
             # Dynamo cannot trace a ``Memory``: put back those attributes that an eager run bound anew
             result = self._run(self._call, frame, params, args, kwargs)
             rebind(self._rebound)
+            for path, attribute, _ in self._aliases:  # a tensor of a transform that stays here could not leave the program
+                self._module_at[path].__dict__[attribute] = self._unfilled[path, attribute]
             return result
         with self._lock:
             memory = Memory(self.entry.modules())

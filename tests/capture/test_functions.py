@@ -309,6 +309,19 @@ def test_a_gradient_to_a_tree_compiles_in_one_graph() -> None:
     same(torch.compile(grad(loss), backend="aot_eager", fullgraph=True)(r.params), grad(loss)(r.params))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_run_keeps_none_of_the_params() -> None:
+    x = batch()
+    r = ready(mlp, mlp_params(), x)
+    new = sq.build(mlp, r.q.plan, params=r.params)  # has never run in eager
+    compiled = torch.compile(grad(lambda p: new.apply(p, r.qparams, x).sum()), backend="aot_eager", fullgraph=True)
+    same(compiled(r.params), grad(lambda p: r.q.apply(p, r.qparams, x).sum())(r.params))
+    assert b"mlp" in pickle.dumps(new)
+    same(new.apply(r.params, r.qparams, x), r(x))
+    assert all(leaf.is_meta for leaf in new.engine.skeleton.module.leaves)  # type: ignore[union-attr]
+
+
 def test_a_single_tensor_is_named_as_the_argument() -> None:
     w, x = torch.randn(6, 3), batch()
     r = ready(lambda kernel, x: x @ kernel, w, x)
