@@ -58,7 +58,8 @@ class Structure:
         found = {name or self._root: leaf for name, leaf in named_leaves(params)}
         if not isinstance(params, Tensor) and node_of(params) is None:
             sentence, got = "params must be the tree that the function takes", type(params).__name__
-            raise StateError(explain(where, sentence, got=got, allowed=f"a tree with the leaves {list(self.names)}"))
+            shown = [*self.names[:3], *["..."][: len(self.names) - 3]]
+            raise StateError(explain(where, sentence, got=got, allowed=f"a tree with the leaves {', '.join(shown)}"))
         problems = []
         for name, constant in self.constants.items():
             leaf = found.get(name, constant)
@@ -146,8 +147,9 @@ def signature(model: nn.Module) -> inspect.Signature:
         whole = inspect.signature(model.f)
     except ValueError:  # a function that is written in C says nothing
         return inspect.signature(model.forward)
-    first, *others = whole.parameters.values()
-    return whole.replace(parameters=[first, *others] if first.kind is first.VAR_POSITIONAL else others)
+    parameters = list(whole.parameters.values())
+    takes_any = parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+    return whole if takes_any else whole.replace(parameters=parameters[1:])
 
 
 def tensors_by_name(params: Tree, where: str) -> dict[str, Tensor]:

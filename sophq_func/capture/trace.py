@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -69,7 +69,7 @@ def trace(
     skeleton = Skeleton(model, opaque)
     frame = _Recorder(skeleton)
     versions = [writes_into(constant) for constant in skeleton.constants]
-    versions_given = {name: writes_into(tensor) for name, tensor in given.items()}
+    versions_of_params = {name: writes_into(tensor) for name, tensor in given.items()}
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         try:
@@ -78,6 +78,7 @@ def trace(
             if any(tensor.is_meta for tensor in given.values()) and not _on_meta((args, kwargs)):
                 raise _offloaded(model, given) from error
             raise
+    # that it ran with numbers, though its parameters have none, was the work of hooks
     if not _on_meta(output) and any(given[name].is_meta for name in frame.reached()):
         raise _offloaded(model, given)
     if versions != [writes_into(constant) for constant in skeleton.constants]:
@@ -86,17 +87,12 @@ def trace(
         fix = "self.register_buffer(name, tensor)"
         raise PlanError(explain(name_of(model), sentence, because=because, fix=fix))
     if skeleton.structure is not None:
-        written = [name for name, version in versions_given.items() if writes_into(given[name]) != version]
-        _check_function(model, written)
+        written = [name for name, version in versions_of_params.items() if writes_into(given[name]) != version]
+        if written:
+            sentence, because = "a function must not write into its params", "a run is a pure function of them"
+            fix = "write into a clone, and return it if it is a new state"
+            raise PlanError(explain(name_of(model), sentence, got=written, because=because, fix=fix))
     return frame.graph(output, model, opaque)
-
-
-def _check_function(model: nn.Module, written: Collection[str]) -> None:
-    """Raise a :class:`PlanError` where a function wrote into some of its params, which a run has no copies of."""
-    if written:
-        sentence, because = "a function must not write into its params", "a run is a pure function of them"
-        fix = "write into a clone, and return it if it is a new state"
-        raise PlanError(explain(name_of(model), sentence, got=written, because=because, fix=fix))
 
 
 def _on_meta(tree: Tree) -> bool:
