@@ -121,12 +121,12 @@ def as_module(model: object, params: Tree, where: str) -> nn.Module:
     """
     if params is None and isinstance(model, nn.Module):
         return model
-    if not callable(model):
+    if not callable(model) or isinstance(model, type):
         got, allowed = type(model).__name__, "a torch.nn.Module, or a function with params="
         raise PlanError(explain(where, "the model must be a module or a function", got=got, allowed=allowed))
     if params is None:
         sentence = f"{_name_of_function(model)} is a function, which needs its params"
-        raise PlanError(explain(where, sentence, got="params=None", fix=CALL))
+        raise PlanError(explain(where, sentence, got=None, allowed="the tree that it takes first", fix=CALL))
     if isinstance(model, nn.Module) and any(True for _ in (*model.parameters(), *model.buffers())):
         sentence = f"{type(model).__name__} has parameters of its own, and cannot take others by params="
         raise PlanError(explain(where, sentence, fix="leave params= out, or move its parameters into the tree"))
