@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
 from sophq_func.numerics.contracts import QParams
@@ -29,7 +29,7 @@ class Fidelity(NamedTuple):
 
 
 def fidelity(
-    q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /, *args: object, **kwargs: object
+    q: Quantized, params: Given, qparams: Mapping[str, QParams], /, *args: object, **kwargs: object
 ) -> dict[str, Fidelity]:
     """Range and signal-to-quantization-noise ratio at each quantizer, on the values that reach it in the quantized model.
 
@@ -77,7 +77,7 @@ class Sensitivity(NamedTuple):
 
 def sensitivity(
     q: Quantized,
-    params: Mapping[str, Tensor],
+    params: Given,
     qparams: Mapping[str, QParams],
     batch: Tensor | Args | Kwargs,
     loss: Callable[[Output], Tensor],

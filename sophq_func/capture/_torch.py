@@ -76,6 +76,18 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((attribute, tensor) for attribute, tensor in store.items() if tensor is not None)
 
 
+def hold(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Make a tensor a parameter of a module if it is floating, else a buffer, and return it.
+
+    Names may have dots and be those of attributes, which ``register_parameter`` refuses; ``getattr`` does not find them.
+    """
+    if tensor.is_floating_point() or tensor.is_complex():
+        tensor = nn.Parameter(tensor)
+    store: dict = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    store[name] = tensor
+    return tensor
+
+
 def store_of(module: nn.Module, attribute: str) -> Store:
     """The dict in which a module holds a parameter or buffer.
 

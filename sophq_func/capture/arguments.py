@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from sophq_func.capture.functions import name_of, signature
 from sophq_func.core.errors import StateError, explain
-from sophq_func.core.pytree import map_named
+from sophq_func.core.modes import is_compiling
+from sophq_func.core.pytree import Known, map_named, tensors
 from sophq_func.core.types import Args, Kwargs, Tree
 
 
@@ -36,6 +38,35 @@ def as_call(batch: object, where: str = "calibrate") -> tuple[Args, dict[str, Tr
     )
 
 
+def check_call(model: nn.Module, examples: Collection[str] | None, args: Args, kwargs: Kwargs, where: str) -> None:
+    """Raise a :class:`StateError` unless a batch is a call of a model as its examples were.
+
+    A loader often yields a label beside each input. The model may refuse it, or take it for an argument that may be left
+    out, as all examples do.
+
+    Args:
+      model: the model.
+      examples: the arguments that are tensors in an example; ``None`` where they are not known.
+      args, kwargs: the batch.
+      where: the function that an error names.
+    """
+    fix = "inputs=lambda batch: batch[0] picks the inputs from what a loader yields"
+    try:
+        signature(model).bind(*args, **kwargs)
+    except TypeError as error:
+        raise StateError(
+            explain(where, "this batch is not a call of the model", because=f"{name_of(model)}: {error}", fix=fix)
+        ) from error
+    if examples is None:
+        return
+    given = [name for name, arg in zip(arguments(model).positional, args, strict=False) if tensors(arg)]
+    further = [name for name in given if name not in examples]
+    if further:
+        sentence = "this batch gives by position what no example gives"
+        otherwise = "; a dict of keyword arguments if it is meant, or plan with an example that has it"
+        raise StateError(explain(where, sentence, got=further, allowed=sorted(examples), fix=fix + otherwise))
+
+
 class Arguments(NamedTuple):
     """Names of the arguments of a model's ``forward``.
 
@@ -49,10 +80,10 @@ class Arguments(NamedTuple):
 
 
 def arguments(model: nn.Module) -> Arguments:
-    """Names of the arguments of ``model.forward``."""
+    """Names of the arguments of ``model.forward``, or of a function without its params."""
     kinds = inspect.Parameter
     positional, rest = [], "args"
-    for name, parameter in inspect.signature(model.forward).parameters.items():
+    for name, parameter in signature(model).parameters.items():
         if parameter.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD):
             positional.append(name)
         elif parameter.kind is kinds.VAR_POSITIONAL:
@@ -63,8 +94,12 @@ def arguments(model: nn.Module) -> Arguments:
 def map_inputs(
     names: Arguments, args: Args, kwargs: Kwargs, f: Callable[[str, Tensor], Tree]
 ) -> tuple[Args, dict[str, Tree]]:
-    """Replace each tensor among a call's arguments by ``f(name, tensor)``, with names such as ``x.0`` inside a list."""
+    """A copy of a call's arguments with ``f(name, tensor)`` in place of each tensor, named such as ``x.0`` inside a list.
+
+    Dicts, caches and all else that may be written into is new: what a model is given enters each run as it was.
+    """
+    known: Known | None = None if is_compiling() else {}  # Dynamo cannot tell identities of what the program makes itself
     further = (f"{names.rest}.{i}" for i in range(len(args) - len(names.positional)))
     by_position = zip((*names.positional, *further), args, strict=False)
-    new_args = tuple(map_named(name, arg, f) for name, arg in by_position)
-    return new_args, {name: map_named(name, arg, f) for name, arg in kwargs.items()}
+    new_args = tuple(map_named(name, arg, f, known) for name, arg in by_position)
+    return new_args, {name: map_named(name, arg, f, known) for name, arg in kwargs.items()}

@@ -31,16 +31,23 @@ from sophq_func.capture._torch import (
 )
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, OwnHook, Slot, Watch, enter, leave
+from sophq_func.capture.functions import FunctionModule, tensors_by_name
 from sophq_func.capture.hidden import reported
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.core import modes
-from sophq_func.core.errors import PlanError, StateError, explain, near, raise_all
+from sophq_func.core.errors import PlanError, StateError, explain, near, other_prefix, raise_all
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Kwargs, Output, Tree
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 
 Result: TypeAlias = tuple[Output, dict[str, Tensor]]
 """The output of a run, and the buffers after it."""
+
+UNWRAP = (
+    "params = sq.params_of(model) of the model that was planned: model._orig_mod inside torch.compile(model), "
+    "model.module inside a parallel wrapper"
+)
+"""What to do about names that have a prefix."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Classes of ``torch.nn`` that are not leaves even where they have no children."""
@@ -62,23 +69,26 @@ def is_leaf(module: nn.Module) -> bool:
     return owner is not nn.Module and owner.__module__.startswith("torch.nn.modules.")
 
 
-def params_of(model: nn.Module) -> dict[str, Tensor]:
+def params_of(model: nn.Module | Given) -> dict[str, Tensor]:
     """All parameters and buffers of a model by sorted name, detached, not copied.
 
     Non-persistent buffers are included; a tensor that has several names is listed once, by the first. This dict is what
     every function of the library calls ``params``.
 
+    Args:
+      model: a module; or the tree of a function's params, of which every leaf that is a tensor is listed by its path.
+
     Raises:
-      PlanError: ``model`` is not a ``torch.nn.Module``.
+      PlanError: ``model`` is neither.
 
     Example:
       >>> list(params_of(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False))))
       ['0.bias', '0.weight', '1.num_batches_tracked', '1.running_mean', '1.running_var']
+      >>> list(params_of({"l1": {"w": torch.ones(2, 3)}, "head": [torch.ones(3)]}))
+      ['head.0', 'l1.w']
     """
-    if not isinstance(model, nn.Module):
-        got, allowed = type(model).__name__, "a torch.nn.Module"
-        raise PlanError(explain("params_of", "the model must be a torch.nn.Module", got=got, allowed=allowed))
-    return sorted_dict({name: tensor.detach() for name, tensor in registered_tensors(model).items()})
+    named = registered_tensors(model) if isinstance(model, nn.Module) else tensors_by_name(model, "params_of")
+    return sorted_dict({name: tensor.detach() for name, tensor in named.items()})
 
 
 def registered_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -98,6 +108,7 @@ class Skeleton:
       owned: for the first path of each module, the canonical names of its own tensors, by attribute.
       paths: every path of each module, by its first.
       constants: copies of the tensors that are plain attributes of modules.
+      structure: where the model is a function, the tree of its params.
     """
 
     def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
@@ -111,9 +122,11 @@ class Skeleton:
         }
         self._owned_in_all = self.owned
         self.paths = _all_paths(model)
+        self.structure = model.structure if isinstance(model, FunctionModule) else None
         self.module, self.constants, names = _copy_without_weights(model, registered)
         self._module_at = dict(self.module.named_modules())
         self._aliases = aliases(self.module, names)
+        self._unfilled = {place[:2]: self._module_at[place.path].__dict__[place.attribute] for place in self._aliases}
         self._tensors = self._named_tensors()
         self._holders = self._holders_by_name()
         self._rebound: list[Binding] = []  # what the model bound anew in an eager run
@@ -222,28 +235,43 @@ class Skeleton:
         """Path and attribute of each module that holds a parameter or buffer."""
         return list(self._holders.get(name, ()))
 
-    def check(self, params: Mapping[str, Tensor], where: str) -> None:
-        """Check that ``params`` holds the tensors that a run uses; ``where`` is the function that an error names.
+    def check(self, params: Given, where: str) -> Mapping[str, Tensor]:
+        """The tensors that a run uses, and maybe others of the model, by name.
+
+        Args:
+          params: a dict of these; or, where the model is a function, the tree that it takes.
+          where: the function that an error names.
 
         Raises:
           StateError: with every parameter that is missing, unknown or not a tensor.
         """
-        fix = "params = sq.params_of(model)"
+        if self.structure is not None:
+            params = self.structure.named(params, where)
+        fix = "params = sq.params_of(model)" if self.structure is None else "params as the function was planned with"
         if not isinstance(params, Mapping):
             got, allowed = type(params).__name__, "a dict {name: Tensor}"
             raise StateError(explain(where, "params must be a dict of tensors", got=got, allowed=allowed, fix=fix))
         problems = []
         if not self.names <= params.keys() <= self.all_names:
-            missing = sorted(self.names - params.keys())
-            problems += [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
-            for name in sorted(map(str, params.keys() - self.all_names)):
-                hint = near(name, missing or self.names) or "leave it out"
-                problems.append(f"{where}: params hold {name!r}, which is not in the model. Fix: {hint}.")
+            problems += self._misnamed(params.keys(), where, fix)
         for name, value in params.items():
             if not isinstance(value, Tensor):
                 sentence, got = f"params[{name!r}] must be a tensor", type(value).__name__
                 problems.append(explain(where, sentence, got=got, allowed="a Tensor", fix=fix))
         raise_all(problems, StateError)
+        return params
+
+    def _misnamed(self, given: Collection[str], where: str, fix: str) -> list[str]:
+        """What is wrong with the names of params, in a sentence each; one for a prefix that all have in common."""
+        renamed = other_prefix(given, self.names, self.all_names)
+        if renamed:
+            return [explain(where, f"params {renamed}", fix=UNWRAP)]
+        missing = sorted(self.names - set(given))
+        problems = [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
+        for name in sorted(map(str, set(given) - self.all_names)):
+            hint = near(name, missing or self.names) or "leave it out"
+            problems.append(f"{where}: params hold {name!r}, which is not in the model. Fix: {hint}.")
+        return problems
 
     def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``params`` with buffers detached, so that no gradient reaches them."""
@@ -297,6 +325,8 @@ class Skeleton:
             # Dynamo cannot trace a ``Memory``: put back those attributes that an eager run bound anew
             result = self._run(self._call, frame, params, args, kwargs)
             rebind(self._rebound)
+            for path, attribute, _ in self._aliases:  # a tensor of a transform that stays here could not leave the program
+                self._module_at[path].__dict__[attribute] = self._unfilled[path, attribute]
             return result
         with self._lock:
             memory = Memory(self.entry.modules())
@@ -354,6 +384,8 @@ class Skeleton:
 
     def _call(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
         """The model's output with these tensors, and its buffers afterwards; Dynamo can trace it."""
+        if self.structure is not None:  # a function reads its params from an attribute, which the run has filled in
+            return self.entry(*args, **kwargs), {name: now[name] for name in self.buffers}
         tensors = {place: now[name] for place, name in self._tensors.items()}
         output = functional_call(self.entry, tensors, args, dict(kwargs), tie_weights=False)
         return output, {name: tensors[place] for place, name in self._tensors.items() if name in self.buffers}
@@ -433,6 +465,8 @@ def _copy_without_weights(
     except Exception as error:
         sentence = f"{type(model).__name__} cannot be copied, which a pure run needs"
         fix = "give the class whose instance cannot be copied a __deepcopy__"
+        if modes.is_distributed(registered.values()):
+            fix = "plan and build before fully_shard or another function shards the model; params may be DTensors then"
         raise PlanError(explain("trace", sentence, because=f"copy.deepcopy says: {error}", fix=fix)) from error
     for part in module.modules():
         if isinstance(part, torch.jit.ScriptModule):  # copied by its own method, which knows nothing of the memo

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from sophq_func.capture import axes
 from sophq_func.capture._torch import parameters_in, without_fakes
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
 from sophq_func.capture.frame import Frame, Function, item
+from sophq_func.capture.functions import as_module, name_of, signature
 from sophq_func.capture.graph import REPARAMETRIZE, Factor, Graph, Node, Operand, Option, Scope, Value
 from sophq_func.capture.naming import CallNames
 from sophq_func.capture.products import multiplications, multiplied
@@ -23,7 +23,7 @@ from sophq_func.capture.transforms import depth, innermost, whole
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
 from sophq_func.core.operations import CONTRACTIONS, MOVES, called
-from sophq_func.core.pytree import flatten, has_floating, map_named, tensors
+from sophq_func.core.pytree import flatten, has_floating, named_leaves, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 UNSEEN = frozenset(("requires_grad", "make_dual"))
@@ -45,10 +45,11 @@ SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr
 
 
 def trace(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Output],
     args: Args = (),
     kwargs: Kwargs | None = None,
     *,
+    params: Tree = None,
     leaf_module: tuple[type, ...] = (),
 ) -> Graph:
     """Run ``model`` once on an example and record its calls and dataflow; the model is not changed.
@@ -57,9 +58,10 @@ def trace(
     detached, so that autograd keeps nothing for a model that does not.
 
     Args:
-      model: any module. Python control flow takes the branches that the example takes.
+      model: any module, or a function of params and inputs. Python control flow takes the branches that the example takes.
       args: positional arguments of the example; a single tensor counts as a tuple of it.
       kwargs: keyword arguments of the example.
+      params: of a function, the tree that it takes first; see :func:`sophq_func.quantize`.
       leaf_module: further module classes that are recorded as one call, without the calls inside.
 
     Returns:
@@ -75,23 +77,39 @@ def trace(
         0(input)
         1(0)
     """
-    params = params_of(model)
     if isinstance(model, torch.jit.ScriptModule):
         fix = "quantize the module from which it was scripted or traced"
         raise PlanError(explain("trace", "a ScriptModule runs where no call of it can be seen", fix=fix))
+    model = as_module(model, params, "trace")
+    given = params_of(model)
     args, kwargs = _checked_call(model, args, kwargs)
     opaque = tuple(path for path, module in model.named_modules() if leaf_module and isinstance(module, leaf_module))
     skeleton = Skeleton(model, opaque)
     frame = _Recorder(skeleton, {id(tensor): name for name, tensor in registered_tensors(model).items()})
     versions = [writes_into(constant) for constant in skeleton.constants]
+    versions_of_params = {name: writes_into(tensor) for name, tensor in given.items()}
     with torch.random.fork_rng():
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
-        output, _ = skeleton.run(frame, params, args, kwargs)
+        try:
+            output, _ = skeleton.run(frame, given, args, kwargs)
+        except Exception as error:
+            if any(tensor.is_meta for tensor in given.values()) and not _on_meta((args, kwargs)):
+                raise _offloaded(model, given) from error
+            raise
+    # that it ran with numbers, though its parameters have none, was the work of hooks
+    if not _on_meta(output) and any(given[name].is_meta for name in frame.reached()):
+        raise _offloaded(model, given)
     if versions != [writes_into(constant) for constant in skeleton.constants]:
         sentence = "forward must not write in place into a tensor that is a plain attribute"
         because = "a run is a pure function of parameters and buffers"
         fix = "self.register_buffer(name, tensor)"
-        raise PlanError(explain(type(model).__name__, sentence, because=because, fix=fix))
+        raise PlanError(explain(name_of(model), sentence, because=because, fix=fix))
+    if skeleton.structure is not None:
+        written = [name for name, version in versions_of_params.items() if writes_into(given[name]) != version]
+        if written:
+            sentence, because = "a function must not write into its params", "a run is a pure function of them"
+            fix = "write into a clone, and return it if it is a new state"
+            raise PlanError(explain(name_of(model), sentence, got=written, because=because, fix=fix))
     graph = frame.graph(output, model, opaque)
     graph.example = _without_numbers(args, kwargs)
     return graph
@@ -105,6 +123,25 @@ def _without_numbers(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     empty = [torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     example: tuple[Args, Kwargs] = rebuild(empty)
     return example
+
+
+def _on_meta(tree: Tree) -> bool:
+    """Whether a tree holds tensors on the ``meta`` device, or none at all."""
+    found = tensors(tree)
+    return not found or any(tensor.is_meta for tensor in found)
+
+
+def _offloaded(model: nn.Module, params: Mapping[str, Tensor]) -> PlanError:
+    """The error for parameters without numbers, in a model that is given numbers."""
+    names = [name for name, tensor in params.items() if tensor.is_meta]
+    sentence = "parameters are on the meta device, and the example is not"
+    because = "hooks that load them when a layer starts, as those of offloading do, would replace the params of a run"
+    fix = (
+        "load the model whole, or take the hooks off (accelerate.hooks.remove_hook_from_module(model, recurse=True)); "
+        "or plan with an example on meta, and give the numbers as params"
+    )
+    shown = names[:3] + ["..."] * (len(names) > 3)
+    return PlanError(explain(name_of(model), sentence, got=shown, because=because, fix=fix))
 
 
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:
@@ -126,9 +163,9 @@ def _checked_call(model: nn.Module, args: object, kwargs: object) -> tuple[Args,
     positional = (args,) if isinstance(args, Tensor) else tuple(args)
     keywords = dict(kwargs or {})
     try:
-        inspect.signature(model.forward).bind(*positional, **keywords)
+        signature(model).bind(*positional, **keywords)
     except TypeError as error:
-        sentence = f"{type(model).__name__}.forward cannot be called with this example"
+        sentence = f"{name_of(model)} cannot be called with this example"
         raise PlanError(explain("trace", sentence, because=str(error), fix=fix)) from error
     return positional, keywords
 
@@ -180,6 +217,12 @@ class _Derived(NamedTuple):
 
     tensor: Tensor
     origin: _Origin
+
+
+PAD = (
+    "plan with torch.nested.to_padded_tensor(x, 0.0); a model whose weights alone are quantized runs on nested tensors, too"
+)
+"""What to do instead of planning with a nested tensor."""
 
 
 UNKNOWN = Operand(role="", slot=0)
@@ -413,6 +456,11 @@ class _Recorder(Frame):
             names[attribute] = self._operand(held[attribute]).parameter
         return {attribute: name for attribute, name in names.items() if name}
 
+    def reached(self) -> set[str]:
+        """Canonical names of the tensors of all modules that were called."""
+        paths = {scope.path for scope in self._scopes} | {node.path for node in self._nodes.values()}
+        return {name for path in paths for name in self._skeleton.owned[path].values()}
+
     def graph(self, output: Output, model: nn.Module, opaque: tuple[str, ...]) -> Graph:
         """The graph of the recorded run; ``output`` is what the model returned."""
         for tensor in tensors(output):
@@ -521,6 +569,8 @@ class _Recorder(Frame):
 
     def _add(self, node: Node, made: Sequence[Tensor], taken: Sequence[Tensor] = ()) -> None:
         """Add a node, and the values of the tensors that it makes; ``taken`` are those that it takes."""
+        if any(tensor.is_nested for tensor in made):
+            raise PlanError(explain(node.name, "a nested tensor has no one shape to plan for", fix=PAD))
         names = [node.name] if len(made) == 1 else [f"{node.name}.{i}" for i in range(len(made))]
         for index, (name, tensor) in enumerate(zip(names, made, strict=True)):
             self._values[name] = Value(
@@ -537,27 +587,15 @@ class _Recorder(Frame):
 
     def _operands(self, args: Args, kwargs: Kwargs) -> tuple[Operand, ...]:
         """Each tensor among the arguments of a call."""
-        operands: list[Operand] = []
+        given = [*named_leaves(args), *named_leaves(dict(kwargs))]
+        named = [(role, leaf) for role, leaf in given if isinstance(leaf, Tensor)]
+        return tuple(self._as_operand(role, slot, tensor) for slot, (role, tensor) in enumerate(named))
 
-        def add(role: str, tensor: Tensor) -> Tensor:
-            known = self._operand(tensor)
-            operands.append(
-                replace(
-                    known,
-                    role=role,
-                    slot=len(operands),
-                    shape=tuple(tensor.shape),
-                    axes=self._axes(tensor, known),
-                    kind=_kind(tensor),
-                )
-            )
-            return tensor
-
-        for i, arg in enumerate(args):
-            map_named(str(i), arg, add)
-        for name, arg in kwargs.items():
-            map_named(name, arg, add)
-        return tuple(operands)
+    def _as_operand(self, role: str, slot: int, tensor: Tensor) -> Operand:
+        """A tensor as an operand of a call."""
+        known = self._operand(tensor)
+        axes, kind = self._axes(tensor, known), _kind(tensor)
+        return replace(known, role=role, slot=slot, shape=tuple(tensor.shape), axes=axes, kind=kind)
 
 
 def _constants(func: Function, args: Args, kwargs: Kwargs) -> dict[str, Option]:

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from torch import Tensor
 
 from sophq_func.config.site import Site
+from sophq_func.core.errors import other_prefix
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.shapes import Leaf, expected, front_axes, is_shaped, qparams_misfits, state_misfits
 from sophq_func.numerics.contracts import QParams, State
@@ -43,7 +44,11 @@ def differences(
 
 
 def _of_names(names: Mapping[str, object], here: Plan) -> Iterator[str]:
-    """Quantizers that only the file or only the plan has."""
+    """Quantizers that only the file or only the plan has; one line where only a step of their paths differs."""
+    renamed = other_prefix(names, here, here)
+    if renamed and names.keys() != here.keys():
+        yield f"the quantizers in the file {renamed}"
+        return
     yield from (f"missing in the file: {name}" for name in here if name not in names)
     yield from (f"unknown to the plan: {name}" for name in names if name not in here)
 
@@ -90,6 +95,10 @@ def _of_sites(name: str, before: Site, after: Site) -> Iterator[str]:
 
 def _of_params(params: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Iterator[str]:
     """Parameters that only the file or only the model has, and those of another dtype or shape."""
+    renamed = other_prefix(params, here, here)
+    if renamed and params.keys() != here.keys():
+        yield f"the parameters in the file {renamed}"
+        return
     yield from (f"missing in the file: parameter {name}" for name in here if name not in params)
     yield from (f"unknown to the model: parameter {name}" for name in sorted(params) if name not in here)
     in_both = [name for name in here if name in params]

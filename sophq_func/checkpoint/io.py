@@ -17,7 +17,7 @@ from sophq_func.checkpoint import sealed
 from sophq_func.checkpoint.compare import differences
 from sophq_func.checkpoint.sealed import parse, refuse, short
 from sophq_func.core.errors import CheckpointError, ConfigError, StateError, explain, raise_all
-from sophq_func.core.pytree import sorted_dict, tree_map
+from sophq_func.core.pytree import node_of, sorted_dict, tree_map
 from sophq_func.core.version import __version__
 from sophq_func.model.flat import flat, merge
 from sophq_func.model.quantized import Quantized
@@ -151,7 +151,7 @@ def save(
       plan: ``q.plan``; without it :meth:`Checkpoint.check` can compare names, shapes and dtypes only.
       qparams: from ``q.calibrate`` or training, or a :func:`stack` of several.
       ostate: from ``q.init`` or ``q.observe``; needs the plan, whose observers define the classes of the states.
-      params: from :func:`params_of` or training.
+      params: from :func:`params_of` or training, by name.
 
     Raises:
       CheckpointError: no part is given; states do not fit the plan; a scale is NaN; a tensor is sparse, batched or
@@ -287,7 +287,11 @@ def _flat(parts: Parts) -> Tensors:
     named = {(part, name): leaf for part, tensors in leaves.items() for name, leaf in tensors.items()}
     problems = [
         explain(
-            part, f"the entry {short(name)} cannot be saved", got=type(leaf).__name__, allowed="a Tensor with a dotted name"
+            part,
+            f"the entry {short(name)} cannot be saved",
+            got=type(leaf).__name__,
+            allowed="a Tensor with a dotted name",
+            fix="sq.params_of(tree) has the tensors of a tree by name" if node_of(leaf) else "",
         )
         for (part, name), leaf in named.items()
         if not isinstance(name, str) or not isinstance(leaf, Tensor)

@@ -48,8 +48,10 @@ def bias_step(stored: Stored, input_scale: Tensor) -> Tensor | None:
         return None
     # the scales of a grouped deconvolution are those of the arranged weight, whose axis 0 has all output channels
     ndim = max(stored.codes.ndim, 1)
-    axis = 0 if is_regrouped(stored.site) else stored.site.axis % ndim
-    is_per_channel = isinstance(granularity, PerChannel) and (granularity.axis or 0) % ndim == axis
+    own = 0 if is_regrouped(stored.site) else stored.site.axis
+    of_scales = granularity.axis or 0 if isinstance(granularity, PerChannel) else ()
+    # scales along several axes give a sum several steps
+    is_per_channel = isinstance(own, int) and isinstance(of_scales, int) and own % ndim == of_scales % ndim
     return scale * input_scale if scale.ndim == 0 or is_per_channel else None
 
 

@@ -151,11 +151,11 @@ class Site(Neutral):
         return OperandSite(*self.anchor, self.operand), *self.more
 
     def names(self) -> tuple[str, ...]:
-        """Every dotted name by which a rule matches: of the quantizer, of the value, and of each module around."""
+        """Every dotted name by which a rule matches: of the quantizer, its value or parameter, and each module around."""
         names = dict.fromkeys((self.quantizer, self.value, *self.also, *self.aliases))
-        for path in self.paths:
-            parts = path.split(".")
-            names.update(dict.fromkeys(".".join(parts[:n]) for n in range(len(parts), 0, -1)))
+        # what a function multiplies with is known by its own path, not by that of the module around the call
+        for path in (*self.paths, *([self.parameter] if self.function else ())):
+            names.update(dict.fromkeys(path_and_those_around(path)))
         return tuple(name for name in names if name)
 
     @cached_property
@@ -311,6 +311,17 @@ def _items(name: str, value: object, expected: tuple[type, ...]) -> tuple[Any, .
     if not isinstance(value, list | tuple) or len(value) != len(expected) or not all(map(isinstance, value, expected)):
         raise TypeError(f"{name} of a site cannot hold {value!r}")
     return tuple(value)
+
+
+def path_and_those_around(path: str) -> list[str]:
+    """A dotted path, and those of which it is a part.
+
+    Example:
+      >>> path_and_those_around("layers.0.weight")
+      ['layers.0.weight', 'layers.0', 'layers']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 @lru_cache(maxsize=1024)

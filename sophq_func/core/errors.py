@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import FrameType
 
 
@@ -73,11 +73,11 @@ def explain(
 
 
 def deprecated(text: str) -> None:
-    """Issue a ``DeprecationWarning`` that points at the user's line."""
+    """:func:`warn` of something that will be gone in a later version."""
     warn(text, DeprecationWarning)
 
 
-def warn(text: str, category: type[Warning]) -> None:
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that points at the user's line, however deep inside the library it arises."""
     level = 1  # of ``warnings.warn``: 1 is the line that calls it, 2 that of its caller, and so on
     frame = sys._getframe()
@@ -111,6 +111,49 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     matches = difflib.get_close_matches(name, candidates, n=count, cutoff=SIMILARITY)
     suggestions = " or ".join(map(repr, matches))
     return f"did you mean {suggestions}?" if matches else ""
+
+
+def other_prefix(given: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:
+    """How the names that are given differ from those that are wanted, if one step of the path is all; else empty.
+
+    A wrapper around a model, or around a part of it, puts a step before every name inside, such as ``module.``.
+
+    Args:
+      given: names.
+      wanted: names that must be among them.
+      known: names that may be.
+
+    Example:
+      >>> other_prefix(["_orig_mod.0.weight"], ["0.weight"], ["0.weight"])
+      "have '_orig_mod.' in their names, which the model has not"
+      >>> other_prefix(["0.weight"], ["module.0.weight"], ["module.0.weight"])
+      "lack 'module.' in their names, which the model has"
+    """
+    extra = _prefix(given, wanted, known)
+    if extra:
+        return f"have {extra!r} in their names, which the model has not"
+    lacking = _prefix(wanted, given, given)
+    return f"lack {lacking!r} in their names, which the model has" if lacking else ""
+
+
+def _prefix(longer: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:
+    """What, taken away from the names in ``longer`` where it occurs, leaves ``wanted`` and maybe others of ``known``."""
+    names = [name for name in longer if isinstance(name, str)]
+    if len(names) < len(longer) or not names:
+        return ""
+    leading = [names[0][: end + 1] for end, letter in enumerate(names[0]) if letter == "."]
+    # inside a model, around one of its parts, a prefix is a step of the path
+    steps = dict.fromkeys(f"{step}." for name in names for step in name.split(".")[:-1])
+    for prefix in leading:
+        if not all(name.startswith(prefix) for name in names):
+            break
+        if set(wanted) <= {name[len(prefix) :] for name in names} <= set(known):
+            return prefix
+    for prefix in steps:
+        shorter = {".".join(step for step in name.split(".") if f"{step}." != prefix) for name in names}
+        if set(wanted) <= shorter <= set(known):
+            return prefix
+    return ""
 
 
 def unknown(where: str, kind: str, name: object, known: Sequence[str]) -> str:

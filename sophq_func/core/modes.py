@@ -6,6 +6,7 @@ itself, call the single predicates, since there the answer may differ from that 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -127,6 +128,13 @@ def is_plain(values: Iterable[Tensor]) -> bool:
         if is_subclass or wrapped(value) or value.is_meta:
             return False
     return True
+
+
+def is_distributed(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of these tensors is a ``DTensor``, of which each process holds a part; never while Dynamo traces."""
+    # without the module there are none; to import it takes a second
+    module = None if torch.compiler.is_compiling() else sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def writes_into(tensor: Tensor) -> int:

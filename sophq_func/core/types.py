@@ -16,3 +16,6 @@ Output: TypeAlias = Any
 
 Tree: TypeAlias = Any
 """Nested tuples, lists and dicts, or a single leaf: a tensor or anything else."""
+
+Given: TypeAlias = Any
+"""Params as a user gives them: a dict of tensors by name; or, where the model is a function, the tree that it takes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sophq_func.capture import reasons_of_refusal, refusals_of_export, suggested_fixes, suggested_range
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
-from sophq_func.core.pytree import flatten, paths, tensors, tree_map
+from sophq_func.core.pytree import paths, tensors, torch_leaves, tree_map
 from sophq_func.core.types import Args, Tree
 from sophq_func.export._program import Call, Program
 
@@ -133,7 +133,7 @@ def _symbols(program: ExportedProgram, sized: Call) -> dict[str, str]:
     """Names of dynamic sizes, by torch.export's symbols for them."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     symbols: dict[str, str] = {}
-    for leaf, placeholder in zip(flatten(sized)[0], program.graph_signature.user_inputs, strict=True):
+    for leaf, placeholder in zip(torch_leaves(sized), program.graph_signature.user_inputs, strict=True):
         if isinstance(leaf, _Sized):
             shape = nodes[placeholder].meta["val"].shape
             symbols |= {str(shape[axis]): name for axis, name in leaf.axes.items()}

@@ -17,7 +17,7 @@ from sophq_func.capture.arguments import as_call
 from sophq_func.capture.frame import unwatched
 from sophq_func.codes import share_on
 from sophq_func.core.pytree import has_floating, tensors
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.export._capture import captured, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._names import FileNames
@@ -46,9 +46,7 @@ Key = tuple[str, str, int]
 """A call: path of its module, function (empty for the module itself), and how often it was called before."""
 
 
-def float_file(
-    q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], example_args: Any
-) -> tuple[bytes, FileNames]:
+def float_file(q: Quantized, params: Given, qparams: Mapping[str, QParams], example_args: Any) -> tuple[bytes, FileNames]:
     """The model without quantizers as an ONNX file, opset 18, for inputs of the example's shapes.
 
     Returns:
@@ -61,6 +59,7 @@ def float_file(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.tables")
+    params = q.engine.check(params, qparams, "export.tables", "qparams")
     module = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False, (args, kwargs))
     for weight in q.engine.acting:
         if (clipped := _clipped(weight, params, qparams)) is not None:

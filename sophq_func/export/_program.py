@@ -28,7 +28,7 @@ from sophq_func.codes import (
 )
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.core.pytree import named_leaves, tensors, tree_map, without_dataclasses
-from sophq_func.core.types import Args, Kwargs, Output, Tree
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.export._linear import LinearCodes, LinearGrid, value_linear, weight_linear
 from sophq_func.model.derived import as_weight, derived, derived_names
 from sophq_func.model.finite import check_numbers
@@ -278,7 +278,7 @@ class Program(nn.Module):
 def program(
     where: str,
     q: Quantized,
-    params: Params,
+    params: Given,
     qparams: Mapping[str, QParams],
     target: Target,
     simulate: bool,
@@ -298,7 +298,7 @@ def program(
       StateError: the model is in training mode; NaN in a scale, a weight or a bias; see :meth:`Quantized.apply`.
     """
     _check(where, q)
-    q.engine.check(params, qparams, where, "qparams")
+    params = q.engine.check(params, qparams, where, "qparams")
     check_numbers(where, q.plan, q.engine.quantizers, params, qparams)
     with torch.no_grad():
         made = _Expressing(q, params, qparams, target, example)

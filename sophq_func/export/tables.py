@@ -10,10 +10,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.files import write_bytes, write_text
+from sophq_func.core.types import Given
 from sophq_func.export._chains import propagated
 from sophq_func.export._float import float_file
 from sophq_func.export._names import ops
@@ -44,7 +44,7 @@ class Tables(NamedTuple):
 
 def tables(
     q: Quantized,
-    params: Mapping[str, Tensor],
+    params: Given,
     qparams: Mapping[str, QParams],
     folder: str | os.PathLike[str],
     *,

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from sophq_func.capture import drop_unread, operator_name, quantized_operators
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import ConfigError
+from sophq_func.core.types import Given
 from sophq_func.export._capture import Axes, captured, check_flags, not_in_float32
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
@@ -30,7 +31,7 @@ MOVES = frozenset("flatten max_pool2d permute reshape squeeze transpose unsqueez
 
 def torch(
     q: Quantized,
-    params: Mapping[str, Tensor],
+    params: Given,
     qparams: Mapping[str, QParams],
     example_args: Any,
     *,

@@ -27,6 +27,7 @@ from sophq_func.codes import (
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
+from sophq_func.core.types import Given
 from sophq_func.integers._artifact import PACKED, Artifact
 from sophq_func.model.derived import Call, as_weight, derived, derived_names
 from sophq_func.model.finite import check_numbers
@@ -40,9 +41,7 @@ VERSION = 1
 """Version of the metadata's format."""
 
 
-def convert(
-    q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], /, *, example_args: object = None
-) -> Artifact:
+def convert(q: Quantized, params: Given, qparams: Mapping[str, QParams], /, *, example_args: object = None) -> Artifact:
     """Convert a quantized model to integers: weights, biases, scales and zero points, with BatchNorms folded in.
 
     A weight is stored as codes, ``real = (code - zero_point) * scale``; up to 4 bits they are packed
@@ -80,8 +79,8 @@ def convert(
             explain("convert", "the model is not quantized", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
         )
     q = q.eval()
-    q.engine.check(params, qparams, "convert", "qparams")
-    if not is_plain([*params.values(), *tensors(dict(qparams))]):
+    named = q.engine.check(params, qparams, "convert", "qparams")
+    if not is_plain([*named.values(), *tensors(dict(qparams))]):
         raise StateError(
             explain(
                 "convert",
@@ -89,10 +88,10 @@ def convert(
                 fix="convert outside of vmap, grad and compile",
             )
         )
-    check_numbers("convert", q.plan, q.engine.quantizers, params, qparams)
+    check_numbers("convert", q.plan, q.engine.quantizers, named, qparams)
     example = None if example_args is None else as_call(example_args, "convert")
     with torch.inference_mode(False), torch.no_grad():
-        return _Conversion(q, params, qparams, example).artifact()
+        return _Conversion(q, named, qparams, example).artifact()
 
 
 class _Conversion:

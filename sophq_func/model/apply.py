@@ -8,46 +8,45 @@ from torch import Tensor
 
 from sophq_func.capture.transforms import depth, is_inside, outside, whole
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.engine import Engine
-from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams
 
 
-def apply(engine: Engine, params: Params, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs) -> Output:
+def apply(engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs) -> Output:
     """See :meth:`sophq_func.Quantized.apply`."""
-    engine.check(params, qparams, "apply", "qparams")
-    output, _ = engine.run_quantized(params, qparams, engine.quantizing(qparams), args, kwargs)
+    named = engine.check(params, qparams, "apply", "qparams")
+    output, _ = engine.run_quantized(named, qparams, engine.quantizing(qparams), args, kwargs)
     return output
 
 
 def apply_and_update(
-    engine: Engine, params: Params, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
-) -> tuple[Output, dict[str, Tensor]]:
+    engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
+) -> tuple[Output, Given]:
     """See :meth:`sophq_func.Quantized.apply_and_update`."""
-    engine.check(params, qparams, "apply_and_update", "qparams")
-    output, buffers = engine.run_quantized(params, qparams, engine.quantizing(qparams), args, kwargs)
+    named = engine.check(params, qparams, "apply_and_update", "qparams")
+    output, buffers = engine.run_quantized(named, qparams, engine.quantizing(qparams), args, kwargs)
     # a quantized weight may be a buffer; what the run had in its place is the rounded one, which is not kept
     quantized = {weight.site.parameter for weight in engine.acting}
-    after = dict(params)
+    after = dict(named)
     after.update({name: buffer for name, buffer in buffers.items() if name not in quantized})
     for weight in engine.acting:
         site = weight.site
         if site.source:
-            after.update(weight.mean_shift(params, qparams[site.quantizer], qparams[site.source], after))
-    return output, sorted_dict(after)
+            after.update(weight.mean_shift(named, qparams[site.quantizer], qparams[site.source], after))
+    return output, engine.like(params, after)
 
 
 def capture(
-    engine: Engine, params: Params, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
+    engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """See :meth:`sophq_func.Quantized.capture`."""
-    engine.check(params, qparams, "capture", "qparams")
+    named = engine.check(params, qparams, "capture", "qparams")
     captured = {}
     if not engine.frozen:
         for weight in engine.weights:
             name = weight.site.quantizer
-            captured[name] = params[weight.site.parameter], weight.quantize(params, qparams[name])
+            captured[name] = named[weight.site.parameter], weight.quantize(named, qparams[name])
     quantize = engine.quantizing(qparams)
     outer = depth()
 
@@ -63,7 +62,7 @@ def capture(
             captured[name] = before_and_after(name, x)
         return quantize(name, x)
 
-    engine.run_quantized(params, qparams, effect, args, kwargs)
+    engine.run_quantized(named, qparams, effect, args, kwargs)
     return sorted_dict(captured)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import nn
 
+from sophq_func.capture.functions import as_module
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import trace
 from sophq_func.config.dicts import from_dicts
 from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import ConfigError, PlanError, explain
-from sophq_func.core.types import Kwargs, Tree
+from sophq_func.core.types import Kwargs, Output, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.planning.make import plan as make_plan
 from sophq_func.planning.plan import Plan
+
+Model: TypeAlias = nn.Module | Callable[..., Output]
+"""A module, or a function of params and inputs."""
 
 ExampleArgs: TypeAlias = Tree
 """Positional arguments of one call of a model: a tuple or list of them, or a tensor that is the only one."""
@@ -24,12 +28,13 @@ Example: TypeAlias = tuple[ExampleArgs, Kwargs | None]
 """One call of a model."""
 
 
-def build(model: nn.Module, plan: Plan) -> Quantized:
+def build(model: Model, plan: Plan, *, params: Tree = None) -> Quantized:
     """Bind a plan to a model. The model is copied without its weights and never changed.
 
     Args:
       model: the traced model, or one of the same structure.
       plan: from :func:`sophq_func.plan` or :meth:`Plan.from_json`.
+      params: of a function, the tree that it takes first, see :func:`quantize`; its numbers are not read.
 
     Raises:
       PlanError: the plan names parameters that are not in the model.
@@ -40,9 +45,7 @@ def build(model: nn.Module, plan: Plan) -> Quantized:
       >>> build(model, sq.plan(sq.trace(model, (x,)), sq.QuantConfig()))
       Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
     """
-    if not isinstance(model, nn.Module):
-        sentence, fix = "only a module can be built", "sq.build(model, plan)"
-        raise PlanError(explain("build", sentence, got=type(model).__name__, allowed="a torch.nn.Module", fix=fix))
+    model = as_module(model, params, "build")
     if not isinstance(plan, Plan):
         sentence, fix = "a model is built from a plan", "plan = sq.plan(sq.trace(model, (x,)), sq.QuantConfig())"
         raise PlanError(explain("build", sentence, got=type(plan).__name__, allowed="a sq.Plan", fix=fix))
@@ -50,9 +53,10 @@ def build(model: nn.Module, plan: Plan) -> Quantized:
 
 
 def quantize(
-    model: nn.Module,
+    model: Model,
     config: QuantConfig,
     *,
+    params: Tree = None,
     example_args: ExampleArgs = (),
     example_kwargs: Kwargs | None = None,
     examples: Sequence[Example] | None = None,
@@ -60,8 +64,11 @@ def quantize(
     """Trace, plan and build in one call.
 
     Args:
-      model: any ``nn.Module``; it is not changed.
+      model: any ``nn.Module``, or a function ``f(params, *args, **kwargs)``; it is not changed.
       config: how values and weights are quantized, and where.
+      params: of a function, the tree that it takes first: nested dicts, lists, tuples, dataclasses, and what else torch's
+        pytree takes apart. Its tensors are the parameters, named by their paths, as in ``{"l1": {"w": ...}}`` the tensor
+        ``l1.w``. ``None``, numbers, strings and functions among the leaves are constants.
       example_args: positional arguments of one call of the model, a tuple or a single tensor.
       example_kwargs: keyword arguments of that call.
       examples: instead, several calls ``[(args, kwargs), ...]``; the plan is the union of their traces.
@@ -76,6 +83,10 @@ def quantize(
       >>> params = sq.params_of(model)
       >>> q.apply(params, q.calibrate(params, [x]), x).shape
       torch.Size([1, 3])
+      >>> tree = {"l1": {"w": torch.ones(2, 3)}}
+      >>> q = quantize(lambda p, x: torch.tanh(x @ p["l1"]["w"]), sq.QuantConfig(), params=tree, example_args=(x,))
+      >>> list(q.plan)
+      ['x.post_act_fake_quantizer', 'l1.w_fake_quant']
     """
     if not isinstance(config, QuantConfig):
         fix = "sq.from_dicts(...) makes one from the three dictionaries"
@@ -85,8 +96,9 @@ def quantize(
     if not all(_is_pair(call) for call in calls):
         sentence, fix = "these examples cannot be traced", "examples=[((x,), {}), ((y,), {})]"
         raise PlanError(explain("quantize", sentence, allowed="pairs of a tuple and a dict", fix=fix))
-    graphs = [trace(model, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
-    return build(model, make_plan(graphs, config))
+    module = as_module(model, params, "quantize")
+    graphs = [trace(module, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
+    return build(module, make_plan(graphs, config))
 
 
 def _is_pair(call: object) -> bool:
@@ -94,9 +106,10 @@ def _is_pair(call: object) -> bool:
 
 
 def prepare_by_platform(
-    model: nn.Module,
+    model: Model,
     prepare_custom_config_dict: Mapping[str, object],
     *,
+    params: Tree = None,
     example_args: ExampleArgs = (),
     example_kwargs: Kwargs | None = None,
     examples: Sequence[Example] | None = None,
@@ -104,10 +117,10 @@ def prepare_by_platform(
     """:func:`quantize` with the three dictionaries of sophgo-mq's fine-grained control.
 
     Args:
-      model: any ``nn.Module``; it is not changed.
+      model: any ``nn.Module``, or a function; it is not changed.
       prepare_custom_config_dict: ``quant_dict``, ``extra_qconfig_dict``, ``extra_quantizer_dict``, see
         :func:`sophq_func.from_dicts`.
-      example_args, example_kwargs, examples: see :func:`quantize`.
+      params, example_args, example_kwargs, examples: see :func:`quantize`.
 
     Example:
       >>> import torch
@@ -117,4 +130,6 @@ def prepare_by_platform(
       ['input.post_act_fake_quantizer', 'weight_fake_quant', 'linear.post_act_fake_quantizer']
     """
     config = from_dicts(prepare_custom_config_dict)
-    return quantize(model, config, example_args=example_args, example_kwargs=example_kwargs, examples=examples)
+    return quantize(
+        model, config, params=params, example_args=example_args, example_kwargs=example_kwargs, examples=examples
+    )

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import StateError, explain
-from sophq_func.core.modes import outside_inference
+from sophq_func.core.modes import is_distributed, outside_inference
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import sorted_dict, tree_map
-from sophq_func.core.types import Args, Kwargs, Output, Tree
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.finite import check_finite
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 
 
-def calibrate(engine: Engine, params: Params, batches: Iterable[Tree], progress: bool) -> QParamsDict:
+def calibrate(
+    engine: Engine, params: Given, batches: Iterable[Tree], inputs: Callable[[Tree], Tree] | None, progress: bool
+) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.calibrate`."""
-    engine.skeleton.check(params, "calibrate")
-    constants = {name: tensor.detach() for name, tensor in params.items()}
+    named = engine.skeleton.check(params, "calibrate")
+    constants = {name: tensor.detach() for name, tensor in named.items()}
     ostate = init(engine, constants, None)
     count = 0
     with engine.constant():
         for batch in shown(_checked(batches), "calibrate", progress):
-            args, kwargs = as_call(batch)
+            args, kwargs = engine.call(batch if inputs is None else inputs(batch), "calibrate")
             _, ostate = observe(engine, constants, ostate, args, kwargs)
             if engine.differentiates:  # a batch that requires grad would stay alive as long as the states
                 ostate = tree_map(Tensor.detach, ostate)
@@ -39,40 +40,40 @@ def calibrate(engine: Engine, params: Params, batches: Iterable[Tree], progress:
         return resolve(engine, constants, ostate)
 
 
-def init(engine: Engine, params: Params, ostate: Mapping[str, State] | None) -> OState:
+def init(engine: Engine, params: Given, ostate: Mapping[str, State] | None) -> OState:
     """See :meth:`sophq_func.Quantized.init`."""
-    engine.skeleton.check(params, "init")
+    named = engine.skeleton.check(params, "init")
+    _check_whole(engine, named, "init")
     if ostate is not None:
         engine.check_state(ostate, "ostate")
-    states = {weight.site.quantizer: weight.observe(params) for weight in engine.weights}
+    states = {weight.site.quantizer: weight.observe(named) for weight in engine.weights}
     for name, quantizer in engine.running.items():
         if ostate is None:
-            states[name] = quantizer.observer.init(quantizer.seen(params), quantizer.scheme)
+            states[name] = quantizer.observer.init(quantizer.seen(named), quantizer.scheme)
         else:
             states[name] = ostate[name]
     return sorted_dict(states)
 
 
-def observe(
-    engine: Engine, params: Params, ostate: Mapping[str, State], args: Args, kwargs: Kwargs
-) -> tuple[Output, OState]:
+def observe(engine: Engine, params: Given, ostate: Mapping[str, State], args: Args, kwargs: Kwargs) -> tuple[Output, OState]:
     """See :meth:`sophq_func.Quantized.observe`."""
-    engine.check(params, ostate, "observe", "ostate")
+    named = engine.check(params, ostate, "observe", "ostate")
+    _check_whole(engine, named, "observe")
     states = dict(ostate)
-    output = engine.run_float(params, engine.observing(states), args, kwargs)
+    output = engine.run_float(named, engine.observing(states), args, kwargs)
     return output, sorted_dict(states)
 
 
 def observe_quantized(
     engine: Engine,
-    params: Params,
+    params: Given,
     ostate: Mapping[str, State],
     qparams: Mapping[str, QParams],
     args: Args,
     kwargs: Kwargs,
 ) -> tuple[Output, OState]:
     """See :meth:`sophq_func.Quantized.observe_quantized`."""
-    engine.check(params, ostate, "observe_quantized", "ostate")
+    named = engine.check(params, ostate, "observe_quantized", "ostate")
     engine.check_state(qparams, "qparams")
     engine.check_kinds(qparams)
     states = dict(ostate)
@@ -81,23 +82,32 @@ def observe_quantized(
     def effect(name: str, x: Tensor) -> Tensor:
         return quantizing(name, observing(name, x))
 
-    output, _ = engine.run_quantized(params, qparams, effect, args, kwargs)
+    output, _ = engine.run_quantized(named, qparams, effect, args, kwargs)
     return output, sorted_dict(states)
 
 
-def resolve(engine: Engine, params: Params, ostate: Mapping[str, State]) -> QParamsDict:
+def resolve(engine: Engine, params: Given, ostate: Mapping[str, State]) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.qparams`."""
-    engine.check(params, ostate, "qparams", "ostate")
+    named = engine.check(params, ostate, "qparams", "ostate")
     check_finite(engine.plan, engine.quantizers, ostate)
     resolved = {}
     for name, quantizer in engine.quantizers.items():
         entry = quantizer.observer.qparams(ostate[name], quantizer.scheme)
         if quantizer.scheme.dynamic:  # each tensor gives its own; NaN of an observer without data must not stay
             entry = entry._replace(scale=torch.ones_like(entry.scale))
-        resolved[name] = quantizer.fake_quantize.init(entry, quantizer.seen(params), quantizer.scheme)
+        resolved[name] = quantizer.fake_quantize.init(entry, quantizer.seen(named), quantizer.scheme)
     # a calibration in torch.inference_mode gives scales that can still be learned
     learnable: QParamsDict = tree_map(outside_inference, sorted_dict(resolved))
     return learnable
+
+
+def _check_whole(engine: Engine, params: Params, where: str) -> None:
+    """Raise a :class:`StateError` for DTensors, which torch cannot mix with the plain tensors of observer states."""
+    if engine.quantizers and is_distributed(params.values()):
+        sentence, fix = "DTensors cannot be observed", "calibrate before sharding, and replicate the qparams on the mesh"
+        raise StateError(
+            explain(where, sentence, fix=f"{fix}; or params = {{n: p.full_tensor() for n, p in params.items()}}")
+        )
 
 
 def _checked(batches: Iterable[Tree]) -> Iterable[Tree]:

@@ -11,15 +11,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import arguments
+from sophq_func.capture.arguments import arguments, as_call, check_call
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
 from sophq_func.core.errors import StateError, explain, raise_all
-from sophq_func.core.modes import as_constant, is_compiling
+from sophq_func.core.modes import as_constant, is_compiling, is_distributed
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
 from sophq_func.model.loop import Loop, MakeRunner
@@ -98,19 +98,56 @@ class Engine:
         copied = frozenset(plan.written) if whole is None else None
         self.loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied)
 
-    def check(self, params: Params, state: Mapping[str, State], where: str, what: str) -> None:
-        """Raise a :class:`StateError` that names each parameter, and each entry of a state, that does not fit.
+    def check(self, params: Given, state: Mapping[str, State], where: str, what: str) -> Params:
+        """The params by name, after a check that they and a state fit.
 
         Args:
-          params: parameters and buffers, by name.
+          params: parameters and buffers by name; or, where the model is a function, the tree that it takes.
           state: observer states or qparams, by quantizer.
           where: the function that was called, for errors.
           what: what ``state`` is: ``"ostate"`` or ``"qparams"``.
+
+        Raises:
+          StateError: it names each parameter, and each entry of a state, that does not fit.
         """
-        self.skeleton.check(params, where)
+        named = self.skeleton.check(params, where)
         self.check_state(state, what)
         if what == "qparams":
             self.check_kinds(state)
+        if what == "qparams" and is_distributed(named.values()):
+            self._check_distributed(state, where)
+        return named
+
+    def _check_distributed(self, qparams: Mapping[str, State], where: str) -> None:
+        """Raise a :class:`StateError` unless qparams are DTensors, as the params are: torch cannot mix the two."""
+        plain = sorted(name for name in self.plan if not is_distributed([qparams[name].scale]))
+        if plain:
+            shown = plain[:3] + ["..."] * (len(plain) > 3)
+            sentence = "params are DTensors, and qparams are plain tensors"
+            fix = "tree_map(lambda t: distribute_tensor(t, mesh, [Replicate()]), qparams)"
+            raise StateError(explain(where, sentence, got=shown, because="torch cannot mix them", fix=fix))
+
+    def call(self, batch: Tree, where: str) -> tuple[Args, dict[str, Tree]]:
+        """A batch as positional and keyword arguments of the model; an error names the function ``where``.
+
+        Raises:
+          StateError: it is no call of the model, or gives by position a tensor that no example gives.
+        """
+        args, kwargs = as_call(batch, where)
+        # a part is called with other arguments than its model
+        examples = self.plan.given if self.whole is None else None
+        check_call(self.skeleton.entry, examples, args, kwargs, where)
+        return args, kwargs
+
+    def tree(self, params: Given, where: str) -> Given:
+        """Params by name as the tree that the function takes; where the model is a module, as a sorted dict."""
+        named, structure = self.skeleton.check(params, where), self.skeleton.structure
+        return sorted_dict(named) if structure is None else structure.filled([named[name] for name in structure.names])
+
+    def like(self, params: Given, named: Params) -> Given:
+        """Params of the kind that was given: a dict by name, or the tree that the function takes."""
+        structure = self.skeleton.structure
+        return sorted_dict(named) if structure is None else structure.like(params, named)
 
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
@@ -141,6 +178,7 @@ class Engine:
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
+            _refuse_nested(name, x)
             if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
                 return x
             if is_inside(x, outer):  # a state outlives the transform that wraps the value
@@ -161,6 +199,7 @@ class Engine:
             quantizer = self.running[name]
             if quantizer.config.observe_only:
                 return x
+            _refuse_nested(name, x)
             if quantizer.config.optional:
                 check_reached(name, qparams[name])
             if compiling:
@@ -258,6 +297,12 @@ class Engine:
           biases: by path of a layer, the canonical name of its bias and a tensor of its shape.
         """
         return self.loop.on(self.skeleton.altered(skipped, biases))
+
+
+def _refuse_nested(name: str, x: Tensor) -> None:
+    if x.is_nested:
+        sentence, fix = "a nested tensor cannot be observed or quantized", "torch.nested.to_padded_tensor(x, 0.0)"
+        raise StateError(explain(name, sentence, fix=fix))
 
 
 def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:

@@ -68,18 +68,35 @@ class Loop:
         Raises:
           StateError: the run made other calls than the examples.
         """
-        if self.copied is None or self.copied:
-            args, kwargs = map_inputs(self.arguments, args, kwargs, self._copy)
+        own = _Own(self.copied)
         if watch is None and not self.schedule:  # nothing to do at any call: run without a frame, which is faster
+            args, kwargs = map_inputs(self.arguments, args, kwargs, own)
             return self.skeleton.run(None, params, args, kwargs)
         runner = Runner(self.schedule, effect) if watch is None else watch(self.schedule)
-        if runner.takes_inputs:
-            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.input)
+        takes = (lambda name, x: runner.input(name, own(name, x))) if runner.takes_inputs else own
+        args, kwargs = map_inputs(self.arguments, args, kwargs, takes)
         if self.schedule.same:  # only now, as these arguments become what the effect made of the first one
             args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input)
         output, buffers = self.skeleton.run(runner, params, args, kwargs, later)
         runner.check()
         return output, buffers
 
-    def _copy(self, name: str, x: Tensor) -> Tensor:
-        return x.clone() if self.copied is None or name in self.copied else x
+
+class _Own:
+    """Tensors among the arguments of one run as the model may have them: clones of those that it writes into.
+
+    A tensor that is given as several arguments has one clone.
+    """
+
+    def __init__(self, copied: frozenset[str] | None) -> None:
+        self._copied = copied
+        self._clones: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        for given, clone in self._clones:
+            if given is x:
+                return clone
+        if self._copied is not None and name not in self._copied:
+            return x
+        self._clones.append((x, x.clone()))
+        return self._clones[-1][1]

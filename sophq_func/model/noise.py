@@ -11,7 +11,7 @@ from sophq_func.capture.transforms import depth, is_inside, whole
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Args, Kwargs
+from sophq_func.core.types import Args, Given, Kwargs
 from sophq_func.model.engine import Engine, QParamsDict
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams
@@ -19,17 +19,17 @@ from sophq_func.numerics.contracts import QParams
 
 def with_noise(
     engine: Engine,
-    params: Params,
+    params: Given,
     qparams: Mapping[str, QParams],
     generator: torch.Generator,
     args: Args,
     kwargs: Kwargs,
 ) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.with_noise`."""
-    engine.skeleton.check(params, "with_noise")
+    named = engine.skeleton.check(params, "with_noise")
     engine.check_state(qparams, "qparams")
     _check_generator(generator)
-    likes = _weights_with_noise(engine, params) | _values_with_noise(engine, params, args, kwargs)
+    likes = _weights_with_noise(engine, named) | _values_with_noise(engine, named, args, kwargs)
     new = dict(qparams)
     for name in sorted(likes):  # a fixed order of draws, whatever the order of execution
         like = likes[name]

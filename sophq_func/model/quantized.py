@@ -13,15 +13,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from sophq_func.capture.functions import name_of
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
-from sophq_func.core.types import Output, Tree
+from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.tap import Tapped
-from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.scheme import QScheme
 from sophq_func.planning.plan import Plan
@@ -32,7 +32,8 @@ class Quantized:
 
     Made by :func:`sophq_func.build`, :func:`sophq_func.quantize` or :func:`sophq_func.prepare_by_platform`. It holds no
     weights, and its attributes cannot be set. ``params``, ``ostate`` and ``qparams`` are positional-only; all further
-    arguments go to the model.
+    arguments go to the model. Where the model is a function, ``params`` is the tree that it takes, or a flat dict of its
+    names; new params come back in the form that was given.
 
     Attributes:
       plan: the :class:`~sophq_func.planning.plan.Plan`: which quantizers there are, and where.
@@ -91,15 +92,15 @@ class Quantized:
 
     @property
     def model_name(self) -> str:
-        """Name of the model's class."""
-        return type(self.engine.skeleton.entry).__name__
+        """Name of the model's class, or of the function."""
+        return name_of(self.engine.skeleton.entry)
 
     @property
     def path(self) -> str:
         """Of a :meth:`part`, the path of its module in the whole model; else empty."""
         return self.engine.skeleton.root
 
-    def init(self, params: Params, ostate: Mapping[str, State] | None = None, /) -> OState:
+    def init(self, params: Given, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: those of weights have seen their weight, those of activations nothing.
 
         Args:
@@ -114,7 +115,7 @@ class Quantized:
         """
         return calibrate.init(self.engine, params, ostate)
 
-    def observe(self, params: Params, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Output, OState]:
+    def observe(self, params: Given, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Output, OState]:
         """Run the float model and update the observers of activations.
 
         Args:
@@ -131,7 +132,7 @@ class Quantized:
         return calibrate.observe(self.engine, params, ostate, args, kwargs)
 
     def observe_quantized(
-        self, params: Params, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+        self, params: Given, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> tuple[Output, OState]:
         """Run the quantized model, and update the observers of activations with the values before they are rounded.
 
@@ -148,7 +149,7 @@ class Quantized:
         """
         return calibrate.observe_quantized(self.engine, params, ostate, qparams, args, kwargs)
 
-    def qparams(self, params: Params, ostate: Mapping[str, State], /) -> QParamsDict:
+    def qparams(self, params: Given, ostate: Mapping[str, State], /) -> QParamsDict:
         """Scales and zero points from observer states.
 
         Args:
@@ -164,19 +165,29 @@ class Quantized:
         """
         return calibrate.resolve(self.engine, params, ostate)
 
-    def calibrate(self, params: Params, batches: Iterable[Tree], *, progress: bool = True) -> QParamsDict:
+    def calibrate(
+        self,
+        params: Given,
+        batches: Iterable[Tree],
+        *,
+        inputs: Callable[[Tree], Tree] | None = None,
+        progress: bool = True,
+    ) -> QParamsDict:
         """Observe the weights and every batch, and return qparams: :meth:`init`, :meth:`observe`, :meth:`qparams`.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
           batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+          inputs: takes one of these out of what ``batches`` yields, for example ``lambda batch: batch[0]`` where a loader
+            yields pairs of image and label.
           progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
 
         Returns:
           ``{quantizer name: QParams}``, sorted.
 
         Raises:
-          StateError: no batches, a value that no batch reached, or data with NaN or infinity.
+          StateError: no batches, one that is no call of the model, or that gives by position a tensor that no example gives;
+            a value that no batch reached, or data with NaN or infinity.
 
         Example:
           >>> import torch, sophq_func as sq
@@ -186,9 +197,9 @@ class Quantized:
           >>> sorted(qparams) == sorted(q.plan)
           True
         """
-        return calibrate.calibrate(self.engine, params, batches, progress)
+        return calibrate.calibrate(self.engine, params, batches, inputs, progress)
 
-    def apply(self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
+    def apply(self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
         """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.
 
         Args:
@@ -205,8 +216,8 @@ class Quantized:
         return apply.apply(self.engine, params, qparams, args, kwargs)
 
     def apply_and_update(
-        self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
-    ) -> tuple[Output, dict[str, Tensor]]:
+        self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+    ) -> tuple[Output, Given]:
         """:meth:`apply`, and the params with new buffers (BatchNorm statistics).
 
         Args:
@@ -221,7 +232,7 @@ class Quantized:
         return apply.apply_and_update(self.engine, params, qparams, args, kwargs)
 
     def capture(
-        self, params: Params, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
+        self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Each quantizer's tensor in a run of the quantized model, before and after quantization.
 
@@ -320,7 +331,7 @@ class Quantized:
         return [self.part(path, call) for path, call in cut.blocks(self.engine, pattern)]
 
     def with_noise(
-        self, params: Params, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
+        self, params: Given, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
     ) -> QParamsDict:
         """The qparams with uniform numbers in [0, 1) under ``extras["noise"]`` of each quantizer that needs them.
 
@@ -381,7 +392,7 @@ class Quantized:
         """The same model and plan with all modules in evaluation mode; a new object."""
         return self._with(self.engine.skeleton.in_mode(False), self.frozen)
 
-    def freeze(self, params: Params, qparams: Mapping[str, QParams], /) -> tuple[Quantized, dict[str, Tensor]]:
+    def freeze(self, params: Given, qparams: Mapping[str, QParams], /) -> tuple[Quantized, Given]:
         """Quantize the weights once, for inference.
 
         Args:
@@ -406,17 +417,35 @@ class Quantized:
           >>> torch.equal(frozen.apply(baked, qparams, x), q.apply(params, qparams, x))
           True
         """
-        self.engine.check(params, qparams, "freeze", "qparams")
+        named = self.engine.check(params, qparams, "freeze", "qparams")
         if self.training:
             fix = "q.eval().freeze(params, qparams)"
             raise StateError(explain("freeze", "a model in training mode cannot be frozen", fix=fix))
-        quantized = self.engine.quantized_params(params, qparams)
+        quantized = self.engine.quantized_params(named, qparams)
         constants = {name: outside_inference(tensor.detach()) for name, tensor in quantized.items()}
-        return self._with(self.engine.skeleton, frozen=True), sorted_dict(constants)
+        return self._with(self.engine.skeleton, frozen=True), self.engine.like(params, constants)
+
+    def tree(self, params: Given, /) -> Given:
+        """Params by name, such as those of a file, as the tree that the function takes; of a module they stay a dict.
+
+        Args:
+          params: tensors by name.
+
+        Raises:
+          StateError: names that are missing or unknown.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> params, x = {"l1": {"w": torch.ones(2, 3)}}, torch.ones(1, 2)
+          >>> q = sq.quantize(lambda p, x: x @ p["l1"]["w"], sq.QuantConfig(), params=params, example_args=(x,))
+          >>> q.tree(sq.params_of(params))["l1"]["w"].shape
+          torch.Size([2, 3])
+        """
+        return self.engine.tree(params, "tree")
 
     def sweep(
         self,
-        params: Params,
+        params: Given,
         settings: Sequence[Mapping[str, QParams]] | Mapping[str, QParams],
         batch: Tree,
         *,
@@ -445,7 +474,7 @@ class Quantized:
         """
         return sweep.sweep(self.engine, params, settings, batch, reduce, how, progress)
 
-    def weights_seen(self, params: Params, /) -> dict[str, tuple[Tensor, QScheme]]:
+    def weights_seen(self, params: Given, /) -> dict[str, tuple[Tensor, QScheme]]:
         """Each weight as its quantizer sees it, and the scheme with axes of that layout.
 
         The BatchNorm is folded in; the weights of grouped deconvolutions have output channels first.
@@ -456,8 +485,8 @@ class Quantized:
         Returns:
           ``{quantizer name: (weight, scheme)}``, sorted.
         """
-        self.engine.skeleton.check(params, "weights_seen")
-        return sorted_dict({weight.site.quantizer: (weight.seen(params), weight.scheme) for weight in self.engine.weights})
+        named = self.engine.skeleton.check(params, "weights_seen")
+        return sorted_dict({weight.site.quantizer: (weight.seen(named), weight.scheme) for weight in self.engine.weights})
 
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` quantized and dequantized by one quantizer, also where it only observes.

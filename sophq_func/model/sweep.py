@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import flatten, leaves
-from sophq_func.core.types import Output, Tree
+from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.apply import apply
 from sophq_func.model.engine import Engine
 from sophq_func.model.settings import stack, unstack
@@ -49,7 +48,7 @@ KEPT = 2
 
 def sweep(
     engine: Engine,
-    params: Params,
+    params: Given,
     settings: Sequence[Setting] | Setting,
     batch: Tree,
     reduce: Reduce | None,
@@ -57,20 +56,20 @@ def sweep(
     progress: bool,
 ) -> Tree:
     """See :meth:`sophq_func.Quantized.sweep`."""
-    args, kwargs = as_call(batch, "sweep")
-    engine.skeleton.check(params, "sweep")
+    args, kwargs = engine.call(batch, "sweep")
+    named = engine.skeleton.check(params, "sweep")
     each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
     for setting in each:
         engine.check_state(setting, "qparams")
     _check(how, each)
     keep = reduce or _everything
     frozen = engine.as_frozen()
-    versions = Versions(engine.acting, engine.skeleton.detached(params))
-    size = size_of(engine.plan, params)
+    versions = Versions(engine.acting, engine.skeleton.detached(named))
+    size = size_of(engine.plan, named)
 
     def run_alone(setting: Setting) -> Tree:
         """Share nothing with other settings: may be mapped and compiled."""
-        return keep(apply(engine, params, setting, args, kwargs))
+        return keep(apply(engine, named, setting, args, kwargs))
 
     def run_sharing(setting: Setting) -> Tree:
         """Share quantized weights with the settings before."""

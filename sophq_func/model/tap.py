@@ -127,10 +127,10 @@ def _run(
 ) -> Output:
     """The output of the quantized model; without qparams of the float model."""
     if qparams is None:
-        engine.skeleton.check(params, "tap")
-        return engine.run_float(params, effect, args, kwargs, watch)
-    engine.check(params, qparams, "tap", "qparams")
-    output, _ = engine.run_quantized(params, qparams, effect, args, kwargs, watch)
+        named = engine.skeleton.check(params, "tap")
+        return engine.run_float(named, effect, args, kwargs, watch)
+    named = engine.check(params, qparams, "tap", "qparams")
+    output, _ = engine.run_quantized(named, qparams, effect, args, kwargs, watch)
     return output
 
 

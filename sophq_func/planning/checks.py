@@ -13,13 +13,14 @@ from sophq_func.config.matching import is_glob
 from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.rules import QuantConfig
-from sophq_func.config.site import Site
+from sophq_func.config.site import Site, path_and_those_around
 from sophq_func.core.errors import explain, near
-from sophq_func.core.operations import canonical, is_operation, operations
+from sophq_func.core.operations import CONTRACTIONS, canonical, is_operation, operations
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize
 from sophq_func.numerics.layout import indivisible, uneven
 from sophq_func.numerics.scheme import PerBlock, PerGroup, QuantizerConfig
+from sophq_func.planning.strategies import reached
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"
 """The field of a config with further operations, for errors, beside the keys that it is translated from."""
@@ -121,11 +122,31 @@ def unseen_leaves(graph: Graph, config: QuantConfig) -> list[str]:
     return [explain("plan", sentence, because=because, fix=fix)]
 
 
+FUNCTION = "sq.quantize(f, config, params=params, example_args=(x,)) for what is called as f(params, x)"
+"""How a model is quantized that takes its weights as an argument."""
+
+
+def is_weight_only(config: QuantConfig) -> bool:
+    """Whether a config quantizes weights, and no values."""
+    return config.weight is not None and (config.activation is None or config.quantmode == "weight_only")
+
+
+def multiplies_only_inputs(graph: Graph) -> bool:
+    """Whether a model sums over products of its inputs, and over none with a parameter."""
+    varying = reached(graph, lambda node: node.kind == "input")
+    products = [node for node in graph if node.function in CONTRACTIONS]
+    # a layer that sums has a matrix or more; a vector only scales or shifts
+    in_layers = any(len(graph.shapes[name]) > 1 for node in graph for name in node.parameters.values())
+    in_products = any(operand.value not in varying for node in products for operand in node.operands)
+    return bool(products) and not in_layers and not in_products
+
+
 def names_of(graph: Graph) -> set[str]:
     """Every dotted name that a rule may use for a module or value of a traced model, whether it is quantized or not."""
     names = {*graph.modules, *graph.nodes, *graph.values}
     names.update(name for node in graph for name in node.also)
     names.update(value_quantizer(value) for value in graph.values)
+    names.update(name for parameter in graph.shapes for name in path_and_those_around(parameter))
     return names
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.rules import QuantConfig
-from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.errors import ConfigError, explain, warn
+from sophq_func.planning.checks import FUNCTION, is_weight_only, multiplies_only_inputs
 from sophq_func.planning.plan import Origin, Plan
 
 
@@ -19,6 +20,9 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
 
     Returns:
       The :class:`~sophq_func.planning.plan.Plan`; of several graphs the union.
+
+    Warns:
+      UserWarning: a config for weights alone, and a model that multiplies only what it is given as arguments.
 
     Raises:
       ConfigError: a rule names what the model does not have, or a config is beyond the chip's limits; all problems in one
@@ -38,4 +42,10 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
     if not isinstance(graphs, list | tuple) or not graphs or not all(isinstance(g, Graph) for g in graphs):
         got, allowed, fix = type(graph).__name__, "a Graph, or a list of at least one", "sq.trace(model, args)"
         raise ConfigError(explain("plan", "graph is no traced model", got=got, allowed=allowed, fix=fix))
-    return Plan.of(Origin(tuple(graphs), config))
+    made = Plan.of(Origin(tuple(graphs), config))
+    if not made and is_weight_only(config) and any(map(multiplies_only_inputs, graphs)):
+        sentence = "nothing is quantized: the config is for weights, and the model multiplies inputs alone"
+        because = "tensors that a model is given as arguments are values"
+        fix = f"make its weights nn.Parameters, or give a function's by params=: {FUNCTION}"
+        warn(explain("plan", sentence, because=because, fix=fix))
+    return made

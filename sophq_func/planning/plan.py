@@ -12,7 +12,7 @@ from sophq_func.capture.graph import Graph
 from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Data, Site
-from sophq_func.core.errors import ConfigError, PlanError, PlanWarning, StateError, explain, near, warn
+from sophq_func.core.errors import ConfigError, PlanError, PlanWarning, StateError, explain, near, other_prefix, warn
 from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.coverage import NOT_MEASURED, Coverage, complaints
@@ -145,6 +145,15 @@ class Plan(Mapping[str, QuantizerConfig]):
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
+
+    @property
+    def given(self) -> frozenset[str] | None:
+        """The arguments of the model in which an example has tensors; ``None`` where the graphs are not known."""
+        if self.origin is None:
+            return None
+        inputs = [node for graph in self.origin.graphs for node in graph if node.kind == "input"]
+        # of ``x.0``, a tensor in a list, the argument is ``x``
+        return frozenset(name.partition(".")[0] for node in inputs for name in (node.argument, *node.also))
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -321,6 +330,11 @@ class Plan(Mapping[str, QuantizerConfig]):
                 got, allowed = type(names[name]).__name__, types[name].__name__
                 raise StateError(explain(f"{what}[{name!r}]", "the class is wrong", got=got, allowed=allowed, fix=fix))
         missing = [name for name in types if name not in names]
+        renamed = other_prefix(names, types, {*types, *known}) if missing else ""
+        if renamed:
+            raise StateError(
+                explain(what, f"the names {renamed}", fix="take the qparams and the plan of one model, not of a wrapper")
+            )
         if missing:
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
         extra = [name for name in names if name not in types and name not in known]

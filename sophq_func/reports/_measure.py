@@ -9,17 +9,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sophq_func.capture.arguments import as_call
 from sophq_func.codes import Refusal
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import tensors
-from sophq_func.core.types import Output, Tree
+from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.derived import derived, derived_names
 from sophq_func.model.finite import check_numbers
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
-from sophq_func.model.shapes import check_qparams
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import FakeQuantize, QParams
@@ -42,7 +40,7 @@ NO_SIZE = (0, 0)
 
 def report(
     q: Quantized,
-    params: Params,
+    params: Given,
     qparams: Setting,
     batches: Iterable[Tree],
     *,
@@ -83,7 +81,7 @@ def report(
     """
     _check_eval(q)
     each = _listed(batches)
-    check_qparams(q.plan, qparams)
+    params = q.engine.check(params, qparams, "report", "qparams")
     check_numbers("report", q.plan, q.engine.quantizers, params, qparams)
     on = enabled(qparams, True)
     clips = {name: clipping(config, on[name]) for name, config in q.plan.items()}
@@ -94,7 +92,7 @@ def report(
             _add_activations(q, params, on, clips, batch, sums)
             errors.add(batch, how)
     sizes = {name: _size(q, name, params[q.plan.site(name).parameter], on[name]) for name in q.weights_seen(params)}
-    of_derived = derived(q.engine, params, dict(on), as_call(each[0], "report"), derived_names(q.engine))
+    of_derived = derived(q.engine, params, dict(on), q.engine.call(each[0], "report"), derived_names(q.engine))
     sizes |= {name: _size(q, name, weight, on[name]) for name, weight in of_derived.weights.items()}
     rows = []
     for position, name in enumerate(q.plan):
@@ -150,7 +148,7 @@ def _weight_sums(q: Quantized, params: Params, on: Setting, clips: Clips) -> dic
 
 def _add_activations(q: Quantized, params: Params, on: Setting, clips: Clips, batch: Tree, sums: dict[str, Sums]) -> None:
     """Add to ``sums`` what the quantizers of activations see in one batch."""
-    args, kwargs = as_call(batch, "report")
+    args, kwargs = q.engine.call(batch, "report")
     for name, (x, y) in q.capture(params, on, *args, **kwargs).items():
         if q.plan.site(name).parameter:
             continue
@@ -178,7 +176,7 @@ class _Errors:
 
     def add(self, batch: Tree, how: str) -> None:
         """Add the errors of one more batch."""
-        args, kwargs = as_call(batch, "report")
+        args, kwargs = self._q.engine.call(batch, "report")
         truth = _floating(self._q.apply(self._params, self._off, *args, **kwargs))
 
         def error(output: Output) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -461,7 +463,7 @@ def test_a_wrong_type_or_value_in_a_config_is_a_config_error(name: str) -> None:
 
 
 WRONG_MODELS: dict[str, Callable[[], Any]] = {
-    "params_of": lambda: sq.params_of({"weight": torch.ones(2)}),
+    "params_of": lambda: sq.params_of({"weight": 1.0}),
     "params_of a class": lambda: sq.params_of(nn.ReLU),
     "trace": lambda: sq.trace("model", (torch.ones(1, 2),)),
     "trace a class": lambda: sq.trace(nn.ReLU, (torch.ones(1, 2),)),
@@ -729,3 +731,70 @@ def test_a_plan_without_weights_of_another_model_never_runs_unnoticed() -> None:
     params = sq.params_of(model)
     with pytest.raises((sq.PlanError, sq.StateError), match=r"layer1\.0"):
         sq.build(model, plan).calibrate(params, [x])
+
+
+# A step of the path too many, or too few
+
+
+def deep() -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(6))).eval()
+
+
+class Holder(nn.Module):
+    """Has the model below one more step, as wrappers for several devices do."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.add_module(name, model)
+
+
+def one_block_compiled(model: nn.Sequential) -> nn.Module:
+    model[2] = torch.compile(model[2])
+    return model
+
+
+WRAPPERS: dict[str, tuple[Callable[[Any], nn.Module], str]] = {
+    "compiled": (torch.compile, "'_orig_mod.'"),
+    "parallel": (lambda model: Holder(model, "module"), "'module.'"),
+    "of any name": (lambda model: Holder(model, "backbone"), "'backbone.'"),
+    "twice": (lambda model: Holder(torch.compile(model), "module"), "'module._orig_mod.'"),
+    "around a part": (one_block_compiled, "'_orig_mod.'"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "step"), WRAPPERS.values(), ids=WRAPPERS)
+def test_names_of_a_wrapped_model_are_one_problem(wrap: Callable[[Any], nn.Module], step: str) -> None:
+    x = torch.randn(2, 4)
+    r = ready(deep(), x)
+    wrapped = sq.params_of(wrap(deep()))
+    for call in (lambda: r.q.apply(wrapped, r.qparams, x), lambda: r.q.calibrate(wrapped, [x])):
+        text = message(sq.StateError, call)
+        says(text, f"params have {step}", "_orig_mod inside torch.compile")
+        assert len(text.splitlines()) == 1
+
+
+def test_names_without_the_step_of_a_wrapped_model_are_one_problem() -> None:
+    x = torch.randn(2, 4)
+    r = ready(nn.Sequential(OrderedDict(module=deep())), x)
+    text = message(sq.StateError, lambda: r.q.apply(sq.params_of(deep()), r.qparams, x))
+    says(text, "params lack 'module.'")
+    assert len(text.splitlines()) == 1
+
+
+def test_qparams_and_files_of_a_wrapped_model_are_one_problem(tmp_path: Path) -> None:
+    x, weights = torch.randn(2, 4), sq.QuantConfig(activation=None)
+    bare, wrapped = ready(deep(), x, config=weights), ready(nn.Sequential(OrderedDict(module=deep())), x, config=weights)
+    text = message(sq.StateError, lambda: bare.q.apply(bare.params, wrapped.qparams, x))
+    says(text, "qparams: the names have 'module.'")
+    assert len(text.splitlines()) == 1
+    sq.save(tmp_path / "f", qparams=wrapped.qparams, params=wrapped.params)
+    with pytest.raises(sq.CheckpointError, match=r"parameters in the file have 'module\.'") as caught:
+        sq.load(tmp_path / "f").check(bare.q)
+    assert "missing in the file" not in str(caught.value)
+
+
+def test_other_missing_names_are_listed_one_by_one() -> None:
+    x = torch.randn(2, 4)
+    r = ready(deep(), x)
+    params = {name.replace("weight", "kernel"): tensor for name, tensor in r.params.items()}
+    says(message(sq.StateError, lambda: r.q.apply(params, r.qparams, x)), "lack '0.0.weight'", "hold '5.0.kernel'")
