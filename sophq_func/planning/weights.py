@@ -19,7 +19,7 @@ from sophq_func.config.strategies import Strategy
 from sophq_func.core.operations import CONTRACTIONS, LAYERS
 from sophq_func.numerics.scheme import Axis
 from sophq_func.planning.contractions import summed_axes
-from sophq_func.planning.strategies import contracted, reached, source_of
+from sophq_func.planning.strategies import computed_weights, contracted, derived, source_of
 
 OUTPUT_AXIS_1 = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
 """Modules whose weight has its output channels along axis 1."""
@@ -65,37 +65,22 @@ class WeightUse(NamedTuple):
 
 def weight_uses(graph: Graph, strategy: Strategy, layers: tuple[type, ...] = ()) -> Iterator[WeightUse]:
     """Each use of a weight in a strategy's layers or in further ``layers``, in execution order."""
-    varying = reached(graph, lambda node: node.kind == "input")
-    derived = reached(graph, has_parameters) - varying
+    computed = derived(graph)
     for node in graph:
         if node.is_module(*strategy.weights, *layers):
             yield from _uses_of_module(graph, node)
         elif strategy.functions and node.function in CONTRACTIONS:
-            yield from _uses_of_function(graph, node, derived)
+            yield from _uses_of_function(graph, node, computed)
 
 
 def _uses_of_function(graph: Graph, node: Node, derived: Collection[str]) -> Iterator[WeightUse]:
-    """The operands of a function that are parameters, and the first one that is computed from parameters.
-
-    A second computed one is a value, as in attention whose queries, keys and values are all learned; one that a module
-    computes as its own parameter is a weight in any place.
-
-    Args:
-      graph: fused.
-      node: the call of the function.
-      derived: names of the values that are computed from parameters alone.
-    """
-    has_computed = False
+    """The operands of a function that are parameters, and those of :func:`computed_weights`."""
+    computed = computed_weights(graph, node, derived)
     for operand in node.operands:
         source = source_of(graph, operand)
-        is_weight = bool(source.parameter) or source.value in derived
-        if not is_weight or not contracted(node, operand) or operand.kind:
-            continue
-        is_own = bool(source.value) and graph.producer(source.value).function == REPARAMETRIZE
-        if source.value and not is_own and has_computed:
-            continue
-        has_computed = has_computed or bool(source.value)
-        yield _use_of_function(graph, node, operand, source)
+        is_parameter = bool(source.parameter) and contracted(node, operand) and not operand.kind
+        if is_parameter or operand in computed:
+            yield _use_of_function(graph, node, operand, source)
 
 
 def _uses_of_module(graph: Graph, node: Node) -> Iterator[WeightUse]:
@@ -148,11 +133,6 @@ def _use_of_function(graph: Graph, node: Node, operand: Operand, source: Operand
         axes = tuple(axis for axis in axes if axis in owned)
     attribute = str(graph.producer(source.value).options.get("attribute", "weight"))
     return WeightUse(node, attribute, "", axes, operand.shape, operand.slot, read, source.value)
-
-
-def has_parameters(node: Node) -> bool:
-    """Whether a call takes a parameter or a buffer, or is that of a module that has one."""
-    return bool(node.parameters) or any(operand.parameter for operand in node.operands)
 
 
 def _kept_axes(node: Node, operand: Operand, along: Axes | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:

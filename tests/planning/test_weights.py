@@ -322,3 +322,36 @@ def test_examples_that_use_a_computed_weight_differently_are_united() -> None:
     once = F.linear(x, weight, params["layer.bias"])
     same(q.apply(params, qparams, x), once)
     same(q.apply(params, qparams, x, again=True), F.linear(once, weight, params["layer.bias"]))
+
+
+class Scaled(nn.Module):
+    """A weight that is computed from two parameters, in several spellings."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.w, self.s = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.rand(4, 1) + 0.5)
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spelling == "linear":
+            return F.linear(x, self.w * self.s)
+        if self.spelling == "matmul":
+            return x @ (self.w * self.s).mT
+        return torch.einsum("bi,oi->bo", x, (self.w * self.s).reshape(4, 6))
+
+
+@pytest.mark.parametrize("spelling", ["linear", "matmul", "einsum"])
+def test_a_computed_weight_is_rounded_once(spelling: str) -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(spelling), torch.randn(5, 6)
+    config = sq.QuantConfig(
+        weight=sq.override(bits=4, fake_quantize=sq.fake_quantize.fixed()), activation=sq.override(bits=16)
+    )
+    r = ready(model, x, config=config)
+    assert [name for name in r.q.plan if r.q.plan.site(name).role == "weight"] == ["weight_fake_quant"]
+    assert list(r.q.plan) == ["x.post_act_fake_quantizer", "weight_fake_quant"]
+    weight = model.w * model.s
+    scale = r.qparams["weight_fake_quant"].scale.reshape(4, 1)
+    read = r.q.quantize_value("x.post_act_fake_quantizer", x, r.qparams["x.post_act_fake_quantizer"])
+    expected = read @ ((weight * (1 / scale)).round().clamp(-8, 7) * scale).mT
+    torch.testing.assert_close(r(x), expected)

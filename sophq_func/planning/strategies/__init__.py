@@ -4,7 +4,7 @@ from sophq_func.planning.strategies import _academic as _academic
 from sophq_func.planning.strategies import _layers as _layers
 from sophq_func.planning.strategies import _mixed as _mixed
 from sophq_func.planning.strategies import _tpu as _tpu
-from sophq_func.planning.strategies._base import constants, reached
-from sophq_func.planning.strategies._dataflow import contracted, moved, moves, source_of
+from sophq_func.planning.strategies._base import constants, derived, reached
+from sophq_func.planning.strategies._dataflow import computed_weights, contracted, moved, moves, source_of
 
-__all__ = ["constants", "contracted", "moved", "moves", "reached", "source_of"]
+__all__ = ["computed_weights", "constants", "contracted", "derived", "moved", "moves", "reached", "source_of"]

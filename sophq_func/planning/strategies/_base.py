@@ -27,6 +27,16 @@ def reached(graph: Graph, is_source: Callable[[Node], bool]) -> frozenset[str]:
     return frozenset(found)
 
 
+def derived(graph: Graph) -> frozenset[str]:
+    """Names of the values that are computed from parameters alone."""
+    return reached(graph, has_parameters) - reached(graph, lambda node: node.kind == "input")
+
+
+def has_parameters(node: Node) -> bool:
+    """Whether a call takes a parameter or a buffer, or is that of a module that has one."""
+    return bool(node.parameters) or any(operand.parameter for operand in node.operands)
+
+
 def constants(graph: Graph) -> frozenset[str]:
     """Names of the values that are made of :data:`~sophq_func.core.operations.CONSTANTS` alone, such as zeros."""
     found: set[str] = set()

@@ -15,7 +15,7 @@ as a symmetric one would leave half of its codes unused. What the config says ab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 
@@ -25,7 +25,7 @@ from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests
 from sophq_func.core.operations import ALL, CONSTANTS, CONTRACTIONS, DROPOUTS, MOVES
 from sophq_func.numerics.scheme import override
 from sophq_func.observers import fixed_range
-from sophq_func.planning.strategies._base import floating_operands
+from sophq_func.planning.strategies._base import derived, floating_operands
 
 MULTIPLIERS = (
     nn.Conv1d,
@@ -52,6 +52,30 @@ def is_own_weight(graph: Graph, node: Node, operand: Operand) -> bool:
     """Whether a node multiplies with a parameter that a module computes: a weight, which has a quantizer of its own."""
     computed = bool(operand.value) and graph.producer(operand.value).function == REPARAMETRIZE
     return computed and node.function in CONTRACTIONS
+
+
+def computed_weights(graph: Graph, node: Node, derived: Collection[str]) -> list[Operand]:
+    """The operands of a function that are computed from parameters, and are the weights of a product.
+
+    They are those that a module computes as its own parameters, and of others the first: a second one is a value, as in
+    attention whose queries, keys and values are all learned.
+
+    Args:
+      graph: fused.
+      node: the call of the function.
+      derived: names of the values that are computed from parameters alone.
+    """
+    found: list[Operand] = []
+    has_other = False
+    for operand in node.operands:
+        source = source_of(graph, operand)
+        if source.value not in derived or not contracted(node, operand) or operand.kind:
+            continue
+        is_own = graph.producer(source.value).function == REPARAMETRIZE
+        if is_own or not has_other:
+            found.append(operand)
+        has_other = has_other or not is_own
+    return found
 
 
 CONTRACTING_MODULES = tuple(cls for cls in WEIGHTS if cls not in (nn.Embedding, nn.EmbeddingBag))
@@ -166,8 +190,12 @@ def choose(graph: Graph, requests: Requests, wanted: Callable[[Graph, Node, Requ
 def place_dataflow(graph: Graph, requests: Requests) -> Placement:
     """Quantize every wanted operand where it was made, before all that only moved it."""
 
+    computed = derived(graph)
+
     def sources(graph: Graph, node: Node, requests: Requests) -> list[Operand]:
-        return [source_of(graph, operand) for operand in wanted(graph, node, requests)]
+        # a weight has a quantizer of its own, at the call
+        weights = computed_weights(graph, node, computed) if node.function in CONTRACTIONS else []
+        return [source_of(graph, operand) for operand in wanted(graph, node, requests) if operand not in weights]
 
     chosen = choose(graph, requests, sources)
     preset = UNIT_RANGE_AFFINE if requests.free else UNIT_RANGE
