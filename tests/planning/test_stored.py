@@ -47,7 +47,7 @@ def test_an_old_plan_rounds_a_computed_weight_twice_as_it_did() -> None:
 
     hidden = F.linear(rounded("x.post_act_fake_quantizer", x), rounded("w_fake_quant", model.w))
     weight = rounded("weight_fake_quant", rounded("abs.post_act_fake_quantizer", model.v.abs()))
-    expected = F.linear(rounded("linear.post_act_fake_quantizer", torch.relu(hidden)), weight)
+    expected = F.linear(rounded("relu.post_act_fake_quantizer", torch.relu(hidden)), weight)
     torch.testing.assert_close(q.apply(params, qparams, x), expected)
 
 

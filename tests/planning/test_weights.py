@@ -324,7 +324,7 @@ def test_examples_that_use_a_computed_weight_differently_are_united() -> None:
     same(q.apply(params, qparams, x, again=True), F.linear(once, weight, params["layer.bias"]))
 
 
-class Scaled(nn.Module):
+class Product(nn.Module):
     """A weight that is computed from two parameters, in several spellings."""
 
     def __init__(self, spelling: str) -> None:
@@ -343,7 +343,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("spelling", ["linear", "matmul", "einsum"])
 def test_a_computed_weight_is_rounded_once(spelling: str) -> None:
     torch.manual_seed(0)
-    model, x = Scaled(spelling), torch.randn(5, 6)
+    model, x = Product(spelling), torch.randn(5, 6)
     config = sq.QuantConfig(
         weight=sq.override(bits=4, fake_quantize=sq.fake_quantize.fixed()), activation=sq.override(bits=16)
     )
