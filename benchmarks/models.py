@@ -28,11 +28,10 @@ from zoo import ZOO, Batch, Specimen
 
 import sophq_func as sq
 from sophq_func.capture.graph import Node, Operand
-from sophq_func.config.names import value_quantizer, weight_quantizer
 from sophq_func.core.operations import CONTRACTIONS
 from sophq_func.numerics import eager
 from sophq_func.planning.fusing import fuse
-from sophq_func.planning.strategies import contracted, source_of
+from sophq_func.planning.strategies import contracted
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ROUND = torch.ops.aten.round.default
@@ -53,31 +52,19 @@ class Row:
 
 
 class Work:
-    """The multiplications of a traced model, and which of them a plan puts on grids."""
+    """The multiplications of a traced model, counted from its shapes; a check of those that a plan's coverage counts."""
 
-    def __init__(self, graph: sq.Graph, plan: sq.Plan, params: dict[str, Tensor]) -> None:
-        self.graph, self.plan, self.params = fuse(graph), plan, params
+    def __init__(self, graph: sq.Graph, params: dict[str, Tensor]) -> None:
+        self.graph, self.params = fuse(graph), params
 
-    def calls(self) -> Iterator[tuple[int, bool]]:
-        """Multiplications of each convolution, linear layer and product, and whether all operands are quantized."""
+    def calls(self) -> Iterator[int]:
+        """Multiplications of each convolution, linear layer and product."""
         for node in self.graph:
             if node.is_module(*CONVOLUTIONS, nn.Linear):
-                name = node.parameters["weight"]
-                weight = weight_quantizer(name) in self.plan
-                yield self._layer(node, self.params[name]), weight and self._quantized(node.operands[0])
+                yield self._layer(node, self.params[node.parameters["weight"]])
             elif node.function in CONTRACTIONS and node.function != "embedding":
                 operands = [operand for operand in node.operands if contracted(node, operand)]
-                yield self._product(node, operands), all(map(self._quantized, operands))
-
-    def share(self) -> float:
-        """Percent of the multiplications whose operands are all quantized."""
-        calls = list(self.calls())
-        return 100 * sum(n for n, quantized in calls if quantized) / sum(n for n, _ in calls)
-
-    def _quantized(self, operand: Operand) -> bool:
-        source = source_of(self.graph, operand)
-        name = value_quantizer(source.value) if source.value else weight_quantizer(source.parameter)
-        return name in self.plan and not self.plan[name].observe_only
+                yield self._product(node, operands)
 
     def _shape(self, operand: Operand) -> tuple[int, ...]:
         if operand.value:
@@ -132,7 +119,7 @@ def check_flops(specimen: Specimen, batch: Batch, work: Work) -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         specimen.model(**batch)
-    own, total = 2 * sum(n for n, _ in work.calls()), counter.get_total_flops()
+    own, total = 2 * sum(work.calls()), counter.get_total_flops()
     if abs(own - total) > 0.01 * total:
         raise ValueError(f"counted {own} FLOPs, torch {total}")
 
@@ -148,8 +135,7 @@ def examine(name: str) -> Row:
     plan = sq.plan(graph, sq.QuantConfig())
     q, params = sq.build(specimen.model, plan), sq.params_of(specimen.model)
     qparams = q.calibrate(params, batches, progress=False)
-    work = Work(graph, plan, params)
-    check_flops(specimen, batches[0], work)
+    check_flops(specimen, batches[0], Work(graph, params))
     roles = [plan.site(quantizer).role for quantizer in plan]
 
     def apply(**inputs: Tensor) -> Tensor:
@@ -185,7 +171,7 @@ def examine(name: str) -> Row:
         model=name,
         weights=roles.count("weight"),
         activations=roles.count("activation"),
-        flops=work.share(),
+        flops=100 * plan.coverage.multiplications,
         cosine=float(torch.cosine_similarity(expected.flatten(), out.flatten(), dim=0)),
         acting=attempt(acts),
         compile=attempt(compiles),
