@@ -237,7 +237,7 @@ COUNTS: Mapping[str, Callable[[Products], int]] = {
     "cdist": _of_distances,
     "conv_tbc": _of_convolution_over_time,
     "einsum": _of_einsum,
-    "scaled_dot_product_attention": _of_attention,
+    **dict.fromkeys(("flex_attention", "scaled_dot_product_attention"), _of_attention),
     "tensordot": _of_tensordot,
 }
 """By canonical name of a function that multiplies and sums: how many multiplications a call makes."""

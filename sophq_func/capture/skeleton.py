@@ -173,9 +173,16 @@ class Skeleton:
         return module
 
     def owners(self) -> dict[str, frozenset[str]]:
-        """The modules that have parameters themselves: by path, the canonical names of these."""
+        """The modules that have parameters themselves: by path, the canonical names of these.
+
+        What computes a parameter of another module belongs to that module.
+        """
         own = {path: frozenset(names.values()) - self.buffers for path, names in self.owned.items()}
-        return {path: names for path, names in own.items() if names}
+        return {
+            path: names
+            for path, names in own.items()
+            if names and not isinstance(self._module_at[path], ParametrizationList)
+        }
 
     def tensors_of(self, path: str) -> Mapping[str, str]:
         """Canonical names of the tensors of a module of the whole model, by attribute; empty for an unknown path."""

@@ -22,7 +22,7 @@ from sophq_func.capture.skeleton import Skeleton, params_of, registered_tensors
 from sophq_func.capture.transforms import depth, innermost, whole
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
-from sophq_func.core.operations import CONTRACTIONS, MOVES, called
+from sophq_func.core.operations import CONTRACTIONS, LAYERS, MOVES, called
 from sophq_func.core.pytree import flatten, has_floating, named_leaves, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
@@ -324,8 +324,12 @@ class _Recorder(Frame):
         factors = []
         for slot, tensor in multiplied(name, args, kwargs):
             origin = self._origin(tensor)
-            if origin is not None and not _kind(tensor):
+            if _kind(tensor):
+                continue
+            if origin is not None:
                 factors.append(Factor(name, slot, origin.parameter, origin.sources, tuple(tensor.shape)))
+            elif LAYERS.get(name) == slot:  # a tensor that the model binds to the layer in the place of its weight
+                factors.append(Factor(name, slot, "", (), tuple(tensor.shape)))
         return factors
 
     def _origin(self, tensor: Tensor) -> _Origin | None:

@@ -272,7 +272,7 @@ class Program(nn.Module):
         work = _in_float32(x)
         scale, zero_point = self._tensor(f"{value}_scale"), self._tensor(f"{value}_zero_point")
         y = grid.in_own_layout(self._target.quantize(grid.as_matrix(work), scale, zero_point, grid))
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def program(

@@ -59,8 +59,8 @@ class Artifact:
 
         Keys: ``"version"`` of this format, ``"digest"`` of the plan, ``"torch"``: the version that converted the model,
         ``"weights"``, ``"biases"`` and ``"values"``: an entry for each by name, ``"folded"``: names of the BatchNorm
-        parameters that are folded into weights and biases, ``"derived"``: names of the parameters that only stored weights
-        are computed from.
+        parameters that are folded into weights and biases, and where there are any ``"derived"``: names of the
+        parameters that only stored weights are computed from.
         """
         return copy.deepcopy(dict(self._metadata))
 
@@ -193,7 +193,7 @@ class Artifact:
         for name, empty in self._q.engine.empty_params().items():
             if name in model.wholes:
                 parameters[name] = model.wholes[name].real(torch.float32)
-            elif name in self._metadata["derived"]:
+            elif name in self._metadata.get("derived", ()):
                 parameters[name] = absent(torch.empty(empty.shape, dtype=empty.dtype, device=device))
             elif name in self._metadata["weights"]:
                 parameters[name] = self.weight(name)

@@ -159,8 +159,9 @@ class _Conversion:
             "biases": sorted_dict(self.biases),
             "values": sorted_dict(self.values),
             "folded": sorted(folded),
-            "derived": sorted(parents - folded - self.gone),
         }
+        if unread := sorted(parents - folded - self.gone):
+            metadata["derived"] = unread
         return Artifact(self.q.plan, metadata, sorted_dict({**rest, **self.tensors}), self.q, sorted_dict(self.floats))
 
     def _is_on(self, name: str) -> bool:

@@ -76,6 +76,9 @@ def check_numbers(
         if not (plan[name].scheme.dynamic or is_unreached or is_finite):
             fix = "qparams = q.calibrate(params, batches)"
             problems.append(explain(f"{where}: {name}", "the scale is not finite", allowed="finite numbers", fix=fix))
+        if not (plan[name].scheme.dynamic or is_unreached or bool(entry.zero_point.isfinite().all())):
+            fix = "qparams = q.calibrate(params, batches)"
+            problems.append(explain(f"{where}: {name}", "the zero_point is not finite", allowed="finite numbers", fix=fix))
         if isinstance(quantizer, WeightQuantizer):
             problems += _numbers_of_layer(where, quantizer, params)
     raise_all(list(dict.fromkeys(problems)), StateError)

@@ -30,6 +30,9 @@ Shape: TypeAlias = tuple[int, ...]
 FIELDS = ("scale", "zero_point")
 """What all qparams have; further fields are extras."""
 
+AXES = {0: "shape ()", 1: "one axis"}
+"""What a scale with few axes has, for errors."""
+
 NO_ZERO_POINTS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 """Dtypes that no zero point has."""
 
@@ -238,7 +241,7 @@ def _unfit(name: str, qparams: QParams, axes: int | None, known: Collection[str]
     where = f"qparams of {name}"
     scale, zero_point, extras = qparams
     if axes is not None and scale.ndim != axes:
-        allowed = f"{axes} axes, as planned" if axes else "shape (), as planned"
+        allowed = f"{AXES.get(axes, f'{axes} axes')}, as planned"
         fix = f"{FIX}; a batch of settings goes through torch.vmap(q.apply, (None, 0, None))(params, settings, x)"
         yield explain(where, "scale has another number of axes", got=tuple(scale.shape), allowed=allowed, fix=fix)
     elif zero_point.shape != scale.shape and axes is not None:

@@ -112,6 +112,7 @@ SUMMED: Mapping[str, tuple[Summed, ...]] = {
     "dot": (_all, _all),
     "embedding": (_first,),
     "embedding_bag": (_first,),
+    "flex_attention": (_last, _last, _last_but_one),
     "grouped_mm": ROWS_BY_COLUMNS,
     "hspmm": ROWS_BY_COLUMNS,
     "inner": (_last, _last),

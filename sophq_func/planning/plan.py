@@ -230,7 +230,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         """
         remarks = [f"note: {note}" for note in self.notes] + [f"unused: {rule!r}" for rule in self.unused]
         # Of an empty plan the table says that nothing is quantized.
-        return text.table(self.rows(), [*remarks, *(self.coverage.lines() if self else ())])
+        return text.table(
+            self.rows(), [*remarks, *(self.coverage.lines() if self and self.coverage.shares is not None else ())]
+        )
 
     def explain(self, name: str) -> str:
         """Everything about one quantizer as text: where it sits, and each field with what decided it."""

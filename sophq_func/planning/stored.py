@@ -72,6 +72,8 @@ def _parts(data: Data) -> Stored:
     sites = {name: Site.from_data(entry["site"]) for name, entry in entries.items()}
     if any(site.quantizer != name for name, site in sites.items()):
         raise ValueError("a site belongs to another quantizer")
+    if not data["counts"]:
+        raise ValueError("there is no example")
     return Stored(
         configs={name: config_from_data(entry["config"]) for name, entry in entries.items()},
         sites=sites,

@@ -116,8 +116,12 @@ def read(found: LinearCodes | Stored) -> Tensor:
 
 def exported(r: Ready, target: Target) -> tuple[Program | None, str]:
     """The program, or what its refusal says."""
+    origin = r.q.plan.origin
+    assert origin is not None
+    example = origin.graphs[0].example
+    assert example is not None
     try:
-        return program("export", r.q, r.params, r.qparams, target, False), ""
+        return program("export", r.q, r.params, r.qparams, target, False, example), ""
     except sq.ConfigError as error:
         return None, str(error)
 

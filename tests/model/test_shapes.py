@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.core.registry import Spec
+from tests.helpers import with_hessians
 
 QParamsDict = dict[str, sq.QParams]
 
@@ -162,6 +163,7 @@ def test_fields_that_fit_pass(change: Callable[[QParamsDict], QParamsDict]) -> N
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
 def test_what_quantizers_learn_or_are_given_is_no_misspelling(symmetric: bool, name: str) -> None:
     q, params, qparams = calibrated(spec=getattr(sq.fake_quantize, name)(), symmetric=symmetric)
+    qparams = with_hessians(q, params, qparams)
     assert q.apply(params, qparams, x()).isfinite().all()
     off = sq.enabled(qparams, False)
     torch.testing.assert_close(q.apply(params, off, x()), torch.func.functional_call(network(), params, (x(),)))

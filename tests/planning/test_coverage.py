@@ -172,10 +172,7 @@ LEFT: dict[str, tuple[nn.Module, tuple[Tensor, ...], sq.QuantConfig, dict[str, s
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),
         (R(2, 3, 4, 4),),
         sq.QuantConfig(chip="BM1690", strategy="Transformer"),
-        {
-            "0": "its input input is only observed: strategy Transformer: 0 is fused to a ConvBn2d, "
-            "and only Conv2d, Linear and LinearReLU are on its list"
-        },
+        {"0": "its input input is only observed: strategy Transformer: 0 is fused to a ConvBn2d, which is not on its list"},
     ),
     "not called": (
         Net(lambda m, x: m.a(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
@@ -235,7 +232,6 @@ def test_nothing_is_warned_of_where_the_config_asks_for_nothing() -> None:
     for config in (sq.QuantConfig(weight=None), sq.QuantConfig(weight=None, activation=None)):
         silently(nn.Linear(4, 4), config, R(2, 4))
     silently(nn.LSTM(3, 4), sq.QuantConfig(), R(5, 2, 3))
-    silently(Net(lambda m, a, b: a @ b), sq.QuantConfig(quantmode="weight_only"), R(2, 3), R(3, 4))
 
 
 def test_a_plan_that_is_made_again_warns_again() -> None:
@@ -274,7 +270,8 @@ def test_it_is_stored_with_the_plan_and_has_no_part_in_the_digest() -> None:
 def of_version_3(plan: sq.Plan) -> str:
     """The text that version 3 had for a plan of weights that are used once."""
     data = json.loads(plan.to_json())
-    del data["coverage"]
+    del data["coverage"], data["excluded"]
+    data["runs"] = [[[made[:4] for made in calls], scopes] for calls, scopes in data["runs"]]
     for entry in data["quantizers"]:
         if entry["site"]["kind"] == "computed weight":
             assert entry["site"].pop("more") == []
@@ -287,7 +284,7 @@ def test_the_coverage_of_an_older_plan_is_unknown() -> None:
     assert old == plan
     assert old.digest() == plan.digest()
     assert str(old.coverage).startswith("coverage: unknown, because the plan was written by an older version")
-    assert old.table().endswith(str(old.coverage))
+    assert "coverage" not in old.table()
     for ask in (lambda: old.coverage.parameters, lambda: old.coverage.multiplications):
         with pytest.raises(sq.PlanError, match=r"coverage of this plan is unknown.*older version"):
             ask()

@@ -97,13 +97,11 @@ def model_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
 
 
 def is_fused_away(node: Node) -> bool:
-    """Whether a layer is fused to a class that sophgo-mq's strategy Transformer does not list.
+    """Whether a layer is fused with a BatchNorm, to a class that sophgo-mq's strategy Transformer does not list.
 
-    Its list holds ``Conv2d``, ``Linear`` and ``LinearReLU``, and compares classes, not their bases.
+    Its list compares classes, not their bases.
     """
-    if node.is_module(nn.Conv2d):
-        return bool(node.members)
-    return node.is_module(nn.Linear) and node.norm is not None
+    return node.is_module(nn.Conv2d, nn.Linear) and node.norm is not None
 
 
 def transformer_inputs(graph: Graph, requests: Requests) -> dict[str, str]:
@@ -133,7 +131,7 @@ def place_cnn(graph: Graph, requests: Requests) -> Placement:
 def place_transformer(graph: Graph, requests: Requests) -> Placement:
     """Quantize inputs of convolutions, linear layers and matrix products; observe the other inputs in the list.
 
-    As in sophgo-mq, a convolution that is fused with what follows counts among the others.
+    As in sophgo-mq, the input of a layer that is fused with a BatchNorm counts among the others.
     """
     quantized = transformer_inputs(graph, requests)
     chosen = quantized | model_inputs(graph, requests) | requested_inputs(graph, requests)
@@ -147,8 +145,7 @@ def why_observed(graph: Graph, value: str) -> str:
     fused = next((user for user, _ in graph.users(value) if is_fused_away(user)), None)
     if fused is None or fused.type is None:
         return UNREAD
-    listed = "Conv2d, Linear and LinearReLU"
-    return f"strategy Transformer: {fused.name} is fused to a {fused.type.__name__}, and only {listed} are on its list"
+    return f"strategy Transformer: {fused.name} is fused to a {fused.type.__name__}, which is not on its list"
 
 
 PLACEMENTS.add("CNN", Strategy(place_cnn, WEIGHTS, int4_inputs=True))

@@ -95,7 +95,7 @@ def attention(m: Any, x: Tensor) -> Tensor:
 
 PLACED = {
     "the worked example": Sets(
-        worked_example, "x conv1 conv2 relu_1 flatten fc", "x conv1 conv2 relu_1 flatten", "x conv1 flatten", worked_layers
+        worked_example, "x conv1 conv2 relu_1 flatten fc", "x conv1 conv2 relu_1 flatten", "flatten", worked_layers
     ),
     "an operation with a scalar": Sets(lambda m, x: torch.exp(x) * 2.0, "x exp mul", "x exp"),
     "a product that feeds a sum": Sets(merged, "x exp mul add", "x exp"),

@@ -109,7 +109,8 @@ RIGHT: dict[tuple[str, str], list[Right]] = {
     ("quant_dict", "strategy"): [
         Right(
             "Transformer",
-            each(["layer2.conv2", "sigmoid", "head"], POST, "gone") | {f"layer3.conv3{POST}": {"observe_only": True}},
+            each(["layer2.conv2", "sigmoid", "head"], POST, "gone")
+            | each(["layer3.conv3", "features.0.0", "x"], POST, {"observe_only": True}),
         )
     ],
     ("quant_dict", "bf16_mix_prec"): [
