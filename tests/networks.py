@@ -8,6 +8,7 @@ names.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -60,6 +61,17 @@ class Plain:
 
 
 Machine = Plain
+
+
+class OfTree(Plain):
+    """Reads parameters from a tree, as a function of params does."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.params = params
+
+    def parameter(self, scope: str, owner: nn.Module, attribute: str) -> Tensor:
+        held: Tensor = self.params["of"][attribute][0]
+        return held
 
 
 class Network(nn.Module):
@@ -182,6 +194,16 @@ def weight_norm(here: _Here, x: Tensor, _: Tensor) -> Tensor:
     return here.module("l", x)
 
 
+def _make_hooked(network: Network, step: Step) -> None:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch announces that the old hooks will go
+        network.add_module(f"l{step.number}", nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH, bias=False)))
+
+
+@step(_make_hooked)
+def hooked(here: _Here, x: Tensor, _: Tensor) -> Tensor:
+    return here.module("l", x)
+
+
 def _make_conv(network: Network, step: Step) -> None:
     network.add_module(f"c{step.number}", nn.Conv1d(WIDTH, WIDTH, 3, padding=1, bias=bool(step.number % 2)))
     norm = nn.BatchNorm1d(WIDTH)
@@ -271,6 +293,17 @@ def inner(here: _Here, x: Tensor, _: Tensor) -> Tensor:
 def mm(here: _Here, x: Tensor, _: Tensor) -> Tensor:
     flat = here.call("reshape", torch.reshape, x, (-1, WIDTH))
     return here.call("reshape", torch.reshape, here.call("mm", torch.mm, flat, here.parameter()), x.shape)
+
+
+@step(SQUARE)
+def mapped(here: _Here, x: Tensor, _: Tensor) -> Tensor:
+    # what a transform maps over is seen whole, so that the calls are those of the function without it
+    weight = here.parameter()
+    return (
+        torch.vmap(lambda row: F.linear(row, weight))(x)
+        if type(here.machine) is Plain
+        else here.call("linear", F.linear, x, weight)
+    )
 
 
 @step(makes_weight(TIME, WIDTH, WIDTH))
@@ -412,6 +445,18 @@ def routed(here: _Here, x: Tensor, _: Tensor) -> Tensor:
 
 
 # Networks
+
+
+OF_FUNCTIONS = tuple(
+    "add at at_permuted at_turned attention bmm cat_and_cut chunk_and_cat einsum_first einsum_io einsum_oi f_linear "
+    "f_linear_turned flip gelu in_place inner items mm mul plus_constant scaled_weight sdpa sigmoid tanh tensordot".split()
+)
+"""Kinds of steps that call no module."""
+
+
+def tree_of(network: Network) -> dict[str, Any]:
+    """The parameters of a network of functions as the tree that :class:`OfTree` reads."""
+    return {"of": {name: [parameter.detach()] for name, parameter in network.named_parameters()}}
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sophq_func as sq
-from tests.networks import Interpreter, Network, batches, networks, quantized_params, rounded
+from tests.networks import OF_FUNCTIONS, Interpreter, Network, OfTree, batches, networks, quantized_params, rounded, tree_of
 
 FEW = 40
 MANY = 500
@@ -103,6 +104,26 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert (actual - expected).norm() <= 0.01 * expected.norm() + 1e-6
 
 
+def check_function(network: Network, number: int) -> None:
+    """A network of functions, as a function of a tree of params, is what it is as a module."""
+    examples = batches(number, PICKS)
+    q = sq.quantize(network, config(4), examples=[(one, {}) for one in examples])
+    params = sq.params_of(network)
+    qparams = q.calibrate(params, examples, progress=False)
+
+    def f(params: Any, x: Tensor, pick: Tensor) -> Tensor:
+        return network.run(OfTree(params), "", x, pick)
+
+    tree = tree_of(network)
+    as_function = sq.quantize(f, config(4), params=tree, examples=[(one, {}) for one in examples])
+    renamed = {name: name.replace("of.", "").replace(".0_fake_quant", "_fake_quant") for name in as_function.plan}
+    assert list(renamed.values()) == list(q.plan)
+    own = as_function.calibrate(tree, examples, progress=False)
+    with torch.no_grad():
+        for one in examples:
+            torch.testing.assert_close(as_function.apply(tree, own, *one), q.apply(params, qparams, *one), rtol=0, atol=0)
+
+
 ANY = settings(max_examples=FEW, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -116,6 +137,12 @@ def test_a_network_of_4_bits_is_what_its_plan_says(network: Network, number: int
 @given(networks(), st.integers(0, 100))
 def test_a_network_of_16_bits_is_the_float_network(network: Network, number: int) -> None:
     check_16_bits(network, number, compiled=False)
+
+
+@ANY
+@given(networks(OF_FUNCTIONS), st.integers(0, 100))
+def test_a_function_of_a_tree_is_the_module_of_the_same_network(network: Network, number: int) -> None:
+    check_function(network, number)
 
 
 @pytest.mark.slow
