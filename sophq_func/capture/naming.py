@@ -52,3 +52,21 @@ class CallNames:
             name = f"{base}_{number}"
         self._lowest_free[base] = number
         return name
+
+
+def apart(path: str, function: str, after: str, number: int) -> str:
+    """Name of a call that is told apart by the module called before it, see :class:`sophq_func.capture.graph.Node`.
+
+    Args:
+      path: of the module that is called, or in which the function is called.
+      function: canonical name; empty for modules.
+      after: what was called before. Calls at the start of their scope have the name that they have without.
+      number: how many calls of the same place come after the same module before this one.
+
+    Example:
+      >>> apart("", "mul", "experts.2", 0), apart("", "mul", "experts.2", 1), apart("moe", "mul", "", 0)
+      ('experts.2.after.mul', 'experts.2.after.mul_1', 'moe.mul')
+    """
+    at_start = f"{path}.{function}".strip(".")
+    base = f"{after}.after.{function or path}" if after else at_start
+    return f"{base}_{number}" if number else base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from sophq_func.capture.frame import unwatched
-from sophq_func.capture.naming import CallNames
+from sophq_func.capture.naming import CallNames, apart
 from sophq_func.capture.transforms import depth, outside, wholes
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, unknown
@@ -220,6 +221,7 @@ class Tap(Runner):
         self.seen: Seen = {name: [] for name in (*wanted.paths.values(), *sorted(wanted.values))}
         self._names = CallNames(wanted.modules)
         self._root_name = root_name
+        self._apart: Counter[Pair] = Counter()
         self._open: list[Open] = []
         self._left = wanted.ends
         self._outer = depth()
@@ -235,13 +237,12 @@ class Tap(Runner):
         return result
 
     def before_module(self, path: str, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        value = self._names.module(path or self._root_name)
-        self._start((path, ""), self.wanted.key(path, value), args, kwargs)
+        self._start((path, ""), self.wanted.key(path, self._value(path, "")), args, kwargs)
         return super().before_module(path, args, kwargs)
 
     def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
         result = super().after_module(path, module, args, kwargs, output)
-        self._names.take(self._names.module(path or self._root_name))
+        self._take(path, "", self._value(path, ""))
         name, given = self._end((path, ""))
         self._keep(name, given, result)
         return result
@@ -255,15 +256,29 @@ class Tap(Runner):
         self._keep(name, given, output)
 
     def function(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
-        value = self._names.function(self.scope, name)
+        value = self._value(self.scope, name)
         self._start((self.scope, name), self.wanted.key("", value), args, kwargs)
         result = super().function(name, func, args, kwargs)
         key, given = self._end((self.scope, name))
         made = args[0] if name == "setitem" else result  # x[i] = y returns nothing; it makes a new x
         if tensors(made):
-            self._names.take(value)
+            self._take(self.scope, name, value)
             self._keep(key, given, made)
         return result
+
+    def _value(self, path: str, function: str) -> str:
+        """The name of the value that the call makes that starts now: that of the plan."""
+        pair = self._pair(path, function)
+        if (path, function) in self.schedule.known.told_apart:
+            return apart(path, function, self.before[-1], self._apart[pair])
+        return self._names.function(path, function) if function else self._names.module(path or self._root_name)
+
+    def _take(self, path: str, function: str, value: str) -> None:
+        """Count a call that made a value, so that the next one gets another name."""
+        if (path, function) in self.schedule.known.told_apart:
+            self._apart[self._pair(path, function)] += 1
+        else:
+            self._names.take(value)
 
     def _start(self, pair: Pair, name: str, args: Args, kwargs: Kwargs) -> None:
         """A call starts: copy its arguments, if it is wanted, before it may write into them."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.capture.naming import apart
 from sophq_func.config.names import input_quantizer
 from sophq_func.config.strategies import Placement, SharedInput
 from sophq_func.planning.strategies import moves
@@ -109,21 +110,11 @@ def _marked(graph: Graph, varying: set[Place]) -> Graph:
             continue
         marked = replace(node, told_apart=True)
         place = (node.path, marked.step)
-        changed[node.name] = replace(marked, call=counted[place], name=_name(marked, named[place]))
+        name = apart(node.path, node.function, node.after, named[place])
+        changed[node.name] = replace(marked, call=counted[place], name=name)
         counted[place] += node.counted
         named[place] += 1
     return graph.changed(changed)
-
-
-def _name(node: Node, number: int) -> str:
-    """The name of a call that is told apart: ``experts.2.after.mul``, then ``experts.2.after.mul_1``.
-
-    Calls at the start of their scope keep the name that they have without.
-    """
-    own = node.function or node.path
-    at_start = f"{node.path}.{node.function}".strip(".")
-    base = f"{node.after}.after.{own}" if node.after else at_start
-    return f"{base}_{number}" if number else base
 
 
 def read_apart(graph: Graph, placement: Placement) -> Placement:

@@ -217,6 +217,16 @@ def test_layers_that_are_skipped_keep_their_scales() -> None:
     assert (quantized - float_).norm() < 0.05 * float_.norm()
 
 
+def test_a_tap_finds_values_by_the_names_of_the_plan() -> None:
+    torch.manual_seed(1)
+    model = Routed(linear).eval()
+    r = prepared(model, [batch(0, 1), batch(2, 3)])
+    name = "experts.3.after.index_add"
+    x, pick = batch(1, 3, seed=5)
+    out, seen = r.q.tap(name)(r.params, r.qparams, x, pick)
+    assert torch.equal(seen[name][0].output, out)
+
+
 def test_with_one_example_another_order_of_experts_is_refused() -> None:
     order = [2, 0, 3, 1]
     model = Routed(linear, lambda found: [i for i in order if i in found]).eval()
