@@ -50,7 +50,7 @@ def leaves(tree: Tree) -> list[Tree]:
 
 
 # tuples, since Dynamo cannot trace a union of three classes
-LEAVES = (Tensor, nn.Module, str, int, float)
+LEAVES = (Tensor, nn.Module, str, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 """Classes whose instances are never taken apart."""
 
 CONTAINERS = (dict, list, set)
@@ -311,7 +311,12 @@ def _find(path: str, tree: Tree, found: list[tuple[str, Tree]], around: tuple[Tr
 
 
 def _is_around(tree: Tree, around: tuple[Tree, ...]) -> bool:
-    return any(tree is other for other in around)
+    """Whether a tree is one of the nodes around it; no tuple is, but by way of another node.
+
+    Tuples are passed over, since Dynamo cannot compare two of them by identity.
+    """
+    kind = type(tree)
+    return kind is not tuple and any(type(one) is kind and one is tree for one in around)
 
 
 def flatten(tree: Tree) -> tuple[list[Tree], Callable[[Sequence[Tree]], Tree]]:

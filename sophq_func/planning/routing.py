@@ -50,9 +50,14 @@ def _calls(graph: Graph) -> dict[Place, list[Node]]:
     """The counted calls of each place; not those of modules with parameters, which their paths tell apart."""
     calls: dict[Place, list[Node]] = {}
     for node in graph:
-        if node.kind != "input" and node.counted and not node.parameters:
+        if node.kind != "input" and node.counted and not _is_layer(node):
             calls.setdefault((node.path, node.function), []).append(node)
     return calls
+
+
+def _is_layer(node: Node) -> bool:
+    """Whether a call is that of a module with parameters, be they its own or those of its parametrizations."""
+    return bool(node.parameters or node.factors)
 
 
 def _vary(examples: Sequence[Calls]) -> bool:
@@ -84,7 +89,7 @@ def _readers(graph: Graph, node: Node) -> set[tuple[str, str, str]]:
     pending, seen = [node], {node.name}
     while pending:
         for user, _ in _users(graph, pending.pop()):
-            if user.parameters:
+            if _is_layer(user):
                 readers.add((user.path, "", ""))
             elif user.after != node.after or user.path != node.path:
                 readers.add((user.path, user.function, user.after))
