@@ -138,11 +138,12 @@ def _from_2(data: Data) -> Data:
 def _from_3(data: Data) -> Data:
     """From version 3, where a computed weight was quantized at one call.
 
-    It did not say what stays float, what rules leave so, and what is called before each call.
+    It did not say what stays float, what rules leave so (a run may reach anything, as it might then), and what is called
+    before each call.
     """
     quantizers = [_with_calls(entry) for entry in data["quantizers"]]
     runs = [[[[*made, UNKNOWN_WAY] for made in calls], scopes] for calls, scopes in data["runs"]]
-    return {**data, "version": 4, "quantizers": quantizers, "runs": runs, "excluded": [], "coverage": None}
+    return {**data, "version": 4, "quantizers": quantizers, "runs": runs, "excluded": ["*"], "coverage": None}
 
 
 def _with_calls(entry: Data) -> Data:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.config.site import ComputedSite, ValueSite, WeightSite
@@ -100,3 +100,26 @@ def test_a_kind_of_site_that_nobody_knows_is_refused() -> None:
     site["kind"] = "gradient"
     with pytest.raises(sq.ConfigError, match="gradient"):
         sq.Plan.from_json(json.dumps(data))
+
+
+def test_an_old_plan_lets_a_run_reach_what_it_might_then() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, other: bool = False) -> Tensor:
+            return self.other(self.one(x)) if other else self.one(x)
+
+    torch.manual_seed(0)
+    model, x = Either().eval(), torch.randn(2, 3)
+    q, params = sq.quantize(model, sq.QuantConfig(), example_args=x), sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    with pytest.raises(sq.StateError, match="other: this run calls it and no example does"):
+        q.apply(params, qparams, x, True)
+    data = json.loads(q.plan.to_json())
+    del data["coverage"], data["excluded"]
+    data["runs"] = [[[made[:4] for made in calls], scopes] for calls, scopes in data["runs"]]
+    old = sq.build(model, sq.Plan.from_json(json.dumps({**data, "version": 3})))
+    expected = F.linear(q.apply(params, qparams, x), model.other.weight, model.other.bias)
+    torch.testing.assert_close(old.apply(params, qparams, x, True), expected)
