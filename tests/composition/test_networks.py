@@ -33,6 +33,9 @@ COMPILED = 8
 IN_ONE_GRAPH = sorted(RUN.keys() - {"routed"})
 """Kinds of steps that a compiler takes into one graph: which experts run depends on numbers."""
 
+AS_WRITTEN = sorted(RUN.keys() - {"mapped"})
+"""Kinds of steps that the interpreter computes by the same calls of torch, in which a sum has one order."""
+
 NO_SHRINKING = (Phase.explicit, Phase.generate)
 """To make a failing network smaller takes longer than to look for one."""
 
@@ -43,7 +46,7 @@ def config(bits: int) -> sq.QuantConfig:
     return sq.QuantConfig(weight=change, activation=change)
 
 
-PICKS = ([0, 1, 2, 0], [1, 1, 2, 2], [0, 0, 0, 0])
+PICKS = ([0, 1, 0, 1], [2, 2, 2, 2])
 """The experts of each row, in the batches that calibrate."""
 
 OTHER = [2, 0, 2, 0]
@@ -51,15 +54,17 @@ OTHER = [2, 0, 2, 0]
 
 
 def check(network: Network, bits: int, number: int) -> None:
-    """One network: the scales are those of the values at their sites, and the output is that of the interpreter."""
-    examples = batches(number, PICKS)
+    """One network: the scales are those of the values at their sites, and the output is that of the interpreter.
+
+    Both make the same calls of torch in the same order, so that they take the same codes on any CPU.
+    """
+    *examples, other = batches(number, [*PICKS, OTHER])
     q = sq.quantize(network, config(bits), examples=[(one, {}) for one in examples])
     params = sq.params_of(network)
     qparams = q.calibrate(params, examples, progress=False)
     check_scales(q, network, params, qparams, examples)
     weights = quantized_params(q, params, qparams)
-    (x, pick), *_ = batches(number + 1, [OTHER])
-    for given_x, given_pick in (*examples, (x, pick)):
+    for given_x, given_pick in (examples[0], other):
         interpreter = Interpreter(q, weights, lambda name, x: rounded(x, q.plan[name].scheme, qparams[name]))
         with torch.no_grad():
             expected = interpreter.run_all(network, given_x, given_pick)
@@ -145,7 +150,7 @@ ANY = settings(max_examples=FEW, deadline=None, suppress_health_check=list(Healt
 
 
 @ANY
-@given(networks(), st.integers(0, 100))
+@given(networks(AS_WRITTEN), st.integers(0, 100))
 def test_a_network_of_4_bits_is_what_its_plan_says(network: Network, number: int) -> None:
     check(network, 4, number)
 
@@ -167,10 +172,11 @@ def test_a_function_of_a_tree_is_the_module_of_the_same_network(network: Network
 def test_500_networks_are_what_their_plans_say(part: int) -> None:
     @seed(part)
     @settings(max_examples=MANY, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(networks(), st.integers(0, 100))
+    @given(networks(AS_WRITTEN), st.integers(0, 100))
     def all_of_them(network: Network, number: int) -> None:
         check(network, 4, number)
-        check_16_bits(network, number, compiled=False)
+        if number % 4 == 0:
+            check_16_bits(network, number, compiled=False)
 
     all_of_them()
 
