@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-text examples test quick test-isa lint types contract rooms doctest check bench clean
+.PHONY: demo demo-text examples test fuzz quick test-isa lint types contract rooms doctest check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,9 @@ examples: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+fuzz: $(VENV)/.test
+	NETWORKS=2000 $(BIN)/python -m pytest -n 2 tests/composition/test_networks.py
 
 quick: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --quick

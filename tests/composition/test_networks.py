@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,9 @@ from tests.networks import (
 )
 
 FEW = 40
-MANY = 500
+MANY = int(os.environ.get("NETWORKS", "240")) // 4
 COMPILED = 8
-"""How many networks: in a quick run, in each of four slow ones, and in the one that compiles each."""
+"""How many networks: in a quick run, in each of four slow ones (``make fuzz`` sets 2,000), and in the one that compiles."""
 
 IN_ONE_GRAPH = sorted(RUN.keys() - {"routed"})
 """Kinds of steps that a compiler takes into one graph: which experts run depends on numbers."""
@@ -169,7 +170,7 @@ def test_a_function_of_a_tree_is_the_module_of_the_same_network(network: Network
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_500_networks_are_what_their_plans_say(part: int) -> None:
+def test_many_networks_are_what_their_plans_say(part: int) -> None:
     @seed(part)
     @settings(max_examples=MANY, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(networks(AS_WRITTEN), st.integers(0, 100))
