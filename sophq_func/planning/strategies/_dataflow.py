@@ -71,7 +71,7 @@ def computed_weights(graph: Graph, node: Node, derived: Collection[str]) -> list
         source = source_of(graph, operand)
         if source.value not in derived or not contracted(node, operand) or operand.kind:
             continue
-        is_own = graph.producer(source.value).function == REPARAMETRIZE
+        is_own = is_own_weight(graph, node, source)
         if is_own or not has_other:
             found.append(operand)
         has_other = has_other or not is_own
