@@ -3,6 +3,7 @@
 * A weight that is transposed behind its DequantizeLinear is stored transposed instead.
 * An embedding looks up codes instead of real numbers, so that only the rows of a batch are dequantized.
 * A linear layer of a MatMul and an Add becomes a Gemm with an int32 bias.
+* A layer whose weight has no grid is kept apart from the grid of its input, so that its weight is not rounded.
 * Codes of up to four bits become INT4 or UINT4.
 * The mean over an image becomes GlobalAveragePool.
 * A guard of a softmax against NaN is removed where the mask before it is finite.
@@ -76,7 +77,9 @@ def finished(
             rewrite(graph, node)
     marked = _unmarked(graph)
     for node in list(graph):
-        if node.op_type in BIASED and len(node.inputs) > 2 and _is_beyond_int32(node):
+        if node.op_type in BIASED and _would_be_rounded(node):
+            _kept_real(graph, node)
+        elif node.op_type in BIASED and len(node.inputs) > 2 and _is_beyond_int32(node):
             _added_behind(graph, node)
         if node.op_type in MOVES:
             _still_codes(graph, node)
@@ -266,31 +269,45 @@ def _rectified(graph: ir.Graph, node: ir.Node) -> None:
         graph.remove(node, safe=True)
 
 
+def _would_be_rounded(node: ir.Node) -> bool:
+    """Whether ONNX Runtime would round a layer's weight, which has no grid, to int8, because the layer's input has one."""
+    if _dequantized(node.inputs[1]) is not None:
+        return False
+    x = node.inputs[0]
+    source = None if x is None else x.producer()
+    while source is not None and source.op_type in MOVES:  # the runtime repeats a grid behind these
+        x = source.inputs[0]
+        source = None if x is None else x.producer()
+    return source is not None and source.op_type == "DequantizeLinear"
+
+
+def _kept_real(graph: ir.Graph, node: ir.Node) -> None:
+    """Put a ``Sum`` of one term, which is that term, between a layer and its input.
+
+    ONNX Runtime 1.32 makes an integer kernel of each layer right behind a grid, and rounds a real weight to int8 and a real
+    bias to int32 for it. It removes an ``Identity``; a ``Sum`` it leaves alone.
+    """
+    x = node.inputs[0]
+    assert x is not None
+    same = ir.node("Sum", [x])
+    same.outputs[0].shape, same.outputs[0].type = x.shape, x.type
+    graph.insert_before(node, [same])
+    node.replace_input_with(0, same.outputs[0])
+
+
 def _is_beyond_int32(node: ir.Node) -> bool:
     """Whether a layer on two grids has a real bias that is too large for int32 at the step of its integer sums."""
     x, weight, bias = node.inputs
-    given, step = None if x is None else x.producer(), _weight_step(weight)
-    if step is None or given is None or given.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
+    given, stored = None if x is None else x.producer(), _dequantized(weight)
+    if stored is None or given is None or given.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
         return False
     scale = given.inputs[1]
     if scale is None or scale.const_value is None:
         return False
-    values = np.abs(_array(bias).astype(np.float64))
+    values, step = np.abs(_array(bias).astype(np.float64)), _array(stored.inputs[1])
     # one scale for each output channel, or scales along other axes, of which the smallest is taken
     steps = (step if step.shape in ((), values.shape) else step.min()) * _array(scale).astype(np.float64).min()
     return bool((values / steps > LIMIT).any())
-
-
-def _weight_step(weight: ir.Value | None) -> Any:
-    """The scales of a stored weight; of a real one the smallest that ONNX Runtime, which rounds it too, may give it."""
-    stored = _dequantized(weight)
-    if stored is not None:
-        return _array(stored.inputs[1])
-    if weight is None or weight.const_value is None:
-        return None
-    sizes = np.abs(_array(weight).astype(np.float64))
-    of_channels = [sizes.max(axis=tuple(a for a in range(sizes.ndim) if a != axis)).min() for axis in (0, 1)]
-    return np.asarray(max(min(of_channels), np.finfo(np.float32).tiny) / 127)
 
 
 def _added_behind(graph: ir.Graph, node: ir.Node) -> None:

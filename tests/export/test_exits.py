@@ -108,6 +108,41 @@ def test_it_is_right_where_it_stays_real(make: Any, level: Any, tmp_path: Path) 
     is_near(sq.export.torch(*simulated, x).module()(x), simulated(x))
 
 
+def transposed() -> tuple[nn.Module, Tensor]:
+    return Pair(nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 2, 1)), torch.randn(2, 4, 5, 5)
+
+
+def behind_a_move() -> tuple[nn.Module, Tensor]:
+    return Pair(nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 2, 1)), torch.randn(2, 4, 6, 6)
+
+
+LEFT_OUT = sq.QuantConfig(rules=(sq.Rule(name="first*", weight=None),))
+
+
+@pytest.mark.parametrize("make", [linears, grouped, transposed, behind_a_move])
+def test_weights_that_a_rule_leaves_out_stay_real_behind_a_grid(make: Any, tmp_path: Path) -> None:
+    made, x = with_a_large_weight(make, LEFT_OUT)
+    is_near(in_onnx_runtime(made, x, tmp_path)[0], made(x))
+
+
+@pytest.mark.parametrize("make", [convolutions, linears_of_three_axes])
+def test_simulated_weights_stay_real_behind_a_grid(make: Any, tmp_path: Path) -> None:
+    made, x = with_a_large_weight(make, sq.QuantConfig(weight=sq.override(bits=16)))
+    is_near(in_onnx_runtime(made, x, tmp_path, simulate=True)[0], made(x))
+
+
+def with_a_large_weight(make: Callable[[], tuple[nn.Module, Tensor]], config: sq.QuantConfig) -> tuple[Ready, Tensor]:
+    """A model whose first layer has one weight, which multiplies zeros, beside which all others would be 0 in 8 bits."""
+    model, x = make()
+    x = x / x.abs().max()
+    weight = next(model.first.parameters()).data
+    inputs = weight[0] if make is transposed else weight[:, 0]
+    channels = x.movedim(-1 if x.ndim < 4 else 1, 0)
+    inputs.fill_(1e3)
+    channels[:: 2 if make is grouped else len(channels)].zero_()  # each group reads the first of its own
+    return ready(model.eval(), x, config=config), x
+
+
 def test_channels_of_zero_weights_get_the_scale_that_their_bias_needs(tmp_path: Path) -> None:
     model, x = convolutions()
     model.first.weight.data[0] = 0
