@@ -1,13 +1,14 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
 # make quick: under a minute of them.
-# make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: five settings of eighteen).
+# make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: three settings of eighteen).
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: demo demo-text examples test fuzz quick test-isa lint types contract rooms doctest check bench clean
+.PHONY: install demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -15,8 +16,10 @@ demo: $(VENV)/.demo
 demo-text: $(VENV)/.text
 	$(BIN)/python examples/demo_text.py
 
-examples: $(VENV)/.demo
-	for script in examples/[0-9]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+examples: $(EXAMPLES)
+
+$(EXAMPLES): %: $(VENV)/.demo
+	$(BIN)/python $*
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
@@ -32,6 +35,8 @@ test-isa: $(VENV)/.test
 
 doctest: $(VENV)/.test
 	$(BIN)/python -m pytest --doctest-modules sophq_func -p no:cacheprovider
+
+install: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -67,11 +72,11 @@ $(VENV)/.text: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo]"
-	touch $@
+	touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo,dev]"
-	touch $@
+	touch $@ $(VENV)/.test $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) demo_out demo_text_out
