@@ -27,9 +27,13 @@ from tests.networks import (
 )
 
 FEW = 40
-MANY = int(os.environ.get("NETWORKS", "240")) // 4
-COMPILED = 8
-"""How many networks: in a quick run, in each of four slow ones (``make fuzz`` sets 2,000), and in the one that compiles."""
+NETWORKS = int(os.environ.get("NETWORKS", "240"))
+MANY = NETWORKS // 4
+COMPILED = NETWORKS // 24
+"""How many networks: in a quick run, in each of four slow ones (``make fuzz`` has 2,000 in all), and in the one that compiles.
+
+To compile one takes as long as to look at twenty.
+"""
 
 IN_ONE_GRAPH = sorted(RUN.keys() - {"routed"})
 """Kinds of steps that a compiler takes into one graph: which experts run depends on numbers."""
