@@ -54,6 +54,17 @@ def push_mode(mode: TorchFunctionMode) -> None:
     _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
+def mode_depth() -> int:
+    """How many function modes are on the stack."""
+    return torch._C._len_torch_function_stack()
+
+
+def pop_modes(depth: int) -> None:
+    """Take function modes off the stack until no more than ``depth`` are left."""
+    while mode_depth() > depth:
+        pop_mode()
+
+
 def without_innermost_mode() -> AbstractContextManager[object]:
     """A context in which the innermost function mode sees nothing."""
     return _pop_mode_temporarily()

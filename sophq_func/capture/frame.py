@@ -305,14 +305,16 @@ class Watch(TorchFunctionMode):
     def pause(self) -> None:
         """See nothing until :meth:`resume`, where that is possible."""
         if not self.paused and not is_compiling() and innermost_mode() is self:
-            pop_mode()
+            # in this order, an interrupt in between leaves the mode on the stack once too often, and the end of the run
+            # takes it off; in the other order, one of the caller's would be taken off
             self.paused = True
+            pop_mode()
 
     def resume(self) -> None:
         """See every function again."""
         if self.paused:
             push_mode(self)
-            self.paused = False
+            self.paused = False  # after the line above, for the same reason
 
     def again(self, fn: Function) -> Function:
         """A function of the model that may be called after the run, and sees then what it would see now."""

@@ -6,9 +6,9 @@ there is none, they call the original. A compiler sees the originals.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,15 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from sophq_func.capture._torch import CheckpointParts, checkpoint_parts, innermost_mode, replace_checkpoint_parts
 from sophq_func.capture.frame import Frame, Watch
+from sophq_func.capture.turns import Turn
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.operations import is_operation
 from sophq_func.core.types import Output
 
-FUNCTION_APPLY = torch.autograd.Function.__dict__["apply"]
+FUNCTION: Any = torch.autograd.Function
+FUNCTION_APPLY = FUNCTION.__dict__["apply"]
 """Torch's own, which every ``autograd.Function`` inherits."""
 
-SCRIPT_CALL = torch.jit.ScriptFunction.__call__
+SCRIPT: Any = torch.jit.ScriptFunction
+SCRIPT_CALL = SCRIPT.__call__
 """Torch's own."""
+
+STANCES: list[Any] = []
+"""The compiler's stance that is in force during runs: none, or one."""
 
 CHECKPOINT = checkpoint_parts()
 """Torch's own."""
@@ -94,71 +100,74 @@ class ReportedReentrant:
         return checkpoint(run_function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
-@contextmanager
-def _checkpoints() -> Iterator[None]:
-    """A context in which checkpoints are reported."""
+def _replace_checkpoints() -> None:
     replace_checkpoint_parts(CheckpointParts(reported_steps, ReportedReentrant))
-    try:
-        yield
-    finally:
-        replace_checkpoint_parts(CHECKPOINT)
 
 
-@contextmanager
-def _functions() -> Iterator[None]:
-    """A context in which functions are reported, and in which what the model compiles runs as it is written.
+def _restore_checkpoints() -> None:
+    replace_checkpoint_parts(CHECKPOINT)
+
+
+def _replace_functions() -> None:
+    """Let functions be reported, and what the model compiles run as it is written.
 
     Else a compiler would look into ``torch.cond`` and ``flex_attention``, which compile themselves.
     """
-    function: Any = torch.autograd.Function
-    script: Any = torch.jit.ScriptFunction
-    function.apply, script.__call__ = classmethod(reported_apply), reported_script
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        function.apply, script.__call__ = FUNCTION_APPLY, SCRIPT_CALL
+    FUNCTION.apply, SCRIPT.__call__ = classmethod(reported_apply), reported_script
+    STANCES.append(torch.compiler.set_stance("force_eager"))
+
+
+def _restore_functions() -> None:
+    FUNCTION.apply, SCRIPT.__call__ = FUNCTION_APPLY, SCRIPT_CALL
+    while STANCES:
+        STANCES[-1].__exit__(None, None, None)
+        del STANCES[-1]
 
 
 class Shared:
-    """A context that acts on the whole process: of the runs inside it, the first begins it and the last ends it.
+    """A change of the whole process that lasts as long as any run needs it.
 
     Args:
-      make: returns the context.
+      change: makes it; to call it twice does no harm.
+      undo: takes it back; to call it twice, or without a change, does no harm.
     """
 
-    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
-        self._make = make
+    def __init__(self, change: Callable[[], None], undo: Callable[[], None]) -> None:
+        self._change, self._undo = change, undo
         self._lock = threading.Lock()
-        self._runs = 0
-        self._stack = ExitStack()
+        self._runs: set[object] = set()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
 
-    def __enter__(self) -> None:
+    def _renew(self) -> None:
+        """Make the lock free in a forked child, which has none of the threads that may hold it."""
+        self._lock = threading.Lock()
+
+    def begin(self, run: object) -> None:
+        """A run needs the change from now on."""
         with self._lock:
             if not self._runs:
-                self._stack.enter_context(self._make())
-            self._runs += 1
+                self._change()
+            self._runs.add(run)
 
-    def __exit__(self, *error: object) -> None:
+    def end(self, run: object) -> None:
+        """A run does not need the change any more, or never did."""
         with self._lock:
-            self._runs -= 1
+            self._runs.discard(run)
             if not self._runs:
-                self._stack.close()
+                self._undo()
 
 
-CHECKPOINTS = Shared(_checkpoints)
-FUNCTIONS = Shared(_functions)
+CHECKPOINTS = Shared(_replace_checkpoints, _restore_checkpoints)
+FUNCTIONS = Shared(_replace_functions, _restore_functions)
 
 
-@contextmanager
-def _both() -> Iterator[None]:
-    with CHECKPOINTS, FUNCTIONS:
-        yield
-
-
-def reported(functions: bool) -> AbstractContextManager[None]:
-    """A context in which hidden calls are reported: of checkpoints, and of functions where asked for.
+def report(turn: Turn, functions: bool) -> None:
+    """Report hidden calls until the turn ends: of checkpoints, and of functions where asked for.
 
     The second takes longer, as it empties Python's caches of the methods that it replaces.
     """
-    return _both() if functions else CHECKPOINTS
+    for shared in (CHECKPOINTS, FUNCTIONS) if functions else (CHECKPOINTS,):
+        run = object()
+        turn.note(partial(shared.end, run))
+        shared.begin(run)

@@ -9,7 +9,6 @@ is. This file is the only caller of ``functional_call``.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TypeAlias
@@ -25,16 +24,20 @@ from sophq_func.capture._torch import (
     has_only_one_hook_before,
     is_hooked,
     is_parameter,
+    mode_depth,
     own_tensors,
+    pop_modes,
+    push_mode,
     store_of,
     wrap_hooks_before,
 )
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.frame import Frame, ModuleInfo, OwnHook, Slot, Watch, enter, leave
 from sophq_func.capture.functions import FunctionModule, tensors_by_name
-from sophq_func.capture.hidden import reported
+from sophq_func.capture.hidden import report
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
+from sophq_func.capture.turns import Turn
 from sophq_func.core import modes
 from sophq_func.core.errors import PlanError, StateError, explain, near, other_prefix, raise_all
 from sophq_func.core.pytree import sorted_dict
@@ -131,18 +134,18 @@ class Skeleton:
         self._holders = self._holders_by_name()
         self._rebound: list[Binding] = []  # what the model bound anew in an eager run
         self._slot = Slot()
-        self._lock = threading.RLock()  # reentrant, since a run may start another of the same skeleton
+        self._turn = Turn()
         for path, module in self._module_at.items():
             self._hook(path, module, path in opaque or is_leaf(module))
 
-    # copied without the lock, which cannot be copied: a copy has its own
+    # copied without the turn, whose lock cannot be copied: a copy has its own
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        return {key: value for key, value in self.__dict__.items() if key != "_turn"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self._turn = Turn()
         # a ScriptModule copies nothing of what Python has added to it, and its parts are other objects then
         self._module_at = dict(self.module.named_modules())
         for path, module in self._module_at.items():
@@ -191,14 +194,14 @@ class Skeleton:
     def part(self, path: str, also: Collection[str] = ()) -> Skeleton:
         """A skeleton of the same modules, of which a run calls only the one at ``path``.
 
-        Names and paths stay those of the whole model. Modules and lock are shared, so that one of the two runs at a time.
+        Names and paths stay those of the whole model. Modules and turn are shared, so that one of the two runs at a time.
 
         Args:
           path: of the module, the first where it has several.
           also: names of further parameters and buffers that belong to ``names``.
         """
         other = copy.copy(self)
-        other._lock = self._lock
+        other._turn = self._turn
         other.root = path
         inside = {id(module) for module in other.entry.modules()}
         other.owned = {at: names for at, names in self.owned.items() if id(self._module_at[at]) in inside}
@@ -335,14 +338,30 @@ class Skeleton:
             for path, attribute, _ in self._aliases:  # a tensor of a transform that stays here could not leave the program
                 self._module_at[path].__dict__[attribute] = self._unfilled[path, attribute]
             return result
-        with self._lock:
-            memory = Memory(self.entry.modules())
+        return self._take_turn(self.entry, frame, params, args, kwargs)
+
+    def _take_turn(
+        self, fn: Callable[..., Output], frame: Frame | None, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs
+    ) -> Result:
+        """A run of the model, or of a part ``fn`` of it, in eager: alone, and with nothing left of it."""
+        turn = self._turn
+        with turn.lock:
+            noted = turn.noted
             try:
-                return self._run(partial(self._call_bound, self.entry), frame, params, args, kwargs)
-            finally:
-                # not tensors, such as aliases, which each run binds itself
-                changed = [binding for binding in memory.restore() if not isinstance(binding[2], Tensor)]
-                self._rebound = changed or self._rebound
+                try:
+                    turn.note(partial(self._restore, Memory(self.entry.modules())))
+                    turn.note(partial(setattr, self._slot, "watch", self._slot.watch))
+                    return self._run(partial(self._call_bound, fn), frame, params, args, kwargs)
+                finally:
+                    turn.settle(noted)
+            finally:  # again, since an interrupt may have cut it short
+                turn.settle(noted)
+
+    def _restore(self, memory: Memory) -> None:
+        """Put back the attributes of modules."""
+        # not tensors, such as aliases, which each run binds itself
+        changed = [binding for binding in memory.restore() if not isinstance(binding[2], Tensor)]
+        self._rebound = changed or self._rebound
 
     def _run(
         self,
@@ -368,11 +387,23 @@ class Skeleton:
                 with watch:
                     output, buffers = call(now, args, kwargs)
             else:
-                with reported(watch.frame.sees_functions), watch:
-                    output, buffers = call(now, args, kwargs)
+                report(self._turn, watch.frame.sees_functions)
+                output, buffers = self._watched(watch, partial(call, now, args, kwargs))
         finally:
             self._slot.watch = outer
         return output, sorted_dict(buffers)
+
+    def _watched(self, watch: Watch, call: Callable[[], Result]) -> Result:
+        """A call with a function mode on the stack."""
+        depth = mode_depth()
+        try:
+            try:
+                push_mode(watch)
+                return call()
+            finally:
+                pop_modes(depth)
+        finally:  # again, since an interrupt may have cut it short
+            pop_modes(depth)
 
     def _rerun(
         self, now: Mapping[str, Tensor], frame: Frame, fn: Callable[..., Output], args: Args, kwargs: Kwargs
@@ -381,12 +412,9 @@ class Skeleton:
 
         A checkpoint does so in a backward pass, when the run may be over and the modules hold no tensors.
         """
-        with self._lock:
-            memory = Memory(self.entry.modules())
-            try:
-                output, _ = self._run(partial(self._call_bound, fn), frame, now, args, kwargs)
-            finally:
-                memory.restore()
+        rebound = self._rebound
+        output, _ = self._take_turn(fn, frame, now, args, kwargs)
+        self._rebound = rebound
         return output
 
     def _call(self, now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
@@ -402,15 +430,12 @@ class Skeleton:
 
         Faster than :meth:`_call`: ``functional_call`` takes longer to find the modules than a small model to run.
         """
-        places = [(store, attribute, name, store[attribute]) for store, attribute, name in self._places()]
-        for store, attribute, name, _ in places:
+        places = list(self._places())
+        self._turn.note(partial(_bind, [(store, attribute, store[attribute]) for store, attribute, _ in places]))
+        for store, attribute, name in places:
             store[attribute] = now[name]
-        try:
-            output = fn(*args, **kwargs)
-            return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
-        finally:
-            for store, attribute, _, empty in places:
-                store[attribute] = empty
+        output = fn(*args, **kwargs)
+        return output, {name: store[attribute] for store, attribute, name in places if name in self.buffers}
 
     def _places(self) -> Iterator[tuple[Store, str, str]]:
         """Where each parameter and buffer is held: the dict, the attribute, and the canonical name."""
@@ -435,6 +460,12 @@ class Skeleton:
             for attribute, name in attributes.items():
                 holders.setdefault(name, []).append((path, attribute))
         return holders
+
+
+def _bind(tensors: Collection[tuple[Store, str, Tensor]]) -> None:
+    """Put tensors where modules hold them."""
+    for store, attribute, tensor in tensors:
+        store[attribute] = tensor
 
 
 def _all_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -57,6 +57,16 @@ def the_mode_of_a_run_would_not_know_whether_one_of_the_models_own_stands_before
         assert _torch.innermost_mode() is not outer
 
 
+@without("_len_torch_function_stack")
+def a_mode_that_an_interrupt_left_on_the_stack_could_not_be_told_from_those_of_the_caller() -> None:
+    with Counting() as outer:
+        depth = _torch.mode_depth()
+        _torch.push_mode(Counting())
+        _torch.push_mode(Counting())
+        _torch.pop_modes(depth)
+        assert _torch.innermost_mode() is outer
+
+
 @without("_subclasses")
 def a_model_of_fake_tensors_could_not_be_planned_where_it_transposes_a_weight() -> None:
     with FakeTensorMode():

@@ -30,9 +30,9 @@ FEW = 40
 NETWORKS = int(os.environ.get("NETWORKS", "240"))
 MANY = NETWORKS // 4
 COMPILED = NETWORKS // 24
-"""How many networks: in a quick run, in each of four slow ones (``make fuzz`` has 2,000 in all), and in the one that compiles.
+"""How many networks: in a quick run, in each of four slow ones, and in the one that compiles (one takes as long as twenty).
 
-To compile one takes as long as to look at twenty.
+``make fuzz`` looks at 2,000 in all.
 """
 
 IN_ONE_GRAPH = sorted(RUN.keys() - {"routed"})

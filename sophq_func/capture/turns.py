@@ -1,0 +1,67 @@
+"""One run at a time, and nothing left of it: at its end, after an interrupt, and in a forked child.
+
+A run changes things that outlive it: tensors in the modules of a skeleton, their attributes, functions of torch. It notes
+what undoes each change before it makes the change.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+
+Undo = Callable[[], object]
+"""Takes back a change of a run, whether it was made or not; to call it twice does no harm."""
+
+
+class Turn:
+    """The right to run, which one thread at a time has; shared by skeletons of the same modules.
+
+    Attributes:
+      lock: held during a run; reentrant, since a run may start another of the same skeleton.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._undo: list[Undo] = []
+        TURNS.add(self)
+
+    def note(self, undo: Undo) -> None:
+        """Note what takes back a change that the run is about to make."""
+        self._undo.append(undo)
+
+    @property
+    def noted(self) -> int:
+        """How many changes are noted."""
+        return len(self._undo)
+
+    def settle(self, noted: int) -> None:
+        """Take back all changes, the last one first, until ``noted`` are left.
+
+        An interrupt may end this anywhere, and a second call does the rest.
+        """
+        while len(self._undo) > noted:
+            self._undo[-1]()
+            del self._undo[-1]
+
+    def settle_in_child(self) -> None:
+        """End the run of a thread that was not copied when the process was forked, and make the lock free."""
+        if not self.lock.acquire(blocking=False):
+            self.settle(0)
+            self.lock = threading.RLock()
+            return
+        self.lock.release()
+
+
+TURNS: weakref.WeakSet[Turn] = weakref.WeakSet()
+"""Those of the process."""
+
+
+def _settle_in_child() -> None:
+    for turn in list(TURNS):
+        turn.settle_in_child()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_settle_in_child)
