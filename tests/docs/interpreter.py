@@ -1,0 +1,112 @@
+"""Runs programs as a fresh interpreter would, without importing torch anew for each: a server that forks.
+
+It is given to an interpreter as text (``python -c``), so that no folder of the repository is on its path, and imports
+nothing of ours. A request is a line of JSON on stdin: the folder to run in, and blocks ``(file, line, code)`` that share a
+namespace. The answer is a line of JSON on stdout: what went wrong, or "". The first answer lists what is installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import tokenize
+import traceback
+import types
+import warnings
+
+import torch  # noqa: F401  a second of each program, which forks share
+
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+ABOUT = "about "
+ROUNDED = 0.05
+"""How far a figure behind ``# about`` may lie from what is printed, as a share of it. Such a figure comes from sums of floats
+or a short training, which other CPUs carry out in another order; it is there to show a size, and half of its second digit
+does not change what a reader concludes.
+"""
+
+
+def remarks(code):
+    """``{line: comment}``, without the mark of a comment."""
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+
+
+def prints(statement):
+    """Whether a statement is a call of ``print``."""
+    value = getattr(statement, "value", None)
+    return isinstance(statement, ast.Expr) and isinstance(value, ast.Call) and getattr(value.func, "id", "") == "print"
+
+
+def agrees(printed, stated):
+    """Whether a comment states what was printed: all of it, up to white space; behind "about" its numbers are rounded."""
+    printed, stated = (" ".join(text.split()) for text in (printed, stated))
+    if not stated.startswith(ABOUT):
+        return printed == stated
+    stated = stated.removeprefix(ABOUT)
+    pairs = list(zip(NUMBER.findall(printed), NUMBER.findall(stated)))
+    near = all(abs(float(a) - float(b)) <= ROUNDED * abs(float(a)) for a, b in pairs)
+    return near and NUMBER.sub("0", printed) == NUMBER.sub("0", stated)
+
+
+def run(file, line, code, names):
+    """Run a block statement by statement; a comment behind a ``print`` must state what it prints."""
+    code = "\n" * (line - 1) + code
+    stated = remarks(code)
+    for statement in ast.parse(code, file).body:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            exec(compile(ast.Module([statement], []), file, "exec", dont_inherit=True), names)
+        remark = stated.get(statement.end_lineno)
+        if remark and prints(statement) and not agrees(shown.getvalue(), remark):
+            raise AssertionError(f"{file}:{statement.lineno} prints {shown.getvalue()!r}, and says {remark!r}")
+
+
+def child(request, report):
+    """Run one program in this process; what went wrong goes into the file ``report``."""
+    os.chdir(request["folder"])
+    # A reader sees every warning. What torch says to itself is torch's.
+    warnings.simplefilter("error")
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module="torch")
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    sys.argv = [""]
+    try:
+        for block in request["blocks"]:
+            run(*block, vars(main))
+    except BaseException:
+        report.write(traceback.format_exc())
+        report.flush()
+
+
+def forked(request):
+    """Run one program in a fork; returns what went wrong."""
+    with tempfile.TemporaryFile("w+") as report:
+        process = os.fork()
+        if not process:
+            answers = os.dup(1)
+            os.dup2(2, 1)  # what the program, or a library in C, writes is no answer
+            os.close(answers)
+            child(request, report)
+            os._exit(0)
+        _, status = os.waitpid(process, 0)
+        report.seek(0)
+        return report.read() or (f"the process ended with status {status}" if status else "")
+
+
+def serve():
+    """Answer requests until stdin ends."""
+    installed = sorted({found.metadata["Name"].lower() for found in importlib.metadata.distributions()})
+    print(json.dumps(installed), flush=True)
+    for request in sys.stdin:
+        print(json.dumps(forked(json.loads(request))), flush=True)
+
+
+serve()
