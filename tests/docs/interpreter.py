@@ -21,7 +21,12 @@ import traceback
 import types
 import warnings
 
-import torch  # noqa: F401  a second of each program, which forks share
+import optree  # noqa: F401
+import safetensors.torch  # noqa: F401
+import torch._dynamo  # noqa: F401  importing what the package imports takes three seconds, which all forks share
+
+with contextlib.suppress(ImportError):
+    import sklearn.datasets  # noqa: F401  two more seconds, for the blocks that need it
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 ABOUT = "about "
@@ -107,6 +112,7 @@ def serve():
     print(json.dumps(installed), flush=True)
     for request in sys.stdin:
         print(json.dumps(forked(json.loads(request))), flush=True)
+    os._exit(0)  # nothing to clean up, which torch takes seconds to find out
 
 
 serve()
