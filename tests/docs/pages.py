@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 FENCE = re.compile(r"^(?P<indent> *)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```", flags=re.MULTILINE | re.DOTALL)
 ONCE = re.compile(r"\bonce\b", flags=re.IGNORECASE)
-NEEDS = re.compile(r"\b(?:extra|package)s?\b((?:,| and|\s|`[^`]+`)+)")
+NEEDS = re.compile(r"\b(extra|package)s?\b((?:,| and|\s|`[^`]+`)+)")
 
 
 class Block(NamedTuple):
@@ -43,8 +43,9 @@ class Block(NamedTuple):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extras and packages that its sentence names."""
-        return frozenset(name for listed in NEEDS.findall(self.before) for name in re.findall(r"`([^`]+)`", listed))
+        """Packages that its sentence names, an extra as ``sophq-func[extra]``."""
+        named = [(kind, name) for kind, listed in NEEDS.findall(self.before) for name in re.findall(r"`([^`]+)`", listed)]
+        return frozenset(f"sophq-func[{name}]" if kind == "extra" else name for kind, name in named)
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -57,7 +58,7 @@ class Program(NamedTuple):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extras and packages that it needs."""
+        """Packages that it needs, as of a block."""
         return frozenset[str]().union(*(block.needs for block in self.blocks))
 
     def __str__(self) -> str:

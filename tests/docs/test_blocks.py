@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import sophq_func as sq
-from tests.docs.pages import PAGES, ROOT, Block, Program, blocks, programs
+from tests.docs import pages
+from tests.docs.pages import PAGES, ROOT, Program, programs
 
 SERVER = (Path(__file__).parent / "interpreter.py").read_text()
 PROGRAMS = [program for page in PAGES for program in programs(page)]
@@ -75,10 +76,9 @@ def extras() -> dict[str, set[str]]:
 
 
 def packages(need: str, known: dict[str, set[str]]) -> set[str]:
-    """The packages that an extra means, or the one of that name."""
-    own = re.fullmatch(r"sophq-func\[(\w+)\]", need)
-    name = own[1] if own else need
-    return set[str]().union(*(packages(each, known) for each in known[name])) if name in known else {name}
+    """The package of that name, or those that an extra of ours installs."""
+    extra = re.fullmatch(r"sophq-func\[([\w-]+)\]", need)
+    return set[str]().union(*(packages(each, known) for each in known[extra[1]])) if extra else {need}
 
 
 @pytest.mark.slow
@@ -90,3 +90,89 @@ def test_every_block_runs_when_it_is_pasted(program: Program, fresh: Fresh, tmp_
         pytest.skip(f"needs {', '.join(sorted(missing))}")
     wrong = fresh.run(program, tmp_path)
     assert not wrong, wrong
+
+
+PAGE = """# A page
+
+Two words, once, with the extra `onnx` and the package `torch`:
+
+```python
+a = 1
+```
+
+Prints.
+
+```python title="x.py"
+print(a + 1)  # 2
+```
+
+* Indented, with the packages `b`, `c-d` and `e`. It needs more:
+
+  ```python
+  assert a == 1
+  ```
+"""
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A page that one can write."""
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    return tmp_path / "page.md"
+
+
+def test_a_block_follows_the_set_up_of_its_page_and_needs_what_the_sentences_say(page: Path) -> None:
+    page.write_text(PAGE)
+    setup, one, two = pages.blocks(page)
+    assert [str(program) for program in programs(page)] == ["page.md:12", "page.md:18"]
+    assert all(program.blocks[0] == setup and setup.once for program in programs(page))
+    assert setup.needs == {"sophq-func[onnx]", "torch"} and one.needs == two.needs == set()
+    assert two.code == "assert a == 1\n" and two.before == "It needs more:"
+    assert {"onnx", "onnxruntime"} < packages("sophq-func[demo]", extras())
+
+    page.write_text(PAGE.replace("once, ", "").replace(". It needs more", ""))
+    assert [len(program.blocks) for program in programs(page)] == [1, 1, 1]
+    assert programs(page)[2].needs == {"b", "c-d", "e"}
+
+    page.write_text(PAGE.partition("Prints.")[0])
+    assert [str(program) for program in programs(page)] == ["page.md:6"]  # a set-up alone runs, too
+
+
+WRONG = {
+    "NameError: name 'torch' is not defined": "torch.ones(1)",
+    "NameError: name 'json' is not defined": "json",
+    "says '3'": "print(1 + 1)  # 3",
+    "says 'about 2.4 rows'": "print(2.2, 'rows')  # about 2.4 rows",
+    "says 'about 2 columns'": "print(2, 'rows')  # about 2 columns",
+    "says 'about 2 rows'": "print(2, 3, 'rows')  # about 2 rows",
+    "UserWarning: seen": "import warnings\nwarnings.warn('seen')",
+    "ModuleNotFoundError: No module named 'tests'": "import tests",
+    "ModuleNotFoundError: No module named 'digits'": "import digits",
+    "SystemExit": "exit(0)",
+    "status 9": "import os\nos.kill(os.getpid(), 9)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("message", WRONG)
+def test_what_goes_wrong_for_a_reader_goes_wrong_here(message: str, fresh: Fresh, page: Path, tmp_path: Path) -> None:
+    page.write_text(f"```python\n{WRONG[message]}\n```\n")
+    (program,) = programs(page)
+    assert message in fresh.run(program, tmp_path)
+
+
+RIGHT = """print(1 + 1)  # 2
+print(2.2, "rows")  # about 2.1 rows
+for i in range(2):
+    print(i)  # which is no result of one statement
+from pathlib import Path
+Path("file").write_text("here")
+"""
+
+
+@pytest.mark.slow
+def test_a_block_runs_in_the_folder_and_leaves_nothing_to_the_next(fresh: Fresh, page: Path, tmp_path: Path) -> None:
+    page.write_text(f"```python\n{RIGHT}```\n\n```python\nPath\n```\n")
+    one, two = programs(page)
+    assert fresh.run(one, tmp_path) == "" and (tmp_path / "file").read_text() == "here"
+    assert "NameError: name 'Path' is not defined" in fresh.run(two, tmp_path)
