@@ -20,6 +20,7 @@ import tokenize
 import traceback
 import types
 import warnings
+from pathlib import Path
 from typing import IO, TypedDict
 
 import optree  # noqa: F401
@@ -27,7 +28,7 @@ import safetensors.torch  # noqa: F401
 import torch._dynamo  # noqa: F401  importing what the package imports takes three seconds, which all forks share
 
 # An editable installation puts the repository on the path, with folders that no other installation has.
-sys.path[:] = [folder for folder in sys.path if not os.path.exists(os.path.join(folder, "pyproject.toml"))]
+sys.path[:] = [folder for folder in sys.path if not Path(folder, "pyproject.toml").exists()]
 
 for extra in ("onnxruntime", "onnxscript", "sklearn.datasets", "transformers"):
     with contextlib.suppress(ImportError):
