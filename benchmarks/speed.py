@@ -1,6 +1,6 @@
 """How fast whole models are, against plain float and against every peer that is installed, in one run.
 
-    pip install -c constraints.txt .[bench]
+    pip install -c constraints.txt ".[bench]"
     python benchmarks/speed.py --modes eager compiled --json benchmarks/speed.json
     python benchmarks/speed_page.py
 

@@ -16,7 +16,7 @@ from measure import write_text
 HEAD = """# Speed
 
 Made by `python benchmarks/speed_page.py` from `benchmarks/speed.json`, which `python benchmarks/speed.py` measures with each
-peer that is installed (`pip install -c constraints.txt .[bench]`); its help says how.
+peer that is installed (`pip install -c constraints.txt ".[bench]"`); its help says how.
 
 W8A8 with learned scales: int8 weights per channel and int8 activations per tensor at the input of every convolution and
 linear layer (strategy `Layers`), or what a peer offers nearest to that. One thread of {machine}, torch {torch}, random

@@ -144,7 +144,8 @@ def require(where: str) -> None:
     """Raise a :class:`ConfigError` unless the packages of the extra ``onnx`` are installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        fix = "pip install sophq-func[onnx]"
+        # in quotes, since some shells take brackets for a pattern; pip keeps the package that runs this
+        fix = 'pip install "sophq-func[onnx]"'
         raise ConfigError(explain(where, f"{' and '.join(missing)} must be installed to write ONNX", fix=fix))
 
 

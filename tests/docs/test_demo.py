@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import sophq_func as sq
-from tests.docs.test_readme import ROOT
+from tests.docs.pages import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import sophq_func as sq
-from tests.docs.test_readme import ROOT, run
+from tests.docs.pages import ROOT, run
 
 pytestmark = pytest.mark.slow
 

@@ -363,7 +363,7 @@ def test_wrong_models_and_missing_packages_are_named(tmp_path: Path, monkeypatch
         exported(made._replace(params={}), image(), path)
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
-    with pytest.raises(sq.ConfigError, match=r"onnxscript.*pip install sophq-func\[onnx\]"):
+    with pytest.raises(sq.ConfigError, match=r"onnxscript.*pip install \"sophq-func\[onnx\]\""):
         exported(made, image(), path)
 
 
