@@ -7,4 +7,5 @@ from sophq_func.config import names as names
 from sophq_func.config import patterns as patterns
 from sophq_func.config import rules as rules
 from sophq_func.config import site as site
+from sophq_func.config import stored as stored
 from sophq_func.config import strategies as strategies
