@@ -80,7 +80,7 @@ def advance(run: Run, q: sq.Quantized, x: Tensor, y: Tensor, steps: int) -> None
         F.cross_entropy(logits, y[batch]).backward()
         run.optimizer.step()
         run.schedule.step()
-        # new statistics of BatchNorm; detached, or the graph of this step would live as long as the run
+        # new statistics of BatchNorm; detached, as a buffer of your own may have the graph of this step
         run.buffers = {name: after[name].detach() for name in run.buffers}
         run.step += 1
 

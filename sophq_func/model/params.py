@@ -75,7 +75,8 @@ def load_into(model: nn.Module, params: Mapping[str, Tensor]) -> None:
         raise StateError(explain("load_into", sentence, got=got, allowed=allowed, fix=FIX))
     raise_all([*_misnamed(params.keys(), targets.keys())], StateError)
     raise_all([problem for name, target in targets.items() for problem in _misfits(name, target, params[name])], StateError)
-    sources = {name: _apart(params[name], targets[name], targets.values()) for name in targets}
+    memories = {_memory(target) for target in targets.values()}
+    sources = {name: _apart(params[name], targets[name], memories) for name in targets}
     raise_all([*_overwritten(targets, sources)], StateError)
     with torch.no_grad():
         for name, target in targets.items():
@@ -125,14 +126,15 @@ def _misfits(name: str, target: Tensor, given: object) -> Iterator[str]:
 # Memory that tensors share
 
 
-def _apart(given: Tensor, target: Tensor, targets: Collection[Tensor]) -> Tensor:
-    """``given``, or a copy where it lies in memory that a write into another tensor of the model may change first.
+def _apart(given: Tensor, target: Tensor, memories: Collection[int]) -> Tensor:
+    """``given``, or a copy where it lies in memory of the model, which a write into another tensor may change first.
 
     So do params that exchange two weights of the model that they were taken from.
     """
-    if _memory(given) == 0 or _is_same_place(given, target):
+    memory = _memory(given)
+    if memory == 0 or memory not in memories or _is_same_place(given, target):
         return given
-    return given.clone() if _memory(given) in map(_memory, targets) else given
+    return given.clone()
 
 
 def _overwritten(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Iterator[str]:

@@ -186,6 +186,7 @@ class Quantized:
           ``{quantizer name: QParams}``, sorted.
 
         Raises:
+          ConfigError: ``inputs`` is no function.
           StateError: no batches, one that is no call of the model, or that gives by position a tensor that no example gives;
             a value that no batch reached, or data with NaN or infinity.
 
