@@ -1,7 +1,7 @@
 """Training with torchopt, complete: a pure step of weights, scales, buffers and optimizer's states; stop and go on.
 
-Nothing is written to: a run is a named tuple of trees, and a step makes a new one of it. So a step can be mapped over
-seeds, differentiated through, or compiled. ``10_qat_torch_optim.py`` trains the same with ``torch.optim``.
+Nothing is written to: a run is a named tuple of trees, a step makes a new one of it, and every earlier one is still there.
+``10_qat_torch_optim.py`` trains the same with ``torch.optim``.
 """
 
 from __future__ import annotations

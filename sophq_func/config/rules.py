@@ -260,7 +260,7 @@ class QuantConfig:
                 yield explain("QuantConfig", f"{name} has an item of a wrong type", got=wrong[0], allowed=allowed, fix=fix)
 
     def to_json(self) -> str:
-        """The config as JSON text: :meth:`from_json` reads an equal one. Equal configs have equal texts.
+        """The config as JSON text, the same in every process; :meth:`from_json` reads an equal config.
 
         Classes and functions are stored by the path by which Python imports them, ``torch.nn.Linear`` or
         ``package.module:Block``.

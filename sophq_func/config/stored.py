@@ -93,7 +93,8 @@ def _as_compared(data: Data) -> Data:
         return {key: _as_compared(value) for key, value in data.items()}
     if isinstance(data, list):
         return list(map(_as_compared, data))
-    return int(data) if isinstance(data, float) and data.is_integer() else data
+    is_whole = isinstance(data, bool) or (isinstance(data, float) and data.is_integer())
+    return int(data) if is_whole else data
 
 
 def _fields(value: Any, unset: object) -> dict[str, Data]:

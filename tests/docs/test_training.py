@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sophq_func as sq
 from tests.checkpoint.test_extra import same
 from tests.docs.test_readme import ROOT
-from tests.helpers import Ready, ready
+from tests.helpers import Ready, ready, unchanged
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +125,18 @@ def test_the_rate_rises_falls_and_scales_have_their_own(task: tuple[Ready, Tenso
     run = example.start(r.q, r.params, r.qparams, names)
     rates = [group["lr"] for group in run.optimizer.param_groups]
     assert rates == pytest.approx([example.RATE / example.WARMUP, example.SCALE_RATE / example.WARMUP])
+
+
+def test_a_step_with_torchopt_writes_into_nothing(task: tuple[Ready, Tensor, Tensor, set[str]]) -> None:
+    pytest.importorskip("torchopt")
+    example = loaded("qat_torchopt")
+    r, x, y, names = task
+    with unchanged(r.params, r.qparams):
+        first = example.start(r.q, r.params, r.qparams, names)
+        second = example.advance(first, r.q.train(), x, y, 1)
+        with unchanged(first.params, first.qparams, second.params, second.qparams):
+            again = example.advance(first, r.q.train(), x, y, 2)
+        same(leaves(example.advance(second, r.q.train(), x, y, 1)), leaves(again))
 
 
 def test_without_torchopt_its_example_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
