@@ -2,14 +2,15 @@
 
 ``torch.save({"qparams": qparams, "plan": q.plan, "config": config})`` is then a file that loads in the mode that is torch's
 default, in which a file cannot call what it likes. The list holds no class that refers to a model, and none whose
-constructor does more than check its fields. Module classes and functions in the rules of a config are the user's to allow,
-with ``torch.serialization.add_safe_globals``.
+constructor does more than check its fields. Classes and functions of torch in the rules of a config are stored by name;
+others are the user's to allow, with ``torch.serialization.add_safe_globals``.
 """
 
 from __future__ import annotations
 
 from torch.serialization import add_safe_globals
 
+from sophq_func.config.paths import Reference
 from sophq_func.config.rules import UNSET, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import CallSite, ComputedSite, LayerInput, OperandSite, ValueSite, WeightSite
 from sophq_func.core.registry import Spec
@@ -24,7 +25,11 @@ from sophq_func.planning.runs import Made, Run, Span
 OF_STATES = (QParams, *STATES)
 """Named tuples of tensors."""
 
-OF_CONFIGS = (QuantConfig, Rule, Override, QuantizerConfig, QScheme, Spec, *GRANULARITIES.values(), not_grouped)
+OF_CONFIGS = (
+    *(QuantConfig, Rule, Reference, Override, QuantizerConfig, QScheme, Spec),
+    *GRANULARITIES.values(),
+    not_grouped,
+)
 """What a config is made of; ``not_grouped`` is the condition of rules from the dictionaries of sophgo-mq."""
 
 OF_PLANS = (

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from sophq_func.config import stored
+from sophq_func.config import paths, stored
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.matching import TYPE_KEYS, TypeKey, is_type_key, matches_name, matches_type, type_text
 from sophq_func.config.patterns import Fused
@@ -147,6 +147,12 @@ class Rule:
             parts += [f"{flag}={getattr(self, flag)}"] if getattr(self, flag) is not None else []
         return f"Rule({', '.join(parts)})"
 
+    def __getstate__(self) -> dict[str, object]:
+        return paths.state_of(self)
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        self.__dict__.update(paths.fields_of(state))
+
     def half(self, role: Role) -> Half:
         """What the rule says about quantizers of a role."""
         return self.weight if role == "weight" else self.activation
@@ -227,6 +233,12 @@ class QuantConfig:
         object.__setattr__(self, "strategy", PLACEMENTS.canonical(self._strategy_or_default))
         for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __getstate__(self) -> dict[str, object]:
+        return paths.state_of(self)
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        self.__dict__.update(paths.fields_of(state))
 
     @property
     def _strategy_or_default(self) -> str:

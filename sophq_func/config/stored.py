@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
-import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch import nn
-from torch.nn import functional
-
+from sophq_func.config.paths import Named, at, is_registered, path_of
 from sophq_func.config.patterns import PATTERNS, Fused, fused
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.plain import plain
@@ -43,21 +38,6 @@ VERSION = 1
 
 FROM_JSON = "QuantConfig.from_json"
 
-SPACES: Mapping[str, object] = {
-    "torch.nn": nn,
-    "torch.nn.functional": functional,
-    "torch": torch,
-    "torch.Tensor": torch.Tensor,
-    "torch.linalg": torch.linalg,
-    "torch.special": torch.special,
-    "torch.fft": torch.fft,
-    "operator": operator,
-}
-"""Where a class or function of torch is looked for, by the path that is stored: the public one, not that of its file."""
-
-Named: TypeAlias = Callable[..., Any] | type
-"""A class or function."""
-
 
 # Writing
 
@@ -72,7 +52,7 @@ def text(config: object, unset: object) -> str:
     Raises:
       ConfigError: for every function or class that no import finds.
     """
-    return json.dumps({"version": VERSION, **_fields(config, unset)}, indent=1, sort_keys=True)
+    return json.dumps({"version": VERSION, **_fields(config, unset)}, indent=1, sort_keys=True, default=_refused)
 
 
 def digest(config: object, unset: object) -> str:
@@ -84,14 +64,20 @@ def digest(config: object, unset: object) -> str:
     data = _fields(config, unset)
     for rule in data.get("rules", ()):
         rule.pop("origin", None)  # plays no part in comparisons
-    return hashlib.sha256(json.dumps(_as_compared(data), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_as_compared(data), sort_keys=True, default=_refused).encode()).hexdigest()
+
+
+def _refused(option: object) -> Data:
+    """For :func:`json.dumps`: an option of a user's own piece that is no data."""
+    allowed = "numbers, strings, booleans, None, and tuples of them"
+    raise ConfigError(explain("QuantConfig.to_json", "an option cannot be stored", got=option, allowed=allowed))
 
 
 def _as_compared(data: Data) -> Data:
     """Data in which numbers that Python takes for equal are written in one way."""
     if isinstance(data, dict):
         return {key: _as_compared(value) for key, value in data.items()}
-    if isinstance(data, list):
+    if isinstance(data, list | tuple):
         return list(map(_as_compared, data))
     is_whole = isinstance(data, bool) or (isinstance(data, float) and data.is_integer())
     return int(data) if is_whole else data
@@ -136,37 +122,20 @@ def _type_data(key: Named | str, unset: object = None) -> Data:
     if isinstance(key, str):
         return key
     if not (isinstance(key, type) and issubclass(key, Fused)):
-        return {"type": _path_of(key)}
-    if key.__name__ in PATTERNS and PATTERNS.get(key.__name__) is key:
+        return {"type": path_of(key)}
+    if is_registered(key):
         return {"pattern": key.__name__}
     return {"pattern": key.__name__, "parts": [_type_data(part) for part in key.parts]}
 
 
-def _path_of(found: Named, unset: object = None) -> str:
-    """The path of a class or function: ``torch.nn.Linear``, ``package.module:Block``."""
-    name, where = getattr(found, "__name__", ""), f"QuantConfig.to_json: {found!r}"
-    for space, owner in SPACES.items():
-        if name and getattr(owner, name, None) == found:
-            return f"{space}.{name}"
-    path = f"{getattr(found, '__module__', None)}:{getattr(found, '__qualname__', None)}"
-    try:
-        again = _at(path)
-    except ConfigError:
-        again = None
-    if again is not found:
-        fix = "define it with a name at the top level of a module"
-        raise ConfigError(explain(where, "it cannot be stored", because=f"no import finds it as {path}", fix=fix))
-    return path
-
-
 WRITERS: Mapping[str, Callable[[Any, object], Data]] = {
     "type": _type_data,
-    "where": _path_of,
+    "where": lambda found, unset: path_of(found),
     "weight": _half_data,
     "activation": _half_data,
     "rules": _rules_data,
-    "leaf_module": lambda classes, unset: [_path_of(cls) for cls in classes],
-    "weight_layers": lambda classes, unset: [_path_of(cls) for cls in classes],
+    "leaf_module": lambda classes, unset: [path_of(cls) for cls in classes],
+    "weight_layers": lambda classes, unset: [path_of(cls) for cls in classes],
     "operations": lambda keys, unset: [_type_data(key) for key in keys],
     "patterns": lambda patterns, unset: [_type_data(pattern) for pattern in patterns],
 }
@@ -342,7 +311,7 @@ def _type(where: str, data: Data, kinds: Kinds | None = None) -> Named | str:
         return data
     keys = data.keys() if isinstance(data, dict) else set()
     if keys == {"type"}:
-        return _named(where, lambda: _at(data["type"]))
+        return _named(where, lambda: at(data["type"]))
     if keys == {"pattern"}:
         return _named(where, lambda: PATTERNS.get(data["pattern"]))
     if keys == {"pattern", "parts"}:
@@ -354,33 +323,11 @@ def _type(where: str, data: Data, kinds: Kinds | None = None) -> Named | str:
 
 def _class(where: str, data: Data) -> Named:
     """A class from its path."""
-    return _named(where, lambda: _at(data))
+    return _named(where, lambda: at(data))
 
 
 def _condition(where: str, data: Data, kinds: Kinds) -> Named:
-    return _named(where, lambda: _at(data))
-
-
-def _at(path: Data) -> Named:
-    """The class or function at a path; its module is imported.
-
-    Raises:
-      ConfigError: this is no path, or leads nowhere.
-    """
-    sentence, allowed = "this path leads to no class or function", "torch.nn.Linear, or package.module:Block"
-    if not isinstance(path, str):
-        raise ConfigError(explain("path", sentence, got=path, allowed=allowed))
-    space, _, name = path.rpartition(".")
-    module, colon, steps = path.partition(":")
-    try:
-        found = operator.attrgetter(steps)(importlib.import_module(module)) if colon else getattr(SPACES[space], name)
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        because = f"{type(error).__name__}: {error}"
-        raise ConfigError(explain("path", sentence, got=path, allowed=allowed, because=because)) from None
-    if not callable(found):
-        raise ConfigError(explain("path", sentence, got=path, allowed=allowed))
-    result: Named = found
-    return result
+    return _named(where, lambda: at(data))
 
 
 READERS: Mapping[str, Callable[[str, Data, Kinds], object]] = {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
+import sys
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sophq_func as sq
+from sophq_func.config.paths import Reference
 from sophq_func.numerics.contracts import OBSERVERS
 from tests.checkpoint.test_io import same_bits
 from tests.helpers import ready
@@ -66,6 +71,35 @@ def test_states_of_every_observer_come_back(name: str) -> None:
     same_bits(through(state), state)
 
 
-def test_a_class_of_a_model_is_not_allowed_by_the_library() -> None:
-    with pytest.raises(Exception, match=r"add_safe_globals"):
-        through(sq.QuantConfig(rules=(sq.Rule(type=nn.Linear, weight=None),)))
+class Block(nn.Linear):
+    """A layer of a user's."""
+
+
+def test_a_class_of_a_user_is_the_users_to_allow() -> None:
+    config = sq.QuantConfig(rules=(sq.Rule(type=Block, weight=None),))
+    with pytest.raises(Exception, match=r"add_safe_globals\(\[\S*Block\]\)"):
+        through(config)
+    with torch.serialization.safe_globals([Block]):
+        assert through(config) == config
+
+
+def test_types_of_torch_and_patterns_need_no_permission() -> None:
+    pattern = sq.patterns.fused("ConvSwish", nn.Conv2d, F.silu, "add")
+    types = (nn.Linear, torch.sigmoid, torch.Tensor.add, sq.patterns.ConvBnReLU2d, pattern, "Linear")
+    rules = tuple(sq.Rule(type=key, weight=None) for key in types)
+    config = sq.QuantConfig(
+        rules=rules, patterns=(pattern,), leaf_module=(nn.MultiheadAttention,), operations=(F.softmax, "relu")
+    )
+    assert through(config) == config
+    assert copy.deepcopy(config) == config
+    config.default("weight")  # is remembered, and no part of what is stored
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_name_in_a_file_imports_nothing() -> None:
+    for name in ("os:system", "antigravity:fly", "torch.nothing"):
+        rule = sq.Rule(name="a")
+        state = {**rule.__getstate__(), "type": Reference(name)}
+        with pytest.raises(sq.ConfigError, match="leads to no class or function"):
+            rule.__setstate__(state)
+    assert "antigravity" not in sys.modules

@@ -6,6 +6,7 @@ import json
 import math
 import operator
 from collections import ChainMap, deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -224,6 +225,13 @@ def test_other_mappings_and_sequences_are_read_and_not_changed() -> None:
 def test_a_piece_of_another_package_may_be_registered_later() -> None:
     config = sq.QuantConfig(weight=sq.override(observer=sq.Spec("theirs", (("sizes", (1, 2)),))))
     assert sq.QuantConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("method", [sq.QuantConfig.to_json, sq.QuantConfig.digest], ids=["text", "digest"])
+def test_an_option_that_is_no_data_is_refused(method: Callable[[sq.QuantConfig], str]) -> None:
+    config = sq.QuantConfig(weight=sq.override(observer=sq.Spec("theirs", (("device", torch.device("cpu")),))))
+    with pytest.raises(sq.ConfigError, match=r"an option cannot be stored: got device"):
+        method(config)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
