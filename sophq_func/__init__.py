@@ -42,11 +42,15 @@ from sophq_func.model.build import build as build
 from sophq_func.model.build import prepare_by_platform as prepare_by_platform
 from sophq_func.model.build import quantize as quantize
 from sophq_func.model.flat import merge as merge
+from sophq_func.model.params import load_into as load_into
+from sophq_func.model.params import split_params as split_params
 from sophq_func.model.quantized import Quantized as Quantized
 from sophq_func.model.settings import enabled as enabled
 from sophq_func.model.settings import stack as stack
 from sophq_func.model.settings import unstack as unstack
 from sophq_func.model.settings import with_bits as with_bits
+from sophq_func.model.trees import cast as cast
+from sophq_func.model.trees import lerp as lerp
 from sophq_func.numerics.contracts import FakeQuantize as FakeQuantize
 from sophq_func.numerics.contracts import Observer as Observer
 from sophq_func.numerics.contracts import QParams as QParams

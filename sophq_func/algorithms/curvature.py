@@ -16,6 +16,7 @@ from torch.func import grad, vjp, vmap
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict
+from sophq_func.numerics.contracts import QParams
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 """Tensors by name."""
@@ -213,6 +214,13 @@ def _hessian(where: str, loss: Loss, params: Tensors, names: list[str]) -> Produ
 
 
 def _check_names(where: str, names: Iterable[str], params: Tensors) -> None:
+    if not isinstance(params, Mapping) or not all(isinstance(tensor, Tensor) for tensor in params.values()):
+        is_qparams = isinstance(params, Mapping) and any(isinstance(entry, QParams) for entry in params.values())
+        fix = "learned, rest = q.split(qparams); a loss of learned calls q.apply with sq.merge(learned, rest)"
+        because = "qparams hold integers, too, and nothing is differentiable in those" if is_qparams else ""
+        sentence, allowed = "a loss is differentiated in a flat dict of tensors", "a dict {name: Tensor}"
+        got = "a dict of QParams" if is_qparams else type(params).__name__
+        raise StateError(explain(where, sentence, got=got, allowed=allowed, because=because, fix=fix if is_qparams else ""))
     floating = sorted(name for name, tensor in params.items() if tensor.is_floating_point())
     problems = [unknown(where, "floating tensor", name, floating) for name in names if name not in floating]
     raise_all(problems, StateError)

@@ -1,4 +1,4 @@
-"""Checkpoints: plan, qparams, observer states and params in one safetensors file, checked when written and when read."""
+"""Checkpoints: plan, qparams, observer states, params and more in one safetensors file, checked at writing and reading."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from sophq_func.checkpoint import sealed
 from sophq_func.checkpoint.compare import differences
+from sophq_func.checkpoint.extra import ClassNotFoundError, Packed, pack, unpack
 from sophq_func.checkpoint.sealed import parse, refuse, short
 from sophq_func.core.errors import CheckpointError, ConfigError, StateError, explain, raise_all
 from sophq_func.core.pytree import node_of, sorted_dict, tree_map
+from sophq_func.core.types import Tree
 from sophq_func.core.version import __version__
 from sophq_func.model.flat import flat, merge
 from sophq_func.model.quantized import Quantized
@@ -30,10 +32,16 @@ FORMAT = "sophq_func"
 """Marks files of :func:`save` among other safetensors files."""
 
 VERSION = 2
-"""Of the file's layout; files of older versions are migrated."""
+"""Of the file's layout; files of older versions are migrated. It grows where an older reader would misread a file.
 
-PARTS = ("params", "qparams", "ostate", "plan")
-"""What a file may hold; the first three prefix the names of its tensors."""
+The part ``extra`` came without a new version: a reader that does not know it refuses a file that holds it, and says so.
+"""
+
+PARTS = ("params", "qparams", "ostate", "plan", "extra")
+"""What a file may hold; all but the plan prefix the names of its tensors."""
+
+MOVED = ("params", "qparams", "ostate")
+"""Parts of which every tensor goes to the device that a reader asks for."""
 
 KEYS = ("format", "version", "library", "torch", "parts")
 """Entries of the text that every file has."""
@@ -71,6 +79,7 @@ class Checkpoint:
       qparams: ``{quantizer name: QParams}``.
       ostate: ``{quantizer name: observer state}``.
       params: ``{name: Tensor}``.
+      extra: equal to the tree that was saved.
       metadata: ``"version"`` of the file's layout before any migration; ``"library"`` and ``"torch"``, the versions that
         wrote it; ``"digest"`` of the plan.
     """
@@ -80,12 +89,14 @@ class Checkpoint:
     qparams: dict[str, QParams] | None = None
     ostate: dict[str, State] | None = None
     params: dict[str, Tensor] | None = None
+    extra: Tree = None
     metadata: Mapping[str, str]
 
     def __repr__(self) -> str:
         parts = {name: getattr(self, name) for name in PARTS}
         saved = {name: part for name, part in parts.items() if part is not None}
-        texts = [repr(part) if name == "plan" else f"{len(part)} {name}" for name, part in saved.items()]
+        shown = {"plan": repr(self.plan), "extra": "extra"}
+        texts = [shown[name] if name in shown else f"{len(part)} {name}" for name, part in saved.items()]
         return f"Checkpoint({self.path!r}: {', '.join(texts)})"
 
     def check(self, q: Quantized | Plan) -> Checkpoint:
@@ -139,6 +150,7 @@ def save(
     qparams: Mapping[str, QParams] | None = None,
     ostate: Mapping[str, State] | None = None,
     params: Mapping[str, Tensor] | None = None,
+    extra: Tree = None,
 ) -> None:
     """Write the given parts into one safetensors file, with checksums of all tensors and text.
 
@@ -152,10 +164,13 @@ def save(
       qparams: from ``q.calibrate`` or training, or a :func:`stack` of several.
       ostate: from ``q.init`` or ``q.observe``; needs the plan, whose observers define the classes of the states.
       params: from :func:`params_of` or training, by name.
+      extra: whatever else a run needs to go on: the step, ``optimizer.state_dict()``, ``scheduler.state_dict()``, the state
+        of a functional optimizer, ``generator.get_state()``. A tree of dicts, lists, tuples and named tuples, of tensors,
+        numbers, strings, ``None``, dtypes and devices.
 
     Raises:
       CheckpointError: no part is given; states do not fit the plan; a scale is NaN; a tensor is sparse, batched or
-        has no data; a name cannot be stored in a file.
+        has no data; a name cannot be stored in a file; ``extra`` holds something else.
       OSError: from the operating system: no such folder, no space, no permission.
 
     Example:
@@ -164,18 +179,28 @@ def save(
       ...     sq.save(f"{folder}/m.safetensors", params=sq.params_of(torch.nn.Linear(3, 2)))
       ...     sq.load(f"{folder}/m.safetensors")
       Checkpoint('...m.safetensors': 2 params)
+      >>> generator = torch.Generator()
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     sq.save(f"{folder}/run.safetensors", extra={"step": 7, "generator": generator.get_state()})
+      ...     found = sq.load(f"{folder}/run.safetensors").extra
+      >>> found["step"], torch.equal(found["generator"], generator.get_state())
+      (7, True)
     """
     file = _path(path, "save")
-    given = {name: part for name, part in zip(PARTS, (params, qparams, ostate, plan), strict=True) if part is not None}
+    parts = zip(PARTS, (params, qparams, ostate, plan, extra), strict=True)
+    given = {name: part for name, part in parts if part is not None}
     try:
         _check_parts(given)
-        tensors = _flat(given)
+        packed = pack(extra)
+        tensors = _flat(given, packed)
     except StateError as error:
         raise CheckpointError(f"{file}: {error}") from error
     text = {"format": FORMAT, "version": str(VERSION), "library": __version__, "torch": str(torch.__version__)}
     text["parts"] = " ".join(given)
     if plan is not None:
         text |= {"plan": plan.to_json(), "digest": plan.digest()}
+    if extra is not None:
+        text["extra"] = packed.text
     sealed.write(file, tensors, text)
 
 
@@ -183,11 +208,12 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
     """Read and check a file that :func:`save` wrote.
 
     Tensors have the bits that were saved and no ``requires_grad``. No code in a file is ever run. Observers of your own
-    must be registered before their states can be read.
+    must be registered before their states can be read, and modules imported that define named tuples in ``extra``.
 
     Args:
       path: of the file.
-      device: of the returned tensors.
+      device: of the returned tensors. Those of ``extra`` that were on the CPU stay there: states of generators, and the
+        steps of ``torch.optim``.
 
     Returns:
       A :class:`Checkpoint`; call its ``check`` before you use it with a model.
@@ -214,18 +240,18 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
     try:
         version = text.get("version", "")
         tensors, text = _migrated(tensors, text)
-        parts = _parts(tensors, text)
+        parts = _parts(tensors, text, target)
         _check_parts(parts)
+    except ClassNotFoundError as error:
+        refuse(file, "the checkpoint cannot be read", str(error), error.fix)
     except (ArithmeticError, RecursionError, ValueError) as error:
         refuse(file, "the checkpoint cannot be read", str(error), "save it again, from the model")
     metadata = {key: text[key] for key in ("library", "torch") if key in text} | {"version": version}
     if "plan" in parts:
         # Computed, not copied from the file: plans of older versions had another digest.
         metadata["digest"] = parts["plan"].digest()
-    moved = {name: tree_map(lambda t: t.to(target), part) for name, part in parts.items() if name != "plan"}
-    if "plan" in parts:
-        moved["plan"] = parts["plan"]
-    return Checkpoint(path=str(file), metadata=MappingProxyType(sorted_dict(metadata)), **moved)
+    moved = {name: tree_map(lambda t: t.to(target), part) for name, part in parts.items() if name in MOVED}
+    return Checkpoint(path=str(file), metadata=MappingProxyType(sorted_dict(metadata)), **(parts | moved))
 
 
 def _path(path: object, where: str) -> Path:
@@ -245,7 +271,8 @@ def _check_parts(parts: Parts) -> None:
     """Raise a :class:`StateError` unless the parts fit together."""
     plan = parts.get("plan")
     if not parts:
-        raise StateError(explain("checkpoint", "there is nothing to save", allowed="plan=, qparams=, ostate= or params="))
+        allowed = "plan=, qparams=, ostate=, params= or extra="
+        raise StateError(explain("checkpoint", "there is nothing to save", allowed=allowed))
     if plan is not None and not isinstance(plan, Plan):
         raise StateError(
             explain("plan", "the plan has the wrong type", got=type(plan).__name__, allowed="a sq.Plan", fix="plan=q.plan")
@@ -272,7 +299,7 @@ def _check_parts(parts: Parts) -> None:
         )
 
 
-def _flat(parts: Parts) -> Tensors:
+def _flat(parts: Parts, extra: Packed) -> Tensors:
     """All tensors by their names in the file, ``<part>.<name>``.
 
     Raises:
@@ -283,6 +310,7 @@ def _flat(parts: Parts) -> Tensors:
         "params": parts.get("params", {}),
         "qparams": flat(parts.get("qparams", {})),
         "ostate": {f"{name}.{field}": leaf for name, state in states for field, leaf in state._asdict().items()},
+        "extra": extra.tensors,
     }
     named = {(part, name): leaf for part, tensors in leaves.items() for name, leaf in tensors.items()}
     problems = [
@@ -318,12 +346,15 @@ def _migrated(tensors: Tensors, text: Text) -> tuple[Tensors, Text]:
     return tensors, {**text, "version": str(VERSION)}
 
 
-def _parts(tensors: Tensors, text: Text) -> Parts:
-    """The parts that the text lists, made of the tensors; they are not yet checked against each other."""
+def _parts(tensors: Tensors, text: Text, device: torch.device) -> Parts:
+    """The parts that the text lists, made of the tensors; they are not yet checked against each other.
+
+    On the CPU, but for tensors of ``extra`` that were on another device: those go to ``device``.
+    """
     names = text.get("parts", "").split(" ")
     if len(set(names)) < len(names) or not set(names) <= set(PARTS):
         raise ValueError(f"its parts are {short(text.get('parts'))}, and a file may have {' '.join(PARTS)}")
-    keys = {*KEYS, *(("plan", "digest") if "plan" in names else ())}
+    keys = {*KEYS, *(("plan", "digest") if "plan" in names else ()), *(("extra",) if "extra" in names else ())}
     if text.keys() != keys:
         raise ValueError(f"entries of its text are missing or unknown: {short(sorted(text.keys() ^ keys))}")
     groups: dict[str, Tensors] = {name: {} for name in names if name != "plan"}
@@ -339,6 +370,8 @@ def _parts(tensors: Tensors, text: Text) -> Parts:
         parts["qparams"] = _qparams(groups["qparams"])
     if "ostate" in parts and "plan" in parts:
         parts["ostate"] = _states(parts["plan"], groups["ostate"])
+    if "extra" in parts:
+        parts["extra"] = unpack(Packed(text["extra"], groups["extra"]), device)
     return parts
 
 

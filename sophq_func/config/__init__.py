@@ -4,7 +4,9 @@ from sophq_func.config import chips as chips
 from sophq_func.config import dicts as dicts
 from sophq_func.config import matching as matching
 from sophq_func.config import names as names
+from sophq_func.config import paths as paths
 from sophq_func.config import patterns as patterns
 from sophq_func.config import rules as rules
 from sophq_func.config import site as site
+from sophq_func.config import stored as stored
 from sophq_func.config import strategies as strategies

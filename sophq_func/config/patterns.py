@@ -8,6 +8,7 @@ appended is an alias, as sophgo-mq names the fused class. A new pattern is one e
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -58,6 +59,12 @@ def _fused(name: str, *parts: Part) -> type[Fused]:
     if len(parts) < 2 or not all(map(_is_part, parts)):
         allowed, fix = "two or more module classes or functions", f'sq.patterns.fused("{name}", nn.Linear, nn.GELU)'
         raise ConfigError(explain(f"fused {name!r}", "these parts are no pattern", got=parts, allowed=allowed, fix=fix))
+    return _class_of(name, parts)
+
+
+# one class for each name and parts, so that configs that mean the same are equal, be they read from a text
+@cache
+def _class_of(name: str, parts: tuple[Part, ...]) -> type[Fused]:
     return type(name, (Fused,), {"parts": parts, "__module__": __name__})
 
 

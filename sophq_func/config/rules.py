@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 from torch import nn
 
+from sophq_func.config import paths, stored
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.matching import TYPE_KEYS, TypeKey, is_type_key, matches_name, matches_type, type_text
 from sophq_func.config.patterns import Fused
 from sophq_func.config.site import Role, Site
 from sophq_func.config.strategies import PLACEMENTS, Preset
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.plain import is_list
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 QUANTMODES = ("weight_activation", "weight_only")
@@ -145,6 +147,12 @@ class Rule:
             parts += [f"{flag}={getattr(self, flag)}"] if getattr(self, flag) is not None else []
         return f"Rule({', '.join(parts)})"
 
+    def __getstate__(self) -> dict[str, object]:
+        return paths.state_of(self)
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        self.__dict__.update(paths.fields_of(state))
+
     def half(self, role: Role) -> Half:
         """What the rule says about quantizers of a role."""
         return self.weight if role == "weight" else self.activation
@@ -226,6 +234,12 @@ class QuantConfig:
         for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
+    def __getstate__(self) -> dict[str, object]:
+        return paths.state_of(self)
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        self.__dict__.update(paths.fields_of(state))
+
     @property
     def _strategy_or_default(self) -> str:
         """The strategy as the user spelled it, or the default."""
@@ -250,12 +264,67 @@ class QuantConfig:
         """What is wrong with the fields that are tuples."""
         for name, (is_item, allowed, fix) in TUPLES.items():
             value = getattr(self, name)
-            if not isinstance(value, tuple | list):
+            if not isinstance(value, tuple) and not is_list(value):
                 yield explain("QuantConfig", f"{name} is not a tuple", got=value, allowed=allowed, fix=fix)
                 continue
             wrong = [item for item in value if not is_item(item)]
             if wrong:
                 yield explain("QuantConfig", f"{name} has an item of a wrong type", got=wrong[0], allowed=allowed, fix=fix)
+
+    def to_json(self) -> str:
+        """The config as JSON text, the same in every process; :meth:`from_json` reads an equal config.
+
+        Classes and functions are stored by the path by which Python imports them, ``torch.nn.Linear`` or
+        ``package.module:Block``.
+
+        Raises:
+          ConfigError: a class or function that no import finds, such as a lambda as ``where``; all of them in one message.
+
+        Example:
+          >>> config = QuantConfig(rules=(Rule(type=nn.Linear, weight=None),))
+          >>> QuantConfig.from_json(config.to_json()) == config
+          True
+        """
+        return stored.text(self, UNSET)
+
+    @staticmethod
+    def from_json(text: str) -> QuantConfig:
+        """The config from a text of :meth:`to_json`.
+
+        Modules are imported that define its classes and functions, which runs their code: read texts that you trust.
+
+        Raises:
+          ConfigError: the text holds no config, or one of an unknown version; a path that leads nowhere.
+        """
+        return QuantConfig.from_dict(stored.parse(text))
+
+    @staticmethod
+    def from_dict(data: Mapping[str, object]) -> QuantConfig:
+        """The config from nested dicts and lists, as YAML has them, or from their like of OmegaConf.
+
+        Every field may be left out. ``weight`` and ``activation`` are ``None``, or the fields of
+        :func:`sophq_func.override`, in which names stand for pieces and granularities, ``{"name": "PerGroup", "size": 32}``
+        for those with fields, and ``{"name": "mse", "options": {"p": 3}}`` for pieces with options. A class is
+        ``{"type": "torch.nn.Linear"}`` or ``{"type": "package.module:Block"}``, and is imported, see :meth:`from_json`.
+
+        Raises:
+          ConfigError: unknown fields, wrong values, paths that lead nowhere; all problems in one message.
+
+        Example:
+          >>> rules = [{"name": "head", "weight": None}]
+          >>> QuantConfig.from_dict({"chip": "BM1690", "weight": {"bits": 4, "observer": "mse"}, "rules": rules}).weight
+          override(bits=4, observer=mse(p=2.0))
+        """
+        config: QuantConfig = stored.read(data, stored.Kinds(QuantConfig, Rule))
+        return config
+
+    def digest(self) -> str:
+        """SHA-256 of the config, in hexadecimal: equal for equal configs, in every process and on every machine.
+
+        Raises:
+          ConfigError: see :meth:`to_json`.
+        """
+        return stored.digest(self, UNSET)
 
     @property
     def leaves(self) -> tuple[type, ...]:

@@ -4,6 +4,7 @@ from sophq_func.core import errors as errors
 from sophq_func.core import files as files
 from sophq_func.core import modes as modes
 from sophq_func.core import operations as operations
+from sophq_func.core import plain as plain
 from sophq_func.core import progress as progress
 from sophq_func.core import pytree as pytree
 from sophq_func.core import registry as registry

@@ -10,6 +10,7 @@ from sophq_func.model import finite as finite
 from sophq_func.model import flat as flat
 from sophq_func.model import loop as loop
 from sophq_func.model import noise as noise
+from sophq_func.model import params as params
 from sophq_func.model import quantized as quantized
 from sophq_func.model import runner as runner
 from sophq_func.model import schedule as schedule
@@ -17,5 +18,6 @@ from sophq_func.model import settings as settings
 from sophq_func.model import shapes as shapes
 from sophq_func.model import sweep as sweep
 from sophq_func.model import tap as tap
+from sophq_func.model import trees as trees
 from sophq_func.model import value_quantizer as value_quantizer
 from sophq_func.model import weight_quantizer as weight_quantizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import StateError, explain
+from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.modes import is_distributed, outside_inference
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import sorted_dict, tree_map
@@ -23,6 +23,10 @@ def calibrate(
 ) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.calibrate`."""
     named = engine.skeleton.check(params, "calibrate")
+    if inputs is not None and not callable(inputs):
+        sentence, fix = "inputs cannot be called", "inputs=lambda batch: batch[0]"
+        allowed = "a function from a batch to the model's arguments"
+        raise ConfigError(explain("calibrate", sentence, got=inputs, allowed=allowed, fix=fix))
     constants = {name: tensor.detach() for name, tensor in named.items()}
     ostate = init(engine, constants, None)
     count = 0

@@ -186,6 +186,7 @@ class Quantized:
           ``{quantizer name: QParams}``, sorted.
 
         Raises:
+          ConfigError: ``inputs`` is no function.
           StateError: no batches, one that is no call of the model, or that gives by position a tensor that no example gives;
             a value that no batch reached, or data with NaN or infinity.
 
@@ -201,6 +202,11 @@ class Quantized:
 
     def apply(self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
         """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.
+
+        To differentiate in qparams, take the leaves that can be learned, ``learned, rest = q.split(qparams)``, and call this
+        with ``sq.merge(learned, rest)``: qparams hold integers, too, of which ``torch.func.grad`` says
+        ``only Tensors of floating point dtype can require gradients`` before it calls anything. So do params with buffers:
+        :func:`sophq_func.split_params`.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
@@ -353,6 +359,9 @@ class Quantized:
 
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The leaves of qparams that can be learned, and the rest; :func:`sophq_func.merge` is the inverse.
+
+        The first half is what to differentiate in, or to give an optimizer; :func:`torch.func.grad` takes no whole qparams,
+        since zero points are integers.
 
         Learnable are the floating fields that the fake quantizer names in ``learnable``, except for the zero point of a
         symmetric scheme, and for quantizers that only observe, have a dynamic scheme, or belong to frozen weights.

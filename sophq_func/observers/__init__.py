@@ -5,15 +5,15 @@ from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors
 from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams, State
 from sophq_func.numerics.scheme import QScheme
-from sophq_func.observers._counts import kld, percentile
-from sophq_func.observers._floor import minmax_floor, pot_mode
+from sophq_func.observers._counts import CountsState, kld, percentile
+from sophq_func.observers._floor import FloorState, VoteState, minmax_floor, pot_mode
 from sophq_func.observers._histogram import HISTOGRAM_UNIT as HISTOGRAM_UNIT
-from sophq_func.observers._histogram import histogram
-from sophq_func.observers._minmax import ema_minmax, minmax
-from sophq_func.observers._moments import clip_std, lsq, lsq_plus
+from sophq_func.observers._histogram import HistogramState, histogram
+from sophq_func.observers._minmax import EMAMinMaxState, MinMaxState, ema_minmax, minmax
+from sophq_func.observers._moments import StepState, clip_std, lsq, lsq_plus
 from sophq_func.observers._mse import ema_mse, mse
 from sophq_func.observers._quantile import ema_quantile
-from sophq_func.observers._range import absmax, fixed_range, rms
+from sophq_func.observers._range import RootState, absmax, fixed_range, rms
 
 __all__ = [
     "absmax",
@@ -34,6 +34,9 @@ __all__ = [
     "pot_mode",
     "rms",
 ]
+
+STATES = (CountsState, EMAMinMaxState, FloorState, HistogramState, MinMaxState, RootState, StepState, VoteState)
+"""The classes of the states of all observers here."""
 
 
 def observer(name: str, **options: object) -> Observer:

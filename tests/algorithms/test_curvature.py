@@ -314,3 +314,16 @@ def test_a_loss_is_a_scalar(loss: Any, got: str) -> None:
         sq.hessian_trace(loss, PARAMS, {"w": torch.ones(1, 2)})
     with pytest.raises(sq.StateError, match=got):
         sq.top_eigenvalue(loss, PARAMS, {"w": torch.ones(2)})
+
+
+def test_qparams_are_refused_with_what_to_split_them_by() -> None:
+    qparams = {"a": sq.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), {})}
+    for call in (
+        lambda: sq.rademacher(qparams, ["a"], 2, torch.Generator()),  # type: ignore[arg-type]
+        lambda: sq.hessian_trace(lambda tree: tree["a"].sum(), qparams, {"a": torch.ones(2)}),  # type: ignore[arg-type]
+        lambda: sq.top_eigenvalue(lambda tree: tree["a"].sum(), qparams, {"a": torch.ones(())}),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(sq.StateError, match=r"got 'a dict of QParams'.*q\.split\(qparams\).*sq\.merge\(learned, rest\)"):
+            call()
+    with pytest.raises(sq.StateError, match="flat dict of tensors: got 'list'"):
+        sq.rademacher([torch.ones(1)], ["a"], 2, torch.Generator())  # type: ignore[arg-type]

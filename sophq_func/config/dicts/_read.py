@@ -15,6 +15,7 @@ from sophq_func.config.rules import DEFAULT_CHIP, ROLES, QuantConfig, Rule, not_
 from sophq_func.config.site import Role
 from sophq_func.core.errors import ConfigError, deprecated, explain, near, raise_all, unknown
 from sophq_func.core.operations import canonical, family
+from sophq_func.core.plain import plain
 from sophq_func.core.registry import Factories, Spec
 from sophq_func.fake_quantize import fp16, learnable
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
@@ -45,7 +46,8 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
 
     Args:
       prepare_custom_config_dict: ``quant_dict`` (required), ``extra_qconfig_dict``, ``extra_quantizer_dict``,
-        ``extra_fuse_dict``, ``leaf_module``; see ``sophq_func.config.dicts.KEYS`` for what each may hold. It is not changed.
+        ``extra_fuse_dict``, ``leaf_module``; see ``sophq_func.config.dicts.KEYS`` for what each may hold. It is not changed,
+        and may consist of other mappings and sequences, such as those of OmegaConf.
 
     Raises:
       ConfigError: an unknown or missing key, a wrong value, or a contradiction; all problems in one message.
@@ -62,7 +64,7 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
       (Rule(name='head', weight=None, requests=False),)
     """
     reader = _Reader()
-    dictionaries = reader.valid_entries("prepare_custom_config_dict", prepare_custom_config_dict)
+    dictionaries = reader.valid_entries("prepare_custom_config_dict", plain(prepare_custom_config_dict))
     quant = reader.valid_entries("quant_dict", dictionaries.get("quant_dict", {}))
     qconfig = reader.valid_entries("extra_qconfig_dict", dictionaries.get("extra_qconfig_dict", {}))
     quantizer = reader.valid_entries("extra_quantizer_dict", dictionaries.get("extra_quantizer_dict", {}))
