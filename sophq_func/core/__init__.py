@@ -1,4 +1,4 @@
-"""Errors, names, types, trees, files, progress, and whether a compiler, transform or derivative is active."""
+"""Errors, names, types, trees, files, tables, progress, and whether a compiler, transform or derivative is active."""
 
 from sophq_func.core import errors as errors
 from sophq_func.core import files as files
@@ -7,5 +7,6 @@ from sophq_func.core import operations as operations
 from sophq_func.core import progress as progress
 from sophq_func.core import pytree as pytree
 from sophq_func.core import registry as registry
+from sophq_func.core import tables as tables
 from sophq_func.core import types as types
 from sophq_func.core import version as version

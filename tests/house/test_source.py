@@ -21,7 +21,7 @@ EXPORTED = frozenset(
     "Quantized QuantizerConfig Report ReportRow Rule Sensitivity Site Spec StateError TopEigenvalue build convert draw "
     "enabled export fake_quantize fake_quantizer fidelity from_dicts hessian_trace load merge observer observers override "
     "pack params_of patterns plan prepare_by_platform quantize rademacher report rules save sensitivity stack "
-    "top_eigenvalue trace unpack unstack with_bits".split()
+    "top_eigenvalue trace unpack unstack with_bits Sensitivities".split()
 )
 HEAVY = frozenset(("rich", "matplotlib", "onnx", "onnxruntime", "onnxscript", "sklearn", "transformers"))
 
