@@ -160,9 +160,13 @@ class Table:
     def _cell(self, tag: str, heading: str, text: str) -> str:
         # a notebook's own style aligns cells on the right
         side = "right" if heading in self.right else "left"
-        # a browser may break a long name where a terminal does
-        content = "<wbr>".join(map(escape, CUT.split(text)))
+        content = " ".join("<wbr>".join(map(escape, _breakable(word))) for word in text.split(" "))
         return f'<{tag} style="{CELL} text-align: {side};">{content}</{tag}>'
+
+
+def _breakable(word: str) -> list[str]:
+    """A word in the pieces between which a browser may break it: only a long one, as cells are made narrow first."""
+    return CUT.split(word) if len(word) > LEAST_WIDTH else [word]
 
 
 def check_width(where: str, width: int) -> None:
