@@ -1,7 +1,8 @@
-"""Errors, names, types, trees, files, tables, progress, and whether a compiler, transform or derivative is active."""
+"""Errors, names, types, trees, files, tables, logs, progress, and whether a compiler, transform or derivative is active."""
 
 from sophq_func.core import errors as errors
 from sophq_func.core import files as files
+from sophq_func.core import logs as logs
 from sophq_func.core import modes as modes
 from sophq_func.core import operations as operations
 from sophq_func.core import progress as progress

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import operator
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-V = TypeVar("V")
+from sophq_func.core.logs import PROGRESS
 
-LOG = logging.getLogger(__name__)
+V = TypeVar("V")
 
 NOTEBOOK_SECONDS = 0.2
 """Between two updates of a line in a notebook: each is a message to the browser."""
@@ -26,7 +25,7 @@ def shown(items: Iterable[V], what: str, progress: bool) -> Iterator[V]:
     """``items`` unchanged; while they are consumed, a user sees how many were.
 
     In a notebook a line is updated. In a terminal there is a bar, if the package ``rich`` is installed. Elsewhere nothing
-    is written, but for a record of level INFO every 30 seconds and at the end, by the logger ``sophq_func.core.progress``.
+    is written, but for a record of level INFO every 30 seconds and at the end, by the logger ``sophq_func.progress``.
 
     Args:
       items: what a loop runs over.
@@ -93,8 +92,8 @@ def _in_log(items: Iterable[V], what: str) -> Iterator[V]:
         now = time.monotonic()
         if now - said_at >= LOG_SECONDS:
             said_at = now
-            LOG.info("%s", _state(what, count, total, now - start))
-    LOG.info("%s, done", _state(what, count, total, time.monotonic() - start))
+            PROGRESS.info("%s", _state(what, count, total, now - start))
+    PROGRESS.info("%s, done", _state(what, count, total, time.monotonic() - start))
 
 
 def _state(what: str, count: int, total: int, seconds: float) -> str:

@@ -21,6 +21,7 @@ from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.draft import check, draft
 from sophq_func.planning.excluded import excluded
 from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
+from sophq_func.planning.record import record
 from sophq_func.planning.routing import told_apart
 from sophq_func.planning.runs import Run
 from sophq_func.planning.stored import VERSION, read
@@ -118,13 +119,15 @@ class Plan(Mapping[str, QuantizerConfig]):
         if complaint:
             warn(complaint, PlanWarning)
         used = frozenset().union(*(draft.used for draft in drafts))
+        unused = tuple(rule for i, rule in enumerate(config.rules) if i not in used)
+        record(config, drafts, united, unused, complaint)
         return Plan(
             {name: decision.config for name, decision in united.decisions.items() if decision.config is not None},
             united.sites,
             united.counts,
             {name: decision.reasons for name, decision in united.decisions.items()},
             united.notes,
-            tuple(rule for i, rule in enumerate(config.rules) if i not in used),
+            unused,
             united.opaque,
             united.written,
             united.wiring,
