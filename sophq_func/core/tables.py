@@ -16,6 +16,9 @@ WIDTH = 100
 LEAST_WIDTH = 40
 """Below this number, names and settings would be broken in most lines."""
 
+SHARE_OF_NAMES = 40
+"""Percent of a line that names may take where not all columns fit: names of quantizers in a transformer need 80 columns."""
+
 GAP = "  "
 """Between two columns."""
 
@@ -79,37 +82,38 @@ class Table:
     def text(self, width: int = WIDTH) -> str:
         """The table as lines of at most ``width`` characters, in which nothing is cut off.
 
-        Columns stand beside each other, from the left, as far as they fit. Of the others, one that says the same of all
-        rows is said once, at the end; the cells of the rest follow below each row, behind their headings. A name is
-        broken only if it is longer than a line.
+        Where the columns do not fit beside each other, a long name has a line of its own, above the cells of its row.
+        Columns then stand beside each other, from the left, as far as they fit. Of the others, one that says the same of all
+        rows is said once, at the end; the cells of the rest follow below each row, behind their headings.
 
         Args:
           width: characters.
         """
-        beside = self._fitting(width)
-        widths = [min(self._natural(i), width) for i in range(beside)]
-        below, everywhere = self._others(beside)
-        lines = [*self._beside(self.headings, widths), GAP.join("-" * size for size in widths)]
+        widths = self._widths(width)
+        below, everywhere = self._others(len(widths))
+        lines = [*self._beside(self.headings, widths, width), GAP.join("-" * size for size in widths)]
         for row in self.rows:
-            lines += self._beside(row, widths)
+            lines += self._beside(row, widths, width)
             rest = " | ".join(f"{self.headings[i]}: {row[i]}" for i in below if row[i])
             lines += wrapped(rest, width, first=INDENT) if rest else []
         for i in everywhere:
             lines += wrapped(f"{self.headings[i]} of all: {self.rows[0][i]}", width)
         return "\n".join(lines)
 
-    def _natural(self, i: int) -> int:
-        """The width of a column."""
-        return max(map(len, (self.headings[i], *(row[i] for row in self.rows))))
-
-    def _fitting(self, width: int) -> int:
-        """How many columns, from the left, fit beside each other; one at least."""
-        used = self._natural(0)
-        for i in range(1, len(self.headings)):
-            used += len(GAP) + self._natural(i)
+    def _widths(self, width: int) -> list[int]:
+        """The widths of the columns that stand beside each other, one at least."""
+        natural = [max(map(len, cells)) for cells in zip(self.headings, *self.rows, strict=True)]
+        if sum(natural) + len(GAP) * (len(natural) - 1) <= width:
+            return natural
+        names, *others = natural
+        widths = [min(names, max(len(self.headings[0]), width * SHARE_OF_NAMES // 100))]
+        used = widths[0]
+        for size in others:
+            used += len(GAP) + size
             if used > width:
-                return i
-        return len(self.headings)
+                break
+            widths.append(size)
+        return widths
 
     def _others(self, beside: int) -> tuple[list[int], list[int]]:
         """Of the columns that do not fit, those whose cells stand below their rows, and those that are said once."""
@@ -120,15 +124,18 @@ class Table:
             (everywhere if is_same else below).append(i)
         return below, everywhere
 
-    def _beside(self, cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-        """The cells of one row that have a width; on several lines if its name is longer than a line."""
-        *above, name = broken(cells[0], widths[0])
-        yield from above
+    def _beside(self, cells: Sequence[str], widths: Sequence[int], width: int) -> Iterator[str]:
+        """The cells of one row that stand beside each other, below the name if that is long."""
+        name, *others = cells[: len(widths)]
+        if len(name) > widths[0]:
+            yield from broken(name, width)
+            name = ""
         aligned = []
-        # the shortest of the three is ``widths``
-        for heading, cell, size in zip(self.headings, (name, *cells[1:]), widths, strict=False):
+        for heading, cell, size in zip(self.headings[: len(widths)], (name, *others), widths, strict=True):
             aligned.append(cell.rjust(size) if heading in self.right else cell.ljust(size))
-        yield GAP.join(aligned).rstrip()
+        line = GAP.join(aligned).rstrip()
+        if line:
+            yield line
 
     def html(self, title: str, remarks: Iterable[str] = (), marked: Iterable[int] = ()) -> str:
         """The table as a piece of HTML for a notebook, light or dark: no script, no style sheet, no other file.

@@ -47,6 +47,9 @@ class Report:
         hint = near(str(name), [row.quantizer for row in self.rows])
         raise KeyError(f"no quantizer {name!r} in the report; {hint}")
 
+    def __repr__(self) -> str:
+        return f"Report({_text.summary(self)}, plan {self.digest[:12]})"
+
     def __str__(self) -> str:
         return self.table()
 

@@ -55,16 +55,35 @@ def test_columns_stand_beside_each_other_as_far_as_they_fit() -> None:
 
 
 def test_what_is_the_same_in_all_rows_is_said_once_where_it_does_not_fit() -> None:
-    rows = tuple((f"{name}{30 * 'x'}", "everywhere alike") for name in "ab")
-    lines = Table(headings=("name", "kind"), rows=rows).text(40).splitlines()
-    assert lines[2:] == [rows[0][0], rows[1][0], "kind of all: everywhere alike"]
+    rows = (("a", "seldom alike", "everywhere alike"), ("b", "not so", "everywhere alike"))
+    lines = Table(headings=("name", "other", "kind"), rows=rows).text(40).splitlines()
+    assert lines[2:] == ["a     seldom alike  everywhere alike", "b     not so        everywhere alike"]
+    rows = tuple((f"{name}{12 * 'x'}", *cells) for name, *cells in rows)
+    lines = Table(headings=("name", "other", "kind"), rows=rows).text(40).splitlines()
+    assert lines[2:] == [f"a{12 * 'x'}  seldom alike", f"b{12 * 'x'}  not so", "kind of all: everywhere alike"]
+
+
+def test_a_long_name_has_a_line_of_its_own_where_columns_do_not_fit() -> None:
+    rows = (("a.long.name", "8", "why a"), ("b", "4", 30 * "x"))
+    lines = Table(headings=("name", "bits", "why"), rows=rows, right=frozenset(("bits",))).text(46).splitlines()
+    assert lines == [
+        "name         bits",
+        "-----------  ----",
+        "a.long.name     8",
+        "    why: why a",
+        "b               4",
+        f"    why: {30 * 'x'}",
+    ]
+    name = ".".join(["encoder"] * 5)
+    lines = Table(headings=("name", "bits"), rows=((name, "8"), ("b", "4"))).text(40).splitlines()
+    assert lines == ["name              bits", "----------------  ----", name, f"{16 * ' '}  8", f"b{15 * ' '}  4"]
 
 
 def test_names_are_broken_behind_dots_and_only_if_they_must() -> None:
     name = ".".join(["encoder"] * 6)
     assert Table(headings=("name",), rows=((name,),)).text(60).splitlines()[2:] == [name]
-    lines = Table(headings=("name", "bits"), rows=((name, "8"),)).text(40).splitlines()
-    assert lines[2:] == ["encoder.encoder.encoder.encoder.encoder.", "encoder", "    bits: 8"]
+    lines = Table(headings=("name",), rows=((name,),)).text(40).splitlines()
+    assert lines[2:] == ["encoder.encoder.encoder.encoder.encoder.", "encoder"]
 
 
 @given(words, st.integers(1, 40))

@@ -316,6 +316,7 @@ def test_csv_holds_every_row_in_full(tmp_path: Path) -> None:
 
 def test_the_table_names_the_worst_first() -> None:
     found, _ = with_a_bad_layer()
+    assert repr(found).startswith("Report(ResidualConvNet: output SQNR ")
     lines = str(found).splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[1].startswith("conv3.weight_fake_quant makes ")
