@@ -30,6 +30,9 @@ def record(config: QuantConfig, drafts: Sequence[Draft], united: United, unused:
         PLANNING.info("%s", line)
     if not PLANNING.isEnabledFor(logging.DEBUG):
         return
+    for rule in config.rules:
+        if rule not in unused:
+            PLANNING.debug("in effect: %r", rule)
     for name, site in united.sites.items():
         PLANNING.debug("%s", _of_quantizer(site, united.decisions[name]))
     for line in dict.fromkeys(line for draft in drafts for line in _left_out(config, draft)):

@@ -56,6 +56,7 @@ def test_info_is_about_the_whole_and_debug_about_each_decision(graph: sq.Graph, 
         f"unused: {RULES[2]!r}",
         plan.coverage.lines()[0],
     ]
+    assert [line for line in debug if line.startswith("in effect: ")] == [f"in effect: {rule!r}" for rule in RULES[:2]]
     about = {name: line for line in debug for name in plan if line.startswith(f"{name}: ")}
     assert about.keys() == plan.keys()
     assert "norm folded into it" in about["conv.weight_fake_quant"]
