@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -72,10 +71,13 @@ class Table:
         """
         if columns is None:
             return self
+        allowed = ", ".join(self.headings)
+        if not isinstance(columns, Iterable):
+            raise ConfigError(explain(where, "these are no columns", got=columns, allowed=f"a list of some of {allowed}"))
         names = (columns,) if isinstance(columns, str) else tuple(columns)
         raise_all([unknown(where, "column", name, self.headings) for name in names if name not in self.headings])
         if not names:
-            raise ConfigError(explain(where, "there are no columns", got=columns, allowed=", ".join(self.headings)))
+            raise ConfigError(explain(where, "there are no columns", got=columns, allowed=allowed))
         places = [self.headings.index(name) for name in names]
         return replace(self, headings=names, rows=tuple(tuple(row[i] for i in places) for row in self.rows))
 
@@ -128,7 +130,7 @@ class Table:
         """The cells of one row that stand beside each other, below the name if that is long."""
         name, *others = cells[: len(widths)]
         if len(name) > widths[0]:
-            yield from broken(name, width)
+            yield from wrapped(name, width)
             name = ""
         aligned = []
         for heading, cell, size in zip(self.headings[: len(widths)], (name, *others), widths, strict=True):
@@ -200,10 +202,16 @@ def wrapped(line: str, width: int = WIDTH, first: str = "", rest: str = INDENT) 
       ['float: encoder.layer (Linear, 50.0 %):', '    its weight']
     """
     longest = width - max(len(first), len(rest))
-    words = " ".join(" ".join(broken(word, longest)) for word in line.split(" "))
-    return textwrap.wrap(
-        words, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )
+    lines: list[str] = []
+    for word in line.split(" "):
+        joined = f"{lines[-1]} {word}" if lines else first + word
+        if len(joined) <= width:
+            lines[-1:] = [joined]
+            continue
+        # each piece has a line of its own: a space before it would be read as one in the middle of the word
+        for piece in broken(word, longest):
+            lines.append((rest if lines else first) + piece)
+    return [made.rstrip() for made in lines]
 
 
 def broken(word: str, width: int) -> list[str]:

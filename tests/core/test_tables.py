@@ -83,7 +83,7 @@ def test_names_are_broken_behind_dots_and_only_if_they_must() -> None:
     name = ".".join(["encoder"] * 6)
     assert Table(headings=("name",), rows=((name,),)).text(60).splitlines()[2:] == [name]
     lines = Table(headings=("name",), rows=((name,),)).text(40).splitlines()
-    assert lines[2:] == ["encoder.encoder.encoder.encoder.encoder.", "encoder"]
+    assert lines[2:] == ["encoder.encoder.encoder.encoder.", "    encoder.encoder"]
 
 
 @given(words, st.integers(1, 40))
@@ -91,6 +91,12 @@ def test_pieces_of_a_word_make_the_word(word: str, width: int) -> None:
     pieces = broken(word, width)
     assert "".join(pieces) == word
     assert max(map(len, pieces)) <= width
+
+
+def test_no_space_comes_into_a_word() -> None:
+    for size in range(30, 60):
+        word = f"{20 * 'a'}.{size * 'b'}"
+        assert [line.strip() for line in wrapped(word, 40)] == broken(word, 36)
 
 
 def test_a_short_line_stays_as_it_is() -> None:
@@ -106,6 +112,8 @@ def test_columns_are_picked_in_any_order_and_all_unknown_ones_are_told() -> None
         table.pick("here", ("bit", "nam"))
     with pytest.raises(sq.ConfigError, match="no columns"):
         table.pick("here", ())
+    with pytest.raises(sq.ConfigError, match="here: these are no columns: got 5, allowed a list of some of name, bits"):
+        table.pick("here", 5)  # type: ignore[arg-type]
 
 
 EVIL = '</td><script>alert("x")</script>&amp;\'<img src=x onerror=alert(1)>'
