@@ -1,6 +1,7 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
 # make quick: under a minute of them.
 # make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: three settings of eighteen).
+# make dist: the files of a release, checked.
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: install demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench clean
+.PHONY: install demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -59,6 +60,12 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/numerics.py
 	$(BIN)/python benchmarks/speed.py
 
+dist: $(VENV)/.release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tools/wheel.py dist/*.whl --no-deps
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -78,5 +85,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo,dev]"
 	touch $@ $(VENV)/.test $(VENV)/.demo
 
+$(VENV)/.release: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "build>=1.2" "twine>=6"
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo_out demo_text_out
+	rm -rf $(VENV) dist demo_out demo_text_out

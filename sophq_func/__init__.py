@@ -9,6 +9,7 @@ from sophq_func.algorithms.curvature import hessian_trace as hessian_trace
 from sophq_func.algorithms.curvature import rademacher as rademacher
 from sophq_func.algorithms.curvature import top_eigenvalue as top_eigenvalue
 from sophq_func.algorithms.sensitivity import Fidelity as Fidelity
+from sophq_func.algorithms.sensitivity import Sensitivities as Sensitivities
 from sophq_func.algorithms.sensitivity import Sensitivity as Sensitivity
 from sophq_func.algorithms.sensitivity import fidelity as fidelity
 from sophq_func.algorithms.sensitivity import sensitivity as sensitivity

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
 
-from sophq_func.core.errors import StateError, explain
-from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.errors import ConfigError, StateError, explain, unknown
+from sophq_func.core.modes import is_plain
+from sophq_func.core.pytree import as_dict, sorted_dict
+from sophq_func.core.tables import WIDTH, Table, check_width
 from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
@@ -75,6 +78,81 @@ class Sensitivity(NamedTuple):
     saved: Tensor
 
 
+Measure: TypeAlias = Literal["alone", "without", "added", "saved"]
+"""A field of a :class:`Sensitivity`."""
+
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+@as_dict
+class Sensitivities(dict[str, Sensitivity]):
+    """``{quantizer name: Sensitivity}``, sorted by name. ``print`` shows a table, the most costly quantizer first.
+
+    Where the loss has several entries, the table shows their mean.
+
+    Example:
+      >>> import torch
+      >>> costs = torch.tensor([0.1, 0.4]), torch.tensor([0.6, 0.3]), torch.tensor([0.0, 0.3]), torch.tensor([0.2, 0.5])
+      >>> found = Sensitivities({name: Sensitivity(*of_one) for name, *of_one in zip(("a", "b"), *costs)})
+      >>> found
+      quantizer  alone  added  without  saved
+      ---------  -----  -----  -------  -----
+      b            0.4  +0.3      0.3   +0.5
+      a            0.1    +0      0.6   +0.2
+      >>> found.ranked("added")
+      ['b', 'a']
+    """
+
+    def __repr__(self) -> str:
+        # inside a transform there are no numbers to show
+        fields = [field for own in self.values() for field in own]
+        return self.table() if is_plain(fields) else super().__repr__()
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        return self._rows("added").html(f"What each of {len(self)} quantizers costs the loss")
+
+    def ranked(self, by: Measure = "added") -> list[str]:
+        """The names, that with the largest value first.
+
+        Args:
+          by: which of the measures; of a loss with several entries the mean. NaN counts as the largest.
+
+        Raises:
+          ConfigError: no such measure.
+        """
+        if by not in MEASURES:
+            raise ConfigError(unknown("sensitivity.ranked", "measure", by, MEASURES))
+        values = {name: _mean(getattr(own, by)) for name, own in self.items()}
+        return sorted(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name], reverse=True)
+
+    def table(self, columns: str | Sequence[str] | None = None, width: int = WIDTH, by: Measure = "added") -> str:
+        """The measures as text, the largest first.
+
+        Args:
+          columns: those to show: ``"quantizer"``, ``"alone"``, ``"added"``, ``"without"``, ``"saved"``; all by default.
+          width: characters in a line.
+          by: the measure that sorts the rows, see :meth:`ranked`.
+
+        Raises:
+          ConfigError: a column or a measure that there is not, or a width of less than 40.
+        """
+        check_width("sensitivity.table", width)
+        return self._rows(by).pick("sensitivity.table", columns).text(width)
+
+    def _rows(self, by: Measure) -> Table:
+        headings = ("quantizer", "alone", "added", "without", "saved")
+        rows = []
+        for name in self.ranked(by):
+            alone, without, added, saved = map(_mean, self[name])
+            rows.append((name, f"{alone:.4g}", f"{added:+.4g}", f"{without:.4g}", f"{saved:+.4g}"))
+        return Table(headings=headings, rows=tuple(rows), right=frozenset(headings[1:]))
+
+
+def _mean(loss: Tensor) -> float:
+    return float(loss.detach().double().mean())
+
+
 def sensitivity(
     q: Quantized,
     params: Given,
@@ -84,7 +162,7 @@ def sensitivity(
     *,
     how: str = "auto",
     progress: bool = True,
-) -> dict[str, Sensitivity]:
+) -> Sensitivities:
     """The cost of each quantizer: the loss where it alone is on, with all others off, and where it alone is off.
 
     One sweep over one-hot masks and their complements, ``2 n + 2`` runs for ``n`` quantizers, without gradients. The loss
@@ -98,7 +176,8 @@ def sensitivity(
       how, progress: see :meth:`Quantized.sweep`.
 
     Returns:
-      ``{quantizer name: Sensitivity}``, sorted, without quantizers that only observe.
+      :class:`Sensitivities`: a dict ``{quantizer name: Sensitivity}``, sorted, without quantizers that only observe;
+      ``print`` shows it as a table.
 
     Raises:
       StateError: frozen weights, a loss that is no tensor; see :meth:`Quantized.sweep`.
@@ -110,7 +189,7 @@ def sensitivity(
       >>> params = sq.params_of(model)
       >>> error = lambda out: (out - model(x)).square().mean()
       >>> found = sensitivity(q, params, q.calibrate(params, [x]), x, error)
-      >>> max(found, key=lambda name: found[name].added)
+      >>> found.ranked("added")[0]
       'weight_fake_quant'
     """
     if q.frozen:
@@ -133,7 +212,7 @@ def sensitivity(
     count = len(names)
     loss_off, losses_alone = losses[0], losses[1 : count + 1]
     loss_on, losses_without = losses[count + 1], losses[count + 2 :]
-    measured = {}
+    measured = Sensitivities()
     for name, alone_loss, without_loss in zip(names, losses_alone, losses_without, strict=True):
         measured[name] = Sensitivity(alone_loss, without_loss, alone_loss - loss_off, loss_on - without_loss)
     return measured

@@ -1,3 +1,3 @@
-"""The command line: ``python -m sophq_func``."""
+"""The command line: ``sophq``, which is ``python -m sophq_func``."""
 
 from sophq_func.cli import commands as commands

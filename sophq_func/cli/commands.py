@@ -1,4 +1,4 @@
-"""The commands of ``python -m sophq_func``: inspect, diff, report, export."""
+"""The commands of ``sophq``, which is ``python -m sophq_func``: inspect, diff, report, export."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.skeleton import params_of
 from sophq_func.checkpoint.io import load
 from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.types import Args, Kwargs
+from sophq_func.core.version import __version__
 from sophq_func.export import onnx, tables
 from sophq_func.model.build import build
 from sophq_func.model.quantized import Quantized
@@ -31,12 +33,13 @@ arguments that returns (model, batches): a file holds no model, so report and ex
 """
 EXAMPLES = """\
 examples:
-  python -m sophq_func inspect plan.json                             what is quantized how, where, and why
-  python -m sophq_func inspect plan.json --name layer1.conv1.weight_fake_quant
-  python -m sophq_func diff before.json after.json                   exit code 1 where they differ
-  python -m sophq_func report demo:make plan.json --html report.html calibrate on the batches, and report
-  python -m sophq_func export demo:make net.safetensors out          files for the compiler of a chip
-  python -m sophq_func export demo:make net.safetensors net.onnx     integers for ONNX Runtime
+  {prog} inspect plan.json                               what is quantized how, where, and why
+  {prog} inspect plan.json --columns quantizer,grid      some columns alone
+  {prog} inspect plan.json --name layer1.conv1.weight_fake_quant
+  {prog} diff before.json after.json                     exit code 1 where they differ
+  {prog} report demo:make plan.json --html report.html   calibrate on the batches, and report
+  {prog} export demo:make net.safetensors out            files for the compiler of a chip
+  {prog} export demo:make net.safetensors net.onnx       integers for ONNX Runtime
 
 where demo.py holds
 
@@ -54,6 +57,10 @@ Batch: TypeAlias = Tensor | Args | Kwargs
 
 Command: TypeAlias = Callable[[argparse.Namespace], int]
 """From the parsed options to the exit code."""
+
+
+INTERRUPTED = 130
+"""The exit code of a program that the user stops: 128 and the number of the signal, as shells count."""
 
 
 class Contents(NamedTuple):
@@ -88,13 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words behind the program's name; by default those of the process.
 
     Returns:
-      0; 1 where ``diff`` finds a difference; 2 for an error, which is one line on stderr.
+      0; 1 where ``diff`` finds a difference; 2 for an error, which is one line on stderr; 130 where the user stops it.
     """
     options = _parser().parse_args(argv)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:
         # the reader, such as head, stopped reading; Python flushes stdout once more at exit, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,9 +124,23 @@ def _one_line(error: Exception) -> str:
     return line if is_expected and line else f"{type(error).__name__}: {line}"
 
 
+def _program(path: str) -> str:
+    """How a user called the program: by the script that an installation makes, or as a module.
+
+    Example:
+      >>> _program("/home/ada/.venv/bin/sophq"), _program("/home/ada/sophq_func/__main__.py")
+      ('sophq', 'python -m sophq_func')
+    """
+    return "sophq" if Path(path).stem == "sophq" else "python -m sophq_func"
+
+
 def _parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m sophq_func", description=EXPLANATION, epilog=EXAMPLES, formatter_class=shape)
+    prog = _program(sys.argv[0])
+    parser = Parser(prog, description=EXPLANATION, epilog=EXAMPLES.format(prog=prog), formatter_class=shape)
+    versions = f"sophq_func {__version__}, torch {torch.__version__}"
+    shown = "show the versions of the library and of torch"
+    parser.add_argument("--version", action="version", version=versions, help=shown)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -134,6 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     view = inspect.add_mutually_exclusive_group()
     view.add_argument("--name", metavar="QUANTIZER", help="everything about one quantizer, with dots or underscores")
     view.add_argument("--tree", action="store_true", help="the quantizers nested by module")
+    some = "some columns of the table alone, with commas between"
+    view.add_argument("--columns", metavar="NAMES", type=_names, help=some)
 
     diff = command(_diff, "compare two plans; exit code 1 where they differ", "diff before.json after.json")
     diff.add_argument("before", metavar="A", help="a plan or a checkpoint")
@@ -156,6 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _names(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in text.split(",")]
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """The arguments of commands that run a model."""
     parser.add_argument("source", metavar="MODULE:FUNCTION", help="a function that returns (model, batches)")
@@ -171,7 +201,7 @@ def _inspect(options: argparse.Namespace) -> int:
         return _say(str(plan.tree()))
     lines = [repr(plan)]
     lines += [f"{key}: {value}" for key, value in sorted(contents.metadata.items())]
-    lines += ["", plan.table()]
+    lines += ["", plan.table(options.columns)]
     if contents.qparams is not None:
         lines += ["", "calibrated:"]
         lines += [_qparams_line(name, contents.qparams[name]) for name in plan if name in contents.qparams]

@@ -1,3 +1,3 @@
-"""The version of the library, equal to that in ``pyproject.toml``."""
+"""The version of the library; ``pyproject.toml`` reads it here."""
 
 __version__ = "0.1.0"

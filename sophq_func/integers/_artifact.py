@@ -15,6 +15,7 @@ from sophq_func.codes import BY_BLOCKS, Grid, Stored, is_integer, unpack
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
+from sophq_func.core.tables import Table
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.integers._integers import IntegerModel, Integers, IntegerTensor, ValueGrid
 from sophq_func.model.derived import absent, derived_site
@@ -80,6 +81,18 @@ class Artifact:
         size_of_codes = sum(self._size(f"{name}.codes") for name in weights)
         parts = f"{len(weights)} weights ({formats}) in {size_of_codes} bytes, {len(values)} grids of values"
         return f"Artifact({parts}, {self.size_bytes} bytes in all, plan {self._metadata['digest'][:12]})"
+
+    def _repr_html_(self) -> str:
+        """The weights and the grids of values as a table for a notebook."""
+        rows = [self._weight_row(name, entry) for name, entry in self._metadata["weights"].items()]
+        rows += [(name, "value", kind, "", "") for name, kind in self._metadata["values"].items()]
+        headings = ("name", "role", "format", "shape", "bytes")
+        return Table(headings=headings, rows=tuple(rows), right=frozenset(("bytes",))).html(repr(self))
+
+    def _weight_row(self, name: str, entry: Entry) -> tuple[str, ...]:
+        """One weight, with the bytes of its codes alone."""
+        shape = " x ".join(map(str, entry["shape"]))
+        return name, "weight", entry["format"], shape, str(self._size(f"{name}.codes"))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Artifact):

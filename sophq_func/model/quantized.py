@@ -180,7 +180,7 @@ class Quantized:
           batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
           inputs: takes one of these out of what ``batches`` yields, for example ``lambda batch: batch[0]`` where a loader
             yields pairs of image and label.
-          progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
+          progress: show how far it is: a line in a notebook, a bar in a terminal where the package ``rich`` is installed.
 
         Returns:
           ``{quantizer name: QParams}``, sorted.
@@ -473,7 +473,7 @@ class Quantized:
             ``"vmap"`` runs chunks of the settings, each chunk as one batch. ``"compile"`` is a loop over one compiled
             function; compiling pays where settings are many. ``"auto"`` is ``"vmap"`` for a model so small that calling
             torch costs more than arithmetic, if torch can map it, else ``"loop"``.
-          progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
+          progress: show how far it is: a line in a notebook, a bar in a terminal where the package ``rich`` is installed.
 
         Returns:
           What ``reduce`` returns, each tensor with a new first axis, one entry a setting.

@@ -18,6 +18,7 @@ from sophq_func.config.names import value_quantizer, weight_quantizer
 from sophq_func.config.rules import QuantConfig, requested
 from sophq_func.config.site import Data
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.core.tables import wrapped
 from sophq_func.planning.deciding import Outcome
 from sophq_func.planning.inputs import Planned, quantizer_of
 from sophq_func.planning.strategies import contracted, source_of
@@ -113,10 +114,10 @@ class Coverage:
         return self.shares
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(line for text in self.lines() for line in wrapped(text))
 
     def lines(self) -> list[str]:
-        """The shares, and what is left, as lines of text; of many lines the first."""
+        """The shares, and what is left, each as a line of any length; of many the first."""
         if self.shares is None:
             return [f"coverage: unknown, because {self.unknown}"]
         parameters, multiplications = map(percent, self.shares)

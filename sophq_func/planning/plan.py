@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Data, Site
 from sophq_func.core.errors import ConfigError, PlanError, PlanWarning, StateError, explain, near, other_prefix, warn
+from sophq_func.core.tables import WIDTH, check_width, wrapped
 from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.coverage import NOT_MEASURED, Coverage, complaints
@@ -20,6 +21,7 @@ from sophq_func.planning.diff import PlanDiff
 from sophq_func.planning.draft import check, draft
 from sophq_func.planning.excluded import excluded
 from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
+from sophq_func.planning.record import record
 from sophq_func.planning.routing import told_apart
 from sophq_func.planning.runs import Run
 from sophq_func.planning.stored import VERSION, read
@@ -117,13 +119,15 @@ class Plan(Mapping[str, QuantizerConfig]):
         if complaint:
             warn(complaint, PlanWarning)
         used = frozenset().union(*(draft.used for draft in drafts))
+        unused = tuple(rule for i, rule in enumerate(config.rules) if i not in used)
+        record(config, drafts, united, unused, complaint)
         return Plan(
             {name: decision.config for name, decision in united.decisions.items() if decision.config is not None},
             united.sites,
             united.counts,
             {name: decision.reasons for name, decision in united.decisions.items()},
             united.notes,
-            tuple(rule for i, rule in enumerate(config.rules) if i not in used),
+            unused,
             united.opaque,
             united.written,
             united.wiring,
@@ -223,16 +227,48 @@ class Plan(Mapping[str, QuantizerConfig]):
         """The plan as rows of text, one for each quantizer."""
         return [text.row(config, self._sites[name], self._reasons[name]) for name, config in self._configs.items()]
 
-    def table(self) -> str:
+    def table(self, columns: str | Sequence[str] | None = None, width: int = WIDTH) -> str:
         """The plan as text: each quantizer, its config, where it sits, and which rule or default decided each field.
 
-        With lines between the columns where rich is installed, else plain. At the end it says what stays float.
+        Columns that do not fit beside each other follow below their row. At the end it says what stays float.
+
+        Args:
+          columns: those to show: ``"quantizer"``, ``"grid"``, ``"granularity"``, ``"observer"``, ``"fake quantizer"``,
+            ``"where"``, ``"why"``; all by default.
+          width: characters in a line.
+
+        Raises:
+          ConfigError: a column that there is not, or a width of less than 40.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> plan = sq.plan(sq.trace(torch.nn.Linear(2, 3), (torch.ones(1, 2),)), sq.QuantConfig())
+          >>> print(plan.table(columns=("quantizer", "grid", "where")))
+          quantizer                      grid  where
+          -----------------------------  ----  -------------
+          input.post_act_fake_quantizer  int8  after input
+          weight_fake_quant              int8  weight weight
+          <BLANKLINE>
+          coverage: 66.6 % of parameters and 100.0 % of multiplications are quantized
         """
+        check_width("plan.table", width)
+        chosen = text.table(self.rows()).pick("plan.table", columns)
+        parts = [chosen.text(width)] if self else ["nothing is quantized"]
+        remarks = [line for remark in self._remarks() for line in wrapped(remark, width)]
+        if remarks:
+            parts.append("\n".join(remarks))
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        return text.table(self.rows()).html(repr(self), self._remarks())
+
+    def _remarks(self) -> list[str]:
+        """What the table says below its rows: notes, rules that changed nothing, and what stays float."""
         remarks = [f"note: {note}" for note in self.notes] + [f"unused: {rule!r}" for rule in self.unused]
         # Of an empty plan the table says that nothing is quantized.
-        return text.table(
-            self.rows(), [*remarks, *(self.coverage.lines() if self and self.coverage.shares is not None else ())]
-        )
+        is_known = bool(self) and self.coverage.shares is not None
+        return [*remarks, *(self.coverage.lines() if is_known else ())]
 
     def explain(self, name: str) -> str:
         """Everything about one quantizer as text: where it sits, and each field with what decided it."""

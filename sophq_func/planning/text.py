@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sophq_func.config.site import Site, WeightSite
+from sophq_func.core.tables import Table
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from sophq_func.numerics.scheme import SCHEME_FIELDS, PerTensor, QuantizerConfig
 
@@ -80,41 +79,9 @@ def row(config: QuantizerConfig, site: Site, reasons: Mapping[str, str]) -> dict
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def table(rows: Sequence[Mapping[str, str]], remarks: Iterable[str]) -> str:
-    """Rows in columns, and remarks below. Columns are aligned by rich where that is installed, else by spaces."""
-    if not rows:
-        return "\n".join(["nothing is quantized", *remarks])
-    body = _rich_table(rows) if importlib.util.find_spec("rich") else _plain_table(rows)
-    return "\n".join([body, *remarks])
-
-
-def _plain_table(rows: Sequence[Mapping[str, str]]) -> str:
-    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in COLUMNS[:-1]}
-    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
-    return "\n".join("  ".join(line[c].ljust(widths.get(c, 0)) for c in COLUMNS).rstrip() for line in lines)
-
-
-def _rich_table(rows: Sequence[Mapping[str, str]]) -> str:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    rich_table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in COLUMNS:
-        rich_table.add_column(column, no_wrap=True)
-    for row in rows:
-        # Reasons are long: each has a line of its own.
-        texts = {**row, "why": row["why"].replace("; ", ";\n")}
-        rich_table.add_row(*(Text(texts[column]) for column in COLUMNS))
-    # As wide as the text, and not as the terminal, so that the table is the same everywhere.
-    widths = [max(len(column), *(len(line) for row in rows for line in row[column].split("; "))) for column in COLUMNS]
-    # SIMPLE_HEAD puts a space on both sides of a column and one between columns.
-    width = sum(width + 3 for width in widths)
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    with console.capture() as text:
-        console.print(rich_table)
-    return "\n".join(line.rstrip() for line in text.get().strip("\n").splitlines())
+def table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Rows, as :func:`row` makes them, under their headings."""
+    return Table(headings=COLUMNS, rows=tuple(tuple(row[column] for column in COLUMNS) for row in rows))
 
 
 def explain(config: QuantizerConfig, site: Site, reasons: Mapping[str, str]) -> str:

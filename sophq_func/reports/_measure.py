@@ -61,7 +61,7 @@ def report(
       params, qparams: see :meth:`Quantized.apply`; masks that :func:`sophq_func.enabled` put there are replaced.
       batches: each a tensor, a tuple of positional arguments, or a dict of keyword arguments.
       how: how the runs are made, see :meth:`Quantized.sweep`.
-      progress: show a bar, where the package ``rich`` is installed and the output is a terminal.
+      progress: show how far it is: a line in a notebook, a bar in a terminal where the package ``rich`` is installed.
 
     Returns:
       A :class:`Report`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import near
 from sophq_func.core.files import write_text
+from sophq_func.core.tables import WIDTH
 from sophq_func.reports import _html, _text
 from sophq_func.reports._row import ReportRow
 
@@ -45,15 +47,31 @@ class Report:
         hint = near(str(name), [row.quantizer for row in self.rows])
         raise KeyError(f"no quantizer {name!r} in the report; {hint}")
 
+    def __repr__(self) -> str:
+        return f"Report({_text.summary(self)}, plan {self.digest[:12]})"
+
     def __str__(self) -> str:
         return self.table()
 
     def __rich__(self) -> Table:
         return _text.rich_table(self)
 
-    def table(self) -> str:
-        """The report as text; with lines between the columns where rich is installed, else plain."""
-        return _text.table(self)
+    def _repr_html_(self) -> str:
+        """The table for a notebook; :meth:`to_html` writes a page with pictures."""
+        return _text.notebook(self)
+
+    def table(self, columns: str | Sequence[str] | None = None, width: int = WIDTH) -> str:
+        """The report as text. Columns that do not fit beside each other follow below their row.
+
+        Args:
+          columns: those to show: ``"quantizer"``, ``"error"``: the share as a bar, ``"share"``, ``"SQNR"``, ``"cosine"``,
+            ``"clipped"``, ``"values"``, ``"grid"``, ``"size"``; all by default.
+          width: characters in a line.
+
+        Raises:
+          ConfigError: a column that there is not, or a width of less than 40.
+        """
+        return _text.table(self, columns, width)
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write the rows as CSV (RFC 4180), without histograms; numbers in full, ``None`` as an empty cell.

@@ -1,19 +1,19 @@
-"""A report as text: a table, plain or by rich, and CSV."""
+"""A report as text: a table, plain, by rich or for a notebook, and CSV."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from sophq_func.core.tables import Table, check_width, wrapped
 from sophq_func.reports._row import ReportRow
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
     from sophq_func.reports._report import Report
 
@@ -152,66 +152,48 @@ COLUMNS: dict[str, Callable[[ReportRow], str]] = {
 """The columns of a table, from left to right: the heading, and the cell of a row."""
 
 
-def table(report: Report) -> str:
-    """Rows in columns, the headline above: with lines between them where rich is installed, else plain."""
-    body = _drawn(report) if importlib.util.find_spec("rich") else _plain(report.rows)
-    return "\n".join([summary(report), headline(report), "", body])
+def cells(report: Report) -> Table:
+    """The rows under their headings."""
+    rows = tuple(tuple(cell(row) for cell in COLUMNS.values()) for row in report.rows)
+    return Table(headings=tuple(COLUMNS), rows=rows, right=RIGHT)
 
 
-def _plain(rows: Sequence[ReportRow]) -> str:
-    """The rows in columns of aligned text."""
-    columns = [_aligned(name, [cell(row) for row in rows]) for name, cell in COLUMNS.items()]
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+def table(report: Report, columns: str | Sequence[str] | None, width: int) -> str:
+    """Rows in columns, the summary and the headline above."""
+    check_width("report.table", width)
+    body = cells(report).pick("report.table", columns).text(width)
+    return "\n".join([*wrapped(summary(report), width), *wrapped(headline(report), width), "", body])
 
 
-def _aligned(name: str, cells: Sequence[str]) -> list[str]:
-    """A column, its heading first, each cell as wide as the widest."""
-    column = [name, *cells]
-    width = max(map(len, column))
-    if name in RIGHT:
-        return [cell.rjust(width) for cell in column]
-    return [cell.ljust(width) for cell in column]
+def notebook(report: Report) -> str:
+    """Rows as a piece of HTML, the largest shares in bold."""
+    hot = (i for i, row in enumerate(report.rows) if is_hot(row, report))
+    return cells(report).html(headline(report), [summary(report)], hot)
 
 
-def rich_table(report: Report) -> Table:
+def rich_table(report: Report) -> RichTable:
     """A table for rich, the largest shares in red."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    result = Table(box=SIMPLE_HEAD, pad_edge=False, caption=Text(summary(report)), title=Text(headline(report)))
+    result = RichTable(box=SIMPLE_HEAD, pad_edge=False, caption=Text(summary(report)), title=Text(headline(report)))
     for name in COLUMNS:
-        result.add_column(name, no_wrap=True, justify="right" if name in RIGHT else "left")
+        # a console that is too narrow breaks cells, where rich would cut them off
+        result.add_column(name, overflow="fold", justify="right" if name in RIGHT else "left")
     for row in report.rows:
-        cells = [Text(cell(row)) for cell in COLUMNS.values()]
+        texts = [Text(cell(row)) for cell in COLUMNS.values()]
         if is_hot(row, report):
-            name_cell, bar_cell, *_ = cells
+            name_cell, bar_cell, *_ = texts
             name_cell.stylize("bold red")
             bar_cell.stylize("red")
-        result.add_row(*cells)
+        result.add_row(*texts)
     return result
 
 
 def is_hot(row: ReportRow, report: Report) -> bool:
     """Whether a quantizer's share is at least :data:`HOT` times what it would be if all had the same."""
     return row.share > 0 and row.share * len(report.rows) >= HOT
-
-
-def _drawn(report: Report) -> str:
-    """The rows as rich draws them, as wide as they need and without colors."""
-    from rich.console import Console
-
-    drawn = rich_table(report)
-    drawn.title = drawn.caption = None  # the headline and summary stand above as plain lines
-    width = 0
-    for name, cell in COLUMNS.items():
-        widest = max([len(name), *(len(cell(row)) for row in report.rows)])
-        width += widest + 3  # a space on each side, and the line between columns
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    with console.capture() as captured:
-        console.print(drawn)
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    return "\n".join(lines).strip("\n")
 
 
 def csv_text(report: Report) -> str:

@@ -5,16 +5,21 @@ In float64: a vmap may sum a convolution in another order, and in float32 a sum 
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func.core.pytree import named_leaves, tree_map
 from tests.golden.models import ResidualConvNet
 from tests.helpers import Ready, ready, unchanged
+from tests.notebook import Piece
 
 LABELS = torch.tensor([0, 2])
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -104,3 +109,46 @@ def test_what_cannot_be_measured_is_refused(change: dict[str, Any], message: str
     loss, how = change.get("loss", cross_entropy), change.get("how", "loop")
     with pytest.raises(sq.StateError, match=message):
         sq.sensitivity(q, params, change.get("qparams", qparams), x, loss, how=how, progress=False)
+
+
+def costs(**added: float) -> sq.Sensitivities:
+    """The costs of some quantizers; one that adds more saves less."""
+    made = sq.Sensitivities()
+    for name, value in added.items():
+        made[name] = sq.Sensitivity(*map(torch.tensor, (value + 1, 1.0, value, -value)))
+    return made
+
+
+def test_the_costs_print_as_a_table_with_the_largest_first() -> None:
+    found = costs(a=0.0, b=0.5, c=-0.25)
+    assert repr(found).splitlines() == [
+        "quantizer  alone  added  without  saved",
+        "---------  -----  -----  -------  -----",
+        "b            1.5   +0.5        1   -0.5",
+        "a              1     +0        1     +0",
+        "c           0.75  -0.25        1  +0.25",
+    ]
+    assert str(found) == repr(found)
+    assert [line.split() for line in found.table("saved", by="saved").splitlines()[2:]] == [["+0.25"], ["+0"], ["-0.5"]]
+    assert [row[0] for row in Piece(found._repr_html_()).rows[1:]] == ["b", "a", "c"]
+    assert costs(a=1.0, b=math.nan).ranked() == ["b", "a"]
+    with pytest.raises(sq.ConfigError, match=r"measure 'save' is not known, did you mean 'saved'"):
+        found.ranked("save")
+
+
+def test_the_costs_of_each_example_print_as_their_mean() -> None:
+    found = sq.Sensitivities(a=sq.Sensitivity(*(torch.tensor([1.0, 2.0]) for _ in range(4))))
+    assert found.table().splitlines()[2].split() == ["a", "1.5", "+1.5", "1.5", "+1.5"]
+
+
+def test_the_costs_are_a_tree_of_tensors() -> None:
+    found = costs(a=0.0, b=0.5)
+    mapped = torch.vmap(lambda x: tree_map(lambda leaf: leaf * x, found))(torch.ones(3))
+    assert type(mapped) is sq.Sensitivities
+    assert mapped["b"].added.tolist() == [0.5, 0.5, 0.5]
+    assert optree.tree_map(lambda leaf: leaf * 2, found)["b"].added == 1
+    assert [path for path, _ in named_leaves(found)][:2] == ["a.alone", "a.without"]
+    assert copy.deepcopy(found) == found == dict(found)
+    shown: list[str] = []
+    torch.vmap(lambda x: (shown.append(repr(tree_map(lambda leaf: leaf * x, found))), x)[1])(torch.ones(3))
+    assert shown[0].startswith("{'a': Sensitivity(alone=")

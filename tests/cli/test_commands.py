@@ -64,6 +64,8 @@ def test_inspect_shows_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]
     assert plan(8).table() in out
     assert plan(8).digest()[:12] in out
     assert run(capsys, "inspect", "a.json", "--tree")[1] == f"{plan(8).tree()}\n"
+    picked = plan(8).table(columns=("fake quantizer", "grid"))
+    assert picked in run(capsys, "inspect", "--columns", "fake quantizer, grid", "a.json")[1]
     assert (
         run(capsys, "inspect", "a.json", "--name", "2_weight_fake_quant")[1] == f"{plan(8).explain('2.weight_fake_quant')}\n"
     )
@@ -151,6 +153,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a folder": (("inspect", "."), "directory"),
     "no plan": (("inspect", "maker.py"), "neither a plan nor a checkpoint"),
     "binary": (("inspect", "noise.bin"), "neither a plan nor a checkpoint"),
+    "column": (("inspect", "a.json", "--columns", "grd"), "did you mean 'grid'"),
     "quantizer": (("inspect", "a.json", "--name", "2.weight_fake_quan"), "did you mean '2.weight_fake_quant'"),
     "source": (("report", "maker", "a.json"), "demo:make"),
     "module": (("report", "nowhere:make", "a.json"), "nowhere"),
@@ -185,6 +188,33 @@ def test_help_teaches(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
     if not words:
         for line in ("inspect plan.json", "diff before.json after.json", "report demo:make", "def make():"):
             assert line in out
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"sophq_func {sq.__version__}, torch {torch.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("path", "prog"), [("/bin/sophq", "sophq"), ("sophq.exe", "sophq"), ("x/__main__.py", "python -m sophq_func")]
+)
+def test_help_and_errors_name_the_program_as_it_was_called(
+    path: str, prog: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [path])
+    _, out, _ = run(capsys, "--help")
+    assert out.startswith(f"usage: {prog} ") and f"\n  {prog} inspect plan.json " in out
+    assert run(capsys, "inspct")[2].startswith(f"{prog}: ")
+    assert f"example: {prog} diff before.json" in run(capsys, "diff", "--help")[1]
+
+
+def test_a_user_who_stops_a_command_sees_no_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "report", stopped)
+    assert run(capsys, "report", "maker:make", "a.json") == (130, "", "")
 
 
 @pytest.mark.slow

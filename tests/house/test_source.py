@@ -18,7 +18,7 @@ over_files = pytest.mark.parametrize("file", FILES)
 EXPORTED = frozenset(
     "Artifact CHIPS Checkpoint CheckpointError ChipSpec ConfigError Coverage FakeQuantize Fidelity Graph HessianTrace "
     "Left Observer PerBlock PerChannel PerGroup PerTensor PerToken Plan PlanError PlanWarning QParams QScheme QuantConfig "
-    "Quantized QuantizerConfig Report ReportRow Rule Sensitivity Site Spec StateError TopEigenvalue build cast convert draw "
+    "Quantized QuantizerConfig Report ReportRow Rule Sensitivities Sensitivity Site Spec StateError TopEigenvalue build cast convert draw "
     "enabled export fake_quantize fake_quantizer fidelity from_dicts hessian_trace lerp load load_into merge observer "
     "observers override pack params_of patterns plan prepare_by_platform quantize rademacher report rules save sensitivity "
     "split_params stack top_eigenvalue trace unpack unstack with_bits".split()

@@ -16,6 +16,7 @@ from sophq_func.model.weight_quantizer import quantize_weights
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from tests.golden.models import INPUT_SHAPES, build
 from tests.helpers import Ready, ready, same, unchanged
+from tests.notebook import Piece
 from tests.ties import check_both
 
 STEP = 1e-2
@@ -334,3 +335,15 @@ def test_bad_input_is_told() -> None:
     bad = {**r.qparams, "weight_fake_quant": r.qparams["weight_fake_quant"]._replace(scale=torch.full((2,), torch.nan))}
     with pytest.raises(sq.StateError, match="weight_fake_quant: the scale is not finite"):
         sq.convert(r.q, r.params, bad)
+
+
+def test_a_notebook_shows_weights_and_grids() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(5, 4)
+    artifact = sq.convert(*ready(model, x))
+    rows = Piece(artifact._repr_html_()).rows
+    assert rows[:3] == [
+        ["name", "role", "format", "shape", "bytes"],
+        ["0.weight", "weight", "int8", "3 x 4", "12"],
+        ["2.weight", "weight", "int8", "2 x 3", "6"],
+    ]
+    assert {row[0] for row in rows[3:]} == {name for name in artifact.plan if artifact.plan.site(name).role == "activation"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import sophq_func as sq
 from sophq_func.planning import picture
 from tests.golden.models import ResidualConvNet, TransformerBlock
+from tests.notebook import Piece
 
 FOUR = sq.Rule(type=sq.patterns.ConvBnReLU2d, weight=sq.override(bits=4))
 QUIET = sq.Rule(name="conv4.post_act_fake_quantizer", observe_only=True)
@@ -25,25 +25,41 @@ def plan() -> sq.Plan:
     return sq.plan(sq.trace(ResidualConvNet().eval(), (torch.zeros(2, 3, 12, 12),)), config)
 
 
-@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
-def test_the_table_says_of_each_quantizer_what_where_and_why(
-    plan: sq.Plan, rich: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec("rich") if rich else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    text = plan.table()
+@pytest.mark.parametrize("width", [60, 100, 250])
+def test_the_table_says_of_each_quantizer_what_where_and_why(plan: sq.Plan, width: int) -> None:
+    lines = plan.table(width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
     for name in plan:
         assert name in text
     for word in ("int4", "PerChannel(axis=0)", "ema_minmax(decay=0.9)", "observes only", "after relu1", "bits: Rule(type="):
         assert word in text, word
-    assert ("──" in text) == rich
     assert "chip BM1688" in text
     assert "unused: Rule(type=GELU, activation=None)" in text
 
 
+def test_the_table_has_the_columns_that_are_asked_for(plan: sq.Plan) -> None:
+    lines = plan.table(columns=("grid", "quantizer")).splitlines()
+    assert lines[0].split() == ["grid", "quantizer"]
+    assert [line.split()[-1] for line in lines[2 : 2 + len(plan)]] == list(plan)
+    with pytest.raises(sq.ConfigError, match=r"plan\.table: column 'observers' is not known, did you mean 'observer'"):
+        plan.table(columns=["observers"])
+    with pytest.raises(sq.ConfigError, match=r"plan\.table: .*width: got 10, allowed an integer of at least 40"):
+        plan.table(width=10)
+
+
+def test_a_notebook_shows_the_table(plan: sq.Plan) -> None:
+    piece = Piece(plan._repr_html_())
+    rows = [dict(zip(piece.rows[0], row, strict=True)) for row in piece.rows[1:]]
+    assert rows == plan.rows()
+    assert repr(plan) in piece.text and plan.coverage.lines()[0] in piece.text
+
+
 def test_an_empty_plan_has_a_table_that_says_so() -> None:
     config = sq.QuantConfig(weight=None, activation=None)
-    assert sq.plan(sq.trace(nn.Linear(2, 2), (torch.ones(1, 2),)), config).table() == "nothing is quantized"
+    empty = sq.plan(sq.trace(nn.Linear(2, 2), (torch.ones(1, 2),)), config)
+    assert empty.table() == "nothing is quantized"
+    assert Piece(empty._repr_html_()).rows == []
 
 
 def test_explain_says_who_decided_each_field(plan: sq.Plan) -> None:

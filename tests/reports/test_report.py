@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
-from sophq_func.reports import _text
 from tests.golden.models import DeconvNet, ResidualConvNet
 from tests.helpers import Ready, ready, unchanged
+from tests.notebook import Piece
 
 CLOSE = 1e-5
 """Relative; sums of float32 values in float64, against float32 sums."""
@@ -314,19 +314,36 @@ def test_csv_holds_every_row_in_full(tmp_path: Path) -> None:
             assert read == value, name
 
 
-def test_the_table_names_the_worst_first_with_and_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_names_the_worst_first() -> None:
     found, _ = with_a_bad_layer()
-    ruled = str(found)
-    monkeypatch.setattr(_text.importlib.util, "find_spec", lambda name: None)
-    plain = found.table()
-    for text in (ruled, plain):
-        lines = text.splitlines()
-        assert lines[1].startswith("conv3.weight_fake_quant makes ")
-        first = [line.split()[0] for line in lines[3:] if line.strip()]
-        places = [first.index(row.quantizer) for row in found.rows]
-        assert places == sorted(places)
-    assert "─" in ruled
-    assert "─" not in plain
+    assert repr(found).startswith("Report(ResidualConvNet: output SQNR ")
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].startswith("conv3.weight_fake_quant makes ")
+    first = [line.split()[0] for line in lines[3:]]
+    places = [first.index(row.quantizer) for row in found.rows]
+    assert places == sorted(places)
+    above, _, picked = found.table(columns=("quantizer", "grid"), width=60).partition("\n\n")
+    assert max(map(len, above.splitlines())) <= 60
+    head, _, first_row, *_ = picked.splitlines()
+    assert head.split() == ["quantizer", "grid"]
+    assert first_row.split()[:2] == ["conv3.weight_fake_quant", "int2"]
+    with pytest.raises(sq.ConfigError, match=r"report\.table: column 'SQN' is not known, did you mean 'SQNR'"):
+        found.table(columns=("SQN",))
+
+
+def test_a_notebook_shows_the_table() -> None:
+    found, _ = with_a_bad_layer()
+    piece = Piece(found._repr_html_())
+    assert [row[0] for row in piece.rows[1:]] == [row.quantizer for row in found.rows]
+    assert "conv3.weight_fake_quant makes" in piece.text and "output SQNR" in piece.text
+
+
+def test_a_narrow_console_cuts_nothing_off() -> None:
+    console = pytest.importorskip("rich.console").Console(width=60, file=io.StringIO())
+    found, _ = with_a_bad_layer()
+    console.print(found)
+    assert "…" not in console.file.getvalue()
 
 
 def test_rich_prints_a_report_in_colors() -> None:
