@@ -100,6 +100,7 @@ def save(run: Run, q: sq.Quantized, path: Path) -> None:
 def resume(q: sq.Quantized, path: Path) -> Run:
     """The run as it was saved; an error says what does not fit ``q``."""
     found = sq.load(path).check(q)
+    assert found.params is not None and found.qparams is not None, "a run saves both"
     extra = found.extra
     run = start(q, found.params, found.qparams, set(extra["trained"]))
     # the schedule first: making it has set the learning rates of the optimizer to those of step 0

@@ -107,6 +107,7 @@ def save(run: Run, q: sq.Quantized, path: Path) -> None:
 def resume(q: sq.Quantized, path: Path) -> Run:
     """The run as it was saved; an error says what does not fit ``q``."""
     found = sq.load(path).check(q)
+    assert found.params is not None and found.qparams is not None, "a run saves both"
     extra = found.extra
     run = start(q, found.params, found.qparams, set(extra["trained"]))
     return run._replace(moments=extra["moments"], step=extra["step"])

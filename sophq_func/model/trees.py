@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from sophq_func.core.modes import is_plain, outside_inference
 from sophq_func.core.pytree import named_leaves, refilled, sorted_dict, tree_map
 from sophq_func.core.types import Tree
 from sophq_func.numerics.contracts import QParams
+
+V = TypeVar("V")
 
 PRECISIONS = (torch.float32, torch.float64)
 """What :func:`cast` casts to. A scale in half precision is another scale: bfloat16 rounds it by up to 0.4 %."""
@@ -56,7 +59,7 @@ def cast(qparams: Mapping[str, QParams], dtype: torch.dtype) -> dict[str, QParam
     return new
 
 
-def lerp(a: Tree, b: Tree, weight: float | Tensor) -> Tree:
+def lerp(a: V, b: Tree, weight: float | Tensor) -> V:
     """``a + weight (b - a)`` for each floating tensor of two trees of one structure: averages of params and of qparams.
 
     With ``average = lerp(average, params, 1 - decay)`` after each step it is an exponential moving average; with
@@ -83,7 +86,8 @@ def lerp(a: Tree, b: Tree, weight: float | Tensor) -> Tree:
     _check_weight(weight)
     ours, theirs = _by_name(a), _by_name(b)
     raise_all([*_misfits(ours, theirs)], StateError)
-    return refilled(a, [_between(leaf, theirs[name], weight) for name, leaf in ours.items()])
+    between: V = refilled(a, [_between(leaf, theirs[name], weight) for name, leaf in ours.items()])
+    return between
 
 
 def _by_name(tree: Tree) -> dict[str, Tree]:
