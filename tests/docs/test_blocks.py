@@ -163,6 +163,7 @@ def test_what_goes_wrong_for_a_reader_goes_wrong_here(message: str, fresh: Fresh
 
 RIGHT = """print(1 + 1)  # 2
 print(2.2, "rows")  # about 2.1 rows
+print("a", "table", sep="\\n")  # all that there is
 for i in range(2):
     print(i)  # which is no result of one statement
 from pathlib import Path
