@@ -107,10 +107,22 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
       >>> near("minmx", ["minmax", "mse"])
       "did you mean 'minmax'?"
     """
-    candidates = sorted(set(known))
-    matches = difflib.get_close_matches(name, candidates, n=count, cutoff=SIMILARITY)
-    suggestions = " or ".join(map(repr, matches))
-    return f"did you mean {suggestions}?" if matches else ""
+    found = matches(name, known, count)
+    suggestions = " or ".join(map(repr, found))
+    return f"did you mean {suggestions}?" if found else ""
+
+
+def matches(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names of ``known`` most like ``name``, the likest first; upper and lower case are the same where else none is.
+
+    Example:
+      >>> matches("minmx", ["minmax", "mse"]), matches("MINMX", ["minmax", "mse"])
+      (['minmax'], ['minmax'])
+    """
+    written = {candidate: candidate for candidate in sorted(set(known))}
+    folded = {candidate.casefold(): candidate for candidate in written}
+    found = difflib.get_close_matches(name, written, n=count, cutoff=SIMILARITY)
+    return found or [folded[key] for key in difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=SIMILARITY)]
 
 
 def other_prefix(given: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:

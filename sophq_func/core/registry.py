@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
-from sophq_func.core.errors import ConfigError, explain, unknown
+from sophq_func.core import plugins
+from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.public import surplus
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -18,12 +20,14 @@ Option: TypeAlias = Any
 
 
 class Registry(Generic[T]):
-    """Values by canonical name, each with any number of aliases.
+    """Values by canonical name, each with any number of aliases; upper and lower case are the same.
+
+    A name that is not there is looked for once more after the plugins of other packages were loaded.
 
     Example:
       >>> fruits = Registry("fruit")
       >>> fruits.add("apple", 1, "Apfel")
-      >>> fruits.get("Apfel"), fruits.names()
+      >>> fruits.get("APFEL"), fruits.names()
       (1, ['apple'])
     """
 
@@ -31,23 +35,44 @@ class Registry(Generic[T]):
         self.kind = kind
         self._values: dict[str, T] = {}
         self._canonical: dict[str, str] = {}
+        self._folded: dict[str, str] = {}  # the same for spellings without upper case
 
     def add(self, name: str, value: T, *aliases: str) -> None:
-        """Register ``value``; raises a :class:`ConfigError` for a name that is taken."""
-        for key in (name, *aliases):
-            if key in self._canonical:
-                raise ConfigError(
-                    explain(f"{self.kind} {key!r}", "this name is registered already", fix="choose another name")
-                )
+        """Register ``value``; for a name that is no text or is taken it adds nothing, and raises a :class:`ConfigError`."""
+        keys = (name, *aliases)
+        raise_all([problem for key in keys if (problem := self._not_new(key))])
+        for key in keys:
             self._canonical[key] = name
+            self._folded[key.casefold()] = name
         self._values[name] = value
+
+    def _not_new(self, key: object) -> str:
+        """Why a name cannot be added; empty if it can."""
+        if not isinstance(key, str) or not key:
+            return explain(self.kind, "its name must be a text", got=key, allowed="a string")
+        if key.casefold() in self._folded:
+            return explain(f"{self.kind} {key!r}", "this name is registered already", fix="choose another name")
+        return ""
+
+    def find(self, name: object) -> str | None:
+        """The canonical spelling of ``name``, or ``None``."""
+        if not isinstance(name, str):
+            return None
+        key = name.casefold()
+        if key not in self._folded:
+            plugins.load()
+        return self._folded.get(key)
 
     def canonical(self, name: str) -> str:
         """The canonical spelling of ``name``; a :class:`ConfigError` with suggestions where there is none."""
-        try:
-            return self._canonical[name]
-        except (KeyError, TypeError):  # the latter for what cannot be hashed, such as a list
-            raise ConfigError(unknown(f"{self.kind}s", self.kind, name, self.spellings())) from None
+        found = self.find(name)
+        if found is None:
+            raise ConfigError(unknown(f"{self.kind}s", self.kind, name, self.spellings()))
+        return found
+
+    def name_of(self, value: object) -> str | None:
+        """The canonical name under which this very object is registered, or ``None``."""
+        return next((name for name, known in self._values.items() if known is value), None)
 
     def get(self, name: str) -> T:
         """The value registered under ``name`` or one of its aliases."""
@@ -67,7 +92,10 @@ class Registry(Generic[T]):
         return [key for key, value in self._canonical.items() if value == canonical]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._canonical
+        return self.find(name) is not None
+
+    def __repr__(self) -> str:
+        return f"Registry of {self.kind}s: {', '.join(self)}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -120,8 +148,12 @@ class Factories(Registry[_Factory[T]]):
 
             @functools.wraps(build)
             def make(*args: P.args, **kwargs: P.kwargs) -> Spec:
-                positional = dict(zip(inspect.signature(build).parameters, args, strict=False))
-                return self.spec(name, **positional, **kwargs)
+                parameters = inspect.signature(build).parameters
+                raise_all(list(surplus(f"{self.kind} {name}", parameters, args, kwargs)))
+                positional = dict(zip(parameters, args, strict=False))
+                spec = self.spec(name, **positional, **kwargs)
+                self.build(spec)  # a value that the factory refuses is reported where the user wrote it
+                return spec
 
             return make
 
@@ -136,10 +168,8 @@ class Factories(Registry[_Factory[T]]):
         factory = self.get(name)
         signature = inspect.signature(factory.build)
         by_own_name = {factory.renamed.get(key, key): value for key, value in options.items()}
-        for key in by_own_name:
-            if key not in signature.parameters:
-                known = self.options(name) or ["(it has no options)"]
-                raise ConfigError(unknown(f"{self.kind} {name}", "option", key, known))
+        where, known = f"{self.kind} {name}", self.options(name) or ["(it has no options)"]
+        raise_all([unknown(where, "option", key, known) for key in by_own_name if key not in signature.parameters])
         bound = signature.bind(**by_own_name)
         bound.apply_defaults()
         given = {key: value for key, value in bound.arguments.items() if not _is_as_ever(signature.parameters[key], value)}
