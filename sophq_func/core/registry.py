@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from sophq_func.core import plugins
-from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.errors import ConfigError, explain, near, raise_all, unknown
 from sophq_func.core.public import surplus
 
 T = TypeVar("T")
@@ -20,9 +20,10 @@ Option: TypeAlias = Any
 
 
 class Registry(Generic[T]):
-    """Values by canonical name, each with any number of aliases; upper and lower case are the same.
+    """Values by canonical name, each with any number of aliases.
 
-    A name that is not there is looked for once more after the plugins of other packages were loaded.
+    Upper and lower case are the same, and a name that is not there is looked for once more after the plugins of other
+    packages were loaded; neither in an ``exact`` registry.
 
     Example:
       >>> fruits = Registry("fruit")
@@ -31,11 +32,12 @@ class Registry(Generic[T]):
       (1, ['apple'])
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, exact: bool = False) -> None:
         self.kind = kind
+        self.exact = exact
         self._values: dict[str, T] = {}
         self._canonical: dict[str, str] = {}
-        self._folded: dict[str, str] = {}  # the same for spellings without upper case
+        self._keys: dict[str, str] = {}  # the same as names are compared
 
     def add(self, name: str, value: T, *aliases: str) -> None:
         """Register ``value``; for a name that is no text or is taken it adds nothing, and raises a :class:`ConfigError`."""
@@ -43,14 +45,14 @@ class Registry(Generic[T]):
         raise_all([problem for key in keys if (problem := self._not_new(key))])
         for key in keys:
             self._canonical[key] = name
-            self._folded[key.casefold()] = name
+            self._keys[self._key(key)] = name
         self._values[name] = value
 
     def _not_new(self, key: object) -> str:
         """Why a name cannot be added; empty if it can."""
         if not isinstance(key, str) or not key:
             return explain(self.kind, "its name must be a text", got=key, allowed="a string")
-        if key.casefold() in self._folded:
+        if self._key(key) in self._keys:
             return explain(f"{self.kind} {key!r}", "this name is registered already", fix="choose another name")
         return ""
 
@@ -58,10 +60,14 @@ class Registry(Generic[T]):
         """The canonical spelling of ``name``, or ``None``."""
         if not isinstance(name, str):
             return None
-        key = name.casefold()
-        if key not in self._folded:
+        key = self._key(name)
+        if key not in self._keys and not self.exact:
             plugins.load()
-        return self._folded.get(key)
+        return self._keys.get(key)
+
+    def _key(self, name: str) -> str:
+        """A name as it is compared."""
+        return name if self.exact else name.casefold()
 
     def canonical(self, name: str) -> str:
         """The canonical spelling of ``name``; a :class:`ConfigError` with suggestions where there is none."""
@@ -134,6 +140,10 @@ class _Factory(Generic[T]):
 class Factories(Registry[_Factory[T]]):
     """Registry of functions with keyword options: ``spec`` describes a call as data, ``build`` makes the call."""
 
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self._functions: dict[str, Callable[..., Spec]] = {}
+
     def register(self, name: str, *aliases: str, **renamed: str) -> Callable[[Callable[P, T]], Callable[P, Spec]]:
         """Decorator: register a factory, and replace it by a function that returns the :class:`Spec` of a call.
 
@@ -150,14 +160,27 @@ class Factories(Registry[_Factory[T]]):
             def make(*args: P.args, **kwargs: P.kwargs) -> Spec:
                 parameters = inspect.signature(build).parameters
                 raise_all(list(surplus(f"{self.kind} {name}", parameters, args, kwargs)))
-                positional = dict(zip(parameters, args, strict=False))
-                spec = self.spec(name, **positional, **kwargs)
-                self.build(spec)  # a value that the factory refuses is reported where the user wrote it
+                by_position = dict(zip(parameters, args, strict=False))
+                spec = self.spec(name, **by_position, **kwargs)
+                self.build(spec)  # so that a wrong value is reported where the user wrote it
                 return spec
 
+            self._functions[name] = make
             return make
 
         return decorate
+
+    def function(self, name: str, module: str) -> Callable[..., Spec]:
+        """The function that :meth:`register` made of a name, as an attribute of a module that does not have it itself.
+
+        Raises:
+          AttributeError: as modules raise it, with suggestions.
+        """
+        found = None if name.startswith("_") else self.find(name)
+        if found is None:
+            hint = near(name, self.spellings())
+            raise AttributeError(f"module {module!r} has no attribute {name!r}" + (f", {hint}" if hint else ""))
+        return self._functions[found]
 
     def spec(self, name: str, **options: Option) -> Spec:
         """Check ``name`` and ``options``, fill in defaults, and return them as data.
