@@ -15,6 +15,7 @@ from torch.func import grad, vjp, vmap
 
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
 from sophq_func.core.modes import is_plain
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -53,6 +54,7 @@ class TopEigenvalue(NamedTuple):
     residual: Tensor
 
 
+@public
 def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random signs, +1 or -1 with equal probability, in the shapes of some tensors.
 
@@ -97,6 +99,7 @@ def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: t
     return signs
 
 
+@public
 def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: int | None = None) -> dict[str, HessianTrace]:
     """The trace of the Hessian of each tensor, estimated from random signs.
 
@@ -142,6 +145,7 @@ def _mean_and_error(values: Tensor) -> HessianTrace:
     return HessianTrace(mean, (variance / count).sqrt())
 
 
+@public
 def top_eigenvalue(loss: Loss, params: Tensors, start: Tensors, steps: int = 20) -> dict[str, TopEigenvalue]:
     """The eigenvalue of largest magnitude of each tensor's Hessian, the other tensors being constants.
 

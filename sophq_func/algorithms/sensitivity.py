@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.quantized import Quantized
@@ -28,6 +29,7 @@ class Fidelity(NamedTuple):
     sqnr_db: Tensor
 
 
+@public
 def fidelity(
     q: Quantized, params: Given, qparams: Mapping[str, QParams], /, *args: object, **kwargs: object
 ) -> dict[str, Fidelity]:
@@ -75,6 +77,7 @@ class Sensitivity(NamedTuple):
     saved: Tensor
 
 
+@public
 def sensitivity(
     q: Quantized,
     params: Given,

@@ -14,10 +14,12 @@ from sophq_func.capture.recorder import Recorder
 from sophq_func.capture.skeleton import Skeleton, params_of, registered_tensors
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
+from sophq_func.core.public import public
 from sophq_func.core.pytree import flatten, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 
+@public
 def trace(
     model: nn.Module | Callable[..., Output],
     args: Args = (),

@@ -17,6 +17,7 @@ from sophq_func.checkpoint import sealed
 from sophq_func.checkpoint.compare import differences
 from sophq_func.checkpoint.sealed import parse, refuse, short
 from sophq_func.core.errors import CheckpointError, ConfigError, StateError, explain, raise_all
+from sophq_func.core.public import public
 from sophq_func.core.pytree import node_of, sorted_dict, tree_map
 from sophq_func.core.version import __version__
 from sophq_func.model.flat import flat, merge
@@ -132,6 +133,7 @@ class Checkpoint:
         return self
 
 
+@public
 def save(
     path: str | os.PathLike[str],
     *,
@@ -179,6 +181,7 @@ def save(
     sealed.write(file, tensors, text)
 
 
+@public
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
     """Read and check a file that :func:`save` wrote.
 

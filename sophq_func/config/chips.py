@@ -7,13 +7,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, TypeAlias
 
+from sophq_func.core.public import constructor
 from sophq_func.core.registry import Registry
 from sophq_func.fake_quantize import e4m3, learnable
 from sophq_func.numerics.scheme import PerChannel, QScheme, QuantizerConfig
 from sophq_func.observers import ema_minmax, minmax
 
+ChipName: TypeAlias = Literal[
+    "BM1688",
+    "BM1684X",
+    "BM1690",
+    "SG2260",
+    "MARS3",
+    "CV183X",
+    "CV182X",
+    "CV181X",
+    "CV180X",
+    "CV186X",
+    "Academic",
+]
+"""What a type checker accepts for ``QuantConfig(chip=...)``: the names of the chips below."""
 
+
+@constructor
 @dataclass(frozen=True, kw_only=True)
 class ChipSpec:
     """Defaults and limits of a chip.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
@@ -20,6 +20,10 @@ from sophq_func.numerics.scheme import Override
 
 if TYPE_CHECKING:
     from sophq_func.capture.graph import Graph, Node
+
+
+StrategyName: TypeAlias = Literal["CNN", "Transformer", "Layers", "BF16Mixed", "Dataflow", "Academic"]
+"""What a type checker accepts for ``QuantConfig(strategy=...)``: the names of the library's strategies."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,15 @@ def public(item: Item) -> Item:
     return _decorated(item, _problems)
 
 
+def public_as(where: str) -> Callable[[Item], Item]:
+    """:func:`public`, for a function that messages call by another name than its own: ``export.torch``."""
+
+    def decorate(item: Item) -> Item:
+        return typing.cast(Item, _teaching(item, where, _problems))
+
+    return decorate
+
+
 def constructor(item: Item) -> Item:
     """:func:`public` for what makes a value of its arguments and does nothing else.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.public import public
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """The types of torch whose numbers are codes of 8 bits."""
@@ -178,6 +179,7 @@ class Codebook:
         return torch.where((work - lower) / (upper - lower) > noise, upper, lower)
 
 
+@public
 def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 1.0) -> Integer:
     """The format of integers of ``bits`` bits times ``step``; saturating.
 
@@ -198,6 +200,7 @@ def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 
     return Integer(bits=bits, signed=signed, narrow=narrow, step=step)
 
 
+@public
 def float_(
     exponent_bits: int, mantissa_bits: int, *, finite_only: bool = False, nan: bool = True, saturate: bool = True
 ) -> Float:
@@ -229,6 +232,7 @@ def float_(
     )
 
 
+@public
 def codebook(values: list[float] | tuple[float, ...]) -> Codebook:
     """The format of a table of values. Rounds to the nearest, of two equally near ones to the lower; saturating.
 
