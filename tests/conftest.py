@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import Digits
-from tests.quick import chosen
+pytest.register_assert_rewrite("sophq_func.testing")  # before the import, so that laws show their values, too
+
+from tests.helpers import Digits  # noqa: E402
+from tests.quick import chosen  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

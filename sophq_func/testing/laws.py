@@ -1,0 +1,136 @@
+"""What a law is, how it is held over many cases, and the report of those that break it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+
+
+class LawError(AssertionError):
+    """A piece breaks laws that it must obey; the message names each, and a case that breaks it."""
+
+
+class Law:
+    """A law: a function of a piece's name and a case, which raises where the case breaks it.
+
+    Attributes:
+      name: the function's name, by which a check can leave the law out.
+      says: what the law demands: the first line of the function's docstring.
+      tables: the cases are all combinations of one entry of each.
+      slow: whether it compiles or trains.
+    """
+
+    def __init__(self, check: Callable[..., None], tables: Sequence[Mapping[str, Any]], slow: bool) -> None:
+        self.check = check
+        self.name = check.__name__
+        self.says = (check.__doc__ or "").partition("\n")[0]
+        self.tables = tables
+        self.slow = slow
+        self.__doc__ = check.__doc__
+
+    def __call__(self, piece: str, *case: Any) -> None:
+        self.check(piece, *case)
+
+    def __repr__(self) -> str:
+        return f"Law {self.name}: {self.says}"
+
+    def broken(self, piece: str) -> list[str]:
+        """The cases that break the law, each with its error."""
+        return broken(lambda *case: self.check(piece, *case), *self.tables)
+
+
+def law(*tables: Mapping[str, Any], slow: bool = False) -> Callable[[Callable[..., None]], Law]:
+    """Decorator: a function of a piece's name and one entry of each table is a :class:`Law`."""
+
+    def decorate(check: Callable[..., None]) -> Law:
+        return Law(check, tables, slow)
+
+    return decorate
+
+
+def broken(
+    check: Callable[..., None],
+    *tables: Mapping[str, Any],
+    failures: tuple[type[BaseException], ...] = (Exception,),
+) -> list[str]:
+    """Each combination of one entry of each table that ``check`` raises for, by name, with the error."""
+    found = []
+    for chosen in itertools.product(*(table.items() for table in tables)):
+        names, values = zip(*chosen, strict=True) if chosen else ((), ())
+        try:
+            check(*values)
+        except failures as error:
+            case = f"{', '.join(names)}: " if names else ""
+            found.append(f"{case}{type(error).__name__}: {error if str(error) else _line(error)}")
+    return found
+
+
+def _line(error: BaseException) -> str:
+    """The line of code that raised an error which says nothing: an assertion without words."""
+    return traceback.extract_tb(error.__traceback__)[-1].line or ""
+
+
+def hold(
+    check: Callable[..., None],
+    *tables: Mapping[str, Any],
+    failures: tuple[type[BaseException], ...] = (Exception,),
+) -> None:
+    """Hold every combination of one entry of each table to a law; those that break it are reported together, by name."""
+    found = broken(check, *tables, failures=failures)
+    assert not found, "\n".join([f"{len(found)} of {math.prod(map(len, tables))} cases:", *found])
+
+
+@contextmanager
+def refused(error: type[Exception], *words: str) -> Iterator[None]:
+    """The block raises an error whose message has these words."""
+    try:
+        yield
+    except error as raised:
+        lacking = [word for word in words if word not in str(raised)]
+        assert not lacking, f"the message lacks {lacking}: {raised}"
+    else:
+        raise AssertionError(f"no {error.__name__} is raised")
+
+
+def check_all(kind: str, piece: str, laws: Collection[Law], without: Collection[str], slow: bool) -> None:
+    """Hold a piece to laws.
+
+    Args:
+      kind: of the piece, for the report.
+      piece: its name.
+      laws: all of them.
+      without: names of laws that the piece does not claim to obey.
+      slow: whether to try the laws that compile, too.
+
+    Raises:
+      ConfigError: ``without`` names no law.
+      LawError: a law is broken; the report names each with its first case.
+    """
+    if not __debug__:
+        raise ConfigError(explain("testing", "laws cannot be tried", because="python -O leaves out assertions"))
+    names = [one.name for one in laws]
+    raise_all([unknown(f"check of {kind} {piece}", "law", name, names) for name in without if name not in names])
+    tried = [one for one in laws if one.name not in without and (slow or not one.slow)]
+    reports = []
+    for one in tried:
+        cases = one.broken(piece)
+        if cases:
+            count = math.prod(map(len, one.tables))
+            reports.append(f"  {one.name}: {one.says}\n    {len(cases)} of {count} cases, the first: {_short(cases[0])}")
+    if reports:
+        raise LawError("\n".join([f"{kind} {piece!r} breaks {len(reports)} of {len(tried)} laws:", *reports]))
+
+
+LONGEST_CASE = 400
+"""Characters of a case in a report; a comparison of tensors can be longer than a screen."""
+
+
+def _short(case: str) -> str:
+    text = " ".join(case.split())
+    return text if len(text) <= LONGEST_CASE else text[:LONGEST_CASE] + " ..."
