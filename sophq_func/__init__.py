@@ -4,6 +4,7 @@ from sophq_func import export as export
 from sophq_func import fake_quantize as fake_quantize
 from sophq_func import numerics as numerics
 from sophq_func import observers as observers
+from sophq_func import testing as testing
 from sophq_func.algorithms.curvature import HessianTrace as HessianTrace
 from sophq_func.algorithms.curvature import TopEigenvalue as TopEigenvalue
 from sophq_func.algorithms.curvature import hessian_trace as hessian_trace
@@ -140,6 +141,7 @@ __all__ = [
     "sensitivity",
     "stack",
     "strategies",
+    "testing",
     "top_eigenvalue",
     "trace",
     "unpack",

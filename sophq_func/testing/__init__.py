@@ -1,9 +1,10 @@
 """Holds pieces of your own to the laws of the library's: one check for each kind, which reports every law that is broken."""
 
+from sophq_func.testing.fake_quantizers import check_fake_quantizer
 from sophq_func.testing.laws import LawError
 from sophq_func.testing.observers import check_observer
 
-__all__ = ["LawError", "check_observer"]
+__all__ = ["LawError", "check_fake_quantizer", "check_observer"]
 
 
 def __dir__() -> list[str]:

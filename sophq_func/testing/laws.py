@@ -23,14 +23,18 @@ class Law:
       name: the function's name, by which a check can leave the law out.
       says: what the law demands: the first line of the function's docstring.
       tables: the cases are all combinations of one entry of each.
-      slow: whether it compiles or trains.
+      only: whether it speaks of a piece, by name.
+      slow: whether it compiles, or tries so many cases that it takes as long.
     """
 
-    def __init__(self, check: Callable[..., None], tables: Sequence[Mapping[str, Any]], slow: bool) -> None:
+    def __init__(
+        self, check: Callable[..., None], tables: Sequence[Mapping[str, Any]], only: Callable[[str], bool], slow: bool
+    ) -> None:
         self.check = check
         self.name = check.__name__
         self.says = (check.__doc__ or "").partition("\n")[0]
         self.tables = tables
+        self.only = only
         self.slow = slow
         self.__doc__ = check.__doc__
 
@@ -45,11 +49,18 @@ class Law:
         return broken(lambda *case: self.check(piece, *case), *self.tables)
 
 
-def law(*tables: Mapping[str, Any], slow: bool = False) -> Callable[[Callable[..., None]], Law]:
+def of_all(piece: str) -> bool:
+    """The default of ``only``: a law that speaks of every piece."""
+    return True
+
+
+def law(
+    *tables: Mapping[str, Any], only: Callable[[str], bool] = of_all, slow: bool = False
+) -> Callable[[Callable[..., None]], Law]:
     """Decorator: a function of a piece's name and one entry of each table is a :class:`Law`."""
 
     def decorate(check: Callable[..., None]) -> Law:
-        return Law(check, tables, slow)
+        return Law(check, tables, only, slow)
 
     return decorate
 
@@ -116,7 +127,8 @@ def check_all(kind: str, piece: str, laws: Collection[Law], without: Collection[
         raise ConfigError(explain("testing", "laws cannot be tried", because="python -O leaves out assertions"))
     names = [one.name for one in laws]
     raise_all([unknown(f"check of {kind} {piece}", "law", name, names) for name in without if name not in names])
-    tried = [one for one in laws if one.name not in without and (slow or not one.slow)]
+    of_piece = [one for one in laws if one.name not in without and one.only(piece)]
+    tried = [one for one in of_piece if slow or not one.slow]
     reports = []
     for one in tried:
         cases = one.broken(piece)

@@ -59,6 +59,9 @@ AFFINE = {f"affine-{granularity}": scheme_of("affine", granularity) for granular
 
 STATIC_AFFINE = {f"affine-{granularity}": scheme_of("affine", granularity) for granularity in STATIC}
 
+NARROW = {f"narrow-{granularity}": scheme_of("narrow", granularity) for granularity in GRANULARITIES}
+"""One scheme of each granularity whose codes are symmetric about 0."""
+
 COARSE = {f"{kind}-{PerTensor()}": scheme_of(kind, PerTensor(), bits=2) for kind in (*KINDS, *MIXED)}
 """Every kind of scheme, with the fewest bits."""
 
