@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("sophq_func.testing")  # before the import, so that laws show their values, too
-
-from tests.helpers import Digits  # noqa: E402
-from tests.quick import chosen  # noqa: E402
+from tests.helpers import Digits
+from tests.quick import chosen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,7 @@ class LawError(AssertionError):
 
 
 class Law:
-    """A law: a function of a piece's name and a case, which raises where the case breaks it.
+    """A law: a function of a piece, or its name, and a case, which raises where the case breaks it.
 
     Attributes:
       name: the function's name, by which a check can leave the law out.
@@ -28,7 +28,7 @@ class Law:
     """
 
     def __init__(
-        self, check: Callable[..., None], tables: Sequence[Mapping[str, Any]], only: Callable[[str], bool], slow: bool
+        self, check: Callable[..., None], tables: Sequence[Mapping[str, Any]], only: Callable[[Any], bool], slow: bool
     ) -> None:
         self.check = check
         self.name = check.__name__
@@ -38,26 +38,26 @@ class Law:
         self.slow = slow
         self.__doc__ = check.__doc__
 
-    def __call__(self, piece: str, *case: Any) -> None:
+    def __call__(self, piece: Any, *case: Any) -> None:
         self.check(piece, *case)
 
     def __repr__(self) -> str:
         return f"Law {self.name}: {self.says}"
 
-    def broken(self, piece: str) -> list[str]:
+    def broken(self, piece: Any) -> list[str]:
         """The cases that break the law, each with its error."""
         return broken(lambda *case: self.check(piece, *case), *self.tables)
 
 
-def of_all(piece: str) -> bool:
+def of_all(piece: object) -> bool:
     """The default of ``only``: a law that speaks of every piece."""
     return True
 
 
 def law(
-    *tables: Mapping[str, Any], only: Callable[[str], bool] = of_all, slow: bool = False
+    *tables: Mapping[str, Any], only: Callable[[Any], bool] = of_all, slow: bool = False
 ) -> Callable[[Callable[..., None]], Law]:
-    """Decorator: a function of a piece's name and one entry of each table is a :class:`Law`."""
+    """Decorator: a function of a piece, or its name, and one entry of each table is a :class:`Law`."""
 
     def decorate(check: Callable[..., None]) -> Law:
         return Law(check, tables, only, slow)
@@ -109,12 +109,12 @@ def refused(error: type[Exception], *words: str) -> Iterator[None]:
         raise AssertionError(f"no {error.__name__} is raised")
 
 
-def check_all(kind: str, piece: str, laws: Collection[Law], without: Collection[str], slow: bool) -> None:
+def check_all(kind: str, piece: Any, laws: Collection[Law], without: Collection[str], slow: bool) -> None:
     """Hold a piece to laws.
 
     Args:
       kind: of the piece, for the report.
-      piece: its name.
+      piece: its name, or the piece itself where it has none.
       laws: all of them.
       without: names of laws that the piece does not claim to obey.
       slow: whether to try the laws that compile, too.
@@ -136,10 +136,10 @@ def check_all(kind: str, piece: str, laws: Collection[Law], without: Collection[
             count = math.prod(map(len, one.tables))
             reports.append(f"  {one.name}: {one.says}\n    {len(cases)} of {count} cases, the first: {_short(cases[0])}")
     if reports:
-        raise LawError("\n".join([f"{kind} {piece!r} breaks {len(reports)} of {len(tried)} laws:", *reports]))
+        raise LawError("\n".join([f"{kind} {_short(repr(piece))} breaks {len(reports)} of {len(tried)} laws:", *reports]))
 
 
-LONGEST_CASE = 400
+LONGEST_CASE = 300
 """Characters of a case in a report; a comparison of tensors can be longer than a screen."""
 
 
