@@ -120,6 +120,7 @@ def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: in
     Raises:
       StateError: noise of other names, shapes or dtypes than the params, or with another number of samples; a loss that
         is no scalar.
+      ConfigError: a chunk of no size.
 
     Example:
       >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -127,6 +128,9 @@ def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: in
       >>> hessian_trace(lambda p: (p["w"] ** 3).sum(), params, noise)["w"]
       HessianTrace(trace=tensor(18.), error=tensor(0.))
     """
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        allowed = "an int >= 1, or None for all at once"
+        raise ConfigError(explain("hessian_trace", "no chunk has this size", got=chunk_size, allowed=allowed))
     _check_vectors("hessian_trace", noise, params, batched=True)
     product = _hessian("hessian_trace", loss, params, sorted(noise))
 

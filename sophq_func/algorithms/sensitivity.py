@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sophq_func.core.errors import StateError, explain
+from sophq_func.core.errors import StateError, check_flags, explain
 from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output
@@ -116,6 +116,7 @@ def sensitivity(
       >>> max(found, key=lambda name: found[name].added)
       'weight_fake_quant'
     """
+    check_flags("sensitivity", {"progress": progress})
     if q.frozen:
         because, fix = "its weights cannot be switched between float and quantized", "use the q that was frozen"
         raise StateError(explain("sensitivity", "a frozen model cannot be measured", because=because, fix=fix))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.errors import ConfigError, StateError, check_flags, explain
 from sophq_func.core.public import public
 
 AT_ONCE = 2**16
@@ -92,6 +92,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
       >>> unpack(torch.tensor([241, 7], dtype=torch.uint8), 4, (3,), signed=True)
       tensor([ 1, -1,  7], dtype=torch.int8)
     """
+    check_flags("unpack", {"signed": signed})
     count, size = per_byte(bits), math.prod(shape)
     expected = (-(-size // count),)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:

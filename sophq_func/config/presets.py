@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sophq_func.config.rules import QuantConfig, Rule
-from sophq_func.core.errors import explain, raise_all
+from sophq_func.core.errors import check_flags
 from sophq_func.core.public import constructor
 from sophq_func.core.registry import Spec
 from sophq_func.fake_quantize import e4m3 as e4m3_numbers
@@ -94,7 +94,7 @@ def w4a16(group: int = 128, *, symmetric: bool = True, rules: Sequence[Rule] = (
       >>> sq.presets.w4a16(group=64).weight.scheme
       QScheme(bits=4, granularity=PerGroup(axis=None, size=64))
     """
-    _check_flag("w4a16", "symmetric", symmetric)
+    check_flags("w4a16", {"symmetric": symmetric})
     weight = _calibrated(QScheme(bits=4, symmetric=symmetric, granularity=PerGroup(size=group)))
     return QuantConfig(strategy="Layers", weight=weight, activation=None, rules=rules)
 
@@ -133,7 +133,7 @@ def fp8(*, dynamic: bool = False, rules: Sequence[Rule] = ()) -> QuantConfig:
       >>> sq.presets.fp8().weight.fake_quantize
       e4m3(scaling='max')
     """
-    _check_flag("fp8", "dynamic", dynamic)
+    check_flags("fp8", {"dynamic": dynamic})
     per_tensor = QScheme(bits=8, granularity=PerTensor())
     schemes = (CHANNELS, TOKENS) if dynamic else (per_tensor, per_tensor)
     weight, activation = (_calibrated(scheme, e4m3_numbers()) for scheme in schemes)
@@ -183,11 +183,6 @@ def _calibrated(scheme: QScheme, fake_quantize: Spec | None = None) -> Quantizer
 
 def _in_blocks(where: str, fake_quantize: Spec, weight_only: bool, rules: Sequence[Rule]) -> QuantConfig:
     """A format that scales blocks by itself, whose scheme is not used but for the scale of the whole tensor."""
-    _check_flag(where, "weight_only", weight_only)
+    check_flags(where, {"weight_only": weight_only})
     both = _calibrated(QScheme(), fake_quantize)
     return QuantConfig(strategy="Layers", weight=both, activation=None if weight_only else both, rules=rules)
-
-
-def _check_flag(where: str, name: str, given: object) -> None:
-    problem = explain(where, f"{name} must be a bool", got=given, allowed="True or False")
-    raise_all([] if isinstance(given, bool) else [problem])

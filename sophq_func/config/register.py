@@ -67,6 +67,8 @@ def observer(name: str, *aliases: str, **renamed: str) -> Callable[[Callable[P, 
       override(observer=half_range(share=0.5))
     """
 
+    OBSERVERS.check_new(name, *aliases)
+
     def decorate(build: Callable[P, Observer]) -> Callable[P, Spec]:
         _check_result("register.observer", name, build, Observer)
         return OBSERVERS.register(name, *aliases, **renamed)(build)
@@ -96,6 +98,8 @@ def fake_quantizer(name: str, *aliases: str, **renamed: str) -> Callable[[Callab
       >>> sq.fake_quantizer("fixed_by_another_name").integer
       True
     """
+
+    FAKE_QUANTIZERS.check_new(name, *aliases)
 
     def decorate(build: Callable[P, FakeQuantize]) -> Callable[P, Spec]:
         _check_result("register.fake_quantizer", name, build, FakeQuantize)

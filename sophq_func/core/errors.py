@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import FrameType
 
 
@@ -178,6 +178,17 @@ def unknown(where: str, kind: str, name: object, known: Sequence[str]) -> str:
     hint = near(name, known) if isinstance(name, str) else ""
     middle = f", {hint}" if hint else "."
     return f"{where}: {kind} {name!r} is not known{middle} Fix: use one of {', '.join(known)}."
+
+
+def check_flags(where: str, flags: Mapping[str, object]) -> None:
+    """Raise a :class:`ConfigError` about the arguments that are to be ``True`` or ``False`` and are not.
+
+    Example:
+      >>> check_flags("report", {"progress": True})
+    """
+    wrong = {name: flag for name, flag in flags.items() if not isinstance(flag, bool)}
+    sentence, allowed = "has the wrong type", "True or False"
+    raise_all([explain(where, f"{name} {sentence}", got=flag, allowed=allowed) for name, flag in wrong.items()])
 
 
 def raise_all(problems: Sequence[str], error: type[ValueError] = ConfigError) -> None:

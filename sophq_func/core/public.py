@@ -24,6 +24,9 @@ Parameters: TypeAlias = Mapping[str, inspect.Parameter]
 OURS = (ConfigError, PlanError, StateError)
 """Errors that already say what is wrong."""
 
+RECEIVERS = ("self", "cls", "_cls")
+"""Names of the argument that a method is called on, which messages leave out."""
+
 LONGEST_VALUE = 80
 """A value whose ``repr`` has more characters is named by its type: a model or a tensor would fill the screen."""
 
@@ -86,9 +89,27 @@ _Find: TypeAlias = Callable[[Callable[..., Any], str, Sequence[Any], Mapping[str
 def _decorated(item: Item, find: _Find) -> Item:
     if isinstance(item, type):
         # the class itself stays the same object, so that pickle, isinstance and type checkers see no difference
-        item.__init__ = _teaching(item.__init__, item.__name__, find)  # type: ignore[misc]
+        if issubclass(item, tuple):  # a NamedTuple is made by ``__new__``, and has no checks of its own
+            make = item.__new__
+            make.__module__ = item.__module__  # where its annotations mean something
+            item.__new__ = _teaching(_typed(make), item.__name__, find)  # type: ignore[method-assign]
+        else:
+            item.__init__ = _teaching(item.__init__, item.__name__, find)  # type: ignore[method-assign, misc]
         return item
     return typing.cast(Item, _teaching(item, item.__name__, find))
+
+
+def _typed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, which fails for arguments whose types are not those of the annotations."""
+
+    @functools.wraps(call)
+    def typed(*args: Any, **kwargs: Any) -> Any:
+        made = call(*args, **kwargs)
+        if any(_of_wrong_types(call, "", args, kwargs)):
+            raise TypeError("an argument has the wrong type")  # which one is found out by ``_teaching``
+        return made
+
+    return typed
 
 
 def _teaching(call: Callable[..., Any], where: str, find: _Find) -> Callable[..., Any]:
@@ -181,11 +202,11 @@ def _positional(parameters: Parameters) -> list[str]:
 def _keywords(parameters: Parameters) -> list[str]:
     """Names of the parameters that can be given by keyword."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, parameter in parameters.items() if parameter.kind in kinds and name != "self"]
+    return [name for name, parameter in parameters.items() if parameter.kind in kinds and name not in RECEIVERS]
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(name for name in names if name != "self")
+    return ", ".join(name for name in names if name not in RECEIVERS)
 
 
 def _of_wrong_types(call: Callable[..., Any], where: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[str]:
@@ -193,7 +214,7 @@ def _of_wrong_types(call: Callable[..., Any], where: str, args: Sequence[Any], k
     parameters = inspect.signature(call).parameters
     given = {**dict(zip(_positional(parameters), args, strict=False)), **kwargs}
     for name, value in given.items():
-        if name not in parameters or name == "self" or parameters[name].kind in _VARIADIC:
+        if name not in parameters or name in RECEIVERS or parameters[name].kind in _VARIADIC:
             continue
         annotation = _resolved(parameters[name].annotation, call)
         if value is not parameters[name].default and not fits(value, annotation):
@@ -219,6 +240,8 @@ def _shown(value: object) -> object:
 
 def _resolved(annotation: object, call: Callable[..., Any]) -> object:
     """The type that an annotation names; ``Any`` where it is not there at run time."""
+    if isinstance(annotation, typing.ForwardRef):  # of a NamedTuple
+        annotation = annotation.__forward_arg__
     if not isinstance(annotation, str):
         return annotation
     module = sys.modules.get(call.__module__)
@@ -245,8 +268,9 @@ def fits(value: object, annotation: object) -> bool:
     cls = origin if isinstance(origin, type) else annotation
     if cls is collections.abc.Callable:
         return callable(value)
-    is_open = cls in (Any, inspect.Parameter.empty) or getattr(cls, "_is_protocol", False)
-    if is_open or not isinstance(cls, type):
+    if getattr(cls, "_is_protocol", False):
+        return callable(value) or "__call__" not in vars(cls)
+    if cls in (Any, inspect.Parameter.empty) or not isinstance(cls, type):
         return True
     if cls is float:
         return isinstance(value, float | int) and not isinstance(value, bool)

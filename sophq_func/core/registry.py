@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from sophq_func.core import plugins
 from sophq_func.core.errors import ConfigError, explain, near, raise_all, unknown
-from sophq_func.core.public import surplus
+from sophq_func.core.public import constructor, surplus
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -41,12 +41,15 @@ class Registry(Generic[T]):
 
     def add(self, name: str, value: T, *aliases: str) -> None:
         """Register ``value``; for a name that is no text or is taken it adds nothing, and raises a :class:`ConfigError`."""
-        keys = (name, *aliases)
-        raise_all([problem for key in keys if (problem := self._not_new(key))])
-        for key in keys:
+        self.check_new(name, *aliases)
+        for key in (name, *aliases):
             self._canonical[key] = name
             self._keys[self._key(key)] = name
         self._values[name] = value
+
+    def check_new(self, *names: str) -> None:
+        """Raise a :class:`ConfigError` about names that cannot be added."""
+        raise_all([problem for name in names if (problem := self._not_new(name))])
 
     def _not_new(self, key: object) -> str:
         """Why a name cannot be added; empty if it can."""
@@ -107,6 +110,7 @@ class Registry(Generic[T]):
         return iter(self._values)
 
 
+@constructor
 @dataclass(frozen=True)
 class Spec:
     """A registered factory and its options, as data: comparable, hashable, JSON-able.
@@ -123,6 +127,12 @@ class Spec:
 
     name: str
     options: tuple[tuple[str, Option], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.options, tuple):
+            got, allowed = (self.name, self.options), "a name, and a tuple of pairs of a name and a value"
+            fix = "sq.observers.minmax(), which returns one"
+            raise ConfigError(explain("Spec", "this is no name with options", got=got, allowed=allowed, fix=fix))
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options)

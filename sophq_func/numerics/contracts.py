@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.core.public import constructor
 from sophq_func.numerics.formats import Format
 from sophq_func.numerics.registries import FAKE_QUANTIZERS as FAKE_QUANTIZERS
 from sophq_func.numerics.registries import OBSERVERS as OBSERVERS
@@ -65,6 +66,7 @@ class Resolve(Protocol):
     def __call__(self, state: State, scheme: QScheme) -> QParams: ...
 
 
+@constructor
 class Observer(NamedTuple):
     """A statistic of tensors, and how to read scale and zero point from it.
 
@@ -169,6 +171,7 @@ def kept(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
     return qparams
 
 
+@constructor
 class FakeQuantize(NamedTuple):
     """Quantize and dequantize, with a surrogate gradient.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.errors import ConfigError, check_flags, explain, raise_all, unknown
 
 
 class LawError(AssertionError):
@@ -125,6 +125,7 @@ def check_all(kind: str, piece: Any, laws: Collection[Law], without: Collection[
     """
     if not __debug__:
         raise ConfigError(explain("testing", "laws cannot be tried", because="python -O leaves out assertions"))
+    check_flags(f"check of {kind}", {"slow": slow})
     names = [one.name for one in laws]
     raise_all([unknown(f"check of {kind} {piece}", "law", name, names) for name in without if name not in names])
     of_piece = [one for one in laws if one.name not in without and one.only(piece)]

@@ -73,7 +73,7 @@ def test_every_chip_obeys_the_laws_of_all(chip: str, law: Law) -> None:
     assert law.broken(chip) == []
 
 
-@pytest.mark.parametrize("strategy", PLACEMENTS)
+@pytest.mark.parametrize("strategy", PLACEMENTS.names())
 @pytest.mark.parametrize("law", laws.STRATEGY_LAWS, ids=lambda law: law.name)
 def test_every_strategy_obeys_the_laws_of_all(strategy: str, law: Law) -> None:
     assert law.broken(strategy) == []
