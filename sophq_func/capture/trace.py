@@ -48,7 +48,10 @@ def trace(
         is an attribute but no buffer.
 
     Example:
-      >>> trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.ones(1, 2),))
+      >>> graph = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.ones(1, 2),))
+      >>> graph
+      Graph(input: 2 calls)
+      >>> print(graph)
       Graph(input):
         0(input)
         1(0)

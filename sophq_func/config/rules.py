@@ -16,7 +16,7 @@ from torch import nn
 from sophq_func.config.chips import CHIPS, ChipName, ChipSpec
 from sophq_func.config.matching import TYPE_KEYS, TypeKey, is_type_key, matches_name, matches_type, type_text
 from sophq_func.config.patterns import Fused
-from sophq_func.config.site import Role, Site
+from sophq_func.config.site import Role, Site, shown
 from sophq_func.config.strategies import PLACEMENTS, Preset, Strategy, StrategyName
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.public import constructor
@@ -254,6 +254,9 @@ class QuantConfig:
         object.__setattr__(self, "strategy", PLACEMENTS.canonical(self._strategy_or_default))
         for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @property
     def _strategy_or_default(self) -> str:

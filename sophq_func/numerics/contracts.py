@@ -82,6 +82,11 @@ class Observer(NamedTuple):
     merge: Merge
     qparams: Resolve
 
+    def __repr__(self) -> str:
+        # the factory in which ``update`` is defined has the name of the observer
+        defined: str = getattr(self.update, "__qualname__", type(self.update).__name__)
+        return f"Observer({defined.partition('.')[0]})"
+
 
 class InitQParams(Protocol):
     """The qparams of an observer, with what the fake quantizer adds to them (learned extras, for example).
@@ -221,3 +226,8 @@ class FakeQuantize(NamedTuple):
     block_axis: int = -1
     local: bool = True
     needs: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        grid = "integers" if self.integer else "no integers"
+        learnable = f"learnable {', '.join(self.learnable)}" if self.learnable else "nothing learnable"
+        return f"FakeQuantize({grid}, {learnable}{', needs noise' if self.noise else ''})"

@@ -45,6 +45,10 @@ class Report:
         hint = near(str(name), [row.quantizer for row in self.rows])
         raise KeyError(f"no quantizer {name!r} in the report; {hint}")
 
+    def __repr__(self) -> str:
+        what = f"{self.model}, {len(self.rows)} quantizers over {self.batches} batches"
+        return f"Report({what}, sqnr_db={self.sqnr_db:.1f}, plan {self.digest[:12]})"
+
     def __str__(self) -> str:
         return self.table()
 
