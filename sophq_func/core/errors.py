@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -196,5 +197,19 @@ def raise_all(problems: Sequence[str], error: type[ValueError] = ConfigError) ->
     if len(problems) == 1:
         raise error(problems[0])
     if problems:
-        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
-        raise error(f"{len(problems)} problems:\n{lines}")
+        lines = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        raise error(f"{len(problems)} problems:{lines}")
+
+
+def problems_of(error: ValueError) -> list[str]:
+    """The problems that :func:`raise_all` put into one error; of any other, its message.
+
+    Example:
+      >>> try:
+      ...     raise_all(["bits: wrong.", "axis: wrong."])
+      ... except ConfigError as error:
+      ...     problems_of(error)
+      ['bits: wrong.', 'axis: wrong.']
+    """
+    head, *problems = re.split(r"\n  \d+\. ", str(error))
+    return problems if re.fullmatch(r"\d+ problems:", head) else [str(error)]

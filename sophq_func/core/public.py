@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, matches, raise_all, unknown
+from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, matches, problems_of, raise_all, unknown
 
 Item = TypeVar("Item", bound=Callable[..., Any])
 
@@ -149,7 +149,7 @@ def _problems_of_value(call: Callable[..., Any], where: str, args: Sequence[Any]
     try:
         call(*by_position, **known)
     except OURS as error:
-        return [*names, str(error)]
+        return [*names, *problems_of(error)]
     except Exception:  # arguments are missing, or of types that its own checks do not expect
         return names or list(_of_wrong_types(call, where, by_position, known))
     return names

@@ -437,4 +437,5 @@ def check_observer(name: str, *, without: Collection[str] = (), slow: bool = Fal
       >>> import sophq_func as sq
       >>> sq.testing.check_observer("minmax")
     """
+    seen.cache_clear()  # of another piece that had this name
     check_all("observer", OBSERVERS.canonical(name), LAWS, without, slow)

