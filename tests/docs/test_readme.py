@@ -41,6 +41,7 @@ NEEDS = {"export": "onnxruntime", "tables": "onnxscript"}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("scratch_registries")  # a page registers pieces
 @pytest.mark.parametrize("page", CODED, ids=lambda page: page.stem)
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.stem in NEEDS:
