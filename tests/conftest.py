@@ -15,6 +15,7 @@ from sophq_func.config.chips import CHIPS
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.numerics.formats import FORMATS
 from tests.helpers import Digits
 from tests.quick import chosen
 
@@ -82,7 +83,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 @pytest.fixture
 def scratch_registries() -> Iterator[None]:
     """For tests that register pieces: what they add is gone afterwards."""
-    registries = (OBSERVERS, FAKE_QUANTIZERS, CHIPS, PLACEMENTS, PATTERNS)
+    registries = (OBSERVERS, FAKE_QUANTIZERS, FORMATS, CHIPS, PLACEMENTS, PATTERNS)
     tables = [
         (table, dict(table)) for registry in registries for table in vars(registry).values() if isinstance(table, dict)
     ]

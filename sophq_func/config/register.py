@@ -25,7 +25,7 @@ from sophq_func.core.public import public_as
 from sophq_func.core.registry import Spec
 from sophq_func.fake_quantize import scaled
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize, Observer
-from sophq_func.numerics.formats import Format
+from sophq_func.numerics.formats import FORMATS, Format
 
 P = ParamSpec("P")
 
@@ -152,9 +152,12 @@ def format(name: str, form: Format, *aliases: str) -> Callable[..., Spec]:  # no
     def build(*, rounding: str = "nearest") -> FakeQuantize:
         return scaled(name, form, rounding=rounding)
 
+    FORMATS.check_new(name, *aliases)
     build.__doc__ = f"The nearest value of {form!r}, times a scale."
     build.__name__ = build.__qualname__ = str(name)
-    return FAKE_QUANTIZERS.register(name, *aliases)(build)
+    function = FAKE_QUANTIZERS.register(name, *aliases)(build)
+    FORMATS.add(name, form, *aliases)
+    return function
 
 
 @public_as("register.chip")

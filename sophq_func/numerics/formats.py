@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.public import public
+from sophq_func.core.registry import Registry
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """The types of torch whose numbers are codes of 8 bits."""
@@ -357,3 +358,13 @@ E3M2 = float_(3, 2, finite_only=True, nan=False)
 E2M3 = float_(2, 3, finite_only=True, nan=False)
 E2M1 = float_(2, 1, finite_only=True, nan=False)
 MXINT8 = int_(8, narrow=True, step=2.0**-6)
+
+FORMATS: Registry[Format] = Registry("format")
+"""Formats by name; :func:`sophq_func.register.format` adds to them."""
+
+FORMATS.add("e4m3", E4M3)
+FORMATS.add("e5m2", E5M2)
+FORMATS.add("e3m2", E3M2)
+FORMATS.add("e2m3", E2M3)
+FORMATS.add("e2m1", E2M1)
+FORMATS.add("mxint8", MXINT8)

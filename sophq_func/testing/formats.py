@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.public import public_as
-from sophq_func.numerics.formats import Format
+from sophq_func.numerics.formats import FORMATS, Format
 from sophq_func.testing.laws import Law, check_all, law
 
 SEVENTHS = torch.arange(-16.0, 17.0, dtype=torch.float64) / 14
@@ -104,22 +104,24 @@ LAWS = tuple(one for one in list(globals().values()) if isinstance(one, Law))
 
 
 @public_as("testing.check_format")
-def check_format(form: Format) -> None:
+def check_format(form: Format | str) -> None:
     """Hold a number format to the laws that the library's own obey.
 
     Args:
-      form: from ``sq.formats.int_``, ``float_`` or ``codebook``, or an object of your own with ``largest``, ``values`` and
-        ``round``. What :func:`sophq_func.register.format` makes of it is a fake quantizer, see
-        :func:`check_fake_quantizer`.
+      form: the name of a registered format; or one that is not registered yet, from ``sq.formats.int_``, ``float_`` or
+        ``codebook``, or an object of your own with ``largest``, ``values`` and ``round``. What
+        :func:`sophq_func.register.format` makes of it is a fake quantizer, see :func:`check_fake_quantizer`.
 
     Raises:
-      ConfigError: no format.
+      ConfigError: an unknown name, or no format.
       LawError: an ``AssertionError`` that names each law that is broken.
 
     Example:
       >>> import sophq_func as sq
       >>> sq.testing.check_format(sq.formats.float_(3, 4))
     """
+    if isinstance(form, str):
+        form = FORMATS.get(form)
     if not all(hasattr(form, attribute) for attribute in ("largest", "values", "round")):
         fix = "sq.testing.check_format(sq.formats.float_(4, 3))"
         raise ConfigError(explain("testing.check_format", "this is no format", got=form, fix=fix))

@@ -97,6 +97,7 @@ def test_a_format_of_your_own() -> None:
 
     sq.testing.check_format(Powers())
     sq.register.format("powers", Powers())
+    sq.testing.check_format("Powers")
     sq.testing.check_fake_quantizer("powers")
 
 

@@ -129,7 +129,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "register.strategy": (("mine", sq.strategies.PLACEMENTS.get("CNN")), {}),
         "testing.check_chip": (("BM1690",), {}),
         "testing.check_fake_quantizer": (("fixed",), {"slow": False}),
-        "testing.check_format": ((sq.formats.float_(3, 4),), {}),
+        "testing.check_format": (("e4m3",), {}),
         "testing.check_observer": (("minmax",), {"slow": False}),
         "testing.check_strategy": (("CNN",), {}),
     }
