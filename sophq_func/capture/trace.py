@@ -22,7 +22,7 @@ from sophq_func.core.types import Args, Kwargs, Output, Tree
 @public
 def trace(
     model: nn.Module | Callable[..., Output],
-    args: Args = (),
+    args: Tree = (),
     kwargs: Kwargs | None = None,
     *,
     params: Tree = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 import inspect
+import numbers
 import sys
 import types
 import typing
@@ -23,6 +24,14 @@ Parameters: TypeAlias = Mapping[str, inspect.Parameter]
 
 OURS = (ConfigError, PlanError, StateError)
 """Errors that already say what is wrong."""
+
+WIDER: Mapping[object, tuple[type, ...]] = {
+    int: (numbers.Integral,),  # a number of numpy is one
+    float: (numbers.Real,),
+    tuple: (tuple, list),
+    list: (tuple, list),
+}
+"""For some types, those whose values are taken for them; a bool is no number."""
 
 RECEIVERS = ("self", "cls", "_cls")
 """Names of the argument that a method is called on, which messages leave out."""
@@ -101,11 +110,14 @@ def _decorated(item: Item, find: _Find) -> Item:
 
 def _typed(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, which fails for arguments whose types are not those of the annotations."""
+    # once, when the class is defined: it is made often, and nothing is to be evaluated while a file is loaded
+    annotations = {name: _resolved(one.annotation, call) for name, one in inspect.signature(call).parameters.items()}
 
     @functools.wraps(call)
     def typed(*args: Any, **kwargs: Any) -> Any:
         made = call(*args, **kwargs)
-        if any(_of_wrong_types(call, "", args, kwargs)):
+        given = {**dict(zip(annotations, args, strict=False)), **kwargs}
+        if not all(fits(value, annotations[name]) for name, value in given.items()):
             raise TypeError("an argument has the wrong type")  # which one is found out by ``_teaching``
         return made
 
@@ -272,10 +284,10 @@ def fits(value: object, annotation: object) -> bool:
         return callable(value) or "__call__" not in vars(cls)
     if cls in (Any, inspect.Parameter.empty) or not isinstance(cls, type):
         return True
-    if cls is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if cls is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    # wider than Python's own view where a function takes more than its annotation says: an error must not name an argument
+    # that another call would have accepted
+    if cls in WIDER:
+        return isinstance(value, WIDER[cls]) and not isinstance(value, bool)
     return isinstance(value, cls)
 
 

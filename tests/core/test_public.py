@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,19 @@ def test_what_fails_with_arguments_that_fit_fails_as_before() -> None:
         fails(3)
 
 
+class Raises(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("of the model's own")
+
+
+@pytest.mark.parametrize("args", [torch.ones(1), [torch.ones(1)], (torch.ones(1),)], ids=["tensor", "list", "tuple"])
+def test_an_error_of_the_model_stays_what_it_is(args: Any) -> None:
+    with pytest.raises(RuntimeError, match="of the model's own"):
+        sq.trace(Raises(), args)
+    with pytest.raises(RuntimeError, match="of the model's own"):
+        sq.quantize(Raises(), sq.QuantConfig(), example_args=args)
+
+
 def test_a_constructor_tells_what_its_own_checks_find_too() -> None:
     found = message(checked, low=3, hihg=1)
     assert "2 problems" in found and "did you mean 'high'?" in found and "low lies above high" in found
@@ -110,6 +124,9 @@ def test_classes_stay_what_they_are() -> None:
         (True, int, False),
         (3, float, True),
         (True, float, False),
+        (np.int64(3), int, True),
+        (np.float32(3), float, True),
+        ([1, 2], tuple[int, ...], True),
         ("a", str | None, True),
         (None, str | None, True),
         ([1], Sequence[int], True),
