@@ -1,7 +1,7 @@
 """What a strategy is, and the registry of strategies, one of which a :class:`~sophq_func.config.rules.QuantConfig` names.
 
 A strategy chooses the values of a traced graph that get quantizers. Those of the library are in ``planning/strategies``; a
-new one is one entry in ``PLACEMENTS``, from any file::
+new one is one entry in ``PLACEMENTS``, from any file; users call :func:`sophq_func.register.strategy`::
 
     PLACEMENTS.add("Outputs", Strategy(place_outputs, weights=(nn.Linear,)))
     QuantConfig(strategy="Outputs")
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
+from sophq_func.core.public import constructor
 from sophq_func.core.registry import Registry
 from sophq_func.numerics.scheme import Override
 
@@ -26,6 +27,7 @@ StrategyName: TypeAlias = Literal["CNN", "Transformer", "Layers", "BF16Mixed", "
 """What a type checker accepts for ``QuantConfig(strategy=...)``: the names of the library's strategies."""
 
 
+@constructor
 @dataclass(frozen=True)
 class Preset:
     """What a strategy sets in the config of one quantizer. It overrides the chip's default, and rules override it.
@@ -60,6 +62,7 @@ class Requests(NamedTuple):
     free: bool
 
 
+@constructor
 class SharedInput(NamedTuple):
     """A quantizer between a value and some of the calls that take it.
 
@@ -77,6 +80,7 @@ class SharedInput(NamedTuple):
     value: str = ""
 
 
+@constructor
 class Placement(NamedTuple):
     """Where activation quantizers go.
 
@@ -91,6 +95,7 @@ class Placement(NamedTuple):
     presets: Mapping[str, Preset] = {}
 
 
+@constructor
 class Strategy(NamedTuple):
     """A way to place quantizers.
 

@@ -30,6 +30,8 @@ WIDER: Mapping[object, tuple[type, ...]] = {
     float: (numbers.Real,),
     tuple: (tuple, list),
     list: (tuple, list),
+    collections.abc.Sequence: (collections.abc.Iterable,),
+    collections.abc.Collection: (collections.abc.Iterable,),
 }
 """For some types, those whose values are taken for them; a bool is no number."""
 
@@ -157,13 +159,14 @@ def _problems_of_value(call: Callable[..., Any], where: str, args: Sequence[Any]
     parameters = inspect.signature(call).parameters
     names = [*surplus(where, parameters, args, kwargs, "field"), *_missing(where, parameters, args, kwargs)]
     known = {name: given for name, given in kwargs.items() if name in _keywords(parameters)}
-    by_position = args[: len(_positional(parameters))]
+    if len(args) > len(_positional(parameters)) and not _has(parameters, inspect.Parameter.VAR_POSITIONAL):
+        return names  # what an argument without a name was meant for is not known, so that others may be missing
     try:
-        call(*by_position, **known)
+        call(*args, **known)
     except OURS as error:
         return [*names, *problems_of(error)]
     except Exception:  # arguments are missing, or of types that its own checks do not expect
-        return names or list(_of_wrong_types(call, where, by_position, known))
+        return names or list(_of_wrong_types(call, where, args, known))
     return names
 
 
@@ -195,7 +198,7 @@ def _missing(where: str, parameters: Parameters, args: Sequence[Any], kwargs: Ma
     for name, parameter in parameters.items():
         is_needed = parameter.default is parameter.empty and parameter.kind not in _VARIADIC
         if is_needed and name not in by_position and name not in kwargs and name not in misspelt:
-            yield explain(where, f"{name} is missing", fix=f"{name}=...")
+            yield explain(where, f"{name} is missing", fix=f"give {name}")
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

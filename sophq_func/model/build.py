@@ -92,7 +92,7 @@ def quantize(
       ['x.post_act_fake_quantizer', 'l1.w_fake_quant']
     """
     if not isinstance(config, QuantConfig):
-        fix = "sq.from_dicts(...) makes one from the three dictionaries"
+        fix = "sq.QuantConfig(), sq.presets.w8a8(), or sq.from_dicts(...) of the three dictionaries"
         sentence, got = "a model is quantized by a config", type(config).__name__
         raise ConfigError(explain("quantize", sentence, got=got, allowed="sq.QuantConfig", fix=fix))
     calls = [(example_args, example_kwargs)] if examples is None else list(examples)

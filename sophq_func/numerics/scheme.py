@@ -392,6 +392,9 @@ def _as_spec(where: str, name: str, value: object) -> Spec:
         return registry.spec(value)
     room, example = ("observers", "minmax") if name == "observer" else ("fake_quantize", "fixed")
     allowed, fix = f"what sq.{room}.* returns, or its name", f'{name}="{example}"'
+    called = getattr(value, "__name__", None)
+    if called in registry:  # the function itself, which was to be called
+        fix = f"{name}=sq.{room}.{called}()"
     # a name that nobody registered is reported with the plan: a stored config may name a piece that is registered later
     is_of_another = isinstance(value, Spec) and value.name not in registry and any(value.name in r for r in PIECES.values())
     if not isinstance(value, Spec) or is_of_another:
