@@ -2,7 +2,9 @@
 
 from sophq_func import export as export
 from sophq_func import fake_quantize as fake_quantize
+from sophq_func import numerics as numerics
 from sophq_func import observers as observers
+from sophq_func import testing as testing
 from sophq_func.algorithms.curvature import HessianTrace as HessianTrace
 from sophq_func.algorithms.curvature import TopEigenvalue as TopEigenvalue
 from sophq_func.algorithms.curvature import hessian_trace as hessian_trace
@@ -22,7 +24,10 @@ from sophq_func.checkpoint.io import save as save
 from sophq_func.codes import pack as pack
 from sophq_func.codes import unpack as unpack
 from sophq_func.config import patterns as patterns
+from sophq_func.config import presets as presets
+from sophq_func.config import register as register
 from sophq_func.config import rules as rules
+from sophq_func.config import strategies as strategies
 from sophq_func.config.chips import CHIPS as CHIPS
 from sophq_func.config.chips import ChipSpec as ChipSpec
 from sophq_func.config.dicts import from_dicts as from_dicts
@@ -52,6 +57,7 @@ from sophq_func.model.settings import unstack as unstack
 from sophq_func.model.settings import with_bits as with_bits
 from sophq_func.model.trees import cast as cast
 from sophq_func.model.trees import lerp as lerp
+from sophq_func.numerics import formats as formats
 from sophq_func.numerics.contracts import FakeQuantize as FakeQuantize
 from sophq_func.numerics.contracts import Observer as Observer
 from sophq_func.numerics.contracts import QParams as QParams
@@ -72,3 +78,87 @@ from sophq_func.planning.plot import draw as draw
 from sophq_func.reports import Report as Report
 from sophq_func.reports import ReportRow as ReportRow
 from sophq_func.reports import report as report
+
+__all__ = [
+    "CHIPS",
+    "Artifact",
+    "Checkpoint",
+    "CheckpointError",
+    "ChipSpec",
+    "ConfigError",
+    "Coverage",
+    "FakeQuantize",
+    "Fidelity",
+    "Graph",
+    "HessianTrace",
+    "Left",
+    "Observer",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Plan",
+    "PlanError",
+    "PlanWarning",
+    "QParams",
+    "QScheme",
+    "QuantConfig",
+    "Quantized",
+    "QuantizerConfig",
+    "Report",
+    "ReportRow",
+    "Rule",
+    "Sensitivities",
+    "Sensitivity",
+    "Site",
+    "Spec",
+    "StateError",
+    "TopEigenvalue",
+    "build",
+    "cast",
+    "convert",
+    "draw",
+    "enabled",
+    "export",
+    "fake_quantize",
+    "fake_quantizer",
+    "fidelity",
+    "formats",
+    "from_dicts",
+    "hessian_trace",
+    "lerp",
+    "load",
+    "load_into",
+    "merge",
+    "numerics",
+    "observer",
+    "observers",
+    "override",
+    "pack",
+    "params_of",
+    "patterns",
+    "plan",
+    "prepare_by_platform",
+    "presets",
+    "quantize",
+    "rademacher",
+    "register",
+    "report",
+    "rules",
+    "save",
+    "sensitivity",
+    "split_params",
+    "stack",
+    "strategies",
+    "testing",
+    "top_eigenvalue",
+    "trace",
+    "unpack",
+    "unstack",
+    "with_bits",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sophq_func.config.chips import CHIPS
+from sophq_func.config.patterns import PATTERNS
+from sophq_func.config.strategies import PLACEMENTS
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
+from sophq_func.numerics.formats import FORMATS
 from tests.helpers import Digits
 from tests.quick import chosen
 
@@ -73,3 +78,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     model.load_state_dict(torch.load(shared))
     train, _, test, labels = module.load(0)
     return Digits(model.eval(), train, test, labels)
+
+
+@pytest.fixture
+def scratch_registries() -> Iterator[None]:
+    """For tests that register pieces: what they add is gone afterwards."""
+    registries = (OBSERVERS, FAKE_QUANTIZERS, FORMATS, CHIPS, PLACEMENTS, PATTERNS)
+    tables = [
+        (table, dict(table)) for registry in registries for table in vars(registry).values() if isinstance(table, dict)
+    ]
+    yield
+    for table, kept in tables:
+        table.clear()
+        table.update(kept)

@@ -15,6 +15,7 @@ from torch.func import grad, vjp, vmap
 
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
 from sophq_func.core.modes import is_plain
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.numerics.contracts import QParams
 
@@ -54,6 +55,7 @@ class TopEigenvalue(NamedTuple):
     residual: Tensor
 
 
+@public
 def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random signs, +1 or -1 with equal probability, in the shapes of some tensors.
 
@@ -98,6 +100,7 @@ def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: t
     return signs
 
 
+@public
 def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: int | None = None) -> dict[str, HessianTrace]:
     """The trace of the Hessian of each tensor, estimated from random signs.
 
@@ -118,6 +121,7 @@ def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: in
     Raises:
       StateError: noise of other names, shapes or dtypes than the params, or with another number of samples; a loss that
         is no scalar.
+      ConfigError: a chunk of no size.
 
     Example:
       >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -125,6 +129,9 @@ def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: in
       >>> hessian_trace(lambda p: (p["w"] ** 3).sum(), params, noise)["w"]
       HessianTrace(trace=tensor(18.), error=tensor(0.))
     """
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        allowed = "an int >= 1, or None for all at once"
+        raise ConfigError(explain("hessian_trace", "no chunk has this size", got=chunk_size, allowed=allowed))
     _check_vectors("hessian_trace", noise, params, batched=True)
     product = _hessian("hessian_trace", loss, params, sorted(noise))
 
@@ -143,6 +150,7 @@ def _mean_and_error(values: Tensor) -> HessianTrace:
     return HessianTrace(mean, (variance / count).sqrt())
 
 
+@public
 def top_eigenvalue(loss: Loss, params: Tensors, start: Tensors, steps: int = 20) -> dict[str, TopEigenvalue]:
     """The eigenvalue of largest magnitude of each tensor's Hessian, the other tensors being constants.
 

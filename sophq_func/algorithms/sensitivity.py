@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
 
-from sophq_func.core.errors import ConfigError, StateError, explain, unknown
+from sophq_func.core.errors import ConfigError, StateError, check_flags, explain, unknown
 from sophq_func.core.modes import is_plain
+from sophq_func.core.public import public
 from sophq_func.core.pytree import as_dict, sorted_dict
 from sophq_func.core.tables import WIDTH, Table, check_width
 from sophq_func.core.types import Args, Given, Kwargs, Output
@@ -31,6 +32,7 @@ class Fidelity(NamedTuple):
     sqnr_db: Tensor
 
 
+@public
 def fidelity(
     q: Quantized, params: Given, qparams: Mapping[str, QParams], /, *args: object, **kwargs: object
 ) -> dict[str, Fidelity]:
@@ -153,6 +155,7 @@ def _mean(loss: Tensor) -> float:
     return float(loss.detach().double().mean())
 
 
+@public
 def sensitivity(
     q: Quantized,
     params: Given,
@@ -192,6 +195,7 @@ def sensitivity(
       >>> found.ranked("added")[0]
       'weight_fake_quant'
     """
+    check_flags("sensitivity", {"progress": progress})
     if q.frozen:
         because, fix = "its weights cannot be switched between float and quantized", "use the q that was frozen"
         raise StateError(explain("sensitivity", "a frozen model cannot be measured", because=because, fix=fix))

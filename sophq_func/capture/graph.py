@@ -318,6 +318,10 @@ class Graph:
         )
 
     def __repr__(self) -> str:
+        inputs = [node.name for node in self if node.kind == "input"]
+        return f"Graph({', '.join(inputs)}: {len(self) - len(inputs)} calls)"
+
+    def __str__(self) -> str:
         inputs = ", ".join(node.name for node in self if node.kind == "input")
         lines = [f"Graph({inputs}):"]
         for node in self:

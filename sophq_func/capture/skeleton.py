@@ -40,6 +40,7 @@ from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.capture.turns import Turn
 from sophq_func.core import modes
 from sophq_func.core.errors import PlanError, StateError, explain, near, other_prefix, raise_all
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 
@@ -72,6 +73,7 @@ def is_leaf(module: nn.Module) -> bool:
     return owner is not nn.Module and owner.__module__.startswith("torch.nn.modules.")
 
 
+@public
 def params_of(model: nn.Module | Given) -> dict[str, Tensor]:
     """All parameters and buffers of a model by sorted name, detached, not copied.
 

@@ -14,13 +14,15 @@ from sophq_func.capture.recorder import Recorder
 from sophq_func.capture.skeleton import Skeleton, params_of, registered_tensors
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
+from sophq_func.core.public import public
 from sophq_func.core.pytree import flatten, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 
+@public
 def trace(
     model: nn.Module | Callable[..., Output],
-    args: Args = (),
+    args: Tree = (),
     kwargs: Kwargs | None = None,
     *,
     params: Tree = None,
@@ -46,7 +48,10 @@ def trace(
         is an attribute but no buffer.
 
     Example:
-      >>> trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.ones(1, 2),))
+      >>> graph = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.ones(1, 2),))
+      >>> graph
+      Graph(input: 2 calls)
+      >>> print(graph)
       Graph(input):
         0(input)
         1(0)

@@ -18,6 +18,7 @@ from sophq_func.checkpoint.compare import differences
 from sophq_func.checkpoint.extra import ClassNotFoundError, Packed, pack, unpack
 from sophq_func.checkpoint.sealed import parse, refuse, short
 from sophq_func.core.errors import CheckpointError, ConfigError, StateError, explain, raise_all
+from sophq_func.core.public import public
 from sophq_func.core.pytree import node_of, sorted_dict, tree_map
 from sophq_func.core.types import Tree
 from sophq_func.core.version import __version__
@@ -143,6 +144,7 @@ class Checkpoint:
         return self
 
 
+@public
 def save(
     path: str | os.PathLike[str],
     *,
@@ -204,6 +206,7 @@ def save(
     sealed.write(file, tensors, text)
 
 
+@public
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
     """Read and check a file that :func:`save` wrote.
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.errors import ConfigError, StateError, check_flags, explain
+from sophq_func.core.public import public
 
 AT_ONCE = 2**16
 """Bytes that are packed or unpacked at once: meanwhile each of their codes takes 8 bytes, so that this bounds the memory."""
@@ -21,6 +22,7 @@ def per_byte(bits: int) -> int:
     return 8 // bits
 
 
+@public
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes into bytes, the first code of each byte in its lowest bits.
 
@@ -69,6 +71,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+@public
 def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Tensor:
     """Unpack codes from bytes; the inverse of :func:`pack`.
 
@@ -89,6 +92,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
       >>> unpack(torch.tensor([241, 7], dtype=torch.uint8), 4, (3,), signed=True)
       tensor([ 1, -1,  7], dtype=torch.int8)
     """
+    check_flags("unpack", {"signed": signed})
     count, size = per_byte(bits), math.prod(shape)
     expected = (-(-size // count),)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:

@@ -6,6 +6,8 @@ from sophq_func.config import matching as matching
 from sophq_func.config import names as names
 from sophq_func.config import paths as paths
 from sophq_func.config import patterns as patterns
+from sophq_func.config import presets as presets
+from sophq_func.config import register as register
 from sophq_func.config import rules as rules
 from sophq_func.config import site as site
 from sophq_func.config import stored as stored

@@ -5,15 +5,35 @@ The entries are those of sophgo-mq's table of chips.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, TypeAlias
 
+from sophq_func.core.errors import explain, raise_all
+from sophq_func.core.public import constructor
 from sophq_func.core.registry import Registry
 from sophq_func.fake_quantize import e4m3, learnable
 from sophq_func.numerics.scheme import PerChannel, QScheme, QuantizerConfig
 from sophq_func.observers import ema_minmax, minmax
 
+ChipName: TypeAlias = Literal[
+    "BM1688",
+    "BM1684X",
+    "BM1690",
+    "SG2260",
+    "MARS3",
+    "CV183X",
+    "CV182X",
+    "CV181X",
+    "CV180X",
+    "CV186X",
+    "Academic",
+]
+"""What a type checker accepts for ``QuantConfig(chip=...)``: the names of the chips below."""
 
+
+@constructor
 @dataclass(frozen=True, kw_only=True)
 class ChipSpec:
     """Defaults and limits of a chip.
@@ -38,6 +58,22 @@ class ChipSpec:
     activation_bits: tuple[int, ...] | None = None
     fake_quantizers: tuple[str, ...] | None = None
     placement: str = ""
+
+    def __post_init__(self) -> None:
+        raise_all([*self._problems()])
+
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with the fields."""
+        for role, default in (("weight", self.weight), ("activation", self.activation)):
+            if not isinstance(default, QuantizerConfig):
+                allowed = "a sq.QuantizerConfig"
+                yield explain("ChipSpec", f"{role} is no config of a quantizer", got=default, allowed=allowed)
+        for name in ("weight_bits", "activation_bits", "fake_quantizers"):
+            limits = getattr(self, name)
+            if not isinstance(limits, tuple | list | None):
+                yield explain("ChipSpec", f"{name} is not a tuple", got=limits, allowed="a tuple, or None for no limit")
+        if not isinstance(self.placement, str):
+            yield explain("ChipSpec", "placement is no name", got=self.placement, allowed="the name of a strategy")
 
 
 CHIPS: Registry[ChipSpec] = Registry("chip")

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.public import public
 from sophq_func.core.registry import Registry
 
 Part: TypeAlias = type[nn.Module] | Callable[..., Any] | str
@@ -30,9 +31,11 @@ class Fused:
     parts: tuple[Part, ...]
 
 
-PATTERNS: Registry[type[Fused]] = Registry("fused pattern")
+PATTERNS: Registry[type[Fused]] = Registry("fused pattern", exact=True)
+"""By names that are told apart by case, since rules compare them with the names of a model's classes, too."""
 
 
+@public
 def fused(name: str, *parts: Part) -> type[Fused]:
     """Make a fused pattern for ``QuantConfig(patterns=...)`` and ``Rule(type=...)``.
 
@@ -48,10 +51,20 @@ def fused(name: str, *parts: Part) -> type[Fused]:
       >>> fused("LinearGELU", nn.Linear, nn.GELU).parts
       (<class 'torch.nn.modules.linear.Linear'>, <class 'torch.nn.modules.activation.GELU'>)
     """
+    _check_name(name)
+    return _fused(name, *parts)
+
+
+def registered(name: str, *parts: Part) -> type[Fused]:
+    """A pattern like those below, which every plan fuses; raises as :func:`fused`."""
+    _check_name(name)
+    return _registered(name, *parts)
+
+
+def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name.isidentifier() or name in PATTERNS:
         allowed, fix = "an identifier that no pattern has yet", 'sq.patterns.fused("LinearGELU", nn.Linear, nn.GELU)'
         raise ConfigError(explain("fused", "name cannot name a new pattern", got=name, allowed=allowed, fix=fix))
-    return _fused(name, *parts)
 
 
 def _fused(name: str, *parts: Part) -> type[Fused]:
@@ -96,6 +109,10 @@ ConvTransposeBn2d = _registered("ConvTransposeBn2d", nn.ConvTranspose2d, nn.Batc
 ConvTransposeReLU2d = _registered("ConvTransposeReLU2d", nn.ConvTranspose2d, nn.ReLU)
 BnReLU2d = _registered("BnReLU2d", nn.BatchNorm2d, nn.ReLU, aliases=("BNReLU2d",))
 BnReLU3d = _registered("BnReLU3d", nn.BatchNorm3d, nn.ReLU, aliases=("BNReLU3d",))
+
+
+def __dir__() -> list[str]:
+    return sorted({"Fused", "fused", *PATTERNS.names()})
 
 
 def __getattr__(name: str) -> type[Fused]:

@@ -6,22 +6,27 @@ that matches, from first to last, replaces the fields that it sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
 from sophq_func.config import paths, stored
-from sophq_func.config.chips import CHIPS, ChipSpec
+from sophq_func.config.chips import CHIPS, ChipName, ChipSpec
 from sophq_func.config.matching import TYPE_KEYS, TypeKey, is_type_key, matches_name, matches_type, type_text
 from sophq_func.config.patterns import Fused
-from sophq_func.config.site import Role, Site
-from sophq_func.config.strategies import PLACEMENTS, Preset
+from sophq_func.config.site import Role, Site, shown
+from sophq_func.config.strategies import PLACEMENTS, Preset, Strategy, StrategyName
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.plain import is_list
+from sophq_func.core.public import constructor
+from sophq_func.core.registry import Registry
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
+
+QuantMode: TypeAlias = Literal["weight_activation", "weight_only"]
+"""What a type checker accepts for ``QuantConfig(quantmode=...)``."""
 
 QUANTMODES = ("weight_activation", "weight_only")
 
@@ -60,6 +65,7 @@ A whole config, changes of some fields, ``None`` for no quantizer, or nothing.
 """
 
 
+@constructor
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Changes the config of the quantizers that it matches; a later rule overrides an earlier one, field by field.
@@ -184,15 +190,18 @@ class Rule:
         raise ConfigError(explain(repr(self), sentence, got=answer, allowed="True or False", because=because, fix=fix))
 
 
+@constructor
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Everything that a plan is made from beside the model: chip, strategy, default configs and rules.
 
     Attributes:
       chip: gives the default configs, and limits what a quantizer may be. ``None``: the defaults of BM1690, and no limits.
+        A name, in any case; or the :class:`ChipSpec` that is registered under one. Type checkers know the names of the
+        library's chips; for one of your own, give them the spec.
       strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Layers"``, ``"BF16Mixed"``,
-        ``"Dataflow"``, or another name that is registered in ``sophq_func.config.strategies.PLACEMENTS``. Left out, it is
-        ``"CNN"`` with a chip, and ``"Dataflow"`` without.
+        ``"Dataflow"``, or one of your own, see :func:`sophq_func.register.strategy`. Left out, it is ``"CNN"`` with a
+        chip, and ``"Dataflow"`` without.
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
       weight: config of every weight quantizer that no rule changes: changes of the chip's default, from
         :func:`sophq_func.override`; a whole :class:`~sophq_func.numerics.scheme.QuantizerConfig`; or ``None``: weights
@@ -224,7 +233,27 @@ class QuantConfig:
     weight_layers: tuple[type, ...] = ()
     patterns: tuple[type[Fused], ...] = ()
 
+    if TYPE_CHECKING:  # what is registered may be given for its name, and a list for a tuple
+
+        def __init__(
+            self,
+            *,
+            chip: ChipName | ChipSpec | None = None,
+            strategy: StrategyName | Strategy | None = None,
+            quantmode: QuantMode = "weight_activation",
+            weight: Half = ...,
+            activation: Half = ...,
+            rules: Sequence[Rule] = (),
+            leaf_module: Sequence[type] = (),
+            operations: Sequence[TypeKey] = (),
+            weight_layers: Sequence[type] = (),
+            patterns: Sequence[type[Fused]] = (),
+        ) -> None: ...
+
     def __post_init__(self) -> None:
+        # The name stands for what is registered under it, so that a config is data, and equal to one with the name.
+        object.__setattr__(self, "chip", _name_of(CHIPS, self.chip))
+        object.__setattr__(self, "strategy", _name_of(PLACEMENTS, self.strategy))
         problems = [*self._name_problems(), *_half_problems("QuantConfig", self), *self._tuple_problems()]
         raise_all(problems)
         # An alias becomes the canonical name and a list a tuple, so that configs that mean the same are equal.
@@ -240,6 +269,9 @@ class QuantConfig:
     def __setstate__(self, state: Mapping[str, object]) -> None:
         self.__dict__.update(paths.fields_of(state))
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     @property
     def _strategy_or_default(self) -> str:
         """The strategy as the user spelled it, or the default."""
@@ -249,10 +281,10 @@ class QuantConfig:
 
     def _name_problems(self) -> Iterator[str]:
         """What is wrong with the chip, the strategy and the mode."""
-        if self.chip is not None and (not isinstance(self.chip, str) or self.chip not in CHIPS):
-            yield unknown("QuantConfig", "chip", self.chip, CHIPS.spellings())
-        if self.strategy is not None and (not isinstance(self.strategy, str) or self.strategy not in PLACEMENTS):
-            yield unknown("QuantConfig", "strategy", self.strategy, PLACEMENTS.spellings())
+        if self.chip is not None and self.chip not in CHIPS:
+            yield _not_registered(CHIPS, self.chip)
+        if self.strategy is not None and self.strategy not in PLACEMENTS:
+            yield _not_registered(PLACEMENTS, self.strategy)
         if self.quantmode not in QUANTMODES:
             yield unknown("QuantConfig", "quantmode", self.quantmode, QUANTMODES)
         if self.quantmode == "weight_only" and self._strategy_or_default == "CNN":
@@ -388,6 +420,19 @@ class QuantConfig:
     def _sources(self) -> Mapping[Role, Mapping[str, str]]:
         # A plan asks for them once a quantizer.
         return {role: {name: self.source(role, name) for name in DECIDED_FIELDS} for role in ROLES}
+
+
+def _name_of(registry: Registry[Any], value: object) -> object:
+    """The name of a registered object; any other value as it is."""
+    return registry.name_of(value) or value
+
+
+def _not_registered(registry: Registry[Any], value: object) -> str:
+    """The problem of a chip or strategy that has no name."""
+    if isinstance(value, ChipSpec | Strategy):
+        sentence, fix = f"this {registry.kind} is not registered", f'sq.register.{registry.kind}("MyName", ...)'
+        return explain("QuantConfig", sentence, got=type(value).__name__, fix=fix)
+    return unknown("QuantConfig", registry.kind, value, registry.spellings())
 
 
 class TupleField(NamedTuple):

@@ -77,6 +77,14 @@ class LayerInput(NamedTuple):
 NOTHING = LayerInput()
 
 
+def shown(instance: Any) -> str:
+    """A dataclass with the fields alone that differ from their defaults."""
+    given = {f.name: getattr(instance, f.name) for f in fields(instance)}
+    defaults = {f.name: f.default for f in fields(instance)}
+    parts = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]]
+    return f"{type(instance).__name__}({', '.join(parts)})"
+
+
 class Neutral:
     """The values of attributes on the kinds of sites that do not have them."""
 
@@ -96,7 +104,7 @@ class Neutral:
     inputs: tuple[LayerInput, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Site(Neutral):
     """Where one quantizer sits in a model: what rules match, and what a built model needs to apply the quantizer.
 
@@ -135,6 +143,9 @@ class Site(Neutral):
     groups: int = 1
     aliases: tuple[str, ...] = ()
     note: str = ""
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @property
     def call(self) -> int:
@@ -195,7 +206,7 @@ class Site(Neutral):
         return cls(**{name: _field_from_data(cls, name, value) for name, value in values.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class WeightSite(Site):
     """The quantizer of a parameter.
 
@@ -223,7 +234,7 @@ class WeightSite(Site):
     inputs: tuple[LayerInput, ...] = field(default=(), compare=False)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ComputedSite(Site):
     """The quantizer of a weight that is computed in the forward; it acts at the call that multiplies with the weight.
 
@@ -247,7 +258,7 @@ class ComputedSite(Site):
         return super()._is_told(field) and (field.name != "more" or bool(self.more))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ValueSite(Site):
     """The quantizer of a value, behind the call that makes the value or before some calls that take it.
 

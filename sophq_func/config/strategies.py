@@ -1,7 +1,7 @@
 """What a strategy is, and the registry of strategies, one of which a :class:`~sophq_func.config.rules.QuantConfig` names.
 
 A strategy chooses the values of a traced graph that get quantizers. Those of the library are in ``planning/strategies``; a
-new one is one entry in ``PLACEMENTS``, from any file::
+new one is one entry in ``PLACEMENTS``, from any file; users call :func:`sophq_func.register.strategy`::
 
     PLACEMENTS.add("Outputs", Strategy(place_outputs, weights=(nn.Linear,)))
     QuantConfig(strategy="Outputs")
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
+from sophq_func.core.public import constructor
 from sophq_func.core.registry import Registry
 from sophq_func.numerics.scheme import Override
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from sophq_func.capture.graph import Graph, Node
 
 
+StrategyName: TypeAlias = Literal["CNN", "Transformer", "Layers", "BF16Mixed", "Dataflow", "Academic"]
+"""What a type checker accepts for ``QuantConfig(strategy=...)``: the names of the library's strategies."""
+
+
+@constructor
 @dataclass(frozen=True)
 class Preset:
     """What a strategy sets in the config of one quantizer. It overrides the chip's default, and rules override it.
@@ -56,6 +62,7 @@ class Requests(NamedTuple):
     free: bool
 
 
+@constructor
 class SharedInput(NamedTuple):
     """A quantizer between a value and some of the calls that take it.
 
@@ -73,6 +80,7 @@ class SharedInput(NamedTuple):
     value: str = ""
 
 
+@constructor
 class Placement(NamedTuple):
     """Where activation quantizers go.
 
@@ -87,6 +95,7 @@ class Placement(NamedTuple):
     presets: Mapping[str, Preset] = {}
 
 
+@constructor
 class Strategy(NamedTuple):
     """A way to place quantizers.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import FrameType
 
 
@@ -107,10 +108,22 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
       >>> near("minmx", ["minmax", "mse"])
       "did you mean 'minmax'?"
     """
-    candidates = sorted(set(known))
-    matches = difflib.get_close_matches(name, candidates, n=count, cutoff=SIMILARITY)
-    suggestions = " or ".join(map(repr, matches))
-    return f"did you mean {suggestions}?" if matches else ""
+    found = matches(name, known, count)
+    suggestions = " or ".join(map(repr, found))
+    return f"did you mean {suggestions}?" if found else ""
+
+
+def matches(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names of ``known`` most like ``name``, the likest first; upper and lower case are the same where else none is.
+
+    Example:
+      >>> matches("minmx", ["minmax", "mse"]), matches("MINMX", ["minmax", "mse"])
+      (['minmax'], ['minmax'])
+    """
+    written = {candidate: candidate for candidate in sorted(set(known))}
+    folded = {candidate.casefold(): candidate for candidate in written}
+    found = difflib.get_close_matches(name, written, n=count, cutoff=SIMILARITY)
+    return found or [folded[key] for key in difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=SIMILARITY)]
 
 
 def other_prefix(given: Collection[str], wanted: Collection[str], known: Collection[str]) -> str:
@@ -168,10 +181,35 @@ def unknown(where: str, kind: str, name: object, known: Sequence[str]) -> str:
     return f"{where}: {kind} {name!r} is not known{middle} Fix: use one of {', '.join(known)}."
 
 
+def check_flags(where: str, flags: Mapping[str, object]) -> None:
+    """Raise a :class:`ConfigError` about the arguments that are to be ``True`` or ``False`` and are not.
+
+    Example:
+      >>> check_flags("report", {"progress": True})
+    """
+    wrong = {name: flag for name, flag in flags.items() if not isinstance(flag, bool)}
+    sentence, allowed = "has the wrong type", "True or False"
+    raise_all([explain(where, f"{name} {sentence}", got=flag, allowed=allowed) for name, flag in wrong.items()])
+
+
 def raise_all(problems: Sequence[str], error: type[ValueError] = ConfigError) -> None:
     """Raise one ``error`` that reports every problem, or return when there is none."""
     if len(problems) == 1:
         raise error(problems[0])
     if problems:
-        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
-        raise error(f"{len(problems)} problems:\n{lines}")
+        lines = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        raise error(f"{len(problems)} problems:{lines}")
+
+
+def problems_of(error: ValueError) -> list[str]:
+    """The problems that :func:`raise_all` put into one error; of any other, its message.
+
+    Example:
+      >>> try:
+      ...     raise_all(["bits: wrong.", "axis: wrong."])
+      ... except ConfigError as error:
+      ...     problems_of(error)
+      ['bits: wrong.', 'axis: wrong.']
+    """
+    head, *problems = re.split(r"\n  \d+\. ", str(error))
+    return problems if re.fullmatch(r"\d+ problems:", head) else [str(error)]

@@ -5,3 +5,7 @@ from sophq_func.export.tables import Tables, tables
 from sophq_func.export.torch import torch
 
 __all__ = ["Tables", "onnx", "tables", "torch"]
+
+
+def __dir__() -> list[str]:
+    return __all__

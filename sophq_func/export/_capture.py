@@ -244,12 +244,6 @@ def _refusal(where: str, message: str, axes: Axes | None) -> str:
     return explain(where, f"the model cannot be exported for any size of {sizes}", because=because, fix=OF_AXES)
 
 
-def check_flags(where: str, flags: Mapping[str, object]) -> None:
-    """Raise a :class:`ConfigError` that names every option that is neither ``True`` nor ``False``."""
-    wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
-    raise_all([explain(where, f"{name} has the wrong type", got=v, allowed="True or False") for name, v in wrong.items()])
-
-
 def output_names(exported: ExportedProgram) -> list[str]:
     """Names of the tensors that the model returns: their keys and positions; a single tensor is ``output``."""
     return [path or "output" for path in paths(exported.call_spec.out_spec)]

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from sophq_func.capture import LOGGER_OF_ONNX
 from sophq_func.capture.arguments import as_call
-from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.errors import ConfigError, check_flags, explain
 from sophq_func.core.files import write_bytes
+from sophq_func.core.public import public_as
 from sophq_func.core.types import Given
-from sophq_func.export._capture import Axes, captured, check_flags, not_in_float32, output_names
+from sophq_func.export._capture import Axes, captured, not_in_float32, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -35,6 +36,7 @@ NEEDED = ("onnx", "onnx_ir", "onnxscript")
 """The packages of the extra ``onnx``."""
 
 
+@public_as("export.onnx")
 def onnx(
     q: Quantized,
     params: Given,

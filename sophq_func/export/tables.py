@@ -13,6 +13,7 @@ import torch
 
 from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.files import write_bytes, write_text
+from sophq_func.core.public import public_as
 from sophq_func.core.types import Given
 from sophq_func.export._chains import propagated
 from sophq_func.export._float import float_file
@@ -42,6 +43,7 @@ class Tables(NamedTuple):
     model: Path | None = None
 
 
+@public_as("export.tables")
 def tables(
     q: Quantized,
     params: Given,

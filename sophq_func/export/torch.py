@@ -11,9 +11,10 @@ from torch.fx import Graph, Node
 
 from sophq_func.capture import drop_unread, operator_name, quantized_operators
 from sophq_func.capture.arguments import as_call
-from sophq_func.core.errors import ConfigError
+from sophq_func.core.errors import ConfigError, check_flags
+from sophq_func.core.public import public_as
 from sophq_func.core.types import Given
-from sophq_func.export._capture import Axes, captured, check_flags, not_in_float32
+from sophq_func.export._capture import Axes, captured, not_in_float32
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized
@@ -29,6 +30,7 @@ MOVES = frozenset("flatten max_pool2d permute reshape squeeze transpose unsqueez
 """Operations behind which the grid of their input is repeated: their results are values of their input."""
 
 
+@public_as("export.torch")
 def torch(
     q: Quantized,
     params: Given,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.modes import as_constant
+from sophq_func.core.public import public
 from sophq_func.core.pytree import tree_map
 from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
@@ -106,6 +107,7 @@ def gptqfp4(data_type: str = "nf4", block_size: int = 128, percdamp: float = 0.0
     return _gptq("gptqfp4", data_type, WHOLE_ROW, block_size, percdamp, act_order, 1.0)
 
 
+@public
 def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Tensor, Tensor | int]:
     """The Hessian of a layer's squared output error, and the number of samples in it, after one more batch of inputs.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.modes import as_constant
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.fake_quantize._noise import uniform
 from sophq_func.numerics import affine
@@ -24,6 +25,7 @@ QUANT_TYPES = (None, "param", "input", "tensor")
 """What a tensor is to its layer: a weight for the first two, an activation for the others."""
 
 
+@public
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
     """AdaRound's rounding of each element, ``clamp(1.2 sigmoid(alpha) - 0.1, 0, 1)``: 0 down, 1 up.
 

@@ -10,8 +10,8 @@ from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics.affine import ste, working
 from sophq_func.numerics.blocks import from_blocks, to_blocks
 from sophq_func.numerics.codebooks import codebook_named
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
-from sophq_func.numerics.formats import E4M3, code_bits, indices, value_table
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept, never_coded
+from sophq_func.numerics.formats import E4M3, Format, code_bits, indices, value_table
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, qparams_to_range
 from sophq_func.numerics.scheme import QScheme
@@ -24,6 +24,9 @@ It is so far below the values of a model that it changes no other scale.
 
 OCTAVE = 16
 """Values for each power of two on the logarithmic grid of NNIE."""
+
+LARGEST_TABLE = 8
+"""Bits of the longest code of a table: codes are bytes."""
 
 LARGEST_CODE = 127
 """The largest code of NNIE on either side of 0: seven bits beside the sign."""
@@ -55,11 +58,25 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0, *, rounding: str = "
     """
     table = codebook_named("fp4", data_type)
     check_quantile("fp4", quantile)
-    draw = drawing("fp4", rounding)
+    return scaled("fp4", table, quantile, rounding)
+
+
+def scaled(where: str, form: Format, quantile: float = 1.0, rounding: str = "nearest") -> FakeQuantize:
+    """The nearest value of a number format, times a scale: what :func:`fp4` computes with its tables.
+
+    Args:
+      where: name of the fake quantizer, for messages.
+      form: the format. Of more than 256 values it has no codes.
+      quantile: share of the largest magnitude that the largest value stands for.
+      rounding: as in :func:`fp4`.
+    """
+    draw = drawing(where, rounding)
+    bits = code_bits(form)
+    has_codes = bits <= LARGEST_TABLE
 
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         lo, hi = qparams_to_range(qparams, scheme)
-        scale = torch.maximum(-lo, hi) * quantile / table.largest
+        scale = torch.maximum(-lo, hi) * quantile / form.largest
         if scheme.pot_scale:
             scale = torch.exp2(torch.log2(scale).ceil().clamp(max=127))  # 2 ** 128 is infinite
         return QParams(scale, torch.zeros_like(qparams.zero_point, dtype=torch.int32), qparams.extras)
@@ -69,13 +86,13 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0, *, rounding: str = "
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         scale = expanded_scale(x, qparams, scheme)
-        return ste(x, (table.round(working(x) / scale, draw(x, qparams, noise)) * scale).to(x.dtype))
+        return ste(x, (form.round(working(x) / scale, draw(x, qparams, noise)) * scale).to(x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
-        return Codes(indices(table, working(x.detach()) / expanded_scale(x, qparams, scheme)), {})
+        return Codes(indices(form, working(x.detach()) / expanded_scale(x, qparams, scheme)), {})
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
-        unit = value_table(table, codes.values.device)[codes.values.long()]
+        unit = value_table(form, codes.values.device)[codes.values.long()]
         unit = unit.to(torch.float64 if dtype == torch.float64 else torch.float32)
         return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
 
@@ -84,11 +101,11 @@ def fp4(data_type: str = "fp4_e2m1", quantile: float = 1.0, *, rounding: str = "
         apply,
         integer=False,
         resizable=False,
-        bits=code_bits(table),
-        encode=encode,
-        decode=decode,
-        uncoded=always_coded,
-        element=table,
+        bits=bits,
+        encode=encode if has_codes else None,
+        decode=decode if has_codes else None,
+        uncoded=always_coded if has_codes else never_coded,
+        element=form if has_codes else None,
     )
     return with_rounding(fake, rounding)
 

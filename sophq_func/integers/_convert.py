@@ -26,6 +26,7 @@ from sophq_func.codes import (
 )
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_plain
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict, tensors
 from sophq_func.core.types import Given
 from sophq_func.integers._artifact import PACKED, Artifact
@@ -41,6 +42,7 @@ VERSION = 1
 """Version of the metadata's format."""
 
 
+@public
 def convert(q: Quantized, params: Given, qparams: Mapping[str, QParams], /, *, example_args: object = None) -> Artifact:
     """Convert a quantized model to integers: weights, biases, scales and zero points, with BatchNorms folded in.
 

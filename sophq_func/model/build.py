@@ -13,6 +13,7 @@ from sophq_func.capture.trace import trace
 from sophq_func.config.dicts import from_dicts
 from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import ConfigError, PlanError, explain
+from sophq_func.core.public import public
 from sophq_func.core.types import Kwargs, Output, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.planning.make import plan as make_plan
@@ -28,6 +29,7 @@ Example: TypeAlias = tuple[ExampleArgs, Kwargs | None]
 """One call of a model."""
 
 
+@public
 def build(model: Model, plan: Plan, *, params: Tree = None) -> Quantized:
     """Bind a plan to a model. The model is copied without its weights and never changed.
 
@@ -52,6 +54,7 @@ def build(model: Model, plan: Plan, *, params: Tree = None) -> Quantized:
     return Quantized(Skeleton(model, plan.opaque), plan)
 
 
+@public
 def quantize(
     model: Model,
     config: QuantConfig,
@@ -89,7 +92,7 @@ def quantize(
       ['x.post_act_fake_quantizer', 'l1.w_fake_quant']
     """
     if not isinstance(config, QuantConfig):
-        fix = "sq.from_dicts(...) makes one from the three dictionaries"
+        fix = "sq.QuantConfig(), sq.presets.w8a8(), or sq.from_dicts(...) of the three dictionaries"
         sentence, got = "a model is quantized by a config", type(config).__name__
         raise ConfigError(explain("quantize", sentence, got=got, allowed="sq.QuantConfig", fix=fix))
     calls = [(example_args, example_kwargs)] if examples is None else list(examples)
@@ -105,6 +108,7 @@ def _is_pair(call: object) -> bool:
     return isinstance(call, tuple | list) and len(call) == 2
 
 
+@public
 def prepare_by_platform(
     model: Model,
     prepare_custom_config_dict: Mapping[str, object],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.model.engine import Engine
 from sophq_func.numerics.contracts import QParams
@@ -33,6 +34,7 @@ def split(engine: Engine, qparams: Mapping[str, QParams]) -> tuple[Leaves, Leave
     return learned, rest
 
 
+@public
 def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, QParams]:
     """Put together what :meth:`Quantized.split` took apart; names are split at the last dot.
 

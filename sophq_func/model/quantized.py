@@ -17,6 +17,7 @@ from sophq_func.capture.functions import name_of
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
@@ -165,6 +166,7 @@ class Quantized:
         """
         return calibrate.resolve(self.engine, params, ostate)
 
+    @public
     def calibrate(
         self,
         params: Given,
@@ -256,6 +258,7 @@ class Quantized:
         """
         return apply.capture(self.engine, params, qparams, args, kwargs)
 
+    @public
     def tap(self, at: str | Collection[str], stop: bool = False) -> Tapped:
         """A function that runs the model, and returns its output and the calls of modules and functions that it made.
 
@@ -285,6 +288,7 @@ class Quantized:
         """
         return tap.tap(self.engine, at, stop)
 
+    @public
     def part(self, path: str, call: int = 0) -> Quantized:
         """One module of the model as a quantized model of its own, with the configs and names of the whole plan.
 
@@ -313,6 +317,7 @@ class Quantized:
         skeleton, plan = cut.part(self.engine, path, call)
         return Quantized(skeleton, plan, self.frozen, self.plan)
 
+    @public
     def blocks(self, pattern: str | None = None) -> list[Quantized]:
         """The :meth:`part` at each module that a glob fits, none inside another, in execution order.
 
@@ -401,6 +406,7 @@ class Quantized:
         """The same model and plan with all modules in evaluation mode; a new object."""
         return self._with(self.engine.skeleton.in_mode(False), self.frozen)
 
+    @public
     def freeze(self, params: Given, qparams: Mapping[str, QParams], /) -> tuple[Quantized, Given]:
         """Quantize the weights once, for inference.
 
@@ -452,6 +458,7 @@ class Quantized:
         """
         return self.engine.tree(params, "tree")
 
+    @public
     def sweep(
         self,
         params: Given,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain, near, raise_all
 from sophq_func.core.modes import is_plain, outside_inference
+from sophq_func.core.public import public
 from sophq_func.core.pytree import flatten, sorted_dict, tree_map
 from sophq_func.model.flat import flat
 from sophq_func.numerics import pieces
@@ -33,6 +34,7 @@ Mask: TypeAlias = float | Tensor
 """A switch: a boolean (which is a number, too), or a number to mix by."""
 
 
+@public
 def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[str, Width]) -> dict[str, QParams]:
     """The qparams with other bit widths, as data: the same ranges on grids of ``2 ** bits`` codes.
 
@@ -123,6 +125,7 @@ def _bounds(width: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(half), 2 * half - 1
 
 
+@public
 def enabled(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> dict[str, QParams]:
     """The qparams with quantizers switched on or off, as data.
 
@@ -206,6 +209,7 @@ def _underscored(plan: Plan, spelling: str) -> list[str]:
         return []
 
 
+@public
 def stack(settings: Sequence[Mapping[str, QParams]]) -> dict[str, QParams]:
     """Settings as one batch of qparams, along a new first axis of every leaf, for ``torch.vmap``.
 
@@ -250,6 +254,7 @@ def _stacked(*leaves: Tensor) -> Tensor:
     return torch.stack(leaves)
 
 
+@public
 def unstack(settings: Mapping[str, QParams]) -> list[dict[str, QParams]]:
     """The settings of a batch, one by one; the inverse of :func:`stack`.
 

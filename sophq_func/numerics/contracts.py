@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.core.public import constructor
 from sophq_func.numerics.formats import Format
 from sophq_func.numerics.registries import FAKE_QUANTIZERS as FAKE_QUANTIZERS
 from sophq_func.numerics.registries import OBSERVERS as OBSERVERS
@@ -65,6 +66,7 @@ class Resolve(Protocol):
     def __call__(self, state: State, scheme: QScheme) -> QParams: ...
 
 
+@constructor
 class Observer(NamedTuple):
     """A statistic of tensors, and how to read scale and zero point from it.
 
@@ -79,6 +81,11 @@ class Observer(NamedTuple):
     update: Update
     merge: Merge
     qparams: Resolve
+
+    def __repr__(self) -> str:
+        # the factory in which ``update`` is defined has the name of the observer
+        defined: str = getattr(self.update, "__qualname__", type(self.update).__name__)
+        return f"Observer({defined.partition('.')[0]})"
 
 
 class InitQParams(Protocol):
@@ -169,6 +176,7 @@ def kept(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
     return qparams
 
 
+@constructor
 class FakeQuantize(NamedTuple):
     """Quantize and dequantize, with a surrogate gradient.
 
@@ -218,3 +226,8 @@ class FakeQuantize(NamedTuple):
     block_axis: int = -1
     local: bool = True
     needs: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        grid = "integers" if self.integer else "no integers"
+        learnable = f"learnable {', '.join(self.learnable)}" if self.learnable else "nothing learnable"
+        return f"FakeQuantize({grid}, {learnable}{', needs noise' if self.noise else ''})"

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.public import public
+from sophq_func.core.registry import Registry
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """The types of torch whose numbers are codes of 8 bits."""
@@ -178,6 +180,7 @@ class Codebook:
         return torch.where((work - lower) / (upper - lower) > noise, upper, lower)
 
 
+@public
 def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 1.0) -> Integer:
     """The format of integers of ``bits`` bits times ``step``; saturating.
 
@@ -198,6 +201,7 @@ def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 
     return Integer(bits=bits, signed=signed, narrow=narrow, step=step)
 
 
+@public
 def float_(
     exponent_bits: int, mantissa_bits: int, *, finite_only: bool = False, nan: bool = True, saturate: bool = True
 ) -> Float:
@@ -229,6 +233,7 @@ def float_(
     )
 
 
+@public
 def codebook(values: list[float] | tuple[float, ...]) -> Codebook:
     """The format of a table of values. Rounds to the nearest, of two equally near ones to the lower; saturating.
 
@@ -353,3 +358,13 @@ E3M2 = float_(3, 2, finite_only=True, nan=False)
 E2M3 = float_(2, 3, finite_only=True, nan=False)
 E2M1 = float_(2, 1, finite_only=True, nan=False)
 MXINT8 = int_(8, narrow=True, step=2.0**-6)
+
+FORMATS: Registry[Format] = Registry("format")
+"""Formats by name; :func:`sophq_func.register.format` adds to them."""
+
+FORMATS.add("e4m3", E4M3)
+FORMATS.add("e5m2", E5M2)
+FORMATS.add("e3m2", E3M2)
+FORMATS.add("e2m3", E2M3)
+FORMATS.add("e2m1", E2M1)
+FORMATS.add("mxint8", MXINT8)

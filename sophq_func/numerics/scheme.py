@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.public import constructor
 from sophq_func.core.registry import Factories, Option, Spec
 from sophq_func.numerics.registries import FAKE_QUANTIZERS, OBSERVERS
 
@@ -15,15 +16,27 @@ Data: TypeAlias = Any
 """What JSON can hold: dicts with string keys, lists, strings, numbers, booleans and ``None``."""
 
 
+@constructor
 @dataclass(frozen=True)
 class PerTensor:
     """One scale for the whole tensor: ``(...)`` has a scale of shape ``()``."""
 
 
+class _Unsaid:
+    """The type of ``UNSAID``."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+UNSAID: Any = _Unsaid()
+"""Default of an argument that changes nothing where it is not given, or for which ``None`` is a value."""
+
 Axis: TypeAlias = int | tuple[int, ...]
 """One axis, counted from either end; or several, counted from the front, in ascending order."""
 
 
+@constructor
 @dataclass(frozen=True)
 class PerChannel:
     """One scale for each index along ``axis``: ``(O, I, H, W)`` with ``axis=0`` has a scale of shape ``(O,)``.
@@ -40,7 +53,8 @@ class PerChannel:
         _check_axis(self)
 
 
-@dataclass(frozen=True)
+@constructor
+@dataclass(frozen=True, init=False)
 class PerGroup:
     """One scale for each ``size`` consecutive elements of a channel.
 
@@ -48,17 +62,54 @@ class PerGroup:
     groups. ``(O, I)`` with ``axis=0, size=32`` has a scale of shape ``(O, I // 32)``; ``(O, I, H, W)`` one of shape
     ``(O, I * H * W // 32)``; ``(E, I, O)`` with ``axis=(0, 2)`` one of shape ``(E, O, I // 32)``. The size must divide the
     number of elements of a channel.
+
+    A number alone is the size, two are the axis and the size.
+
+    Example:
+      >>> PerGroup(32), PerGroup(0, 32), PerGroup(size=32, axis=0)
+      (PerGroup(axis=None, size=32), PerGroup(axis=0, size=32), PerGroup(axis=0, size=32))
     """
 
     axis: Axis | None = None
     size: int = 128
 
-    def __post_init__(self) -> None:
+    @overload
+    def __init__(self, size: int = 128, /, *, axis: Axis | None = None) -> None: ...
+    @overload
+    def __init__(self, axis: Axis | None, size: int, /) -> None: ...
+    @overload
+    def __init__(self, *, size: int = 128, axis: Axis | None = None) -> None: ...
+    def __init__(self, *given: Any, size: Any = UNSAID, axis: Any = UNSAID) -> None:
+        axes, sizes = _by_position(given, has_size=size is not UNSAID)
+        axes += [axis] if axis is not UNSAID else []
+        sizes += [size] if size is not UNSAID else []
+        if len(axes) > 1 or len(sizes) > 1:
+            sentence, fix = "it takes one size and one axis", "PerGroup(32, axis=0)"
+            raise ConfigError(explain("PerGroup", sentence, got=(*axes, *sizes), fix=fix))
+        object.__setattr__(self, "axis", axes[0] if axes else None)
+        object.__setattr__(self, "size", sizes[0] if sizes else 128)
         _check_axis(self)
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(explain("PerGroup", "size must be a positive int", got=self.size, allowed="an int >= 1"))
+            sentence, fix = "size must be a positive int", "PerGroup(32), or PerGroup(32, axis=0)"
+            raise ConfigError(explain("PerGroup", sentence, got=self.size, allowed="an int >= 1", fix=fix))
+        if given == (1,) and not axes:
+            because, fix = "a group of one element shares nothing", "PerGroup(axis=1), or PerGroup(size=1)"
+            raise ConfigError(
+                explain("PerGroup", "this is more likely an axis than a size", got=1, because=because, fix=fix)
+            )
 
 
+def _by_position(given: tuple[Any, ...], has_size: bool) -> tuple[list[Any], list[Any]]:
+    """The axes and the sizes among the positional arguments of :class:`PerGroup`.
+
+    One int is a size, unless a size is given by keyword; two arguments are an axis and a size.
+    """
+    if len(given) == 1 and isinstance(given[0], int) and not has_size:
+        return [], list(given)
+    return list(given[:1]), list(given[1:])
+
+
+@constructor
 @dataclass(frozen=True)
 class PerBlock:
     """One scale for each block of ``rows`` by ``columns`` elements.
@@ -76,6 +127,7 @@ class PerBlock:
                 raise ConfigError(explain("PerBlock", f"{name} must be a positive int", got=size, allowed="an int >= 1"))
 
 
+@constructor
 @dataclass(frozen=True)
 class PerToken:
     """One scale for each row along the last axis: ``(B, T, C)`` has a scale of shape ``(B, T)``.
@@ -112,6 +164,9 @@ GRANULARITIES: Mapping[str, type[Granularity]] = {
 }
 """By name, as JSON and error messages have it."""
 
+GranularityName: TypeAlias = Literal["per_tensor", "per_channel", "per_group", "per_block", "per_token"]
+"""What a type checker accepts for a granularity beside an instance."""
+
 SPELLINGS: Mapping[str, type[Granularity]] = {
     "per_tensor": PerTensor,
     "per_channel": PerChannel,
@@ -121,12 +176,14 @@ SPELLINGS: Mapping[str, type[Granularity]] = {
 }
 """By the name that a config may have instead of an instance with the default fields."""
 
+_FOLDED = {name.casefold(): cls for name, cls in {**SPELLINGS, **GRANULARITIES}.items()}
+
 
 def as_granularity(value: object, where: str) -> Granularity:
     """A granularity from an instance or a name.
 
     Args:
-      value: an instance, ``"per_channel"`` or ``"PerChannel"``.
+      value: an instance, ``"per_channel"`` or ``"PerChannel"``, in upper or lower case.
       where: the class or key that an error names.
 
     Raises:
@@ -139,7 +196,7 @@ def as_granularity(value: object, where: str) -> Granularity:
     if isinstance(value, Granularity):
         return value
     if isinstance(value, str):
-        cls = SPELLINGS.get(value) or GRANULARITIES.get(value)
+        cls = _FOLDED.get(value.casefold())
         if cls is None:
             raise ConfigError(unknown(where, "granularity", value, tuple(SPELLINGS)))
         return cls()
@@ -169,6 +226,7 @@ def as_bits(value: object, where: str) -> int:
     return bits
 
 
+@constructor
 @dataclass(frozen=True, kw_only=True)
 class QScheme:
     """An integer grid and how many scales a tensor has.
@@ -193,6 +251,19 @@ class QScheme:
     pot_scale: bool = False
     granularity: Granularity = PerTensor()
     dynamic: bool = False
+
+    if TYPE_CHECKING:  # a name is accepted, an instance is stored
+
+        def __init__(
+            self,
+            *,
+            bits: int = 8,
+            symmetric: bool = True,
+            symmetric_range: bool = False,
+            pot_scale: bool = False,
+            granularity: Granularity | GranularityName = ...,
+            dynamic: bool = False,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         _check_fields("QScheme", self)
@@ -234,6 +305,7 @@ SCHEME_FIELDS = tuple(f.name for f in fields(QScheme))
 """Names of the fields of a :class:`QScheme`."""
 
 
+@constructor
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
     """The settings of one quantizer.
@@ -251,6 +323,18 @@ class QuantizerConfig:
     fake_quantize: Spec
     observe_only: bool = False
     optional: bool = False
+
+    if TYPE_CHECKING:  # a name is accepted, a spec is stored
+
+        def __init__(
+            self,
+            *,
+            scheme: QScheme,
+            observer: Spec | str,
+            fake_quantize: Spec | str,
+            observe_only: bool = False,
+            optional: bool = False,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         _check_fields("QuantizerConfig", self)
@@ -308,6 +392,9 @@ def _as_spec(where: str, name: str, value: object) -> Spec:
         return registry.spec(value)
     room, example = ("observers", "minmax") if name == "observer" else ("fake_quantize", "fixed")
     allowed, fix = f"what sq.{room}.* returns, or its name", f'{name}="{example}"'
+    called = getattr(value, "__name__", None)
+    if called in registry:  # the function itself, which was to be called
+        fix = f"{name}=sq.{room}.{called}()"
     # a name that nobody registered is reported with the plan: a stored config may name a piece that is registered later
     is_of_another = isinstance(value, Spec) and value.name not in registry and any(value.name in r for r in PIECES.values())
     if not isinstance(value, Spec) or is_of_another:
@@ -349,11 +436,26 @@ class Override:
         return f"override({_spelled(dict(self.values))})"
 
 
-def override(**values: Option) -> Override:
+@constructor
+def override(
+    *,
+    bits: int = UNSAID,
+    symmetric: bool = UNSAID,
+    symmetric_range: bool = UNSAID,
+    pot_scale: bool = UNSAID,
+    granularity: Granularity | GranularityName = UNSAID,
+    dynamic: bool = UNSAID,
+    scheme: QScheme = UNSAID,
+    observer: Spec | str = UNSAID,
+    fake_quantize: Spec | str = UNSAID,
+    observe_only: bool = UNSAID,
+    optional: bool = UNSAID,
+) -> Override:
     """Change some fields of a scheme or of a quantizer's config, and leave the others as they are.
 
     Args:
-      **values: fields of :class:`QScheme` (``bits=4``) or of :class:`QuantizerConfig` (``observer="mse"``).
+      bits, symmetric, symmetric_range, pot_scale, granularity, dynamic: fields of :class:`QScheme`.
+      scheme, observer, fake_quantize, observe_only, optional: fields of :class:`QuantizerConfig`.
 
     Returns:
       A function from a :class:`QuantizerConfig` to a changed one.
@@ -362,11 +464,11 @@ def override(**values: Option) -> Override:
       ConfigError: unknown fields, or values of wrong types; all problems in one message.
 
     Example:
-      >>> override(bits=4, granularity="per_channel")
-      override(bits=4, granularity=PerChannel(axis=None))
+      >>> override(bits=4, granularity="per_channel", fake_quantize="lsq")
+      override(bits=4, fake_quantize=learnable(use_grad_scaling=True), granularity=PerChannel(axis=None))
     """
-    raise_all([unknown("override", "field", name, OVERRIDE_FIELDS) for name in values if name not in OVERRIDE_FIELDS])
-    return Override(tuple(sorted(checked("override", values).items())))
+    given = {name: new for name, new in locals().items() if new is not UNSAID}
+    return Override(tuple(sorted(checked("override", given).items())))
 
 
 def to_data(value: object) -> Data:

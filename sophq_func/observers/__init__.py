@@ -1,8 +1,13 @@
 """Observers: statistics of tensors that give scales. Each name returns a :class:`~sophq_func.core.registry.Spec`."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import is_plain
+from sophq_func.core.public import public
 from sophq_func.core.pytree import tensors
+from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams, State
 from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._counts import CountsState, kld, percentile
@@ -15,7 +20,33 @@ from sophq_func.observers._mse import ema_mse, mse
 from sophq_func.observers._quantile import ema_quantile
 from sophq_func.observers._range import RootState, absmax, fixed_range, rms
 
+# The other names of the same functions: those of papers, and the classes of sophgo-mq.
+ClipStdObserver = clip_std
+EMAMSEObserver = ema_mse
+EMAMinMaxObserver = ema_minmax
+EMAQuantileObserver = ema_quantile
+HistogramObserver = histogram
+KLDObserver = histogram
+LSQObserver = lsq
+LSQPlusObserver = lsq_plus
+MSEObserver = mse
+MinMaxFloorObserver = minmax_floor
+MinMaxObserver = minmax
+PoTModeObserver = pot_mode
+
 __all__ = [
+    "ClipStdObserver",
+    "EMAMSEObserver",
+    "EMAMinMaxObserver",
+    "EMAQuantileObserver",
+    "HistogramObserver",
+    "KLDObserver",
+    "LSQObserver",
+    "LSQPlusObserver",
+    "MSEObserver",
+    "MinMaxFloorObserver",
+    "MinMaxObserver",
+    "PoTModeObserver",
     "absmax",
     "clip_std",
     "ema_minmax",
@@ -39,6 +70,18 @@ STATES = (CountsState, EMAMinMaxState, FloorState, HistogramState, MinMaxState, 
 """The classes of the states of all observers here."""
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *OBSERVERS.names()})
+
+
+if not TYPE_CHECKING:  # type checkers see the functions above, and are to refuse other names
+
+    def __getattr__(name: str) -> Callable[..., Spec]:
+        """The function of a name that was registered elsewhere, or that is written in another case."""
+        return OBSERVERS.function(name, __name__)
+
+
+@public
 def observer(name: str, **options: object) -> Observer:
     """An observer to use alone, by its short name or its name in sophgo-mq.
 

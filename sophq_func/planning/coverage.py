@@ -113,6 +113,13 @@ class Coverage:
             raise PlanError(explain("plan.coverage", sentence, because=self.unknown, fix=fix))
         return self.shares
 
+    def __repr__(self) -> str:
+        if self.shares is None:
+            return f"Coverage(unknown, because {self.unknown})"
+        parameters, multiplications = map(percent, self.shares)
+        what = f"{parameters} of parameters and {multiplications} of multiplications are quantized"
+        return f"Coverage({what}, {len(self.left)} calls or weights are float)"
+
     def __str__(self) -> str:
         return "\n".join(line for text in self.lines() for line in wrapped(text))
 

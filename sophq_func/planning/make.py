@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from sophq_func.capture.graph import Graph
 from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import ConfigError, explain, warn
+from sophq_func.core.public import public
 from sophq_func.planning.checks import FUNCTION, is_weight_only, multiplies_only_inputs
 from sophq_func.planning.plan import Origin, Plan
 
 
+@public
 def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
     """Decide which quantizers a traced model gets, and how each is configured.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.core.public import public
 from sophq_func.planning.picture import ACTIVATION_COLOR, WEIGHT_COLOR, Call, Edge
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.text import short
@@ -37,6 +38,7 @@ Point: TypeAlias = tuple[float, float]
 """Right and down from the first input, in inches."""
 
 
+@public
 def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
     """Draw the model's graph with its quantizers into a file.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sophq_func.codes import Refusal
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
+from sophq_func.core.public import public
 from sophq_func.core.pytree import tensors
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.derived import derived, derived_names
@@ -38,6 +39,7 @@ NO_SIZE = (0, 0)
 """Bytes before and after, of an activation: it is not stored."""
 
 
+@public
 def report(
     q: Quantized,
     params: Given,

@@ -49,3 +49,6 @@ class ReportRow:
     bytes_before: int
     bytes_after: int
     histogram: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"ReportRow({self.quantizer}, {self.grid}, sqnr_db={self.sqnr_db:.1f}, share={self.share:.3f})"

@@ -1,4 +1,4 @@
-"""What every registered chip obeys, and the table of chips as documented."""
+"""What every registered chip and strategy obeys, and the table of chips as documented."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 
 import sophq_func as sq
 from sophq_func.config.strategies import PLACEMENTS
+from sophq_func.testing import plans as laws
+from sophq_func.testing.laws import Law
 from tests.golden import models
 
 CHIPS = sq.CHIPS.names()
@@ -66,11 +68,15 @@ def test_convolutions_have_no_weight_only_mode(chip: str) -> None:
 
 
 @over_chips
-def test_defaults_lie_within_the_limits(chip: str) -> None:
-    spec = sq.CHIPS.get(chip)
-    for half in ("weight", "activation"):
-        allowed = getattr(spec, f"{half}_bits")
-        assert allowed is None or getattr(spec, half).scheme.bits in allowed
+@pytest.mark.parametrize("law", laws.CHIP_LAWS, ids=lambda law: law.name)
+def test_every_chip_obeys_the_laws_of_all(chip: str, law: Law) -> None:
+    assert law.broken(chip) == []
+
+
+@pytest.mark.parametrize("strategy", PLACEMENTS.names())
+@pytest.mark.parametrize("law", laws.STRATEGY_LAWS, ids=lambda law: law.name)
+def test_every_strategy_obeys_the_laws_of_all(strategy: str, law: Law) -> None:
+    assert law.broken(strategy) == []
 
 
 @pytest.mark.parametrize(("chip", "half"), LIMITED)

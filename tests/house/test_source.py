@@ -15,21 +15,16 @@ import sophq_func as sq
 ROOT = Path(sq.__file__).parent
 FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 over_files = pytest.mark.parametrize("file", FILES)
-EXPORTED = frozenset(
-    "Artifact CHIPS Checkpoint CheckpointError ChipSpec ConfigError Coverage FakeQuantize Fidelity Graph HessianTrace "
-    "Left Observer PerBlock PerChannel PerGroup PerTensor PerToken Plan PlanError PlanWarning QParams QScheme QuantConfig "
-    "Quantized QuantizerConfig Report ReportRow Rule Sensitivities Sensitivity Site Spec StateError TopEigenvalue build cast convert draw "
-    "enabled export fake_quantize fake_quantizer fidelity from_dicts hessian_trace lerp load load_into merge observer "
-    "observers override pack params_of patterns plan prepare_by_platform quantize rademacher report rules save sensitivity "
-    "split_params stack top_eigenvalue trace unpack unstack with_bits".split()
-)
+EXPORTED = frozenset(sq.__all__)
+NAMESPACES = (sq.observers, sq.fake_quantize, sq.export, sq.presets, sq.register)
+"""Modules whose functions users call."""
 HEAVY = frozenset(("rich", "matplotlib", "onnx", "onnxruntime", "onnxscript", "sklearn", "transformers"))
 
 
 def exported() -> dict[str, object]:
     """What the package and its modules of pieces offer, by dotted name."""
     found = {name: getattr(sq, name) for name in EXPORTED}
-    for module in (sq.observers, sq.fake_quantize, sq.export):
+    for module in NAMESPACES:
         found |= {f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
     return found
 
@@ -76,8 +71,16 @@ def test_every_public_definition_has_a_docstring(file: str) -> None:
             assert ast.get_docstring(node), node.name
 
 
-def test_the_exported_names_are_these() -> None:
+def test_the_exported_names_are_all_that_the_package_has() -> None:
     assert {name for name in vars(sq) if not name.startswith("_")} - submodules() == EXPORTED
+    assert len(sq.__all__) == len(EXPORTED)
+
+
+def test_completion_shows_what_is_public_and_nothing_else() -> None:
+    assert dir(sq) == sorted([*sq.__all__, "__version__"])
+    for module in NAMESPACES:
+        assert set(module.__all__) <= set(dir(module))
+        assert all(callable(getattr(module, name)) for name in dir(module)), module
 
 
 def submodules() -> set[str]:

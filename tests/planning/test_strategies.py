@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,12 +17,10 @@ def place_results(graph: Graph, requests: Requests) -> Placement:
 
 
 @pytest.fixture
-def results(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A strategy for one test: registries have no way to take one out again."""
-    for part in ("_values", "_canonical"):
-        monkeypatch.setattr(PLACEMENTS, part, dict(getattr(PLACEMENTS, part)))
+def results(scratch_registries: None) -> str:
+    """A strategy for one test."""
     PLACEMENTS.add("Results", Strategy(place_results, weights=(nn.Linear,)), "results only")
-    yield "Results"
+    return "Results"
 
 
 def test_a_registered_strategy_plans(results: str) -> None:

@@ -13,9 +13,11 @@ from sophq_func.config.matching import TypeKey, type_text
 from sophq_func.config.names import is_value_quantizer, is_weight_quantizer, underscored
 from sophq_func.config.rules import DEFAULT_CHIP, ROLES, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import Role
+from sophq_func.config.strategies import StrategyName
 from sophq_func.core.errors import ConfigError, deprecated, explain, near, raise_all, unknown
 from sophq_func.core.operations import canonical, family
 from sophq_func.core.plain import plain
+from sophq_func.core.public import public
 from sophq_func.core.registry import Factories, Spec
 from sophq_func.fake_quantize import fp16, learnable
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
@@ -37,6 +39,7 @@ INITIAL = ("scale", "zero_point")
 """Parameters of a quantizer that sophgo-mq sets before calibration, which overwrites them."""
 
 
+@public
 def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
     """Translate the dictionaries of sophgo-mq into a config.
 
@@ -80,7 +83,7 @@ def from_dicts(prepare_custom_config_dict: Table) -> QuantConfig:
         if dictionaries.get(key) is not None:
             deprecated(f"{key} has no effect and is not needed: {why}. Fix: leave it out.")
     # What sophgo-mq switches on beside a strategy is here a strategy of its own, in the place of the named one.
-    strategy = "BF16Mixed" if quant.get("bf16_mix_prec") else quant["strategy"]
+    strategy: StrategyName = "BF16Mixed" if quant.get("bf16_mix_prec") else quant["strategy"]
     return QuantConfig(
         chip=quant["chip"],
         quantmode=quant["quantmode"],

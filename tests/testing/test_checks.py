@@ -1,0 +1,128 @@
+"""The checks of a user's own pieces: what they report of broken ones, and that each law can be broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sophq_func as sq
+from sophq_func.testing import fake_quantizers, observers, plans
+
+pytestmark = pytest.mark.usefixtures("scratch_registries")
+
+
+def report(check: Callable[..., None], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(sq.testing.LawError) as caught:
+        check(*args, **kwargs)
+    assert isinstance(caught.value, AssertionError)
+    return str(caught.value)
+
+
+def observer_with(**changes: Callable[..., Any]) -> str:
+    """Registers ``minmax`` with other functions; its name."""
+
+    @sq.register.observer("broken")
+    def broken() -> sq.Observer:
+        """minmax, changed."""
+        return sq.observer("minmax")._replace(**changes)
+
+    return "broken"
+
+
+def written_to(state: Any, x: Tensor, scheme: sq.QScheme) -> Any:
+    lo, hi = sq.numerics.ranges.min_max(x, scheme.granularity)
+    with torch.no_grad():
+        return type(state)(state.lo.minimum(lo), state.hi.copy_(torch.maximum(state.hi, hi)))
+
+
+def looking(x: Tensor, scheme: sq.QScheme) -> Any:
+    minmax = sq.observer("minmax")
+    return minmax.update(minmax.init(x, scheme), x, scheme)
+
+
+def doubled(state: Any, scheme: sq.QScheme) -> sq.QParams:
+    found = sq.observer("minmax").qparams(state, scheme)
+    return found._replace(zero_point=found.zero_point.float())
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "it writes into its state": ({"update": written_to}, "inputs_stay_as_they_are"),
+    "init reads values": ({"init": looking}, "init_does_not_look_at_values"),
+    "a zero point of another dtype": ({"qparams": doubled}, "qparams_have_the_shape_of_the_granularity"),
+    "a merge that forgets": ({"merge": lambda a, b: a}, "merging_shards_equals_observing_them_in_turn_or_is_refused"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_observer_is_told_which_law_it_breaks(name: str) -> None:
+    changes, law = BROKEN[name]
+    text = report(sq.testing.check_observer, observer_with(**changes))
+    assert text.startswith("observer 'broken' breaks ")
+    assert f"\n  {law}: " in text and "cases, the first: " in text
+
+
+def test_a_law_that_is_not_claimed_can_be_left_out() -> None:
+    name = observer_with(merge=lambda a, b: a)
+    sq.testing.check_observer(name, without=["merging_shards_equals_observing_them_in_turn_or_is_refused"])
+    with pytest.raises(sq.ConfigError, match="law 'merging' is not known"):
+        sq.testing.check_observer(name, without=["merging"])
+
+
+def test_an_assertion_without_words_shows_its_line() -> None:
+    assert "AssertionError: assert " in report(sq.testing.check_observer, observer_with(qparams=doubled))
+
+
+def test_a_broken_fake_quantizer_is_told_which_laws_it_breaks() -> None:
+    @sq.register.fake_quantizer("wandering")
+    def wandering() -> sq.FakeQuantize:
+        """Half a step beside the grid."""
+        fixed = sq.fake_quantizer("fixed")
+
+        def apply(x: Tensor, qparams: sq.QParams, scheme: sq.QScheme, noise: Tensor | None = None) -> Tensor:
+            return fixed.apply(x.float() + 0.3, qparams, scheme)
+
+        return sq.FakeQuantize(fixed.init, apply)
+
+    text = report(sq.testing.check_fake_quantizer, "wandering")
+    for law in ("zero_stays_zero", "shape_and_dtype_come_back", "quantizing_twice_is_quantizing_once"):
+        assert f"\n  {law}: " in text
+
+
+def test_a_broken_format_is_told_which_laws_it_breaks() -> None:
+    class Truncating:
+        largest = 3.0
+
+        def values(self) -> Tensor:
+            return torch.arange(-3.0, 4.0, dtype=torch.float64)
+
+        def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+            return x.trunc().clamp(-3, 3)
+
+    text = report(sq.testing.check_format, Truncating())
+    assert "numbers_become_the_nearest_value" in text and "no_gradient_passes" in text
+
+
+def test_a_broken_chip_is_told_which_law_it_breaks() -> None:
+    known = sq.CHIPS.get("BM1690")
+    wide = replace(known.weight, scheme=sq.QScheme(bits=16))
+    sq.register.chip("Contradicting", sq.ChipSpec(weight=wide, activation=known.activation, weight_bits=(8,)))
+    assert "defaults_lie_within_the_limits" in report(sq.testing.check_chip, "Contradicting")
+
+
+def test_a_broken_strategy_is_told_which_law_it_breaks() -> None:
+    def place(graph: sq.Graph, requests: sq.strategies.Requests) -> sq.strategies.Placement:
+        return sq.strategies.Placement({})
+
+    sq.register.strategy("Weightless", sq.strategies.Strategy(place, weights=(nn.Bilinear,)))
+    assert "a_strategy_plans_every_network" in report(sq.testing.check_strategy, "Weightless")
+
+
+def test_every_law_says_what_it_demands() -> None:
+    for laws in (observers.LAWS, fake_quantizers.LAWS, plans.CHIP_LAWS, plans.STRATEGY_LAWS):
+        assert len(laws) >= 4
+        assert all(law.says.endswith(".") for law in laws)
