@@ -2,6 +2,7 @@
 
 from sophq_func.model import apply as apply
 from sophq_func.model import bind as bind
+from sophq_func.model import bound as bound
 from sophq_func.model import build as build
 from sophq_func.model import calibrate as calibrate
 from sophq_func.model import cut as cut

@@ -19,7 +19,8 @@ from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Given, Output, Tree
-from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
+from sophq_func.model import apply, bound, calibrate, cut, flat, noise, sweep, tap
+from sophq_func.model.bound import Bound, Learn
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.tap import Tapped
 from sophq_func.numerics.contracts import QParams, State
@@ -424,6 +425,36 @@ class Quantized:
         quantized = self.engine.quantized_params(named, qparams)
         constants = {name: outside_inference(tensor.detach()) for name, tensor in quantized.items()}
         return self._with(self.engine.skeleton, frozen=True), self.engine.like(params, constants)
+
+    def bind(self, params: Given, qparams: Mapping[str, QParams], /, learn: Learn = None) -> Bound:
+        """The quantized model as a module of the model's own class, for whatever wants a module.
+
+        It has the attributes, methods and layers of the model, and runs as :meth:`apply` does. Its tensors are copies, so
+        that neither the model nor ``params`` changes. Qparams are in its submodule ``fake_quantizers``. ``bound.state()``
+        gives params and qparams back. It can be copied, pickled and saved.
+
+        Args:
+          params, qparams: see :meth:`apply`.
+          learn: which tensors require a gradient: ``"scales"``, what :meth:`split` calls learnable; ``"params"``, the
+            parameters of the model that require one there; ``"all"``, both. ``None``: none; the weights are quantized once,
+            which makes it as fast as the float model where no activation is quantized.
+
+        Raises:
+          ConfigError: an unknown ``learn``, nothing to learn, or a part of a model.
+          StateError: names that are missing or unknown; a model in training mode, with a BatchNorm folded into a weight,
+            that is to be frozen.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> params = sq.params_of(model)
+          >>> qparams = q.calibrate(params, [x], progress=False)
+          >>> bound = q.bind(params, qparams)
+          >>> isinstance(bound, torch.nn.Linear), torch.equal(bound(x), q.apply(params, qparams, x))
+          (True, True)
+        """
+        return bound.bind(self, params, qparams, learn)
 
     def tree(self, params: Given, /) -> Given:
         """Params by name, such as those of a file, as the tree that the function takes; of a module they stay a dict.

@@ -1,0 +1,182 @@
+"""A skeleton whose modules are a model of its own: they hold tensors between runs, and keep what a run changes.
+
+It is what a bound model runs with. A run puts quantized weights in the place of the parameters, and puts these back when
+it ends; what the model writes into buffers and attributes stays, as it does in any module.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sophq_func.capture._torch import links
+from sophq_func.capture.aliases import filled
+from sophq_func.capture.frame import Frame, enter, leave, unhook
+from sophq_func.capture.lazy import Deferred
+from sophq_func.capture.skeleton import Result, Skeleton
+from sophq_func.core import modes
+from sophq_func.core.errors import StateError, explain
+from sophq_func.core.types import Args, Kwargs, Output
+
+ANEW = "plan the changed model, and bind it anew"
+"""The fix in errors about a bound model that was changed."""
+
+
+class Live(Skeleton):
+    """A skeleton around a module that has the structure of its model, and hooks.
+
+    Attributes: see :class:`~sophq_func.capture.skeleton.Skeleton`; ``entry`` shares the attributes of the given module, and
+    is of the model's own class, so that a run calls the model's own forward.
+
+    Args:
+      skeleton: the names and places are its.
+      root: a copy of the skeleton's module, with tensors, and maybe further submodules.
+      kind: the class of the model.
+      forward: what the model has in the place of the forward of its class, if anything.
+    """
+
+    keeps_state = True
+
+    def __init__(
+        self, skeleton: Skeleton, root: nn.Module, kind: type[nn.Module], forward: Callable[..., Output] | None = None
+    ) -> None:
+        inner = _of_class(kind, root)
+        vars(self).update(skeleton.__getstate__())
+        self.module = inner
+        self._forward = partial(kind.forward, inner) if forward is None else forward
+        self._module_at = dict(inner.named_modules())
+        self._links = list(links(inner))
+        self._slot = inner._sophq_info.slot  # type: ignore[union-attr]
+        self._lock = threading.RLock()
+
+    def close(self, paths: frozenset[str]) -> None:
+        """Let modules refuse to be called outside of a run."""
+        self._slot.closed = paths
+
+    def is_training(self, path: str) -> bool:
+        """Whether the module at a path is in training mode."""
+        return self._module_at[path].training
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers that the modules hold, by canonical name.
+
+        Raises:
+          StateError: a module, or a tensor that two of them share, was replaced in one place.
+        """
+        for children, name, child in self._links:
+            if children.get(name) is not child:
+                raise _changed(name, "this module was replaced or removed after the model was bound")
+        found: dict[str, Tensor] = {}
+        for store, attribute, name in self._places():
+            tensor = store.get(attribute)
+            if tensor is None:
+                raise _changed(name, "this parameter was removed after the model was bound")
+            if found.setdefault(name, tensor) is not tensor:
+                raise _changed(name, "two modules share this tensor in the plan, and now hold different ones")
+        return found
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors into the modules, and into attributes that hold them a second time."""
+        for store, attribute, name in self._places():
+            store[attribute] = tensors[name]
+        for path, attribute, template in self._aliases:
+            vars(self._module_at[path])[attribute] = filled(template, tensors)
+
+    def write(self, buffers: Mapping[str, Tensor]) -> None:
+        """Write numbers into buffers, in place."""
+        if not buffers:
+            return
+        with torch.no_grad():
+            for store, attribute, name in self._places():
+                if name in buffers:
+                    store[attribute].copy_(buffers[name])
+
+    def run(
+        self,
+        frame: Frame | None,
+        params: Mapping[str, Tensor],
+        args: Args,
+        kwargs: Kwargs,
+        later: Mapping[str, Callable[[], Tensor]] | None = None,
+    ) -> Result:
+        """Call the model, see :meth:`Skeleton.run`; returns its output, and the buffers into which it has written.
+
+        A buffer that the model has bound to another tensor stays so, without its derivative.
+        """
+        compiling = modes.is_compiling() if frame is None else frame.mode.compiling
+        if frame is None and not compiling:
+            frame = Frame()  # a checkpoint, which computes again in the backward pass, needs one
+        if frame is not None and later:
+            frame.deferred = Deferred(later, params)
+        with self._alone(compiling):
+            return self._run(partial(self._call_bound, self._call_entry), frame, params, args, kwargs)
+
+    def _alone(self, compiling: bool) -> AbstractContextManager[object]:
+        """A context in which no other thread runs the model; Dynamo cannot trace a lock."""
+        return nullcontext() if compiling else self._lock
+
+    def _run(
+        self,
+        call: Callable[[Mapping[str, Tensor], Args, Kwargs], Result],
+        frame: Frame | None,
+        params: Mapping[str, Tensor],
+        args: Args,
+        kwargs: Kwargs,
+    ) -> Result:
+        held = [(vars(self._module_at[path]), attribute) for path, attribute, _ in self._aliases]
+        before = [attributes[attribute] for attributes, attribute in held]
+        try:
+            return super()._run(call, frame, params, args, kwargs)
+        finally:
+            for (attributes, attribute), value in zip(held, before, strict=True):
+                attributes[attribute] = value
+
+    def _rerun(
+        self, now: Mapping[str, Tensor], frame: Frame, fn: Callable[..., Output], args: Args, kwargs: Kwargs
+    ) -> Output:
+        with self._lock:
+            output, _ = self._run(partial(super()._call_bound, fn), frame, now, args, kwargs)
+        return output
+
+    def _call_bound(self, fn: Callable[..., Output], now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
+        output, buffers = super()._call_bound(fn, now, args, kwargs)
+        rebound = {name: tensor.detach() for name, tensor in buffers.items() if tensor is not now[name]}
+        if rebound:
+            for store, attribute, name in self._places():
+                store[attribute] = rebound.get(name, store[attribute])
+        # a run begins with clones, into which nobody has written
+        written = {name: now[name] for name in buffers.keys() - rebound.keys() if modes.writes_into(now[name])}
+        return output, written
+
+    def _call_entry(self, *args: object, **kwargs: object) -> Output:
+        """Call the model's forward, and report the call; hooks of the model itself run around the bound model."""
+        root = self.entry
+        args, kwargs = enter(root, args, kwargs) or (args, kwargs)
+        output = None
+        try:
+            output = self._forward(*args, **kwargs)
+        finally:
+            replaced = leave(root, args, kwargs, output)
+        return output if replaced is None else replaced
+
+
+def without_hooks(module: nn.Module, inside: bool) -> None:
+    """Take the hooks of a skeleton off a module, and off those inside it if these are to report nothing either."""
+    for part in module.modules() if inside else [module]:
+        unhook(part)
+
+
+def _of_class(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+    """Another object with the same attributes, in the same dict, of another class."""
+    other: nn.Module = object.__new__(kind)
+    object.__setattr__(other, "__dict__", vars(module))
+    return other
+
+
+def _changed(name: str, sentence: str) -> StateError:
+    return StateError(explain(name, sentence, fix=ANEW))
