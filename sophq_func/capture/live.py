@@ -149,9 +149,14 @@ class Live(Skeleton):
         if rebound:
             for store, attribute, name in self._places():
                 store[attribute] = rebound.get(name, store[attribute])
-        # a run begins with clones, into which nobody has written
-        written = {name: now[name] for name in buffers.keys() - rebound.keys() if modes.writes_into(now[name])}
-        return output, written
+        return output, {name: now[name] for name in buffers.keys() - rebound.keys() if self._may_be_written(name, now[name])}
+
+    def _may_be_written(self, name: str, buffer: Tensor) -> bool:
+        """Whether a run has written into a buffer, as far as torch tells."""
+        # a compiler does not say, and a norm in training mode writes without being counted
+        if modes.is_compiling() or any(self.is_training(path) for path, _ in self._holders[name]):
+            return True
+        return modes.writes_into(buffer) != 0  # a run begins with clones, into which nobody has written
 
     def _call_entry(self, *args: object, **kwargs: object) -> Output:
         """Call the model's forward, and report the call; hooks of the model itself run around the bound model."""

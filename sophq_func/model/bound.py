@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sophq_func.capture.live import Live, without_hooks
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, explain
-from sophq_func.core.modes import outside_inference
+from sophq_func.core.modes import is_compiling, outside_inference
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Given, Output
 from sophq_func.model.engine import Engine, QParamsDict
@@ -32,7 +32,7 @@ LEARN = ("scales", "params", "all", None)
 """All values of :data:`Learn`."""
 
 HOLDER = "fake_quantizers"
-"""Name of the submodule that holds the qparams; an underscore follows where the model has a module of this name."""
+"""Name of the attribute that holds the qparams; an underscore follows where the model has one of this name."""
 
 FROZEN = "weights_are_quantized"
 """Name of a buffer that frozen bound models have: it keeps float weights from being loaded into one, and the reverse."""
@@ -45,7 +45,7 @@ class Binding(NamedTuple):
       q: the quantized model.
       kind: the class of the model.
       learn: what is learned.
-      holder: name of the submodule that holds the qparams.
+      holder: name of the attribute that holds the qparams.
       forward: what the model has in the place of the forward of its class, if anything.
       plain: whether the model's own forward is run as it is: no value in it is quantized, and weights are quantized already.
     """
@@ -156,8 +156,7 @@ class Bound(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), mine]))
 
     def _quantizers(self) -> FakeQuantizers:
-        holder = self.get_submodule(self._sophq_binding.holder)
-        assert isinstance(holder, FakeQuantizers)
+        holder: FakeQuantizers = vars(self)[self._sophq_binding.holder]
         return holder
 
     def _live(self) -> Live:
@@ -168,7 +167,7 @@ class Bound(nn.Module):
     def _engine(self) -> Engine:
         """The engine, made anew where a BatchNorm that is folded into a weight has another mode since."""
         live = self._live()
-        if vars(live.entry) is not vars(self):
+        if not is_compiling() and vars(live.entry) is not vars(self):
             sentence = "a replica shares the modules of the bound model, and cannot run with tensors of its own"
             fix = "torch.nn.parallel.DistributedDataParallel instead of nn.DataParallel, or copy.deepcopy(bound)"
             raise StateError(explain("bind", sentence, fix=fix))
@@ -204,11 +203,56 @@ class Bound(nn.Module):
             live.close(_closed(engine))
         vars(self)["_sophq_engine"] = engine
 
+    # The qparams are no child of the model, whose forward may run all of its children, as that of ``nn.Sequential`` does.
+    # So what torch does with children is done with them here.
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the model, and those that hold the qparams."""
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        inside = f"{prefix}.{self._sophq_binding.holder}".lstrip(".")
+        yield from self._quantizers().named_modules(memo, inside, remove_duplicate)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bound:
+        self._quantizers()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        inside = f"{prefix}{self._sophq_binding.holder}."
+        self._quantizers().state_dict(destination=destination, prefix=inside, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        unexpected: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
+        )  # type: ignore[no-untyped-call]
+        inside = f"{prefix}{self._sophq_binding.holder}."
+        # where the model is a function, paths of leaves are names of parameters, which torch takes for those of submodules
+        own = self._sophq_binding.q.engine.skeleton.names
+        unexpected_keys += [key for key in unexpected if key.removeprefix(prefix) not in own and not key.startswith(inside)]
+        for path, module in self._quantizers().named_modules(prefix=inside[:-1]):
+            module._load_from_state_dict(
+                state_dict, f"{path}.", {}, strict, missing_keys, unexpected_keys, error_msgs
+            )  # type: ignore[no-untyped-call]
+
     # copies take the attributes, and make what runs them anew, since it refers to the modules of the original
 
     def __getstate__(self) -> dict[str, Any]:
         get = getattr(super(), "__getstate__", None)  # Python 3.10 has none in ``object``
-        state = dict(vars(self)) if get is None else dict(get())
+        # that of a parametrized module refuses, since pickle cannot find its class
+        state = dict(vars(self)) if get is None or "parametrizations" in self._modules else dict(get())
         state.pop("_sophq_engine", None)
         return state
 
@@ -250,7 +294,7 @@ def bind(q: Quantized, params: Given, qparams: Mapping[str, QParams], learn: Lea
     vars(module)["_sophq_binding"] = Binding(q, kind, learn, holder, forward, plain)
     module._attach()
     module._live().fill(_own(engine, named, learn in ("params", "all")))
-    module.add_module(holder, FakeQuantizers(sorted_dict(qparams), scales, frozen))
+    vars(module)[holder] = FakeQuantizers(sorted_dict(qparams), scales, frozen)
     return module
 
 
