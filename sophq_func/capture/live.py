@@ -53,6 +53,9 @@ class Live(Skeleton):
         self._links = list(links(inner))
         self._slot = inner._sophq_info.slot  # type: ignore[union-attr]
         self._lock = threading.RLock()
+        alone = {name: holders[0][0] for name, holders in self._holders.items() if len(holders) == 1}
+        layers = {name for name, path in alone.items() if self.deferrable(path, name)}
+        self._read_by_layers = [place for place in self._places() if place[2] in layers]
 
     def close(self, paths: frozenset[str]) -> None:
         """Let modules refuse to be called outside of a run."""
@@ -111,10 +114,23 @@ class Live(Skeleton):
         compiling = modes.is_compiling() if frame is None else frame.mode.compiling
         if frame is None and not compiling:
             frame = Frame()  # a checkpoint, which computes again in the backward pass, needs one
-        if frame is not None and later:
-            frame.deferred = Deferred(later, params)
+        if frame is not None and not compiling:
+            params, later = self._deferred(params, later or {})
+            frame.deferred = Deferred(later, params) if later else None
         with self._alone(compiling):
             return self._run(partial(self._call_bound, self._call_entry), frame, params, args, kwargs)
+
+    def _deferred(
+        self, params: Mapping[str, Tensor], later: Mapping[str, Callable[[], Tensor]]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Callable[[], Tensor]]]:
+        """Parameters as the modules hold them, and functions that return what their layers shall read instead.
+
+        A hook on a layer, such as one for gradients of single examples, then finds the parameters that are learned.
+        """
+        own = {name: store[attribute] for store, attribute, name in self._read_by_layers}
+        own = {name: tensor for name, tensor in own.items() if params[name] is not tensor}
+        now = {name: partial(_itself, params[name]) for name in own}
+        return {**params, **own}, {**now, **later}
 
     def _alone(self, compiling: bool) -> AbstractContextManager[object]:
         """A context in which no other thread runs the model; Dynamo cannot trace a lock."""
@@ -174,6 +190,10 @@ def without_hooks(module: nn.Module, inside: bool) -> None:
     """Take the hooks of a skeleton off a module, and off those inside it if these are to report nothing either."""
     for part in module.modules() if inside else [module]:
         unhook(part)
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
 
 
 def _of_class(kind: type[nn.Module], module: nn.Module) -> nn.Module:
