@@ -10,6 +10,7 @@ from sophq_func.model import engine as engine
 from sophq_func.model import finite as finite
 from sophq_func.model import flat as flat
 from sophq_func.model import loop as loop
+from sophq_func.model import no_module as no_module
 from sophq_func.model import noise as noise
 from sophq_func.model import quantized as quantized
 from sophq_func.model import runner as runner

@@ -101,7 +101,8 @@ class FakeQuantizers(nn.Module):
 
     def qparams(self) -> QParamsDict:
         """What the module holds, by quantizer."""
-        return {name: self.get_submodule(key).qparams() for name, key in self.names.items()}  # type: ignore[operator]
+        children: Mapping[str, Any] = self._modules
+        return {name: children[key].qparams() for name, key in self.names.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantizers:
         def kept(tensor: Tensor) -> Tensor:

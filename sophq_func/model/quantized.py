@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Given, Output, Tree
-from sophq_func.model import apply, bound, calibrate, cut, flat, noise, sweep, tap
+from sophq_func.model import apply, bound, calibrate, cut, flat, no_module, noise, sweep, tap
 from sophq_func.model.bound import Bound, Learn
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.tap import Tapped
@@ -75,6 +75,16 @@ class Quantized:
     def __delattr__(self, name: str) -> NoReturn:
         fix = "make a new one with sq.build(model, plan)"
         raise AttributeError(explain("Quantized", f"{name!r} cannot be deleted", because="it is frozen", fix=fix))
+
+    if not TYPE_CHECKING:  # a type checker shall say that there is no such attribute, before anything runs
+
+        def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+            no_module.refuse_call()
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # asked only for what there is not; nothing is there yet while a copy is being made
+            engine: Engine | None = vars(self).get("engine")
+            no_module.refuse_attribute(name, None if engine is None else engine.skeleton.entry, dir(type(self)))
 
     def __repr__(self) -> str:
         flags = f"training={self.training}" + (", frozen=True" if self.frozen else "")
