@@ -287,7 +287,7 @@ def bind(q: Quantized, params: Given, qparams: Mapping[str, QParams], learn: Lea
     module = copy.deepcopy(engine.skeleton).module
     kind = type(module)
     plain = frozen and not engine.loop.schedule
-    forward = vars(module).pop("forward", None)
+    forward = None if plain else vars(module).pop("forward", None)
     holder = _free(HOLDER, dir(module))
     without_hooks(module, inside=plain)
     module.__class__ = _class(kind, plain)
