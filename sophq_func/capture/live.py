@@ -91,12 +91,17 @@ class Live(Skeleton):
             vars(self._module_at[path])[attribute] = filled(template, tensors)
 
     def write(self, buffers: Mapping[str, Tensor]) -> None:
-        """Write numbers into buffers, in place."""
+        """Write numbers into buffers, in place; in a compiled run, bind the buffers to new tensors."""
         if not buffers:
             return
         with torch.no_grad():
             for store, attribute, name in self._places():
-                if name in buffers:
+                if name not in buffers:
+                    continue
+                # of a buffer that a program writes into, its backward pass takes the new numbers for the old ones
+                if modes.is_compiling():
+                    store[attribute] = buffers[name].detach()
+                else:
                     store[attribute].copy_(buffers[name])
 
     def run(
