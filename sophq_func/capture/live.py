@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from sophq_func.capture._torch import links
 from sophq_func.capture.aliases import filled
-from sophq_func.capture.frame import Frame, enter, leave, unhook
+from sophq_func.capture.frame import Frame, ModuleInfo, enter, leave, unhook
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.skeleton import Result, Skeleton
 from sophq_func.core import modes
 from sophq_func.core.errors import StateError, explain
-from sophq_func.core.types import Args, Kwargs, Output
+from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 ANEW = "plan the changed model, and bind it anew"
 """The fix in errors about a bound model that was changed."""
@@ -51,7 +51,8 @@ class Live(Skeleton):
         self._forward = partial(kind.forward, inner) if forward is None else forward
         self._module_at = dict(inner.named_modules())
         self._links = list(links(inner))
-        self._slot = inner._sophq_info.slot  # type: ignore[union-attr]
+        info: ModuleInfo = inner._sophq_info  # type: ignore[assignment]
+        self._slot = info.slot
         self._lock = threading.RLock()
         alone = {name: holders[0][0] for name, holders in self._holders.items() if len(holders) == 1}
         layers = {name for name, path in alone.items() if self.deferrable(path, name)}
@@ -63,7 +64,7 @@ class Live(Skeleton):
 
     def is_training(self, path: str) -> bool:
         """Whether the module at a path is in training mode."""
-        return self._module_at[path].training
+        return bool(self._module_at[path].training)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and buffers that the modules hold, by canonical name.
@@ -88,7 +89,7 @@ class Live(Skeleton):
         for store, attribute, name in self._places():
             store[attribute] = tensors[name]
         for path, attribute, template in self._aliases:
-            vars(self._module_at[path])[attribute] = filled(template, tensors)
+            self._module_at[path].__dict__[attribute] = filled(template, tensors)
 
     def write(self, buffers: Mapping[str, Tensor]) -> None:
         """Write numbers into buffers, in place; in a compiled run, bind the buffers to new tensors."""
@@ -149,7 +150,7 @@ class Live(Skeleton):
         args: Args,
         kwargs: Kwargs,
     ) -> Result:
-        held = [(vars(self._module_at[path]), attribute) for path, attribute, _ in self._aliases]
+        held = [(self._module_at[path].__dict__, attribute) for path, attribute, _ in self._aliases]
         before = [attributes[attribute] for attributes, attribute in held]
         try:
             return super()._run(call, frame, params, args, kwargs)
@@ -179,15 +180,15 @@ class Live(Skeleton):
             return True
         return modes.writes_into(buffer) != 0  # a run begins with clones, into which nobody has written
 
-    def _call_entry(self, *args: object, **kwargs: object) -> Output:
+    def _call_entry(self, *args: Tree, **kwargs: Tree) -> Output:
         """Call the model's forward, and report the call; hooks of the model itself run around the bound model."""
         root = self.entry
-        args, kwargs = enter(root, args, kwargs) or (args, kwargs)
+        given, named = enter(root, args, kwargs) or (args, kwargs)
         output = None
         try:
-            output = self._forward(*args, **kwargs)
+            output = self._forward(*given, **named)
         finally:
-            replaced = leave(root, args, kwargs, output)
+            replaced = leave(root, given, named, output)
         return output if replaced is None else replaced
 
 

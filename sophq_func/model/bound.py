@@ -236,17 +236,13 @@ class Bound(nn.Module):
         error_msgs: list[str],
     ) -> None:
         unexpected: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
-        )  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)  # type: ignore[no-untyped-call]
         inside = f"{prefix}{self._sophq_binding.holder}."
         # where the model is a function, paths of leaves are names of parameters, which torch takes for those of submodules
         own = self._sophq_binding.q.engine.skeleton.names
         unexpected_keys += [key for key in unexpected if key.removeprefix(prefix) not in own and not key.startswith(inside)]
         for path, module in self._quantizers().named_modules(prefix=inside[:-1]):
-            module._load_from_state_dict(
-                state_dict, f"{path}.", {}, strict, missing_keys, unexpected_keys, error_msgs
-            )  # type: ignore[no-untyped-call]
+            module._load_from_state_dict(state_dict, f"{path}.", {}, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]
 
     # copies take the attributes, and make what runs them anew, since it refers to the modules of the original
 
@@ -258,7 +254,7 @@ class Bound(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -380,9 +376,14 @@ def _free(name: str, taken: Collection[str]) -> str:
     return name
 
 
-@functools.cache  # so that copies of a module have its class
 def _class(kind: type[nn.Module], plain: bool) -> type[nn.Module]:
-    """The class of a bound model; a plain one has the forward of the model itself."""
+    """The class of a bound model of a class ``kind``; a plain one has the forward of the model itself."""
+    hashable: Any = kind  # which a type checker denies of modules' classes
+    return _made_class(hashable, plain)
+
+
+@functools.cache  # so that copies of a module have its class
+def _made_class(kind: Any, plain: bool) -> type[nn.Module]:
     # names are those of the model's class, by which libraries look it up
     members: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     if not plain:
@@ -397,5 +398,6 @@ def _class(kind: type[nn.Module], plain: bool) -> type[nn.Module]:
 
 def _empty(kind: type[nn.Module], plain: bool) -> Bound:
     """A bound model without attributes, to be filled with those of another."""
-    made: Bound = object.__new__(_class(kind, plain))  # type: ignore[type-var]
+    made = object.__new__(_class(kind, plain))
+    assert isinstance(made, Bound)
     return made

@@ -36,7 +36,7 @@ def run(page: Path) -> dict[str, object]:
     return names
 
 
-NEEDS = {"export": "onnxruntime", "tables": "onnxscript"}
+NEEDS = {"export": "onnxruntime", "tables": "onnxscript", "language-models": "transformers"}
 """Packages of an extra that a page uses."""
 
 

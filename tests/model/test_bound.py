@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
@@ -92,6 +91,10 @@ def tripled(net: Net, x: Tensor) -> Tensor:
     return 3 * Net.forward(net, x)
 
 
+def pickled(bound: Bound) -> Bound:
+    return pickle.loads(pickle.dumps(bound))
+
+
 def learned(bound: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in bound.named_parameters() if parameter.requires_grad}
 
@@ -135,7 +138,10 @@ def test_neither_the_model_nor_params_nor_qparams_change() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in case.model.modules())
 
 
-@pytest.mark.parametrize(("learn", "of_scales", "of_params"), [(None, 0, 0), ("scales", 8, 0), ("params", 0, 7), ("all", 8, 7)])
+COUNTS = [(None, 0, 0), ("scales", 8, 0), ("params", 0, 7), ("all", 8, 7)]
+
+
+@pytest.mark.parametrize(("learn", "of_scales", "of_params"), COUNTS)
 def test_learn_says_what_requires_a_gradient(learn: Any, of_scales: int, of_params: int) -> None:
     case = made()
     bound = case.q.bind(case.params, case.qparams, learn)
@@ -199,7 +205,7 @@ def test_a_checkpoint_in_the_model_has_the_gradients_of_the_model_without_it() -
 
 
 @pytest.mark.parametrize("learn", [None, "all"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda bound: pickle.loads(pickle.dumps(bound))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_copies_have_tensors_of_their_own(copied: Callable[[Bound], Bound], learn: Any) -> None:
     case = made()
     bound = case.q.bind(case.params, case.qparams, learn)
@@ -225,13 +231,13 @@ def test_torch_saves_and_loads_it(tmp_path: Path) -> None:
 def test_state_dicts_name_what_does_not_fit() -> None:
     case = sequential()
     frozen, trained = (case.q.bind(case.params, case.qparams, learn) for learn in (None, "params"))
-    with pytest.raises(RuntimeError, match="Missing key.*fake_quantizers.weights_are_quantized"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*fake_quantizers.weights_are_quantized"):
         frozen.load_state_dict(trained.state_dict())  # float weights would be used as they are
-    with pytest.raises(RuntimeError, match="Unexpected key.*fake_quantizers.weights_are_quantized"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*fake_quantizers.weights_are_quantized"):
         trained.load_state_dict(frozen.state_dict())
     state = trained.state_dict()
     del state["fake_quantizers.0_weight_fake_quant.scale"]
-    with pytest.raises(RuntimeError, match="Missing key.*fake_quantizers.0_weight_fake_quant.scale"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*fake_quantizers.0_weight_fake_quant.scale"):
         trained.load_state_dict({**state, "0.weight": state["0.weight"]})
 
 
@@ -408,7 +414,7 @@ def test_what_cannot_be_bound_is_named() -> None:
     bind = case.q.bind
     with pytest.raises(sq.ConfigError, match="learn names what is trained: got 'scale'"):
         bind(case.params, case.qparams, "scale")  # type: ignore[arg-type]
-    with pytest.raises(sq.StateError, match="params lack '0.weight'"):
+    with pytest.raises(sq.StateError, match=r"params lack '0.weight'"):
         bind({name: tensor for name, tensor in case.params.items() if name != "0.weight"}, case.qparams)
     with pytest.raises(sq.ConfigError, match="a part cannot be bound: got '0'"):
         case.q.part("0").bind(case.params, case.qparams)
@@ -417,8 +423,11 @@ def test_what_cannot_be_bound_is_named() -> None:
     with pytest.raises(sq.StateError, match="frozen weights cannot be trained"):
         frozen.bind(baked, case.qparams, "params")
     case.model.requires_grad_(False)
-    q = sq.quantize(case.model, sq.QuantConfig(weight=sq.override(fake_quantize=sq.fake_quantize.fixed()), activation=None),
-                    example_args=(case.x,))
+    q = sq.quantize(
+        case.model,
+        sq.QuantConfig(weight=sq.override(fake_quantize=sq.fake_quantize.fixed()), activation=None),
+        example_args=(case.x,),
+    )
     qparams = q.calibrate(case.params, [case.x], progress=False)
     with pytest.raises(sq.ConfigError, match="no parameter of the model requires a gradient"):
         q.bind(case.params, qparams, "params")

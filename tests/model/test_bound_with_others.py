@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ CONFIGS = {
 }
 
 SIZES = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **HEADS}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 MODELS = {"Llama": ("LlamaForCausalLM", LLAMA), "Qwen2": ("Qwen2ForCausalLM", LLAMA), "GPT2": ("GPT2LMHeadModel", GPT2)}
 
@@ -156,10 +158,9 @@ def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
     params = sq.params_of(model)
     bound = q.bind(params, q.calibrate(params, [{"input_ids": ids}], progress=False), "all")
     expected = copy.deepcopy(bound)
-    options = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-    arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=4, report_to=[], save_steps=2, use_cpu=True, disable_tqdm=True, **options
-    )
+    steps = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 2}
+    others = {"report_to": [], "save_steps": 2, "use_cpu": True, "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(tmp_path, per_device_train_batch_size=4, **steps, **others)
     rows = [{"input_ids": row, "labels": row} for row in ids]
     transformers.Trainer(model=bound, args=arguments, train_dataset=rows).train()
 
@@ -240,7 +241,8 @@ def test_kfac_of_one_example_is_the_gauss_newton_matrix_of_each_layer() -> None:
 
 def train_in_a_process(rank: int, store: str, folder: str) -> None:
     """One of two processes: it takes a step on its half of the data."""
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    patience = timedelta(seconds=60)  # of the other process, should this one fail
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience)
     q, params, qparams, x, y = two_layers()
     parallel = DistributedDataParallel(q.bind(params, qparams, "all"))
     half = slice(4 * rank, 4 * rank + 4)
