@@ -62,6 +62,10 @@ class Live(Skeleton):
         """Let modules refuse to be called outside of a run."""
         self._slot.closed = paths
 
+    def alone(self) -> AbstractContextManager[object]:
+        """A context in which no other thread runs the model; Dynamo cannot trace a lock."""
+        return nullcontext() if modes.is_compiling() else self._lock
+
     def is_training(self, path: str) -> bool:
         """Whether the module at a path is in training mode."""
         return bool(self._module_at[path].training)
@@ -123,7 +127,7 @@ class Live(Skeleton):
         if frame is not None and not compiling:
             params, later = self._deferred(params, later or {})
             frame.deferred = Deferred(later, params) if later else None
-        with self._alone(compiling):
+        with self.alone():
             return self._run(partial(self._call_bound, self._call_entry), frame, params, args, kwargs)
 
     def _deferred(
@@ -137,10 +141,6 @@ class Live(Skeleton):
         own = {name: tensor for name, tensor in own.items() if params[name] is not tensor}
         now = {name: partial(_itself, params[name]) for name in own}
         return {**params, **own}, {**now, **later}
-
-    def _alone(self, compiling: bool) -> AbstractContextManager[object]:
-        """A context in which no other thread runs the model; Dynamo cannot trace a lock."""
-        return nullcontext() if compiling else self._lock
 
     def _run(
         self,
@@ -161,7 +161,7 @@ class Live(Skeleton):
     def _rerun(
         self, now: Mapping[str, Tensor], frame: Frame, fn: Callable[..., Output], args: Args, kwargs: Kwargs
     ) -> Output:
-        with self._lock:
+        with self.alone():
             output, _ = self._run(partial(super()._call_bound, fn), frame, now, args, kwargs)
         return output
 

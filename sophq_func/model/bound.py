@@ -135,20 +135,19 @@ class Bound(nn.Module):
           >>> torch.equal(q.apply(*bound.state(), x), bound(x))
           True
         """
-        engine = self._engine()
-        named = {name: tensor.detach() for name, tensor in self._live().tensors().items()}
+        live = self._live()
+        with live.alone():
+            named = {name: tensor.detach() for name, tensor in live.tensors().items()}
         leaves = {name: leaf.detach() for name, leaf in flat(self._quantizers().qparams()).items()}
-        return engine.tree(sorted_dict(named), "state"), merge(leaves, {})
+        return self._sophq_engine.tree(sorted_dict(named), "state"), merge(leaves, {})
 
     def train(self, mode: bool = True) -> Bound:
-        """Set the training flag of all modules, as of any module.
-
-        Raises:
-          StateError: the weights are frozen, and a BatchNorm is folded into one.
-        """
-        if mode:
-            self._check_frozen_norms()
-        return super().train(mode)
+        """Set the training flag of all modules, but for BatchNorms that are folded into frozen weights: these stay in eval."""
+        super().train(mode)
+        if self._sophq_binding.frozen:
+            for path in self._folded():
+                self.get_submodule(path).eval()
+        return self
 
     def extra_repr(self) -> str:
         """What the class of the model says about itself, and what is quantized and learned."""
@@ -165,33 +164,35 @@ class Bound(nn.Module):
         assert isinstance(live, Live)
         return live
 
-    def _engine(self) -> Engine:
+    def _folded(self) -> list[str]:
+        """Paths of the BatchNorms that are folded into weights."""
+        return [weight.site.norm for weight in self._sophq_engine.weights if weight.norm]
+
+    def _engine(self, live: Live) -> Engine:
         """The engine, made anew where a BatchNorm that is folded into a weight has another mode since."""
-        live = self._live()
         if not is_compiling() and vars(live.entry) is not vars(self):
             sentence = "a replica shares the modules of the bound model, and cannot run with tensors of its own"
             fix = "torch.nn.parallel.DistributedDataParallel instead of nn.DataParallel, or copy.deepcopy(bound)"
             raise StateError(explain("bind", sentence, fix=fix))
-        norms = [(weight.site.norm, weight.norm.training) for weight in self._sophq_engine.weights if weight.norm]
-        if any(live.is_training(path) is not training for path, training in norms):
-            self._check_frozen_norms()
-            self._attach()
+        norms = [weight.norm for weight in self._sophq_engine.weights if weight.norm]
+        if any(live.is_training(path) is not norm.training for path, norm in zip(self._folded(), norms, strict=True)):
+            binding = self._sophq_binding
+            if binding.frozen:
+                sentence = "frozen weights have a BatchNorm folded in, whose statistics would change with each batch"
+                fix = "bound.eval(), or q.bind(params, qparams, learn='params') for a model that is trained"
+                raise StateError(explain("bind", sentence, got=self._folded()[0], fix=fix))
+            vars(self)["_sophq_engine"] = Engine(live, binding.q.plan, binding.frozen)
         return self._sophq_engine
-
-    def _check_frozen_norms(self) -> None:
-        folded = [weight.site.norm for weight in self._sophq_engine.weights if weight.norm]
-        if self._sophq_binding.frozen and folded:
-            sentence = "frozen weights have a BatchNorm folded in, whose statistics would change with each batch"
-            fix = "bound.eval(), or q.bind(params, qparams, learn='params') for a model that is trained"
-            raise StateError(explain("train", sentence, got=folded[0], fix=fix))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
         """A run of the quantized model with the tensors that the modules hold now."""
-        engine, live = self._engine(), self._live()
-        params, qparams = live.tensors(), self._quantizers().qparams()
-        engine.check_kinds(qparams)
-        output, written = engine.run_quantized(params, qparams, engine.quantizing(qparams), args, kwargs)
-        live.write(_with_shifted_means(engine, params, qparams, written))
+        live = self._live()
+        with live.alone():  # from the start, as a run puts other tensors in the place of those that the modules hold
+            engine = self._engine(live)
+            params, qparams = live.tensors(), self._quantizers().qparams()
+            engine.check_kinds(qparams)
+            output, written = engine.run_quantized(params, qparams, engine.quantizing(qparams), args, kwargs)
+            live.write(_with_shifted_means(engine, params, qparams, written))
         return output
 
     def _attach(self) -> None:

@@ -14,6 +14,7 @@ from sophq_func.config.dicts import from_dicts
 from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import ConfigError, PlanError, explain
 from sophq_func.core.types import Kwargs, Output, Tree
+from sophq_func.model.bound import Bound
 from sophq_func.model.quantized import Quantized
 from sophq_func.planning.make import plan as make_plan
 from sophq_func.planning.plan import Plan
@@ -104,9 +105,9 @@ def quantize(
 
 
 def _refuse_quantized(model: object, where: str) -> None:
-    if isinstance(model, Quantized):
+    if isinstance(model, Quantized | Bound):
         allowed, fix = "a torch.nn.Module, or a function with params=", "give the float model that it was made of"
-        raise PlanError(explain(where, "the model is quantized already", got=model, allowed=allowed, fix=fix))
+        raise PlanError(explain(where, "the model is quantized already", got=type(model).__name__, allowed=allowed, fix=fix))
 
 
 def _is_pair(call: object) -> bool:

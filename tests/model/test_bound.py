@@ -395,13 +395,14 @@ def test_changed_modules_are_refused() -> None:
         replica(case.x)
 
 
-def test_frozen_weights_refuse_the_training_mode_of_a_folded_norm() -> None:
+def test_a_norm_that_is_folded_into_frozen_weights_does_not_train() -> None:
     case = made(train=True)
     with pytest.raises(sq.StateError, match=r"training mode cannot be frozen.*bn.*q.eval\(\).bind"):
         case.q.bind(case.params, case.qparams)
     frozen = case.q.eval().bind(case.params, case.qparams)
-    with pytest.raises(sq.StateError, match="frozen weights have a BatchNorm folded in"):
-        frozen.train()
+    frozen.train()
+    assert frozen.training and frozen.fc1.training and not frozen.bn.training
+    assert torch.equal(frozen(case.x), case.q.eval().apply(case.params, case.qparams, case.x))
     frozen.bn.train()
     with pytest.raises(sq.StateError, match="frozen weights have a BatchNorm folded in"):
         frozen(case.x)
@@ -459,12 +460,14 @@ def test_other_attributes_are_missing_as_they_always_were() -> None:
         case.q.calibrat  # noqa: B018
     with pytest.raises(sq.PlanError, match="quantized already"):
         sq.quantize(case.q, CNN, example_args=(case.x,))  # type: ignore[arg-type]
+    with pytest.raises(sq.PlanError, match="quantized already"):
+        sq.quantize(case.q.bind(case.params, case.qparams), CNN, example_args=(case.x,))
     assert copy.deepcopy(case.q).plan == pickle.loads(pickle.dumps(case.q)).plan == case.q.plan
 
 
 @pytest.mark.slow
 def test_a_compiled_bound_model_computes_and_learns_the_same() -> None:
-    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
     case = made(model, sq.QuantConfig(weight=LSQ, activation=LSQ), torch.randn(6, 4), train=True)
     eager = case.q.bind(case.params, case.qparams, "all")
     bound = copy.deepcopy(eager)
