@@ -27,7 +27,7 @@ from sophq_func.capture._torch import (
 )
 from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
-from sophq_func.core.errors import StateError, explain
+from sophq_func.core.errors import StateError
 from sophq_func.core.modes import is_compiling, is_mapped, now
 from sophq_func.core.operations import called
 from sophq_func.core.pytree import tensors
@@ -148,11 +148,13 @@ class Slot:
 
     Attributes:
       watch: the mode of the run in progress, from which the hooks reach its frame; ``None`` between runs.
-      closed: paths of modules that may be called in a run alone; of a skeleton, whose modules nobody else has, none.
+      closed: for the path of each module that must not be called outside of a run, the error that says so.
     """
 
     watch: Watch | None = None
-    closed: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.closed: Mapping[str, str] = {}
 
 
 class ModuleInfo:
@@ -181,7 +183,7 @@ def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
     watch = info.watch()
     if watch is None:
         if info.path in info.slot.closed and info.slot.watch is None and not is_compiling():
-            raise _called_alone(info.path)
+            raise StateError(info.slot.closed[info.path])
         return None
     frame = watch.frame
     if not info.leaf:
@@ -236,12 +238,6 @@ def unhook(module: nn.Module) -> None:
     """Take the hooks of a skeleton off a module, which keeps those of the model's own."""
     drop_hooks(module, lambda hook: hook is enter or hook is leave)
     wrap_hooks_before(module, lambda hook: hook.own if isinstance(hook, OwnHook) else hook)
-
-
-def _called_alone(path: str) -> StateError:
-    sentence = "it is called outside the forward of the bound model, where its quantizers would not act"
-    fix = f"q.part({path!r}).apply(params, qparams, ...) with params, qparams = bound.state()"
-    return StateError(explain(path, sentence, fix=fix))
 
 
 def item(function: str, args: Args) -> int | None:

@@ -58,9 +58,9 @@ class Live(Skeleton):
         layers = {name for name, path in alone.items() if self.deferrable(path, name)}
         self._read_by_layers = [place for place in self._places() if place[2] in layers]
 
-    def close(self, paths: frozenset[str]) -> None:
-        """Let modules refuse to be called outside of a run."""
-        self._slot.closed = paths
+    def close(self, errors: Mapping[str, str]) -> None:
+        """Let modules refuse to be called outside of a run: by path, what their errors say."""
+        self._slot.closed = errors
 
     def alone(self) -> AbstractContextManager[object]:
         """A context in which no other thread runs the model; Dynamo cannot trace a lock."""

@@ -142,7 +142,7 @@ class Bound(nn.Module):
         return self._sophq_engine.tree(sorted_dict(named), "state"), merge(leaves, {})
 
     def train(self, mode: bool = True) -> Bound:
-        """Set the training flag of all modules, but for BatchNorms that are folded into frozen weights: these stay in eval."""
+        """Set the training flag of all modules; BatchNorms that are folded into frozen weights stay in evaluation mode."""
         super().train(mode)
         if self._sophq_binding.frozen:
             for path in self._folded():
@@ -358,10 +358,16 @@ def _with_shifted_means(
     return new
 
 
-def _closed(engine: Engine) -> frozenset[str]:
-    """Paths of the modules in which a quantizer acts: called outside of a run, they would compute in float."""
+def _closed(engine: Engine) -> dict[str, str]:
+    """By path, what the modules in which a quantizer acts say when they are called alone: they would compute in float."""
     paths = {weight.site.path for weight in engine.acting} | {path for path, _ in engine.loop.schedule.actions}
-    return frozenset(outer for path in paths for outer in _around(path))
+    return {outer: _called_alone(outer) for path in paths for outer in _around(path)}
+
+
+def _called_alone(path: str) -> str:
+    sentence = "it is called outside the forward of the bound model, where its quantizers would not act"
+    fix = f"q.part({path!r}).apply(params, qparams, ...) with params, qparams = bound.state()"
+    return explain(path, sentence, fix=fix)
 
 
 def _around(path: str) -> Iterator[str]:

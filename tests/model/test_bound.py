@@ -440,9 +440,7 @@ def test_what_cannot_be_bound_is_named() -> None:
     ("use", "fix"),
     [
         (lambda q, x: q(x), r"q.apply\(params, qparams, x\)"),
-        pytest.param(
-            lambda q, x: torch.compile(q, backend="eager")(x), r"torch.compile\(q.apply\)", marks=pytest.mark.slow
-        ),
+        pytest.param(lambda q, x: torch.compile(q, backend="eager")(x), r"torch.compile\(q.apply\)", marks=pytest.mark.slow),
         (lambda q, x: q.forward(x), r"q.apply\(params, qparams, x\)"),
         (lambda q, x: q.to("cpu"), r"q.bind\(params, qparams\).to"),
         (lambda q, x: q.features(x), r"q.bind\(params, qparams\).features"),

@@ -254,7 +254,14 @@ def train_in_a_process(rank: int, store: str, folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_learn_from_the_mean_of_their_gradients(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_in_a_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    arguments = (str(tmp_path / "store"), str(tmp_path))
+    context = torch.multiprocessing.spawn(train_in_a_process, arguments, nprocs=2, join=False)
+    try:
+        # returns when one of them is done, and is true when all are; a process that waits for the other must end, too
+        assert context.join(timeout=120) or context.join(timeout=120)
+    finally:
+        for process in context.processes:
+            process.kill()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
