@@ -6,6 +6,7 @@ from sophq_func.capture import decompose as decompose
 from sophq_func.capture import frame as frame
 from sophq_func.capture import graph as graph
 from sophq_func.capture import lazy as lazy
+from sophq_func.capture import live as live
 from sophq_func.capture import naming as naming
 from sophq_func.capture import skeleton as skeleton
 from sophq_func.capture import snapshot as snapshot

@@ -134,6 +134,26 @@ def wrap_hooks_before(module: nn.Module, wrap: Callable[[Callable[..., object]],
         module._forward_pre_hooks[key] = wrap(hook)
 
 
+def drop_hooks(module: nn.Module, are_dropped: Callable[[object], bool]) -> None:
+    """Remove those hooks around a module's forward for which a predicate holds."""
+    flags = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if are_dropped(hook)]:
+            del hooks[key]
+            for flag in flags:
+                flag.pop(key, None)
+
+
+def links(module: nn.Module) -> Iterator[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """Where each module inside another is held: the dict of its parent, its name there, and the module."""
+    for parent in module.modules():
+        yield from ((parent._modules, name, child) for name, child in parent._modules.items() if child is not None)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module of a skeleton has its hooks."""
     return "_sophq_info" in vars(module)

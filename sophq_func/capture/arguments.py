@@ -92,14 +92,28 @@ def arguments(model: nn.Module) -> Arguments:
 
 
 def map_inputs(
-    names: Arguments, args: Args, kwargs: Kwargs, f: Callable[[str, Tensor], Tree]
+    names: Arguments,
+    args: Args,
+    kwargs: Kwargs,
+    f: Callable[[str, Tensor], Tree],
+    only: Collection[str] | None = None,
 ) -> tuple[Args, dict[str, Tree]]:
     """A copy of a call's arguments with ``f(name, tensor)`` in place of each tensor, named such as ``x.0`` inside a list.
 
     Dicts, caches and all else that may be written into is new: what a model is given enters each run as it was.
+
+    Args:
+      names: of the model's arguments.
+      args, kwargs: of the call.
+      f: what happens to a tensor.
+      only: names of the arguments that are copied; the others enter as they are. ``None``: all are copied.
     """
     known: Known | None = None if is_compiling() else {}  # Dynamo cannot tell identities of what the program makes itself
     further = (f"{names.rest}.{i}" for i in range(len(args) - len(names.positional)))
     by_position = zip((*names.positional, *further), args, strict=False)
-    new_args = tuple(map_named(name, arg, f, known) for name, arg in by_position)
-    return new_args, {name: map_named(name, arg, f, known) for name, arg in kwargs.items()}
+
+    def mapped(name: str, arg: Tree) -> Tree:
+        return map_named(name, arg, f, known) if only is None or name.partition(".")[0] in only else arg
+
+    new_args = tuple(mapped(name, arg) for name, arg in by_position)
+    return new_args, {name: mapped(name, arg) for name, arg in kwargs.items()}

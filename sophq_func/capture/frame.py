@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sophq_func.capture._torch import (
+    drop_hooks,
     has_only_our_hooks,
     innermost_mode,
     is_higher_order,
@@ -22,9 +23,11 @@ from sophq_func.capture._torch import (
     pop_mode,
     push_mode,
     without_innermost_mode,
+    wrap_hooks_before,
 )
 from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.lazy import Deferred
+from sophq_func.core.errors import StateError
 from sophq_func.core.modes import is_compiling, is_mapped, now
 from sophq_func.core.operations import called
 from sophq_func.core.pytree import tensors
@@ -141,9 +144,17 @@ class Aside:
 
 
 class Slot:
-    """The mode of the run in progress, from which the hooks of a skeleton reach its frame; ``None`` between runs."""
+    """What the hooks of a skeleton share.
+
+    Attributes:
+      watch: the mode of the run in progress, from which the hooks reach its frame; ``None`` between runs.
+      closed: for the path of each module that must not be called outside of a run, the error that says so.
+    """
 
     watch: Watch | None = None
+
+    def __init__(self) -> None:
+        self.closed: Mapping[str, str] = {}
 
 
 class ModuleInfo:
@@ -171,6 +182,8 @@ def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
     info: ModuleInfo = module._sophq_info  # type: ignore[assignment]
     watch = info.watch()
     if watch is None:
+        if info.path in info.slot.closed and info.slot.watch is None and not is_compiling():
+            raise StateError(info.slot.closed[info.path])
         return None
     frame = watch.frame
     if not info.leaf:
@@ -221,6 +234,12 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
     return output
 
 
+def unhook(module: nn.Module) -> None:
+    """Take the hooks of a skeleton off a module, which keeps those of the model's own."""
+    drop_hooks(module, lambda hook: hook is enter or hook is leave)
+    wrap_hooks_before(module, lambda hook: hook.own if isinstance(hook, OwnHook) else hook)
+
+
 def item(function: str, args: Args) -> int | None:
     """The number in ``x[number]``; ``None`` for calls of other functions, and indices of other kinds.
 
@@ -246,17 +265,17 @@ class OwnHook:
     """
 
     def __init__(self, hook: Callable[..., Output], info: ModuleInfo) -> None:
-        self._hook, self._info = hook, info
+        self.own, self._info = hook, info
 
     def __call__(self, module: nn.Module, *args: Args | Kwargs) -> Output:
         watch = self._info.slot.watch
         if watch is None:
-            return self._hook(module, *args)
+            return self.own(module, *args)
         frame = watch.frame
         outer = frame.given
         frame.given = tensors(args)
         try:
-            result = self._hook(module, *args)
+            result = self.own(module, *args)
         finally:
             frame.given = outer
         if not self._info.leaf and not frame.leaf_depth:

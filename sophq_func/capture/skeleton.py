@@ -114,7 +114,10 @@ class Skeleton:
       paths: every path of each module, by its first.
       constants: copies of the tensors that are plain attributes of modules.
       structure: where the model is a function, the tree of its params.
+      keeps_state: whether what a run changes in modules and arguments stays, as in a module; else each run is pure.
     """
+
+    keeps_state = False
 
     def __init__(self, model: nn.Module, opaque: Collection[str] = ()) -> None:
         registered = registered_tensors(model)

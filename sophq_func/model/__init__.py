@@ -2,6 +2,7 @@
 
 from sophq_func.model import apply as apply
 from sophq_func.model import bind as bind
+from sophq_func.model import bound as bound
 from sophq_func.model import build as build
 from sophq_func.model import calibrate as calibrate
 from sophq_func.model import cut as cut
@@ -9,6 +10,7 @@ from sophq_func.model import engine as engine
 from sophq_func.model import finite as finite
 from sophq_func.model import flat as flat
 from sophq_func.model import loop as loop
+from sophq_func.model import no_module as no_module
 from sophq_func.model import noise as noise
 from sophq_func.model import params as params
 from sophq_func.model import quantized as quantized

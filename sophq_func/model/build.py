@@ -15,6 +15,7 @@ from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import ConfigError, PlanError, explain
 from sophq_func.core.public import public
 from sophq_func.core.types import Kwargs, Output, Tree
+from sophq_func.model.bound import Bound
 from sophq_func.model.quantized import Quantized
 from sophq_func.planning.make import plan as make_plan
 from sophq_func.planning.plan import Plan
@@ -47,6 +48,7 @@ def build(model: Model, plan: Plan, *, params: Tree = None) -> Quantized:
       >>> build(model, sq.plan(sq.trace(model, (x,)), sq.QuantConfig()))
       Quantized(Linear, Plan(1 weight and 1 activation quantizers, digest ...), training=True)
     """
+    _refuse_quantized(model, "build")
     model = as_module(model, params, "build")
     if not isinstance(plan, Plan):
         sentence, fix = "a model is built from a plan", "plan = sq.plan(sq.trace(model, (x,)), sq.QuantConfig())"
@@ -99,9 +101,16 @@ def quantize(
     if not all(_is_pair(call) for call in calls):
         sentence, fix = "these examples cannot be traced", "examples=[((x,), {}), ((y,), {})]"
         raise PlanError(explain("quantize", sentence, allowed="pairs of a tuple and a dict", fix=fix))
+    _refuse_quantized(model, "quantize")
     module = as_module(model, params, "quantize")
     graphs = [trace(module, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
     return build(module, make_plan(graphs, config))
+
+
+def _refuse_quantized(model: object, where: str) -> None:
+    if isinstance(model, Quantized | Bound):
+        allowed, fix = "a torch.nn.Module, or a function with params=", "give the float model that it was made of"
+        raise PlanError(explain(where, "the model is quantized already", got=type(model).__name__, allowed=allowed, fix=fix))
 
 
 def _is_pair(call: object) -> bool:

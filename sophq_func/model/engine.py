@@ -242,7 +242,7 @@ class Engine:
           The model's output, and its buffers afterwards.
         """
         given = self.skeleton.detached(params)
-        effective = self.effective(qparams)
+        effective = self.effective(qparams) if self.acting else {}
         # without a schedule the loop runs without a frame, which is what defers parameters
         deferrable = frozenset() if is_compiling() or not self.loop.schedule else self.deferrable
         at_once = [weight for weight in self.acting if weight.site.parameter not in deferrable]

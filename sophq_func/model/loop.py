@@ -69,14 +69,16 @@ class Loop:
           StateError: the run made other calls than the examples.
         """
         own = _Own(self.copied)
+        # a module writes into what it is given, such as a cache; only an argument with a quantizer is replaced
+        only = self.schedule.arguments if self.skeleton.keeps_state else None
         if watch is None and not self.schedule:  # nothing to do at any call: run without a frame, which is faster
-            args, kwargs = map_inputs(self.arguments, args, kwargs, own)
+            args, kwargs = map_inputs(self.arguments, args, kwargs, own, only)
             return self.skeleton.run(None, params, args, kwargs)
         runner = Runner(self.schedule, effect) if watch is None else watch(self.schedule)
         takes = (lambda name, x: runner.input(name, own(name, x))) if runner.takes_inputs else own
-        args, kwargs = map_inputs(self.arguments, args, kwargs, takes)
+        args, kwargs = map_inputs(self.arguments, args, kwargs, takes, only)
         if self.schedule.same:  # only now, as these arguments become what the effect made of the first one
-            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input)
+            args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input, only)
         output, buffers = self.skeleton.run(runner, params, args, kwargs, later)
         runner.check()
         return output, buffers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from sophq_func.core.modes import outside_inference
 from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Given, Output, Tree
-from sophq_func.model import apply, calibrate, cut, flat, noise, sweep, tap
+from sophq_func.model import apply, bound, calibrate, cut, flat, no_module, noise, sweep, tap
+from sophq_func.model.bound import Bound, Learn
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.tap import Tapped
 from sophq_func.numerics.contracts import QParams, State
@@ -75,6 +76,16 @@ class Quantized:
     def __delattr__(self, name: str) -> NoReturn:
         fix = "make a new one with sq.build(model, plan)"
         raise AttributeError(explain("Quantized", f"{name!r} cannot be deleted", because="it is frozen", fix=fix))
+
+    if not TYPE_CHECKING:  # a type checker shall say that there is no such attribute, before anything runs
+
+        def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+            no_module.refuse_call()
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # asked only for what there is not; nothing is there yet while a copy is being made
+            engine: Engine | None = vars(self).get("engine")
+            no_module.refuse_attribute(name, None if engine is None else engine.skeleton.entry, dir(type(self)))
 
     def __repr__(self) -> str:
         flags = f"training={self.training}" + (", frozen=True" if self.frozen else "")
@@ -439,6 +450,36 @@ class Quantized:
         quantized = self.engine.quantized_params(named, qparams)
         constants = {name: outside_inference(tensor.detach()) for name, tensor in quantized.items()}
         return self._with(self.engine.skeleton, frozen=True), self.engine.like(params, constants)
+
+    def bind(self, params: Given, qparams: Mapping[str, QParams], /, learn: Learn = None) -> Bound:
+        """The quantized model as a module of the model's own class, for whatever wants a module.
+
+        It has the attributes, methods and layers of the model, and runs as :meth:`apply` does. Its tensors are copies, so
+        that neither the model nor ``params`` changes. Qparams are in its submodule ``fake_quantizers``. ``bound.state()``
+        gives params and qparams back. It can be copied, pickled and saved.
+
+        Args:
+          params, qparams: see :meth:`apply`.
+          learn: which tensors require a gradient: ``"scales"``, what :meth:`split` calls learnable; ``"params"``, the
+            parameters of the model that require one there; ``"all"``, both. ``None``: none; the weights are quantized once,
+            which makes it as fast as the float model where no activation is quantized.
+
+        Raises:
+          ConfigError: an unknown ``learn``, nothing to learn, or a part of a model.
+          StateError: names that are missing or unknown; a model in training mode, with a BatchNorm folded into a weight,
+            that is to be frozen.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> params = sq.params_of(model)
+          >>> qparams = q.calibrate(params, [x], progress=False)
+          >>> bound = q.bind(params, qparams)
+          >>> isinstance(bound, torch.nn.Linear), torch.equal(bound(x), q.apply(params, qparams, x))
+          (True, True)
+        """
+        return bound.bind(self, params, qparams, learn)
 
     def tree(self, params: Given, /) -> Given:
         """Params by name, such as those of a file, as the tree that the function takes; of a module they stay a dict.

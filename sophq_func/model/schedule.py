@@ -78,6 +78,7 @@ class Schedule:
 
     Attributes:
       inputs: quantizer name, by the model's argument on which it acts.
+      arguments: names of the model's arguments that hold a tensor on which a quantizer acts.
       same: for each argument that must be the same tensor as another argument, that other one.
       actions: by pair, then by the number of the call among those of its pair.
       every: pairs at each call of which the same quantizers act, however many there are.
@@ -103,6 +104,7 @@ class Schedule:
         self.inputs = {site.argument: site.quantizer for site in sites if site.argument}
         self._values = {site.argument: site.value for site in sites if site.argument}
         self.same = {repeated: site.argument for site in sites for repeated in site.also}
+        self.arguments = {name.partition(".")[0] for name in (*self.inputs, *self.same)}
         self.shared = {site.quantizer for site in sites if site.more}
         self.actions: dict[Pair, dict[int, Actions]] = {}
         for site in sites:

@@ -141,6 +141,24 @@ def a_layer_whose_hooks_read_parameters_would_be_given_them_too_late() -> None:
     assert not _torch.has_only_one_hook_before(module)
 
 
+@without("_forward_pre_hooks_with_kwargs")
+@without("_forward_hooks_with_kwargs")
+@without("_forward_hooks_always_called")
+def flags_of_dropped_hooks_would_stay_for_ever() -> None:
+    module = nn.Linear(1, 1)
+
+    def hook(*_: Any) -> None:
+        return None
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_hook(hook, with_kwargs=True, always_call=True)
+    kept = module.register_forward_hook(lambda *_: None, with_kwargs=True)
+    _torch.drop_hooks(module, lambda one: one is hook)
+    assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
+    assert list(module._forward_hooks) == list(module._forward_hooks_with_kwargs) == [kept.id]
+    assert not module._forward_hooks_always_called
+
+
 @without("_checkpoint_without_reentrant_generator")
 def what_a_checkpoint_computes_again_would_find_no_tensors() -> None:
     parts = _torch.checkpoint_parts()
