@@ -1,5 +1,5 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
-# make quick: under a minute of them.
+# make quick: under a minute of them.  make docs: the documentation as a site.
 # make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: five settings of eighteen).
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-text examples test fuzz quick test-isa lint types contract rooms doctest check bench clean
+.PHONY: demo demo-text examples test fuzz quick test-isa lint types contract rooms doctest check bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -54,6 +54,10 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/numerics.py
 	$(BIN)/python benchmarks/speed.py
 
+# into site/; a warning is an error. Both variables silence advertisements, which are no warnings of the build.
+docs: $(VENV)/.docs
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -69,9 +73,13 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo]"
 	touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[docs]"
+	touch $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_out demo_text_out
+	rm -rf $(VENV) demo_out demo_text_out site

@@ -15,6 +15,27 @@ from torch import nn
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.registry import Registry
 
+__all__ = [
+    "BnReLU2d",
+    "BnReLU3d",
+    "ConvBn1d",
+    "ConvBn2d",
+    "ConvBn3d",
+    "ConvBnReLU1d",
+    "ConvBnReLU2d",
+    "ConvBnReLU3d",
+    "ConvReLU1d",
+    "ConvReLU2d",
+    "ConvReLU3d",
+    "ConvTransposeBn2d",
+    "ConvTransposeBnReLU2d",
+    "ConvTransposeReLU2d",
+    "Fused",
+    "LinearBn1d",
+    "LinearReLU",
+    "fused",
+]
+
 Part: TypeAlias = type[nn.Module] | Callable[..., Any] | str
 """One call of a fused pattern: the class of the module that is called, or the function, or the name of either."""
 

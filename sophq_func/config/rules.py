@@ -21,6 +21,8 @@ from sophq_func.config.strategies import PLACEMENTS, Preset
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
+__all__ = ["QuantConfig", "Rule", "not_grouped"]
+
 QUANTMODES = ("weight_activation", "weight_only")
 
 DEFAULT_CHIP = "BM1690"
