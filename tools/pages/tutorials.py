@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import json
+import pprint
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def _run(code: str, file: str, names: dict[str, Any]) -> Result:
     with contextlib.redirect_stdout(printed):
         exec(compile(tree, file, "exec"), names)
         value = None if last is None else eval(compile(ast.Expression(last.value), file, "eval"), names)  # type: ignore[attr-defined]
-    return Result(printed.getvalue().rstrip("\n"), "" if value is None else repr(value), tuple(_drawn()))
+    return Result(printed.getvalue().rstrip("\n"), "" if value is None else pprint.pformat(value, width=88), tuple(_drawn()))
 
 
 def _drawn() -> Iterator[bytes]:
