@@ -124,7 +124,10 @@ def _of_shapes(shapes: Shapes, module: nn.Module) -> tuple[tuple[Tensor, ...], d
         # sophgo-mq's scripts name inputs as the ONNX file shall name them, which says nothing of the model's arguments.
         sentence, fix = "input_shape_dict names inputs that the model does not have", f"input_shape_dict={listed}"
         raise ConfigError(explain(where, sentence, got=list(shapes), allowed=list(arguments), fix=fix))
-    return (), dict(zip(shapes, tensors, strict=True))
+    # In the order of the model's signature, as positional arguments are, whatever order the dict has.
+    order = [*(name for name in arguments if name in shapes), *(name for name in shapes if name not in arguments)]
+    named = dict(zip(shapes, tensors, strict=True))
+    return (), {name: named[name] for name in order}
 
 
 def _is_shape(shape: object) -> bool:
