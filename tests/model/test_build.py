@@ -35,8 +35,8 @@ def test_shapes_of_inputs_plan_what_inputs_of_these_shapes_plan(shapes: Any) -> 
 
 
 def test_shapes_of_inputs_leave_the_callers_random_numbers_where_they_are() -> None:
-    before = torch.get_rng_state()
-    sq.prepare_by_platform(Two().eval(), DICTIONARIES, input_shape_dict=[SHAPE, [1, 5]])
+    model, before = Two().eval(), torch.get_rng_state()
+    sq.prepare_by_platform(model, DICTIONARIES, input_shape_dict=[SHAPE, [1, 5]])
     assert torch.equal(before, torch.get_rng_state())
 
 
