@@ -13,7 +13,10 @@ from tests.documented import DocumentedNet
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-ELSEWHERE = {"text": "tests/docs/test_text.py, with a stand-in for the package that it needs"}
+ELSEWHERE = {
+    "text": "tests/docs/test_text.py, with a stand-in for the package that it needs",
+    "libraries": "tests/docs/test_libraries.py, each block where its package is installed",
+}
 """Pages that other tests run."""
 CODED = [page for page in PAGES if "```python" in page.read_text() and page.stem not in ELSEWHERE]
 
