@@ -25,10 +25,8 @@ def test_every_block_names_its_package_and_every_library_has_a_row() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # what other libraries warn of is theirs
-@pytest.mark.parametrize(("package", "block"), zip(PACKAGES, BLOCKS, strict=True), ids=PACKAGES)
-def test_the_block_of_a_library_runs(
-    package: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("package", "block"), list(zip(PACKAGES, BLOCKS, strict=True)), ids=PACKAGES)
+def test_the_block_of_a_library_runs(package: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(MODULES.get(package, package))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
