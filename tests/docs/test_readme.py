@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 ELSEWHERE = {
     "text": "tests/docs/test_text.py, with a stand-in for the package that it needs",
+    "errors": "tests/docs/test_errors.py, each block after the set-up alone",
     "libraries": "tests/docs/test_libraries.py, each block where its package is installed",
 }
 """Pages that other tests run."""
