@@ -90,10 +90,12 @@ assert type(model[0]) is nn.Conv2d
 # %% [markdown]
 # ## Fewer bits
 #
-# Bit widths are a field of the config. Two bits for every weight are too few here:
+# Bit widths are a field of the config, and so is what shares a scale. Two bits with one scale for a
+# whole weight are too little here:
 
 # %%
-low = sq.QuantConfig(weight=sq.override(bits=2), activation=sq.override(bits=4))
+two = sq.override(bits=2, granularity=sq.PerTensor())
+low = sq.QuantConfig(weight=two, activation=sq.override(bits=4))
 q = sq.quantize(model, low, example_args=(images[:2],))
 qparams = q.calibrate(params, calibration, progress=False)
 w2a4 = accuracy(lambda x: q.apply(params, qparams, x))
@@ -128,7 +130,7 @@ _ = axes.set_xlabel("share of the output's error")
 
 # %%
 mixed = sq.QuantConfig(
-    weight=sq.override(bits=2),
+    weight=two,
     activation=sq.override(bits=4),
     rules=(sq.Rule(name=worst, weight=sq.override(bits=8)),),
 )
