@@ -79,7 +79,8 @@ def _fused(name: str, *parts: Part) -> type[Fused]:
     if len(parts) < 2 or not all(map(_is_part, parts)):
         allowed, fix = "two or more module classes or functions", f'sq.patterns.fused("{name}", nn.Linear, nn.GELU)'
         raise ConfigError(explain(f"fused {name!r}", "these parts are no pattern", got=parts, allowed=allowed, fix=fix))
-    return type(name, (Fused,), {"parts": parts, "__module__": __name__})
+    calls = ", ".join(part if isinstance(part, str) else getattr(part, "__name__", repr(part)) for part in parts)
+    return type(name, (Fused,), {"parts": parts, "__module__": __name__, "__doc__": f"A fused pattern: {calls}."})
 
 
 def _is_part(part: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mkdocs.structure.pages import Page
 import sophq_func
 
 ROOT = Path(__file__).parents[2]
+FETCHED = re.compile(r'<(?:script|link rel="stylesheet")[^>]+(?:src|href)="(?:https?:)?//[^"]*')
 LOG = logging.getLogger("mkdocs.hooks.sophq_func")
 
 
@@ -49,6 +51,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **kwargs: 
     written_at = {page: source for source, page in links.PAGES.items()}.get(shown_at, f"docs/{shown_at}")
     repository = (config.repo_url or "").rstrip("/")
     return formulas.as_mathml(links.resolved(markdown, written_at, shown_at, ROOT, repository))
+
+
+def on_post_page(output: str, page: Page, **kwargs: Any) -> None:
+    """Warn of what a reader's browser would fetch from another host before it shows the page."""
+    for found in FETCHED.finditer(output):
+        LOG.warning("%s fetches %s", page.file.src_uri, found[0])
 
 
 def on_env(env: object, config: MkDocsConfig, files: Files) -> None:
