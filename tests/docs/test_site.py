@@ -119,7 +119,7 @@ def test_cells_are_read_run_and_shown(tool: ModuleType) -> None:
     assert names["x"] == 3
     assert [tuple(result) for result in results] == [("", "", ()), ("1", "2", ()), ("", "", ())]
     text, pictures = tool.tutorials.page("name", cells, results)
-    assert text.startswith("# Title\n\nText.\n\n```python\nx = 1\nprint(x)\nx + 1\n```\n\n```text\n1\n2\n```\n")
+    assert text.startswith("# Title\n\nText.\n\n```python\nx = 1\nprint(x)\nx + 1\n```\n\n```{ .text .output }\n1\n2\n```\n")
     assert pictures == {}
     notebook = json.loads(tool.tutorials.notebook(cells, results))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)

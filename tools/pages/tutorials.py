@@ -88,7 +88,7 @@ def page(name: str, cells: Sequence[Cell], results: Sequence[Result]) -> tuple[s
         parts.append(f"```python\n{cell.text}\n```" if cell.is_code else cell.text)
         shown = "\n".join(filter(None, (result.printed, result.value)))
         if shown:
-            parts.append(f"```text\n{shown}\n```")
+            parts.append(f"```{{ .text .output }}\n{shown}\n```")
         for png in result.pictures:
             file = f"{name}-{len(pictures) + 1}.png"
             pictures[file] = png
