@@ -54,9 +54,10 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/numerics.py
 	$(BIN)/python benchmarks/speed.py
 
-# into site/; a warning is an error. Both variables silence advertisements, which are no warnings of the build.
+# Into site/; a warning is an error. The tutorials' networks are too small for threads; the other variables silence
+# advertisements, which are no warnings of the build.
 docs: $(VENV)/.docs
-	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	OMP_NUM_THREADS=1 DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
