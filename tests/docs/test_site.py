@@ -39,8 +39,9 @@ def test_every_public_name_has_one_entry_in_the_reference(tool: ModuleType) -> N
         re.findall(r"`sq\.([\w.]+)`", " ".join(re.findall(r"^Also .*$", "\n".join(pages.values()), flags=re.MULTILINE)))
     )
     public = [name for name in tool.reference.names(sq) if not isinstance(getattr(sq, name), ModuleType)]
-    for module in (sq.observers, sq.fake_quantize, sq.export, sq.patterns, sq.rules):
-        public += [f"{module.__name__.rpartition('.')[2]}.{name}" for name in module.__all__]
+    modules = {name: getattr(sq, name) for name in tool.reference.names(sq) if name not in public}
+    assert {"observers", "fake_quantize", "export", "patterns", "rules"} <= set(modules)
+    public += [f"{name}.{inner}" for name, module in modules.items() for inner in tool.reference.names(module)]
     assert len(public) > 100
     assert {name: shown[name] + also[name] for name in public} == dict.fromkeys(public, 1)
     assert set(shown.values()) == {1}
@@ -64,10 +65,10 @@ def test_the_reference_follows_what_is_public(tool: ModuleType) -> None:
         """Do it."""
 
     f.__module__ = "package.room"
-    vars(package).update(f=f, again=f, room=module, hidden=f, __all__=["f", "again", "room"])
-    vars(module).update(f=f, g=str, __all__=["f", "g"])
+    vars(package).update(f=f, again=f, room=module, hidden=f, one=1, __all__=["again", "f", "one", "room"])
+    vars(module).update(f=f, g=str, also=1, __all__=["f", "g", "also"])
     found = {entry.name: entry for entry in tool.reference.entries(package)}
-    assert set(found) == {"f", "room.g"}
+    assert set(found) == {"f", "one", "room.g", "room.also"}
     assert found["f"].aliases == ("again", "room.f")
     assert found["f"].room == found["room.g"].room == "room"
     assert found["f"].summary == "Do it."

@@ -46,13 +46,19 @@ class Entry(NamedTuple):
 
 
 def entries(package: ModuleType) -> list[Entry]:
-    """Every public name of the package and of its public modules, each value once, under the first of its names."""
-    found: dict[int, tuple[str, object, list[str]]] = {}
+    """Every public name of the package and of its public modules; what has several names once, under its own."""
+    found: dict[object, tuple[object, list[str]]] = {}
     for name, value in _public(package):
-        found.setdefault(id(value), (name, value, []))[2].append(name)
-    return [
-        Entry(name, _room(package, name, value), _summary(value), tuple(also[1:])) for name, value, also in found.values()
-    ]
+        # Equal numbers and strings may be one object, and are still two constants.
+        key = id(value) if callable(value) else name
+        found.setdefault(key, (value, []))[1].append(name)
+    return [_entry(package, value, known_as) for value, known_as in found.values()]
+
+
+def _entry(package: ModuleType, value: object, known_as: list[str]) -> Entry:
+    own = [name for name in known_as if name.rpartition(".")[2] == getattr(value, "__name__", "")]
+    name = [*own, *known_as][0]
+    return Entry(name, _room(package, name, value), _summary(value), tuple(other for other in known_as if other != name))
 
 
 def _public(package: ModuleType) -> Iterator[tuple[str, object]]:
@@ -65,7 +71,8 @@ def _public(package: ModuleType) -> Iterator[tuple[str, object]]:
 
 
 def names(module: ModuleType) -> list[str]:
-    """The names that a module offers: its ``__all__``, or else what its file imports, without an underscore.
+    """The names that a module offers: its ``__all__``; or else, without an underscore, what its file defines, or, of a
+    package, what its file imports by name.
 
     Modules that were merely imported, and so became attributes of the package, are not among them.
 
@@ -75,14 +82,25 @@ def names(module: ModuleType) -> list[str]:
       (True, True, False)
     """
     listed = getattr(module, "__all__", None)
-    return list(listed) if listed is not None else sorted(_imported(module))
+    if listed is not None:
+        return list(listed)
+    tree = ast.parse(inspect.getsource(module))
+    found = _imported(tree) if "." not in module.__name__ else _defined(tree)
+    return sorted(name for name in found if not name.startswith("_"))
 
 
-def _imported(module: ModuleType) -> Iterator[str]:
-    for node in ast.parse(inspect.getsource(module)).body:
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
         if isinstance(node, ast.ImportFrom):
-            bound = (alias.asname or alias.name for alias in node.names)
-            yield from (name for name in bound if not name.startswith("_"))
+            yield from (alias.asname or alias.name for alias in node.names)
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def _room(package: ModuleType, name: str, value: object) -> str:
