@@ -46,10 +46,12 @@ def test_an_error_of_ours_begins_as_its_heading_says(heading: str, tmp_path: Pat
     run(code, heading)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("heading", entries(TORCHS))
-def test_an_error_of_torch_is_as_its_heading_says(heading: str, fresh_dynamo: None) -> None:
-    run(entries(TORCHS)[heading], heading)
+@pytest.mark.parametrize("heading", [heading for heading in entries(TORCHS) if not heading.startswith("No error")])
+def test_an_error_of_torch_is_refused_by_the_words_of_its_heading(heading: str) -> None:
+    """That it is raised is seen where all blocks of all pages run: some compile, which takes seconds."""
+    code = entries(TORCHS)[heading]
+    words = re.search(r"with refused\(\w+, \"(.*)\"\)", code)
+    assert words and words[1] in heading
 
 
 def test_the_helper_of_the_page_can_fail() -> None:
