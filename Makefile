@@ -1,5 +1,5 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
-# make quick: under a minute of them.
+# make quick: under a minute of them.  make docs: the documentation as a site.
 # make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: three settings of eighteen).
 # make dist: the files of a release, checked.
 # Each sets up what it needs; a second run reuses it.
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: install demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist clean
+.PHONY: install demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -66,6 +66,11 @@ dist: $(VENV)/.release
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tools/wheel.py dist/*.whl --no-deps
 
+# Into site/; a warning is an error. The tutorials' networks are too small for threads; the other variables silence
+# advertisements, which are no warnings of the build.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -81,6 +86,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo]"
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[docs]"
+	touch $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo,dev]"
 	touch $@ $(VENV)/.test $(VENV)/.demo
@@ -90,4 +99,4 @@ $(VENV)/.release: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo_out demo_text_out
+	rm -rf $(VENV) dist demo_out demo_text_out site

@@ -17,6 +17,27 @@ from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.public import public
 from sophq_func.core.registry import Registry
 
+__all__ = [
+    "BnReLU2d",
+    "BnReLU3d",
+    "ConvBn1d",
+    "ConvBn2d",
+    "ConvBn3d",
+    "ConvBnReLU1d",
+    "ConvBnReLU2d",
+    "ConvBnReLU3d",
+    "ConvReLU1d",
+    "ConvReLU2d",
+    "ConvReLU3d",
+    "ConvTransposeBn2d",
+    "ConvTransposeBnReLU2d",
+    "ConvTransposeReLU2d",
+    "Fused",
+    "LinearBn1d",
+    "LinearReLU",
+    "fused",
+]
+
 Part: TypeAlias = type[nn.Module] | Callable[..., Any] | str
 """One call of a fused pattern: the class of the module that is called, or the function, or the name of either."""
 
@@ -78,7 +99,8 @@ def _fused(name: str, *parts: Part) -> type[Fused]:
 # one class for each name and parts, so that configs that mean the same are equal, be they read from a text
 @cache
 def _class_of(name: str, parts: tuple[Part, ...]) -> type[Fused]:
-    return type(name, (Fused,), {"parts": parts, "__module__": __name__})
+    calls = ", ".join(part if isinstance(part, str) else getattr(part, "__name__", repr(part)) for part in parts)
+    return type(name, (Fused,), {"parts": parts, "__module__": __name__, "__doc__": f"A fused pattern: {calls}."})
 
 
 def _is_part(part: object) -> bool:

@@ -25,6 +25,8 @@ from sophq_func.core.public import constructor
 from sophq_func.core.registry import Registry
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
+__all__ = ["QuantConfig", "Rule", "not_grouped"]
+
 QuantMode: TypeAlias = Literal["weight_activation", "weight_only"]
 """What a type checker accepts for ``QuantConfig(quantmode=...)``."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from sophq_func.capture.functions import as_module
+from sophq_func.capture.functions import as_module, signature
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import trace
 from sophq_func.config.dicts import from_dicts
@@ -28,6 +29,10 @@ ExampleArgs: TypeAlias = Tree
 
 Example: TypeAlias = tuple[ExampleArgs, Kwargs | None]
 """One call of a model."""
+
+
+Shapes: TypeAlias = Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
+"""Shapes of a model's inputs, in order or by name."""
 
 
 @public
@@ -113,6 +118,34 @@ def _refuse_quantized(model: object, where: str) -> None:
         raise PlanError(explain(where, "the model is quantized already", got=type(model).__name__, allowed=allowed, fix=fix))
 
 
+def _of_shapes(shapes: Shapes, module: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional and keyword arguments of these shapes."""
+    where, allowed, fix = "prepare_by_platform", "a list of shapes, or a dict of them by name", "[[1, 3, 224, 224]]"
+    listed = list(shapes.values() if isinstance(shapes, Mapping) else shapes) if isinstance(shapes, Collection) else []
+    if not listed or not all(map(_is_shape, listed)):
+        sentence = "input_shape_dict holds no shapes"
+        raise ConfigError(explain(where, sentence, got=shapes, allowed=allowed, fix=f"input_shape_dict={fix}"))
+    # A generator of its own: the caller's random numbers stay where they are.
+    generator = torch.Generator().manual_seed(0)
+    tensors = tuple(torch.rand(*shape, generator=generator) for shape in listed)
+    if not isinstance(shapes, Mapping):
+        return tensors, {}
+    arguments = signature(module).parameters
+    takes_any_name = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+    if not takes_any_name and not set(shapes) <= set(arguments):
+        # sophgo-mq's scripts name inputs as the ONNX file shall name them, which says nothing of the model's arguments.
+        sentence, fix = "input_shape_dict names inputs that the model does not have", f"input_shape_dict={listed}"
+        raise ConfigError(explain(where, sentence, got=list(shapes), allowed=list(arguments), fix=fix))
+    # In the order of the model's signature, as positional arguments are, whatever order the dict has.
+    order = [*(name for name in arguments if name in shapes), *(name for name in shapes if name not in arguments)]
+    named = dict(zip(shapes, tensors, strict=True))
+    return (), {name: named[name] for name in order}
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, list | tuple) and all(isinstance(size, int) and size > 0 for size in shape)
+
+
 def _is_pair(call: object) -> bool:
     return isinstance(call, tuple | list) and len(call) == 2
 
@@ -126,6 +159,7 @@ def prepare_by_platform(
     example_args: ExampleArgs = (),
     example_kwargs: Kwargs | None = None,
     examples: Sequence[Example] | None = None,
+    input_shape_dict: Shapes | None = None,
 ) -> Quantized:
     """:func:`quantize` with the three dictionaries of sophgo-mq's fine-grained control.
 
@@ -134,6 +168,14 @@ def prepare_by_platform(
       prepare_custom_config_dict: ``quant_dict``, ``extra_qconfig_dict``, ``extra_quantizer_dict``, see
         :func:`sophq_func.from_dicts`.
       params, example_args, example_kwargs, examples: see :func:`quantize`.
+      input_shape_dict: instead of an example, the shapes of a model's floating inputs, in order or by name. It runs on
+        uniform numbers between 0 and 1; a plan holds none of them.
+
+    Raises:
+      ConfigError: see :func:`sophq_func.from_dicts`; shapes that are none, or an example besides.
+
+    Differs from sophgo-mq: ``input_shape_dict`` may be a dict, which there fails in silence; positional, the second
+    argument is the dictionaries, as sophgo-mq's document writes it.
 
     Example:
       >>> import torch
@@ -143,6 +185,12 @@ def prepare_by_platform(
       ['input.post_act_fake_quantizer', 'weight_fake_quant', 'linear.post_act_fake_quantizer']
     """
     config = from_dicts(prepare_custom_config_dict)
+    if input_shape_dict is not None:
+        has_args = isinstance(example_args, Tensor) or bool(example_args)
+        if has_args or example_kwargs is not None or examples is not None:
+            sentence, fix = "shapes and an example are given, which may differ", "leave input_shape_dict out"
+            raise ConfigError(explain("prepare_by_platform", sentence, fix=fix))
+        example_args, example_kwargs = _of_shapes(input_shape_dict, as_module(model, params, "prepare_by_platform"))
     return quantize(
         model, config, params=params, example_args=example_args, example_kwargs=example_kwargs, examples=examples
     )

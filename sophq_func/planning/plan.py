@@ -363,8 +363,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         if not isinstance(names, Mapping):
             got, allowed = type(names).__name__, "a dict {quantizer: state}"
             raise StateError(explain(what, f"{what} is no dict", got=got, allowed=allowed, fix=fix))
-        for name in names.keys() & types.keys():
-            if not isinstance(names[name], types[name]):
+        # In the order of the plan, not of a set, so that the error names the same one in every process.
+        for name in types:
+            if name in names and not isinstance(names[name], types[name]):
                 got, allowed = type(names[name]).__name__, types[name].__name__
                 raise StateError(explain(f"{what}[{name!r}]", "the class is wrong", got=got, allowed=allowed, fix=fix))
         missing = [name for name in types if name not in names]

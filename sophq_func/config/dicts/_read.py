@@ -32,6 +32,9 @@ NEEDLESS = {
 }
 """Keys that are accepted without effect, and why none is needed."""
 
+ARGUMENTS = {"input_shape_dict": "sq.prepare_by_platform(model, prepare_custom_config_dict, input_shape_dict=...)"}
+"""What stands in no dictionary but beside them, and how."""
+
 EXAMPLES = {"chip": DEFAULT_CHIP, "quantmode": "weight_activation", "strategy": "CNN"}
 """The keys that ``quant_dict`` must have, each with a value for the fix of an error that says that it is missing."""
 
@@ -140,6 +143,8 @@ class _Reader:
                 continue
             if key in checks:
                 problem = checks[key](f"{where}[{key!r}]", item)
+            elif key in ARGUMENTS:
+                problem = explain(where, f"{key!r} is an argument beside the dictionaries, no key", fix=ARGUMENTS[key])
             else:
                 problem = unknown(where, "key", key, [*checks, *further])
             if problem:
