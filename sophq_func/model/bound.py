@@ -121,6 +121,11 @@ class Bound(nn.Module):
     _sophq_binding: Binding
     _sophq_engine: Engine
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's own forward runs as it is: weights are quantized already, and nothing else is."""
+        return self._sophq_binding.plain
+
     def state(self) -> tuple[Given, QParamsDict]:
         """The params and qparams that the module holds now, for the functions of the library: detached, not copied.
 

@@ -113,9 +113,15 @@ def quantize(
 
 
 def _refuse_quantized(model: object, where: str) -> None:
+    """Raise a :class:`PlanError` for a model that is quantized, or holds a bound one whose values have quantizers."""
+    allowed, fix = "a torch.nn.Module, or a function with params=", "give the float model that it was made of"
     if isinstance(model, Quantized | Bound):
-        allowed, fix = "a torch.nn.Module, or a function with params=", "give the float model that it was made of"
-        raise PlanError(explain(where, "the model is quantized already", got=type(model).__name__, allowed=allowed, fix=fix))
+        sentence, got = "the model is quantized already", type(model).__name__
+        raise PlanError(explain(where, sentence, got=got, allowed=allowed, fix=fix))
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, Bound) and not module.is_plain:
+            sentence, because = f"{path} is quantized already", "its own quantizers act at the calls that would be planned"
+            raise PlanError(explain(where, sentence, because=because, fix=fix))
 
 
 def _of_shapes(shapes: Shapes, module: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

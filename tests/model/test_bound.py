@@ -462,6 +462,9 @@ def test_other_attributes_are_missing_as_they_always_were() -> None:
         sq.quantize(case.q, CNN, example_args=(case.x,))  # type: ignore[arg-type]
     with pytest.raises(sq.PlanError, match="quantized already"):
         sq.quantize(case.q.bind(case.params, case.qparams), CNN, example_args=(case.x,))
+    around = nn.Sequential(case.q.bind(case.params, case.qparams), nn.Linear(3, 2))
+    with pytest.raises(sq.PlanError, match="0 is quantized already"):
+        sq.quantize(around, WEIGHTS_ALONE, example_args=(case.x,))
     assert copy.deepcopy(case.q).plan == pickle.loads(pickle.dumps(case.q)).plan == case.q.plan
 
 
