@@ -6,7 +6,6 @@ it ends; what the model writes into buffers and attributes stays, as it does in 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,7 +17,8 @@ from sophq_func.capture._torch import links
 from sophq_func.capture.aliases import filled
 from sophq_func.capture.frame import Frame, ModuleInfo, enter, leave, unhook
 from sophq_func.capture.lazy import Deferred
-from sophq_func.capture.skeleton import Result, Skeleton
+from sophq_func.capture.skeleton import Result, Skeleton, bind
+from sophq_func.capture.turns import Turn
 from sophq_func.core import modes
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.types import Args, Kwargs, Output, Tree
@@ -53,7 +53,7 @@ class Live(Skeleton):
         self._links = list(links(inner))
         info: ModuleInfo = inner._sophq_info  # type: ignore[assignment]
         self._slot = info.slot
-        self._lock = threading.RLock()
+        self._turn = Turn()
         alone = {name: holders[0][0] for name, holders in self._holders.items() if len(holders) == 1}
         layers = {name for name, path in alone.items() if self.deferrable(path, name)}
         self._read_by_layers = [place for place in self._places() if place[2] in layers]
@@ -64,7 +64,7 @@ class Live(Skeleton):
 
     def alone(self) -> AbstractContextManager[object]:
         """A context in which no other thread runs the model; Dynamo cannot trace a lock."""
-        return nullcontext() if modes.is_compiling() else self._lock
+        return nullcontext() if modes.is_compiling() else self._turn.lock
 
     def is_training(self, path: str) -> bool:
         """Whether the module at a path is in training mode."""
@@ -127,8 +127,8 @@ class Live(Skeleton):
         if frame is not None and not compiling:
             params, later = self._deferred(params, later or {})
             frame.deferred = Deferred(later, params) if later else None
-        with self.alone():
-            return self._run(partial(self._call_bound, self._call_entry), frame, params, args, kwargs)
+        run = partial(self._run, partial(self._call_bound, self._call_entry), frame, params, args, kwargs)
+        return run() if compiling else self._turn.take(run)
 
     def _deferred(
         self, params: Mapping[str, Tensor], later: Mapping[str, Callable[[], Tensor]]
@@ -161,12 +161,15 @@ class Live(Skeleton):
     def _rerun(
         self, now: Mapping[str, Tensor], frame: Frame, fn: Callable[..., Output], args: Args, kwargs: Kwargs
     ) -> Output:
-        with self.alone():
-            output, _ = self._run(partial(super()._call_bound, fn), frame, now, args, kwargs)
+        output, _ = self._turn.take(partial(self._run, partial(super()._call_bound, fn), frame, now, args, kwargs))
         return output
 
     def _call_bound(self, fn: Callable[..., Output], now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
-        output, buffers = super()._call_bound(fn, now, args, kwargs)
+        held = [(store, attribute, store[attribute]) for store, attribute, _ in self._places()]
+        try:
+            output, buffers = super()._call_bound(fn, now, args, kwargs)
+        finally:
+            bind(held)
         rebound = {name: tensor.detach() for name, tensor in buffers.items() if tensor is not now[name]}
         if rebound:
             for store, attribute, name in self._places():

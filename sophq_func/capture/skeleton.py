@@ -37,7 +37,7 @@ from sophq_func.capture.functions import FunctionModule, tensors_by_name
 from sophq_func.capture.hidden import report
 from sophq_func.capture.lazy import Deferred
 from sophq_func.capture.snapshot import Binding, Memory, rebind
-from sophq_func.capture.turns import Turn
+from sophq_func.capture.turns import Turn, Undo
 from sophq_func.core import modes
 from sophq_func.core.errors import PlanError, StateError, explain, near, other_prefix, raise_all
 from sophq_func.core.public import public
@@ -349,18 +349,17 @@ class Skeleton:
         self, fn: Callable[..., Output], frame: Frame | None, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs
     ) -> Result:
         """A run of the model, or of a part ``fn`` of it, in eager: alone, and with nothing left of it."""
-        turn = self._turn
-        with turn.lock:
-            noted = turn.noted
-            try:
-                try:
-                    turn.note(partial(self._restore, Memory(self.entry.modules())))
-                    turn.note(partial(setattr, self._slot, "watch", self._slot.watch))
-                    return self._run(partial(self._call_bound, fn), frame, params, args, kwargs)
-                finally:
-                    turn.settle(noted)
-            finally:  # again, since an interrupt may have cut it short
-                turn.settle(noted)
+
+        def run() -> Result:
+            self._turn.note(partial(self._restore, Memory(self.entry.modules())))
+            return self._run(partial(self._call_bound, fn), frame, params, args, kwargs)
+
+        return self._turn.take(run)
+
+    def _note(self, undo: Undo) -> None:
+        """Note what takes back a change of the run; a compiler does not trace this, and its program makes no such change."""
+        if not modes.is_compiling():
+            self._turn.note(undo)
 
     def _restore(self, memory: Memory) -> None:
         """Put back the attributes of modules."""
@@ -384,6 +383,7 @@ class Skeleton:
             frame.begin(now)
         watch = None if frame is None else Watch(frame, partial(self._rerun, now))
         outer = self._slot.watch  # of the run around this one
+        self._note(partial(setattr, self._slot, "watch", outer))
         self._slot.watch = watch
         try:
             if watch is None:
@@ -436,7 +436,7 @@ class Skeleton:
         Faster than :meth:`_call`: ``functional_call`` takes longer to find the modules than a small model to run.
         """
         places = list(self._places())
-        self._turn.note(partial(_bind, [(store, attribute, store[attribute]) for store, attribute, _ in places]))
+        self._note(partial(bind, [(store, attribute, store[attribute]) for store, attribute, _ in places]))
         for store, attribute, name in places:
             store[attribute] = now[name]
         output = fn(*args, **kwargs)
@@ -467,7 +467,7 @@ class Skeleton:
         return holders
 
 
-def _bind(tensors: Collection[tuple[Store, str, Tensor]]) -> None:
+def bind(tensors: Collection[tuple[Store, str, Tensor]]) -> None:
     """Put tensors where modules hold them."""
     for store, attribute, tensor in tensors:
         store[attribute] = tensor

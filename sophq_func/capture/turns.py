@@ -10,6 +10,9 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Undo = Callable[[], object]
 """Takes back a change of a run, whether it was made or not; to call it twice does no harm."""
@@ -31,10 +34,17 @@ class Turn:
         """Note what takes back a change that the run is about to make."""
         self._undo.append(undo)
 
-    @property
-    def noted(self) -> int:
-        """How many changes are noted."""
-        return len(self._undo)
+    def take(self, run: Callable[[], T]) -> T:
+        """What ``run`` returns. No other thread runs meanwhile, and at the end all that it noted is taken back."""
+        with self.lock:
+            noted = len(self._undo)
+            try:
+                try:
+                    return run()
+                finally:
+                    self.settle(noted)
+            finally:  # again, since an interrupt may have cut it short
+                self.settle(noted)
 
     def settle(self, noted: int) -> None:
         """Take back all changes, the last one first, until ``noted`` are left.

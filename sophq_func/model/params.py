@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from sophq_func.capture.skeleton import UNWRAP, registered_tensors
 from sophq_func.core.errors import PlanError, StateError, explain, near, other_prefix, raise_all
 from sophq_func.core.modes import is_plain, is_wrapped
+from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 
 FIX = "load all of sq.params_of(model), or what apply_and_update returned"
 """The fix in errors about names."""
 
 
+@public
 def split_params(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a model in two: what is trained, and what is not.
 
@@ -45,6 +47,7 @@ def split_params(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
     return trainable, rest
 
 
+@public
 def load_into(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     """Write params into a model, in place: the only function of the library that changes one.
 

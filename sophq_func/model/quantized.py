@@ -451,6 +451,7 @@ class Quantized:
         constants = {name: outside_inference(tensor.detach()) for name, tensor in quantized.items()}
         return self._with(self.engine.skeleton, frozen=True), self.engine.like(params, constants)
 
+    @public
     def bind(self, params: Given, qparams: Mapping[str, QParams], /, learn: Learn = None) -> Bound:
         """The quantized model as a module of the model's own class, for whatever wants a module.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.core.modes import is_plain, outside_inference
+from sophq_func.core.public import public
 from sophq_func.core.pytree import named_leaves, refilled, sorted_dict, tree_map
 from sophq_func.core.types import Tree
 from sophq_func.numerics.contracts import QParams
@@ -20,6 +21,7 @@ PRECISIONS = (torch.float32, torch.float64)
 """What :func:`cast` casts to. A scale in half precision is another scale: bfloat16 rounds it by up to 0.4 %."""
 
 
+@public
 def cast(qparams: Mapping[str, QParams], dtype: torch.dtype) -> dict[str, QParams]:
     """The qparams with all floating fields in another dtype: float64 for ``gradcheck`` and references, float32 again.
 
@@ -59,6 +61,7 @@ def cast(qparams: Mapping[str, QParams], dtype: torch.dtype) -> dict[str, QParam
     return new
 
 
+@public
 def lerp(a: V, b: Tree, weight: float | Tensor) -> V:
     """``a + weight (b - a)`` for each floating tensor of two trees of one structure: averages of params and of qparams.
 

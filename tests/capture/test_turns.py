@@ -96,7 +96,7 @@ def interrupt_at(line: Line) -> Callable[[Line], None]:
 def assert_nothing_is_left(made: Ready, x: Tensor, expected: Tensor) -> None:
     skeleton = made.q.engine.skeleton
     assert _torch.innermost_mode() is None
-    assert skeleton._slot.watch is None and not skeleton._turn.noted
+    assert skeleton._slot.watch is None and not skeleton._turn._undo
     assert all(tensor.is_meta for tensor in (*skeleton.module.parameters(), *skeleton.module.buffers()))
     assert skeleton.module.steps == 0
     assert torch.autograd.Function.__dict__["apply"] is hidden.FUNCTION_APPLY

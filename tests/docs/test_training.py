@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from tests.checkpoint.test_extra import same
-from tests.docs.test_readme import ROOT
+from tests.docs.pages import ROOT
 from tests.helpers import Ready, ready, unchanged
 
 pytestmark = pytest.mark.slow

@@ -19,8 +19,8 @@ import sophq_func as sq
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
 OUTCOMES = frozenset(
-    "Artifact Checkpoint Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report ReportRow Sensitivity Site "
-    "TopEigenvalue".split()
+    "Artifact Checkpoint Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report ReportRow Sensitivities "
+    "Sensitivity Site TopEigenvalue".split()
 )
 """Classes whose instances the library returns; ``QParams``, of which every run makes many, is a plain NamedTuple."""
 EXCEPTIONS = frozenset("CheckpointError ConfigError PlanError PlanWarning StateError".split())
@@ -78,6 +78,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "Rule": ((), {"name": "a", "weight": None, "activation": None, "requests": True}),
         "Spec": (("minmax",), {"options": ()}),
         "build": ((r.model, r.q.plan), {}),
+        "cast": ((r.qparams, torch.float64), {}),
         "convert": ((r.q, r.params, r.qparams), {"example_args": (r.x,)}),
         "draw": ((r.q.plan, folder / "plan.png"), {}),
         "enabled": ((r.qparams, True), {}),
@@ -85,7 +86,9 @@ def calls(folder: Path) -> dict[str, Call]:
         "fidelity": ((r.q, r.params, r.qparams, r.x), {}),
         "from_dicts": (({"quant_dict": {"chip": "BM1690", "quantmode": "weight_activation", "strategy": "CNN"}},), {}),
         "hessian_trace": ((loss, r.params, noise), {"chunk_size": 1}),
+        "lerp": ((r.qparams, r.qparams, 0.5), {}),
         "load": ((folder / "none.safetensors",), {}),
+        "load_into": ((nn.Linear(2, 3), r.params), {}),
         "merge": (r.q.split(r.qparams), {}),
         "observer": (("minmax",), {}),
         "override": ((), {"bits": 4, "granularity": "per_channel", "observer": "mse", "symmetric": True}),
@@ -101,6 +104,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "report": ((r.q, r.params, r.qparams, [r.x]), {"how": "auto", "progress": False}),
         "save": ((folder / "a.safetensors",), {"plan": r.q.plan, "qparams": r.qparams, "params": r.params}),
         "sensitivity": ((r.q, r.params, r.qparams, r.x, torch.sum), {"how": "auto", "progress": False}),
+        "split_params": ((r.model,), {}),
         "stack": (([r.qparams, r.qparams],), {}),
         "top_eigenvalue": ((loss, r.params, {"weight": torch.ones(3, 2)}), {"steps": 1}),
         "trace": ((r.model, (r.x,)), {}),
@@ -238,6 +242,7 @@ FREE = {
     "PerGroup": "axis: a tensor says later which axes it has",
     "Rule": "name: a model says later which names it has",
     "Spec": "name: a piece may be registered later",
+    "cast": "qparams: no plan says which names there are",
     "enabled": "qparams: no plan says which names there are",
     "register.chip": "name: any text is one",
     "register.fake_quantizer": "name: any text is one",
