@@ -1,8 +1,9 @@
 """Runs programs as a fresh interpreter would, without importing torch anew for each: a server that forks.
 
-It is given to an interpreter as text (``python -c``), so that no folder of the repository is on its path, and imports
-nothing of ours. A request is a line of JSON on stdin: the folder to run in, and blocks ``(file, line, code)`` that share a
-namespace. The answer is a line of JSON on stdout: what went wrong, or "". The first answer lists what is installed.
+It is given to an interpreter as text (``python -c``), so that no folder of the repository is on its path. What it imports
+before it forks, each program finds imported, as after an import of its own. A request is a line of JSON on stdin: the folder
+to run in, and blocks ``(file, line, code)`` that share a namespace. The answer is a line of JSON on stdout: what went wrong,
+or "". The first answer lists what is installed.
 """
 
 from __future__ import annotations
@@ -23,16 +24,14 @@ import warnings
 from pathlib import Path
 from typing import IO, TypedDict
 
-import optree  # noqa: F401
-import safetensors.torch  # noqa: F401
-import torch._dynamo  # noqa: F401  importing what the package imports takes three seconds, which all forks share
+import torch._dynamo  # noqa: F401  importing this takes three seconds, which all forks share
 
 # An editable installation puts the repository on the path, with folders that no other installation has.
 sys.path[:] = [folder for folder in sys.path if not Path(folder, "pyproject.toml").exists()]
 
-for extra in ("onnxruntime", "onnxscript", "sklearn.datasets", "transformers"):
+for extra in ("sophq_func", "onnxruntime", "onnxscript", "sklearn.datasets", "transformers"):
     with contextlib.suppress(ImportError):
-        importlib.import_module(extra)  # the same, for the blocks that need it
+        importlib.import_module(extra)  # the same
 
 
 class Request(TypedDict):
