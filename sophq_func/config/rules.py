@@ -21,8 +21,9 @@ from sophq_func.config.site import Role, Site, shown
 from sophq_func.config.strategies import PLACEMENTS, Preset, Strategy, StrategyName
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.plain import is_list
-from sophq_func.core.public import constructor
+from sophq_func.core.public import constructor_for
 from sophq_func.core.registry import Registry
+from sophq_func.numerics.elsewhere import ELSEWHERE
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 __all__ = ["QuantConfig", "Rule", "not_grouped"]
@@ -67,7 +68,7 @@ A whole config, changes of some fields, ``None`` for no quantizer, or nothing.
 """
 
 
-@constructor
+@constructor_for(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Changes the config of the quantizers that it matches; a later rule overrides an earlier one, field by field.
@@ -192,7 +193,7 @@ class Rule:
         raise ConfigError(explain(repr(self), sentence, got=answer, allowed="True or False", because=because, fix=fix))
 
 
-@constructor
+@constructor_for(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Everything that a plan is made from beside the model: chip, strategy, default configs and rules.
