@@ -36,6 +36,9 @@ QUANTMODES = ("weight_activation", "weight_only")
 DEFAULT_CHIP = "BM1690"
 """The chip whose default configs are used where none is named."""
 
+SEVERAL = (tuple, list, set, frozenset)
+"""What people give where one name or type is expected."""
+
 ROLES: tuple[Role, ...] = ("weight", "activation")
 
 STATE_FLAGS = ("observe_only", "optional")
@@ -126,9 +129,13 @@ class Rule:
             yield explain("Rule", "it says nothing about what it matches", allowed=allowed, fix='name="*"')
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
             allowed = "the path of a module, the name of a value or quantizer, or a glob"
-            yield explain("Rule", "name is not a name", got=self.name, allowed=allowed, fix='name="layer1.*"')
+            fix = (
+                "rules=[sq.Rule(name=name, ...) for name in names]" if isinstance(self.name, SEVERAL) else 'name="layer1.*"'
+            )
+            yield explain("Rule", "name is not a name", got=self.name, allowed=allowed, fix=fix)
         if self.type is not None and not is_type_key(self.type):
-            yield explain("Rule", "type is not a type key", got=self.type, allowed=TYPE_KEYS, fix="type=nn.Linear")
+            fix = "rules=[sq.Rule(type=key, ...) for key in keys]" if isinstance(self.type, SEVERAL) else "type=nn.Linear"
+            yield explain("Rule", "type is not a type key", got=self.type, allowed=TYPE_KEYS, fix=fix)
         if self.where is not None and not callable(self.where):
             allowed, fix = "a function of a Site", "where=lambda site: site.groups == 1"
             yield explain("Rule", "where cannot be called", got=self.where, allowed=allowed, fix=fix)

@@ -21,6 +21,7 @@ ELSEWHERE: Meant = MappingProxyType(
         "observer": ("weight", "weight=sq.override(observer=...)"),
         "fake_quantize": ("weight", "weight=sq.override(fake_quantize=...)"),
         "granularity": ("weight", "weight=sq.override(granularity=...)"),
+        "dtype": ("bits", "bits=8"),
         "group_size": GROUPS,
         "per_channel": ("granularity", "granularity=sq.PerChannel()"),
         "unsigned": ("symmetric", "symmetric=False"),

@@ -10,7 +10,13 @@ import pytest
 import sophq_func as sq
 from sophq_func.numerics.elsewhere import ELSEWHERE
 
-CALLS = {"weight": sq.QuantConfig, "activation": sq.QuantConfig, "granularity": sq.QScheme, "symmetric": sq.override}
+CALLS = {
+    "weight": sq.QuantConfig,
+    "activation": sq.QuantConfig,
+    "granularity": sq.QScheme,
+    "bits": sq.override,
+    "symmetric": sq.override,
+}
 """By keyword, something that has it."""
 
 NAMES = {"observer": "mse", "fake_quantize": "lsq", "granularity": "per_channel"}
