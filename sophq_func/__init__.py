@@ -1,5 +1,7 @@
 """Fine-grained control over quantization, as pure functions that compose with ``torch.func``."""
 
+import typing as _typing
+
 from sophq_func import export as export
 from sophq_func import fake_quantize as fake_quantize
 from sophq_func import numerics as numerics
@@ -31,9 +33,11 @@ from sophq_func.config import strategies as strategies
 from sophq_func.config.chips import CHIPS as CHIPS
 from sophq_func.config.chips import ChipSpec as ChipSpec
 from sophq_func.config.dicts import from_dicts as from_dicts
+from sophq_func.config.dicts.former import FORMER as _FORMER
 from sophq_func.config.rules import QuantConfig as QuantConfig
 from sophq_func.config.rules import Rule as Rule
 from sophq_func.config.site import Site as Site
+from sophq_func.core.absent import refuse_name as _refuse_name
 from sophq_func.core.errors import CheckpointError as CheckpointError
 from sophq_func.core.errors import ConfigError as ConfigError
 from sophq_func.core.errors import PlanError as PlanError
@@ -162,3 +166,9 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if not _typing.TYPE_CHECKING:  # a type checker would take every name for one of this module
+
+    def __getattr__(name: str) -> _typing.NoReturn:
+        _refuse_name("sophq_func", name, __all__, _FORMER)

@@ -266,6 +266,10 @@ class Skeleton:
         if not isinstance(params, Mapping):
             got, allowed = type(params).__name__, "a dict {name: Tensor}"
             raise StateError(explain(where, "params must be a dict of tensors", got=got, allowed=allowed, fix=fix))
+        if params and not any(isinstance(value, Tensor) for value in params.values()):
+            got = type(next(iter(params.values()))).__name__  # qparams in the place of params: one mistake, one problem
+            allowed, order = "a dict {name: Tensor}", f"{fix}, which come before qparams"
+            raise StateError(explain(where, "params hold no tensors", got=got, allowed=allowed, fix=order))
         problems = []
         if not self.names <= params.keys() <= self.all_names:
             problems += self._misnamed(params.keys(), where, fix)
@@ -285,7 +289,7 @@ class Skeleton:
         problems = [f"{where}: params lack {name!r}. Fix: {fix} has every name." for name in missing]
         for name in sorted(map(str, set(given) - self.all_names)):
             hint = near(name, missing or self.names) or "leave it out"
-            problems.append(f"{where}: params hold {name!r}, which is not in the model. Fix: {hint}.")
+            problems.append(explain(where, f"params hold {name!r}, which is not in the model", fix=hint))
         return problems
 
     def detached(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

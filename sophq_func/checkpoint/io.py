@@ -86,10 +86,12 @@ class Checkpoint:
     """
 
     path: str
-    plan: Plan | None = None
-    qparams: dict[str, QParams] | None = None
-    ostate: dict[str, State] | None = None
-    params: dict[str, Tensor] | None = None
+    # ``Any`` instead of ``None``, which they may be: who loads a file knows what was saved in it, and a type checker
+    # would ask for an ``assert`` before each use
+    plan: Plan | Any = None
+    qparams: dict[str, QParams] | Any = None
+    ostate: dict[str, State] | Any = None
+    params: dict[str, Tensor] | Any = None
     extra: Tree = None
     metadata: Mapping[str, str]
 

@@ -7,8 +7,11 @@ they override what the preset says: ``presets.w8a8(rules=[sq.Rule(name="head", w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
+from sophq_func import observers
 from sophq_func.config.rules import QuantConfig, Rule
+from sophq_func.core.absent import refuse_name
 from sophq_func.core.errors import check_flags
 from sophq_func.core.public import constructor
 from sophq_func.core.registry import Spec
@@ -17,7 +20,6 @@ from sophq_func.fake_quantize import fixed, learnable
 from sophq_func.fake_quantize import mxfp4 as mxfp4_blocks
 from sophq_func.fake_quantize import nvfp4 as nvfp4_blocks
 from sophq_func.numerics.scheme import PerChannel, PerGroup, PerTensor, PerToken, QScheme, QuantizerConfig
-from sophq_func.observers import lsq, lsq_plus, minmax
 
 __all__ = ["fp8", "mxfp4", "nvfp4", "w4a4_lsq", "w4a16", "w8a8", "w8a8_per_token"]
 
@@ -30,6 +32,12 @@ TOKENS = QScheme(bits=8, granularity=PerToken(), dynamic=True)
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of this module
+
+    def __getattr__(name: str) -> NoReturn:
+        refuse_name("presets", name, __all__)
 
 
 @constructor
@@ -71,9 +79,9 @@ def w4a4_lsq(*, rules: Sequence[Rule] = ()) -> QuantConfig:
       >>> config.weight
       QuantizerConfig(scheme=QScheme(bits=4), observer=lsq(), fake_quantize=learnable(use_grad_scaling=True), ...)
     """
-    weight = QuantizerConfig(scheme=QScheme(bits=4), observer=lsq(), fake_quantize=learnable())
+    weight = QuantizerConfig(scheme=QScheme(bits=4), observer=observers.lsq(), fake_quantize=learnable())
     affine = QScheme(bits=4, symmetric=False)
-    activation = QuantizerConfig(scheme=affine, observer=lsq_plus(), fake_quantize=learnable())
+    activation = QuantizerConfig(scheme=affine, observer=observers.lsq_plus(), fake_quantize=learnable())
     return QuantConfig(strategy="Layers", weight=weight, activation=activation, rules=rules)
 
 
@@ -178,7 +186,7 @@ def nvfp4(*, weight_only: bool = False, rules: Sequence[Rule] = ()) -> QuantConf
 
 def _calibrated(scheme: QScheme, fake_quantize: Spec | None = None) -> QuantizerConfig:
     """Scales from the smallest and largest value; without a fake quantizer, integers without learned parts."""
-    return QuantizerConfig(scheme=scheme, observer=minmax(), fake_quantize=fake_quantize or fixed())
+    return QuantizerConfig(scheme=scheme, observer=observers.minmax(), fake_quantize=fake_quantize or fixed())
 
 
 def _in_blocks(where: str, fake_quantize: Spec, weight_only: bool, rules: Sequence[Rule]) -> QuantConfig:

@@ -21,8 +21,9 @@ from sophq_func.config.site import Role, Site, shown
 from sophq_func.config.strategies import PLACEMENTS, Preset, Strategy, StrategyName
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.plain import is_list
-from sophq_func.core.public import constructor
+from sophq_func.core.public import constructor_for
 from sophq_func.core.registry import Registry
+from sophq_func.numerics.elsewhere import ELSEWHERE
 from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 __all__ = ["QuantConfig", "Rule", "not_grouped"]
@@ -34,6 +35,9 @@ QUANTMODES = ("weight_activation", "weight_only")
 
 DEFAULT_CHIP = "BM1690"
 """The chip whose default configs are used where none is named."""
+
+SEVERAL = (tuple, list, set, frozenset)
+"""What people give where one name or type is expected."""
 
 ROLES: tuple[Role, ...] = ("weight", "activation")
 
@@ -67,7 +71,7 @@ A whole config, changes of some fields, ``None`` for no quantizer, or nothing.
 """
 
 
-@constructor
+@constructor_for(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Changes the config of the quantizers that it matches; a later rule overrides an earlier one, field by field.
@@ -125,9 +129,13 @@ class Rule:
             yield explain("Rule", "it says nothing about what it matches", allowed=allowed, fix='name="*"')
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
             allowed = "the path of a module, the name of a value or quantizer, or a glob"
-            yield explain("Rule", "name is not a name", got=self.name, allowed=allowed, fix='name="layer1.*"')
+            fix = (
+                "rules=[sq.Rule(name=name, ...) for name in names]" if isinstance(self.name, SEVERAL) else 'name="layer1.*"'
+            )
+            yield explain("Rule", "name is not a name", got=self.name, allowed=allowed, fix=fix)
         if self.type is not None and not is_type_key(self.type):
-            yield explain("Rule", "type is not a type key", got=self.type, allowed=TYPE_KEYS, fix="type=nn.Linear")
+            fix = "rules=[sq.Rule(type=key, ...) for key in keys]" if isinstance(self.type, SEVERAL) else "type=nn.Linear"
+            yield explain("Rule", "type is not a type key", got=self.type, allowed=TYPE_KEYS, fix=fix)
         if self.where is not None and not callable(self.where):
             allowed, fix = "a function of a Site", "where=lambda site: site.groups == 1"
             yield explain("Rule", "where cannot be called", got=self.where, allowed=allowed, fix=fix)
@@ -192,7 +200,7 @@ class Rule:
         raise ConfigError(explain(repr(self), sentence, got=answer, allowed="True or False", because=because, fix=fix))
 
 
-@constructor
+@constructor_for(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Everything that a plan is made from beside the model: chip, strategy, default configs and rules.

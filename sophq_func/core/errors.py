@@ -69,7 +69,7 @@ def explain(
         text += f" (because {because})"
     text += "."
     if fix:
-        text += f" Fix: {fix}."
+        text += f" Fix: {fix}" + ("" if fix.endswith("?") else ".")
     return text
 
 
@@ -169,8 +169,8 @@ def _prefix(longer: Collection[str], wanted: Collection[str], known: Collection[
     return ""
 
 
-def unknown(where: str, kind: str, name: object, known: Sequence[str]) -> str:
-    """Message for a name that is not among ``known``, with suggestions.
+def unknown(where: str, kind: str, name: object, known: Sequence[str], fix: str = "") -> str:
+    """Message for a name that is not among ``known``, with suggestions; ``fix`` says how what it means is written here.
 
     Example:
       >>> unknown("quant_dict", "chip", "BM169", ["BM1690"])
@@ -178,7 +178,8 @@ def unknown(where: str, kind: str, name: object, known: Sequence[str]) -> str:
     """
     hint = near(name, known) if isinstance(name, str) else ""
     middle = f", {hint}" if hint else "."
-    return f"{where}: {kind} {name!r} is not known{middle} Fix: use one of {', '.join(known)}."
+    first = f"{fix}, or " if fix else ""
+    return f"{where}: {kind} {name!r} is not known{middle} Fix: {first}use one of {', '.join(known)}."
 
 
 def check_flags(where: str, flags: Mapping[str, object]) -> None:

@@ -35,6 +35,9 @@ WIDER: Mapping[object, tuple[type, ...]] = {
 }
 """For some types, those whose values are taken for them; a bool is no number."""
 
+Meant: TypeAlias = Mapping[str, tuple[str, str]]
+"""By a keyword that a signature does not have: the one that says here what is meant by it, and how that is written."""
+
 RECEIVERS = ("self", "cls", "_cls")
 """Names of the argument that a method is called on, which messages leave out."""
 
@@ -91,6 +94,24 @@ def constructor(item: Item) -> Item:
         2. positive: it is negative
     """
     return _decorated(item, _problems_of_value)
+
+
+def constructor_for(meant: Meant) -> Callable[[Item], Item]:
+    """:func:`constructor`, for what people call with keywords of other libraries.
+
+    Example:
+      >>> @constructor_for({"width": ("bits", "bits=4")})
+      ... def scheme(*, bits: int = 8) -> int:
+      ...     return bits
+      >>> scheme(width=4)
+      Traceback (most recent call last):
+      sophq_func.core.errors.ConfigError: scheme: field 'width' is not known. Fix: bits=4, or use one of bits.
+    """
+
+    def decorate(item: Item) -> Item:
+        return _decorated(item, functools.partial(_problems_of_value, meant=meant))
+
+    return decorate
 
 
 _Find: TypeAlias = Callable[[Callable[..., Any], str, Sequence[Any], Mapping[str, Any]], list[str]]
@@ -154,10 +175,16 @@ def _problems(call: Callable[..., Any], where: str, args: Sequence[Any], kwargs:
     ]
 
 
-def _problems_of_value(call: Callable[..., Any], where: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+def _problems_of_value(
+    call: Callable[..., Any],
+    where: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    meant: Meant = types.MappingProxyType({}),
+) -> list[str]:
     """The same, with what the function itself says about the arguments that it knows."""
     parameters = inspect.signature(call).parameters
-    names = [*surplus(where, parameters, args, kwargs, "field"), *_missing(where, parameters, args, kwargs)]
+    names = [*surplus(where, parameters, args, kwargs, "field", meant), *_missing(where, parameters, args, kwargs)]
     known = {name: given for name, given in kwargs.items() if name in _keywords(parameters)}
     if len(args) > len(_positional(parameters)) and not _has(parameters, inspect.Parameter.VAR_POSITIONAL):
         return names  # what an argument without a name was meant for is not known, so that others may be missing
@@ -171,7 +198,12 @@ def _problems_of_value(call: Callable[..., Any], where: str, args: Sequence[Any]
 
 
 def surplus(
-    where: str, parameters: Parameters, args: Sequence[Any], kwargs: Mapping[str, Any], kind: str = ""
+    where: str,
+    parameters: Parameters,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    kind: str = "",
+    meant: Meant = types.MappingProxyType({}),
 ) -> Iterator[str]:
     """Arguments that the signature has no place for; with an empty ``kind`` unknown keywords are left to the caller."""
     positional = _positional(parameters)
@@ -188,7 +220,8 @@ def surplus(
         known = _keywords(parameters)
         for name in kwargs:
             if name not in known:
-                yield unknown(where, kind, name, known or [f"(it takes no {kind}s)"])
+                keyword, written = meant.get(name, ("", ""))
+                yield unknown(where, kind, name, known or [f"(it takes no {kind}s)"], written if keyword in known else "")
 
 
 def _missing(where: str, parameters: Parameters, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[str]:

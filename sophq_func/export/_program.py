@@ -52,6 +52,9 @@ Plain: TypeAlias = bool | int | float | str
 
 PLAIN = (bool, int, float, str)
 
+RETURN_TENSORS = "return its tensors; a language model returns no cache where the example has use_cache=False"
+"""What to do about an output that no file can hold; the cache of transformers is the one that most people meet."""
+
 MIXES = "its mask is neither 0 nor 1"
 
 Call = tuple[Args, dict[str, Any]]
@@ -214,7 +217,7 @@ class Program(nn.Module):
             if not isinstance(item, allowed):
                 sentence, got = f"the output {name!r} cannot be exported", type(item).__name__
                 words = "tensors, numbers, strings and None, in containers, NamedTuples and dataclasses"
-                raise ConfigError(explain("export", sentence, got=got, allowed=words, fix="return its tensors"))
+                raise ConfigError(explain("export", sentence, got=got, allowed=words, fix=RETURN_TENSORS))
         if not self._target.named:
             return output
         self._noted.beside = {name: item for name, item in items.items() if isinstance(item, PLAIN)}

@@ -121,6 +121,10 @@ class Bound(nn.Module):
     _sophq_binding: Binding
     _sophq_engine: Engine
 
+    if TYPE_CHECKING:  # it has what the model has, such as ``generate``; of a module a type checker expects tensors
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @property
     def is_plain(self) -> bool:
         """Whether the model's own forward runs as it is: weights are quantized already, and nothing else is."""

@@ -402,12 +402,18 @@ class Quantized:
         """
         return flat.split(self.engine, qparams)
 
-    def train(self) -> Quantized:
+    @public
+    def train(self, mode: bool = True) -> Quantized:
         """The same model and plan with all modules in training mode; a new object.
+
+        Args:
+          mode: ``False`` is :meth:`eval`, as of a module.
 
         Raises:
           StateError: the weights are frozen.
         """
+        if not mode:
+            return self.eval()
         if self.frozen:
             fix = "go on with the q that was frozen"
             raise StateError(explain("train", "frozen weights cannot be trained", fix=fix))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
-from sophq_func.core.public import constructor
+from sophq_func.core.public import constructor, constructor_for
 from sophq_func.core.registry import Factories, Option, Spec
+from sophq_func.numerics.elsewhere import ELSEWHERE
 from sophq_func.numerics.registries import FAKE_QUANTIZERS, OBSERVERS
 
 Data: TypeAlias = Any
@@ -226,7 +227,7 @@ def as_bits(value: object, where: str) -> int:
     return bits
 
 
-@constructor
+@constructor_for(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True)
 class QScheme:
     """An integer grid and how many scales a tensor has.
@@ -436,7 +437,7 @@ class Override:
         return f"override({_spelled(dict(self.values))})"
 
 
-@constructor
+@constructor_for(ELSEWHERE)
 def override(
     *,
     bits: int = UNSAID,

@@ -374,6 +374,9 @@ class Plan(Mapping[str, QuantizerConfig]):
             raise StateError(
                 explain(what, f"the names {renamed}", fix="take the qparams and the plan of one model, not of a wrapper")
             )
+        if missing and any(name.rpartition(".")[0] in types for name in map(str, names) if name not in types):
+            sentence, fix = f"{what} are in leaves, as q.split gives them", "sq.merge(learned, rest)"
+            raise StateError(explain(what, sentence, fix=fix))
         if missing:
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
         extra = [name for name in names if name not in types and name not in known]

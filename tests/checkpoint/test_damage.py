@@ -523,3 +523,9 @@ def test_a_process_that_is_killed_while_it_saves_leaves_a_file_that_loads(tmp_pa
         found = sq.load(path).params
         same_bits(found, versions[int(found["b"].item()) - 1])
     assert list(tmp_path.glob(".a.*.tmp")), "no kill came between the beginning and the end of a save"
+
+
+def test_a_file_of_torch_save_is_called_one(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")
+    with pytest.raises(sq.CheckpointError, match=r"a zip archive, as torch\.save writes them, which torch\.load reads"):
+        sq.load(tmp_path / "model.pt")

@@ -34,6 +34,9 @@ def accepted() -> None:
     bits: int = q.plan["weight_fake_quant"].scheme.bits
     spec: sq.Spec = sq.observers.EMAMinMaxObserver(bits / 16)
     sq.override(observer=spec)
+    stored = sq.load("run.safetensors").check(q)
+    q.apply(stored.params, stored.qparams, x)
+    q.bind(stored.params, stored.qparams).generate(x, max_new_tokens=4)
 
 
 def refused() -> None:
@@ -47,3 +50,4 @@ def refused() -> None:
     sq.QuantizerConfig(scheme=sq.QScheme(), obsever="mse", fake_quantize="lsq")  # type: ignore[call-arg]
     sq.fake_quantize.lsqq()  # type: ignore[attr-defined]
     sq.presets.w4a61()  # type: ignore[attr-defined]
+    sq.quantise(nn.Linear(2, 2))  # type: ignore[attr-defined]

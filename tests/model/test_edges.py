@@ -360,3 +360,27 @@ def test_the_computed_weight_of_a_layer_is_quantized_and_none_of_its_inputs(kind
     plain = make()
     plain.load_state_dict({"weight": weight, "bias": layer.bias.detach()})
     assert torch.equal(q.apply(params, qparams, *inputs), plain(*inputs))
+
+
+def test_qparams_in_the_place_of_params_are_one_problem() -> None:
+    r, x = ready(nn.Linear(3, 2), torch.randn(4, 3)), torch.randn(4, 3)
+    for call in (lambda: r.q.apply(r.qparams, r.params, x), lambda: r.q.bind(r.qparams, r.params)):
+        with pytest.raises(sq.StateError, match=r"params hold no tensors: got 'QParams'.*which come before qparams.$"):
+            call()
+
+
+def test_the_leaves_of_split_in_the_place_of_qparams_name_merge() -> None:
+    r, x = ready(nn.Linear(3, 2), torch.randn(4, 3)), torch.randn(4, 3)
+    scales, rest = r.q.split(r.qparams)
+    for leaves in (scales, {**scales, **rest}):
+        with pytest.raises(
+            sq.StateError, match=r"qparams are in leaves, as q.split gives them. Fix: sq.merge\(learned, rest\)"
+        ):
+            r.q.apply(r.params, leaves, x)
+
+
+def test_training_mode_is_switched_as_of_a_module() -> None:
+    q = ready(nn.Linear(3, 2), torch.randn(4, 3)).q
+    assert not q.train(False).training
+    assert q.train(True).training
+    assert q.train(mode=True).training

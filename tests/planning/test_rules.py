@@ -826,3 +826,11 @@ def test_the_table_names_every_quantizer_and_every_rule_that_decided_a_field(cas
         for field, rule in expected(case, places, about, name).deciders.items():
             if field not in ("observe_only", "optional"):
                 assert repr(sq.Rule(**plain(rule))) in " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("field", "several"), [("name", ["a", "b"]), ("name", ("a", "b")), ("type", (nn.Linear, nn.Conv2d))]
+)
+def test_several_names_or_types_in_one_rule_are_refused_with_one_rule_for_each(field: str, several: Any) -> None:
+    with pytest.raises(sq.ConfigError, match=rf"Fix: rules=\[sq\.Rule\({field}=\w+, \.\.\.\) for"):
+        sq.Rule(**{field: several}, weight=None)
