@@ -255,9 +255,6 @@ def _named(where: str, make: Callable[[], T]) -> T:
         return make()
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except TypeError as error:  # a field of a class is missing or unknown
-        fix = "the fields of QScheme, QuantizerConfig and the granularities"
-        raise ConfigError(explain(where, "these are not its fields", because=str(error), allowed=fix)) from None
 
 
 def _field(where: str, name: str, value: Data) -> Any:
