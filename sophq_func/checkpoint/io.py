@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -283,12 +283,20 @@ class PieceNotFoundError(ValueError):
 
 def _check_pieces(plan: Plan) -> None:
     """Raise a :class:`PieceNotFoundError` unless every observer and fake quantizer of a plan is registered."""
-    used: list[tuple[Factories[Any], Spec]] = []
-    for config in plan.values():
-        used += [(OBSERVERS, config.observer), (FAKE_QUANTIZERS, config.fake_quantize)]
-    lacking = sorted({f"{registry.kind} {short(spec.name)}" for registry, spec in used if spec.name not in registry})
+    lacking: dict[str, list[str]] = {}
+    for name, config in plan.items():
+        used: list[tuple[Factories[Any], Spec]] = [(OBSERVERS, config.observer), (FAKE_QUANTIZERS, config.fake_quantize)]
+        for registry, spec in used:
+            if spec.name not in registry:
+                lacking.setdefault(f"the {registry.kind} {short(spec.name)}", []).append(name)
     if lacking:
-        raise PieceNotFoundError(f"its plan has the {' and the '.join(lacking)}, which nobody has registered here")
+        pieces = " and ".join(f"{piece} ({_shortened(names)})" for piece, names in sorted(lacking.items()))
+        raise PieceNotFoundError(f"its plan has {pieces}, which nobody has registered here")
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _check_parts(parts: Parts) -> None:

@@ -117,7 +117,7 @@ def test_a_checkpoint_with_an_observer_of_the_user_needs_the_module(
         table.pop("ours")
     code, _, err = run(capsys, "inspect", "net.safetensors")
     assert (code, err.count("\n")) == (2, 1)
-    assert "the observer 'ours', which nobody has registered here" in err
+    assert "the observer 'ours' (weight_fake_quant), which nobody has registered here" in err
     assert "Fix: import the module that registers it" in err
     assert run(capsys, "inspect", "plan.safetensors")[0] == 0
     (folder / "our_pieces.py").write_text(PIECES)
