@@ -50,7 +50,8 @@ def check_call(model: nn.Module, examples: Collection[str] | None, args: Args, k
       args, kwargs: the batch.
       where: the function that an error names.
     """
-    fix = "inputs=lambda batch: batch[0] picks the inputs from what a loader yields"
+    key = 0 if args else next(iter(kwargs), 0)
+    fix = f"inputs=lambda batch: batch[{key!r}] picks the inputs from what a loader yields"
     try:
         signature(model).bind(*args, **kwargs)
     except TypeError as error:

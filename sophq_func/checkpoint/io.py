@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,12 +20,13 @@ from sophq_func.checkpoint.sealed import parse, refuse, short
 from sophq_func.core.errors import CheckpointError, ConfigError, StateError, explain, raise_all
 from sophq_func.core.public import public
 from sophq_func.core.pytree import node_of, sorted_dict, tree_map
+from sophq_func.core.registry import Factories, Spec
 from sophq_func.core.types import Tree
 from sophq_func.core.version import __version__
 from sophq_func.model.flat import flat, merge
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.shapes import FIELDS, check_ostate, check_qparams, expected
-from sophq_func.numerics.contracts import QParams, State
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, QParams, State
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.stored import digest_of_version_2
 
@@ -247,7 +248,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         tensors, text = _migrated(tensors, text)
         parts = _parts(tensors, text, target)
         _check_parts(parts)
-    except ClassNotFoundError as error:
+    except (ClassNotFoundError, PieceNotFoundError) as error:
         refuse(file, "the checkpoint cannot be read", str(error), error.fix)
     except (ArithmeticError, RecursionError, ValueError) as error:
         refuse(file, "the checkpoint cannot be read", str(error), "save it again, from the model")
@@ -270,6 +271,34 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError):
         raise ConfigError(explain("load", "this is not a device", got=device, allowed="'cpu', 'cuda', ...")) from None
+
+
+class PieceNotFoundError(ValueError):
+    """A plan names an observer or a fake quantizer that nobody has registered in this process.
+
+    Attributes:
+      fix: what to do, to continue ``"Fix: "``.
+    """
+
+    fix = "import the module that registers it before sq.load; sophq --import MODULE does"
+
+
+def _check_pieces(plan: Plan) -> None:
+    """Raise a :class:`PieceNotFoundError` unless every observer and fake quantizer of a plan is registered."""
+    lacking: dict[str, list[str]] = {}
+    for name, config in plan.items():
+        used: list[tuple[Factories[Any], Spec]] = [(OBSERVERS, config.observer), (FAKE_QUANTIZERS, config.fake_quantize)]
+        for registry, spec in used:
+            if spec.name not in registry:
+                lacking.setdefault(f"the {registry.kind} {short(spec.name)}", []).append(name)
+    if lacking:
+        pieces = " and ".join(f"{piece} ({_shortened(names)})" for piece, names in sorted(lacking.items()))
+        raise PieceNotFoundError(f"its plan has {pieces}, which nobody has registered here")
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _check_parts(parts: Parts) -> None:
@@ -371,6 +400,8 @@ def _parts(tensors: Tensors, text: Text, device: torch.device) -> Parts:
     parts: Parts = dict(groups)
     if "plan" in names:
         parts["plan"] = _plan(text["plan"], text["digest"])
+        if parts.keys() & {"qparams", "ostate"}:  # a plan alone is read without them, too
+            _check_pieces(parts["plan"])
     if "qparams" in parts:
         parts["qparams"] = _qparams(groups["qparams"])
     if "ostate" in parts and "plan" in parts:

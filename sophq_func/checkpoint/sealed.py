@@ -29,9 +29,6 @@ from sophq_func.core.modes import is_plain
 LONGEST_HEADER = 100_000_000
 """In bytes; the limit of safetensors itself."""
 
-ZIP = b"PK\x03\x04"
-"""What a zip archive begins with."""
-
 LONGEST_REASON = 4000
 """In characters: errors quote texts from a file, which may have any length."""
 
@@ -212,13 +209,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 # Reading
 
+ZIP = b"PK\x03\x04"
+"""What a zip file begins with. Read as the length of a header, it and what follows in it are longer than any file."""
+
 
 def _length(head: bytes, size: int) -> int:
     """Where the data start, from the first eight bytes."""
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > size - 8:
-        if head.startswith(ZIP):  # as a length, it is beyond every file
-            raise ValueError("it is a zip archive, as torch.save writes them, which torch.load reads")
+        if head.startswith(ZIP):
+            raise ValueError("it is a zip file, as torch.save writes one, which torch.load reads")
         raise ValueError(f"it ends before its header does: {size} bytes, truncated or no safetensors file")
     if length > LONGEST_HEADER:
         raise ValueError(f"a header of {length} bytes is longer than the {LONGEST_HEADER} that the format allows")

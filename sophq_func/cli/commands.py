@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, NoReturn, TypeAlias
 
 import torch
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
+        for name in options.modules:
+            _module(name)
         code: int = options.run(options)
         sys.stdout.flush()
         return code
@@ -141,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     versions = f"sophq_func {__version__}, torch {torch.__version__}"
     shown = "show the versions of the library and of torch"
     parser.add_argument("--version", action="version", version=versions, help=shown)
+    pieces = "import a module first, which registers pieces of yours; as often as there are modules"
+    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=pieces)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -276,12 +281,7 @@ def _call(source: str) -> tuple[nn.Module, list[Batch]]:
     if not module_name or not name:
         fix = "demo:make, for make() in demo.py"
         raise ConfigError(explain("MODULE:FUNCTION", "this source names no function", got=source, fix=fix))
-    # as python -m does, so that a file in the current folder is found
-    sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    finally:
-        sys.path.remove("")
+    module = _module(module_name)
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -292,6 +292,15 @@ def _call(source: str) -> tuple[nn.Module, list[Batch]]:
         raise ConfigError(explain(source, "this result is no model with batches", got=got, allowed=allowed, fix=fix))
     model, batches = result
     return model, list(batches)
+
+
+def _module(name: str) -> ModuleType:
+    """Import a module as ``python -m`` does, so that a file in the current folder is found."""
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove("")
 
 
 def _read(path: str) -> Contents:

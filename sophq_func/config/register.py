@@ -117,7 +117,7 @@ def _check_result(where: str, name: object, build: object, kind: type) -> None:
         return
     made = build()
     if not isinstance(made, kind):
-        sentence, allowed = f"{name!r} does not make a {kind.__name__}", f"a sq.{kind.__name__}"
+        sentence, allowed = f"{name!r} makes no {kind.__name__}", f"a sq.{kind.__name__}"
         raise ConfigError(explain(where, sentence, got=type(made).__name__, allowed=allowed, fix=fix))
 
 

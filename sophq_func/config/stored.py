@@ -22,6 +22,7 @@ from sophq_func.numerics.scheme import (
     OVERRIDE_FIELDS,
     PIECES,
     SCHEME_FIELDS,
+    SPELLINGS,
     Data,
     Granularity,
     Override,
@@ -216,6 +217,9 @@ def _made(cls: type[T], where: str, entries: object, kinds: Kinds) -> T:
 
 
 def _rules(where: str, data: object, kinds: Kinds) -> tuple[Any, ...]:
+    if isinstance(data, dict):
+        fix = '[{"name": "head", "weight": {"bits": 8}}]'
+        raise ConfigError(explain(where, "this is no list", got=data, allowed="a list of dicts", fix=fix))
     return _each(where, data, lambda place, entry: _made(kinds.rule, place, entry, kinds))
 
 
@@ -238,7 +242,8 @@ def _half(where: str, data: object, kinds: Kinds) -> QuantizerConfig | Override 
         return None
     allowed = 'null, {"config": {...}}, or the fields that sq.override takes'
     if not isinstance(data, dict):
-        raise ConfigError(explain(where, "this is no dict", got=data, allowed=allowed, fix='{"bits": 4}'))
+        fix = '{"bits": 4}, or null to leave it float'
+        raise ConfigError(explain(where, "this is no dict", got=data, allowed=allowed, fix=fix))
     fields = data["config"] if data.keys() == {"config"} else data
     if not isinstance(fields, dict):
         raise ConfigError(explain(where, "this is no config", got=fields, allowed=allowed, fix='{"bits": 4}'))
@@ -277,7 +282,10 @@ def _spec(where: str, data: Data, registry: Factories[Any]) -> Data:
     name, options = data.get("name"), data.get("options", {})
     if not isinstance(name, str) or not isinstance(options, dict) or not data.keys() <= {"name", "options"}:
         allowed = 'a name, or {"name": ..., "options": {...}}'
-        raise ConfigError(explain(where, f"this is no {registry.kind}", got=data, allowed=allowed, fix='{"name": "mse"}'))
+        flat = {key: value for key, value in data.items() if key != "name"}  # options beside the name, not below "options"
+        is_flat = isinstance(name, str) and "options" not in data
+        fix = json.dumps({"name": name, "options": flat}, default=str) if is_flat else '{"name": "mse"}'
+        raise ConfigError(explain(where, f"this is no {registry.kind}", got=data, allowed=allowed, fix=fix))
     given = {key: _hashable(value) for key, value in options.items()}
     if name in registry:
         return _named(where, lambda: registry.spec(name, **given))
@@ -295,10 +303,13 @@ def _granularity(where: str, data: Data) -> Data:
     if not isinstance(data, dict):
         return data
     fields = dict(data)
-    name = fields.pop("name", None)
-    if name not in GRANULARITIES:
-        raise ConfigError(unknown(where, "granularity", name, tuple(GRANULARITIES)))
-    cls: type[Granularity] = GRANULARITIES[name]
+    if "name" not in fields:
+        allowed, fix = 'a name, or {"name": ...} with its fields', '{"name": "PerGroup", "size": 32}'
+        raise ConfigError(explain(where, "this is no granularity", got=data, allowed=allowed, fix=fix))
+    name, known = fields.pop("name"), {**GRANULARITIES, **SPELLINGS}
+    if name not in known:
+        raise ConfigError(unknown(where, "granularity", name, tuple(known)))
+    cls: type[Granularity] = known[name]
     return _named(where, lambda: cls(**fields))
 
 

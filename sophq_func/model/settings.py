@@ -70,7 +70,9 @@ def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[
     for pattern, width in by_pattern.items():
         if not _is_width(width):
             sentence, allowed = f"{pattern!r} cannot have this width", f"numbers from {NARROWEST} to {WIDEST}"
-            raise ConfigError(explain("with_bits", sentence, got=width, allowed=allowed, fix="bits=4"))
+            several = "sq.stack([sq.with_bits(qparams, plan, bits) for bits in (2, 4, 8)])"
+            fix = several if isinstance(width, list | tuple) else "bits=4"
+            raise ConfigError(explain("with_bits", sentence, got=width, allowed=allowed, fix=fix))
         widths.update(dict.fromkeys(_fitting("with_bits", pattern, plan), width))
     fake_quantizers = {name: pieces.build(plan[name].fake_quantize) for name in widths}
     raise_all([_no_width(name, plan[name]) for name in widths if not fake_quantizers[name].resizable])

@@ -155,7 +155,7 @@ def wanted(at: str | Collection[str], modules: Mapping[str, tuple[str, ...]], va
     paths, wanted_values, globs, problems = {}, set(), [], []
     for name in names:
         if not isinstance(name, str) or not name:
-            problems.append(unknown("tap", "path or value", name, [*first_of, *values]))
+            problems.append(unknown("tap", "path or value", name, list(dict.fromkeys([*first_of, *values]))))
             continue
         target = spelled.get(name)
         if any(sign in name for sign in "*?["):
@@ -165,7 +165,7 @@ def wanted(at: str | Collection[str], modules: Mapping[str, tuple[str, ...]], va
         elif target is not None:
             wanted_values.add(target)
         elif values:
-            problems.append(unknown("tap", "path or value", name, [*first_of, *values]))
+            problems.append(unknown("tap", "path or value", name, list(dict.fromkeys([*first_of, *values]))))
         else:
             wanted_values.add(name)
     if problems:

@@ -70,11 +70,13 @@ class Resolve(Protocol):
 class Observer(NamedTuple):
     """A statistic of tensors, and how to read scale and zero point from it.
 
+    A state is a NamedTuple of tensors, shaped like the scales.
+
     Attributes:
-      init: see :class:`InitState`.
-      update: see :class:`Update`.
-      merge: see :class:`Merge`.
-      qparams: see :class:`Resolve`.
+      init: ``init(x, scheme)``, the state before any tensor: see :class:`InitState`.
+      update: ``update(state, x, scheme)``, the state after one more tensor: see :class:`Update`.
+      merge: ``merge(a, b)``, the state of both data sets together: see :class:`Merge`.
+      qparams: ``qparams(state, scheme)``, the :class:`QParams` of a state: see :class:`Resolve`.
     """
 
     init: InitState

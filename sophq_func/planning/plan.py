@@ -209,7 +209,9 @@ class Plan(Mapping[str, QuantizerConfig]):
         if len(fitting) > 1:
             raise ConfigError(f"plan: {name!r} fits {' and '.join(map(repr, fitting))}. Fix: write the dots.")
         if not fitting:
-            raise KeyError(f"no quantizer {name!r} in the plan; {near(str(name), self._configs)}")
+            below = [full for full in self._configs if full.startswith(f"{name}.")]
+            hint = f"it has {' and '.join(map(repr, below[:3]))}" if below else near(str(name), self._configs)
+            raise KeyError(f"no quantizer {name!r} in the plan; {hint or 'list(plan) has the names'}")
         return fitting[0]
 
     def site(self, name: str) -> Site:

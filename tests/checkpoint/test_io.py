@@ -652,3 +652,9 @@ def test_the_longest_name_that_a_folder_takes_is_no_trouble(tmp_path: Path) -> N
     for name in ("a" * 255, "ä" * 127):
         sq.save(tmp_path / name, params={"a": base})
         assert list(sq.load(tmp_path / name).params) == ["a"]
+
+
+def test_a_file_of_torch_save_is_told_of_torch_load(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pt")
+    with pytest.raises(sq.CheckpointError, match=r"a zip file, as torch.save writes one, which torch.load reads"):
+        sq.load(tmp_path / "weights.pt")

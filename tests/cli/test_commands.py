@@ -13,6 +13,7 @@ from torch import nn
 
 import sophq_func as sq
 from sophq_func.cli import commands
+from sophq_func.numerics.contracts import OBSERVERS
 from tests.helpers import ready
 
 MAKE = '''"""A model and its batches."""
@@ -93,6 +94,37 @@ def test_a_checkpoint_without_a_plan_or_a_damaged_one_is_one_line(folder: Path, 
     code, _, err = run(capsys, "inspect", "half.safetensors")
     assert (code, err.count("\n")) == (2, 1)
     assert "half.safetensors" in err
+
+
+PIECES = """import sophq_func as sq
+
+@sq.register.observer("ours")
+def ours():
+    return sq.observer("minmax")
+"""
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_a_checkpoint_with_an_observer_of_the_user_needs_the_module(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    OBSERVERS.register("ours")(lambda: sq.observer("minmax"))
+    config = sq.QuantConfig(weight=sq.override(observer="ours"))
+    q, _, qparams = ready(nn.Linear(2, 3).eval(), torch.tensor([[1.0, 2.0]]), config=config)
+    sq.save(folder / "net.safetensors", plan=q.plan, qparams=qparams)
+    sq.save(folder / "plan.safetensors", plan=q.plan)
+    for table in (OBSERVERS._values, OBSERVERS._canonical, OBSERVERS._keys):  # as in a process that never saw it
+        table.pop("ours")
+    code, _, err = run(capsys, "inspect", "net.safetensors")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the observer 'ours' (weight_fake_quant), which nobody has registered here" in err
+    assert "Fix: import the module that registers it" in err
+    assert run(capsys, "inspect", "plan.safetensors")[0] == 0
+    (folder / "our_pieces.py").write_text(PIECES)
+    code, out, err = run(capsys, "--import", "our_pieces", "inspect", "net.safetensors")
+    assert (code, err) == (0, "")
+    assert "ours()" in out and "weight_fake_quant  scale" in out
+    assert "No module named 'nowhere'" in run(capsys, "--import", "nowhere", "inspect", "net.safetensors")[2]
 
 
 def test_diff_says_what_differs_by_text_and_exit_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,7 @@ def test_a_pattern_is_fused_from_then_on() -> None:
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a name that is taken": (lambda: sq.register.observer("MINMAX"), "registered already"),
     "an alias that is taken": (lambda: sq.register.observer("new", "mse"), "registered already"),
-    "what makes no observer": (lambda: sq.register.observer("new")(floor), "does not make a Observer"),
+    "what makes no observer": (lambda: sq.register.observer("new")(floor), "makes no Observer"),
     "no function": (lambda: sq.register.fake_quantizer("new")(3), "registered with no function"),
     "no format": (lambda: sq.register.format("new", 3), "is no format"),
     "no chip": (lambda: sq.register.chip("new", sq.QuantConfig()), "is no ChipSpec"),

@@ -249,6 +249,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weight": {"scheme": {"bit": 3}}}, "scheme: field 'bit' is not known"),
     ({"weight": {"scheme": 3}}, "scheme must be a QScheme"),
     ({"rules": {"name": "head"}}, "rules: this is no list"),
+    ({"rules": {"head": {"weight": None}}}, 'Fix: [{"name": "head", "weight": {"bits": 8}}]'),
+    ({"activation": "none"}, "or null to leave it float"),
+    ({"weight": {"observer": {"name": "mse", "p": 2.0}}}, 'Fix: {"name": "mse", "options": {"p": 2.0}}'),
+    ({"weight": {"granularity": {"per_group": 32}}}, 'Fix: {"name": "PerGroup", "size": 32}'),
     ({"rules": ["head"]}, "rules[0]: this is no dict"),
     ({"rules": [{"weight": None}]}, "rules[0]: Rule: it says nothing about what it matches"),
     ({"rules": [{"type": {"type": "torch.nn.Liner"}}]}, "rules[0]: type: path: this path leads to no class or function"),
@@ -271,6 +275,11 @@ def test_what_is_wrong_is_said_with_its_place(data: dict[str, Any], words: str) 
         sq.QuantConfig.from_dict(data)
     assert words in str(caught.value)
     assert "from_dict" in str(caught.value)
+
+
+def test_a_granularity_with_fields_has_either_of_its_names() -> None:
+    short = sq.QuantConfig.from_dict({"weight": {"granularity": {"name": "per_group", "size": 32}}})
+    assert short.weight == sq.override(granularity=sq.PerGroup(32))
 
 
 def test_all_problems_are_in_one_message() -> None:

@@ -35,6 +35,12 @@ def test_a_loader_of_pairs_is_told_of_inputs() -> None:
         r.q.calibrate(r.params, DataLoader(TensorDataset(X, X), batch_size=2), progress=False)
 
 
+def test_a_loader_of_dicts_is_told_of_inputs_by_key() -> None:
+    r = ready(nn.Linear(4, 3), X)
+    with pytest.raises(sq.StateError, match=r"Fix: inputs=lambda batch: batch\['image'\] picks the inputs"):
+        r.q.calibrate(r.params, [{"image": X, "label": 0}], progress=False)
+
+
 @pytest.mark.parametrize("inputs", ["image", 0])
 def test_inputs_is_a_function(inputs: Any) -> None:
     r = ready(nn.Linear(4, 3), X)

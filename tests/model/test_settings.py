@@ -265,3 +265,11 @@ def test_every_observer_gives_a_range_that_can_be_resized() -> None:
         half = sq.override(observer=OBSERVERS.spec(name))
         q, params, qparams, x = ready(model, replace(config(), weight=half, activation=half))
         assert q.apply(params, sq.with_bits(qparams, q.plan, 4), x).isfinite().all()
+
+
+def test_several_widths_at_once_are_told_of_stack() -> None:
+    model, x = torch.nn.Linear(3, 4).eval(), torch.randn(6, 3)
+    q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+    qparams = q.calibrate(sq.params_of(model), [x], progress=False)
+    with pytest.raises(sq.ConfigError, match=r"got \[2, 4\].*Fix: sq.stack\("):
+        sq.with_bits(qparams, q.plan, [2, 4])  # type: ignore[arg-type]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.ranges import no_range
 from sophq_func.testing import fake_quantizers, observers, plans
+from sophq_func.testing.subjects import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("scratch_registries")
 
@@ -71,6 +74,42 @@ def test_a_law_that_is_not_claimed_can_be_left_out() -> None:
     sq.testing.check_observer(name, without=["merging_shards_equals_observing_them_in_turn_or_is_refused"])
     with pytest.raises(sq.ConfigError, match="law 'merging' is not known"):
         sq.testing.check_observer(name, without=["merging"])
+
+
+class Total(NamedTuple):
+    total: Tensor
+
+
+def test_a_sum_of_floats_may_be_rounded_where_the_docstring_says_so() -> None:
+    def update(state: Total, x: Tensor, scheme: sq.QScheme) -> Total:
+        return Total(state.total + rows(x, scheme.granularity).sum(-1))
+
+    def total(merge: Callable[[Total, Total], Total]) -> sq.Observer:
+        def init(x: Tensor, scheme: sq.QScheme) -> Total:
+            return Total(torch.zeros_like(no_range(x, scheme.granularity)[0]))
+
+        return sq.Observer(init, update, merge, sq.observer("minmax").qparams)
+
+    @sq.register.observer("silent")
+    def silent() -> sq.Observer:
+        """The sum."""
+        return total(lambda a, b: Total(a.total + b.total))
+
+    @sq.register.observer("said")
+    def said() -> sq.Observer:
+        """The sum. Mergeable, up to the rounding of a
+        sum."""
+        return total(lambda a, b: Total(a.total + b.total))
+
+    @sq.register.observer("wrong")
+    def wrong() -> sq.Observer:
+        """The sum, up to the rounding of a sum."""
+        return total(lambda a, b: Total(torch.where(b.total == 0, a.total, torch.where(a.total == 0, b.total, a.total))))
+
+    law = observers.merging_shards_equals_observing_them_in_turn_or_is_refused
+    assert law.broken("silent")
+    assert not law.broken("said")
+    assert len(law.broken("wrong")) == len(SCHEMES)
 
 
 def test_an_assertion_without_words_shows_its_line() -> None:
