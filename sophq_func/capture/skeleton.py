@@ -272,9 +272,6 @@ class Skeleton:
             raise StateError(explain(where, "params hold no tensors", got=got, allowed=allowed, fix=order))
         problems = []
         if not self.names <= params.keys() <= self.all_names:
-            if all("zero_point" in getattr(value, "_fields", ()) for value in params.values()) and params:
-                order = "params before qparams, as in q.apply(params, qparams, x)"
-                raise StateError(explain(where, "qparams are given in place of params", fix=order))
             problems += self._misnamed(params.keys(), where, fix)
         for name, value in params.items():
             if not isinstance(value, Tensor):

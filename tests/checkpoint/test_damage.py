@@ -527,5 +527,5 @@ def test_a_process_that_is_killed_while_it_saves_leaves_a_file_that_loads(tmp_pa
 
 def test_a_file_of_torch_save_is_called_one(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")
-    with pytest.raises(sq.CheckpointError, match=r"a zip archive, as torch\.save writes them, which torch\.load reads"):
+    with pytest.raises(sq.CheckpointError, match=r"a zip file, as torch\.save writes one, which torch\.load reads"):
         sq.load(tmp_path / "model.pt")

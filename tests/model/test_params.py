@@ -139,9 +139,3 @@ def test_a_repeated_tensor_cannot_be_written_but_may_stay_as_it_is() -> None:
     sq.load_into(model, other(model) | {"mask": torch.ones(3)})
     with pytest.raises(sq.StateError, match=r"load_into: mask: .* itself, by a stride of 0"):
         sq.load_into(model, other(model))
-
-
-def test_params_and_qparams_that_are_swapped_are_said_in_one_sentence() -> None:
-    r = ready(nn.Linear(3, 4).eval(), torch.randn(6, 3))
-    with pytest.raises(sq.StateError, match=r"^apply: qparams are given in place of params. Fix: params before qparams"):
-        r.q.apply(r.qparams, r.params, torch.randn(6, 3))
