@@ -108,8 +108,12 @@ def constructor_for(meant: Meant) -> Callable[[Item], Item]:
       sophq_func.core.errors.ConfigError: scheme: field 'width' is not known. Fix: bits=4, or use one of bits.
     """
 
+    # a function, and no ``functools.partial``, since a compiler traces models that make such values
+    def find(call: Callable[..., Any], where: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+        return _problems_of_value(call, where, args, kwargs, meant)
+
     def decorate(item: Item) -> Item:
-        return _decorated(item, functools.partial(_problems_of_value, meant=meant))
+        return _decorated(item, find)
 
     return decorate
 
