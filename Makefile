@@ -1,6 +1,6 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
 # make quick: under a minute of them.  make docs: the documentation as a site.
-# make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: three settings of eighteen).
+# make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: two settings of eighteen).
 # make dist: the files of a release, checked.
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3

@@ -1,6 +1,6 @@
 """Run the tests marked ``isa`` as other CPUs would: with other instruction sets, threads, and orders of summation.
 
-``python tools/isa.py`` runs every setting, ``--few`` the three that differ most. A setting that this CPU cannot do is
+``python tools/isa.py`` runs every setting, ``--few`` the two that differ most. A setting that this CPU cannot do is
 skipped. All settings run, whichever of them fail; the exit status is 1 where one did.
 """
 
@@ -54,10 +54,9 @@ class Setting(NamedTuple):
 EVERY = [Setting(*parts) for parts in itertools.product(CAPABILITIES, INSTRUCTIONS, (1, 2))]
 FEW = [
     Setting("default", "SSE41", 1, mkl="COMPATIBLE"),
-    Setting("avx2", "AVX512_CORE", 1),
     Setting("avx512", "AVX512_CORE", 2),
 ]
-"""The weakest, with the one order of MKL that all CPUs share; the strongest, with two threads; and one library ahead."""
+"""The weakest, with the one order of MKL that all CPUs share; and the strongest, with two threads."""
 
 
 def has() -> int:
@@ -82,7 +81,7 @@ def passes(setting: Setting, options: list[str]) -> bool:
 def main() -> int:
     """Run, and print what became of each setting."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--few", action="store_true", help="the three settings that differ most")
+    parser.add_argument("--few", action="store_true", help="the two settings that differ most")
     given, options = parser.parse_known_args()
     strength, outcomes = has(), {}
     for setting in FEW if given.few else EVERY:

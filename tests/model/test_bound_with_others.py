@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
 from datetime import timedelta
@@ -248,6 +249,10 @@ def train_in_a_process(rank: int, store: str, folder: str) -> None:
     half = slice(4 * rank, 4 * rank + 4)
     after_steps(parallel, x[half], y[half], 2)
     torch.save(parallel.module.state_dict(), Path(folder) / f"{rank}.pt")
+    # neither ends while the other still needs it, nor does the group before what holds on to it, which would wait for ever
+    distributed.barrier()
+    del parallel
+    gc.collect()
     distributed.destroy_process_group()
 
 
