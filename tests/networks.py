@@ -380,6 +380,11 @@ def in_place(here: _Here, x: Tensor, y: Tensor) -> Tensor:
 
 @step()
 def relu_in_place(here: _Here, x: Tensor, y: Tensor) -> Tensor:
+    return here.call("relu", Tensor.relu_, here.call("sub", torch.sub, x, y))
+
+
+@step()
+def relu_in_place_of_torch(here: _Here, x: Tensor, y: Tensor) -> Tensor:
     return here.call("relu", torch.relu_, here.call("sub", torch.sub, x, y))
 
 

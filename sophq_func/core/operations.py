@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from functools import cache
 
 import torch
 from torch import nn
@@ -260,13 +261,26 @@ def family(cls: type) -> str:
     return next((FAMILIES[base] for base in cls.__mro__ if base in FAMILIES), "")
 
 
+@cache
 def hidden_from_compile() -> frozenset[str]:
     """Canonical names of operations of which Dynamo hides at least one spelling from function modes.
 
-    These are the Python functions of ``torch.nn.functional`` that cannot be overridden, ``F.pad``, and Python's ``abs``.
+    These are the Python functions of ``torch.nn.functional`` that cannot be overridden, the functions of ``torch`` and of
+    ``torch.nn.functional`` that write in place (``torch.relu_``, unlike ``x.relu_``), ``F.pad``, and Python's ``abs``.
+
+    Example:
+      >>> {"relu", "tanh", "pad"} <= hidden_from_compile(), "matmul" in hidden_from_compile()
+      (True, False)
     """
     overridable = torch.overrides.get_overridable_functions().values()
     shown = {function for functions in overridable for function in functions}
+    hidden = {name for module in (torch, nn.functional) for name in _written_in_place(module, shown)}
     public = (getattr(nn.functional, name) for name in dir(nn.functional) if not name.startswith("_"))
-    hidden = (member for member in public if isinstance(member, types.FunctionType) and member not in shown)
-    return frozenset(("abs", "pad", *(canonical_name(function.__name__) for function in hidden)))
+    hidden |= {member.__name__ for member in public if isinstance(member, types.FunctionType) and member not in shown}
+    return frozenset(("abs", "pad", *map(canonical_name, hidden)))
+
+
+def _written_in_place(module: types.ModuleType, shown: Set[Function]) -> Iterator[str]:
+    """Names of the functions of a module that write into their argument and cannot be overridden."""
+    names = (name for name in dir(module) if name.endswith("_") and not name.startswith("_"))
+    return (name for name in names if getattr(module, name) not in shown)

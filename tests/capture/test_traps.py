@@ -240,10 +240,13 @@ def compiled_error(r: Ready, x: Tensor) -> str:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("spelling", [F.sigmoid, abs], ids=["F.sigmoid", "abs"])
-def test_what_dynamo_hides_is_an_error_that_says_what_to_write(spelling: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [(F.sigmoid, "sigmoid"), (abs, "abs"), (torch.relu_, "relu"), (F.relu_, "relu")],
+    ids=["F.sigmoid", "abs", "torch.relu_", "F.relu_"],
+)
+def test_what_dynamo_hides_is_an_error_that_says_what_to_write(spelling: Callable[[Tensor], Tensor], name: str) -> None:
     x = torch.randn(2, 4)
-    name = spelling.__name__
     text = compiled_error(ready(Gated(spelling), x), x)
     assert f"torch.compile hides this spelling of {name}" in text
     assert f"torch.{name}(x)" in text
