@@ -361,11 +361,22 @@ def sam(hf: Any, text: dict[str, int]) -> tuple[nn.Module, dict[str, Any]]:
     return hf.SamModel(config), {"pixel_values": R(1, 3, 64, 64), "input_points": 64 * torch.rand(1, 1, 2, 2)}
 
 
+def unet(hf: Any, text: dict[str, int]) -> tuple[nn.Module, dict[str, Any]]:
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8}
+    model = diffusers.UNet2DConditionModel(sample_size=16, norm_num_groups=8, **blocks, **sizes)
+    return model, {"sample": R(2, 4, 16, 16), "timestep": torch.tensor(7), "encoder_hidden_states": R(2, 6, 32)}
+
+
 def tokens() -> dict[str, Any]:
     return {"input_ids": torch.randint(5, 90, (2, 8)), "use_cache": False}
 
 
-MODELS = (mixtral, gpt_oss, qwen_moe, mamba, rwkv, vit_mae, sam)
+MODELS = (mixtral, gpt_oss, qwen_moe, mamba, rwkv, vit_mae, sam, unet)
 TEXT = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
@@ -388,7 +399,9 @@ def test_every_contraction_of_a_large_model_is_quantized_or_has_its_line(make: C
     def reads_a_grid(name: str) -> bool:
         """Whether one of the tensors that a call takes comes from a quantizer, and was only moved since."""
         edges = [edge for edge in plan.edges if edge.target == name]
-        return any(edge.through or (calls[edge.source].does in MOVES and reads_a_grid(edge.source)) for edge in edges)
+        return any(
+            edge.through or (calls[edge.source].does in {*MOVES, "Dropout"} and reads_a_grid(edge.source)) for edge in edges
+        )
 
     for name in contractions.keys() - left.keys():
         # an embedding of positions multiplies what depends on no input
