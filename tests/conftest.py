@@ -31,6 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in kept]
 
 
+@pytest.fixture(scope="session")
+def is_quick(pytestconfig: pytest.Config) -> bool:
+    """Whether this is ``pytest --quick``: for tests that loop over their cases themselves."""
+    return bool(pytestconfig.getoption("quick"))
+
+
 @pytest.fixture(autouse=True)
 def _same_threads_and_seed() -> Iterator[None]:
     before = torch.get_num_threads()

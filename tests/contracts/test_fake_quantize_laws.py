@@ -22,9 +22,10 @@ import sophq_func as sq
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from sophq_func.testing import fake_quantizers as laws
 from sophq_func.testing.fake_quantizers import EXCEPT, TANH, VARIANTS, floating, made, objective, put, ready
-from tests.contracts import NARROW, SHAPE, assert_same, calibrated, each, sample
+from tests.contracts import NARROW, SHAPE, assert_same, calibrated, sample
 from tests.contracts import over_static_granularities as over_granularities
 from tests.contracts import over_static_schemes as over_schemes
+from tests.each import each
 
 NAMES = FAKE_QUANTIZERS.names()
 ALL = [*NAMES, *VARIANTS]

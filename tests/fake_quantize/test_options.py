@@ -12,7 +12,8 @@ import torch
 import sophq_func as sq
 from sophq_func.fake_quantize import rectified_sigmoid
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
-from tests.contracts import assert_same, calibrated, each, observed, over_static_schemes, sample, scheme_of
+from tests.contracts import assert_same, calibrated, observed, over_static_schemes, sample, scheme_of
+from tests.each import each
 
 ZERO = torch.tensor(0, dtype=torch.int32)
 SCHEME = sq.QScheme(bits=4)

@@ -14,7 +14,8 @@ import sophq_func as sq
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.numerics import eager, eager_forward, eager_gradients
 from sophq_func.numerics.affine import fake_quantize
-from tests.contracts import STATIC_SCHEMES, each, sample
+from tests.contracts import STATIC_SCHEMES, sample
+from tests.each import each
 
 MEMBERS = 3
 ORDERS = ("kernel", "expression", "quotient")
