@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,20 @@ def _same_threads_and_seed() -> Iterator[None]:
         torch.cuda.manual_seed_all(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_table_of_translations() -> Iterator[None]:
+    """torch.onnx reads its translations of all operations anew for each export, which is most of what a small export takes:
+    those of a session share one table. It is only read, since no test adds a translation of its own.
+    """
+    if importlib.util.find_spec("onnxscript") is None:
+        yield
+        return
+    table = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "from_torchlib", staticmethod(functools.cache(table.from_torchlib)))
+        yield
 
 
 @pytest.fixture
