@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: install demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
+.PHONY: install install-docs demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -38,6 +38,8 @@ doctest: $(VENV)/.test
 	$(BIN)/python -m pytest --doctest-modules sophq_func -p no:cacheprovider
 
 install: $(VENV)/.dev
+
+install-docs: $(VENV)/.docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -31,13 +32,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in kept]
 
 
+@pytest.fixture(scope="session")
+def is_quick(pytestconfig: pytest.Config) -> bool:
+    """Whether this is ``pytest --quick``: for tests that loop over their cases themselves."""
+    return bool(pytestconfig.getoption("quick"))
+
+
 @pytest.fixture(autouse=True)
 def _same_threads_and_seed() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    torch.manual_seed(0)
+    # of the CPU alone: torch.manual_seed keeps a formatted stack for each kind of device that is absent, 1 ms a test
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_table_of_translations() -> Iterator[None]:
+    """torch.onnx reads its translations of all operations anew for each export, which is most of what a small export takes:
+    those of a session share one table. It is only read, since no test adds a translation of its own.
+    """
+    if importlib.util.find_spec("onnxscript") is None:
+        yield
+        return
+    table = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "from_torchlib", staticmethod(functools.cache(table.from_torchlib)))
+        yield
 
 
 @pytest.fixture

@@ -2,14 +2,18 @@
 
 Tests marked ``slow`` are left out, and of a test with many cases as few are kept as hold every value of each of its
 parameters once: every granularity and every observer, not each with each. What is left out counts as deselected.
+A test that loops over its cases itself asks for :func:`few` of them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import pytest
+
+T = TypeVar("T")
 
 MOST = 4
 """Cases of one test. Of more, some are passed over, evenly: with 4 a run takes 50 s on two cores, with 32 four minutes."""
@@ -28,6 +32,17 @@ def values_of(item: pytest.Item) -> Mapping[str, Hashable]:
     """The place of each parameter's value among the values of that parameter."""
     call = getattr(item, "callspec", None)
     return {} if call is None else call.indices
+
+
+def few(cases: Mapping[str, T]) -> dict[str, T]:
+    """Which of the cases inside one test to keep.
+
+    Example:
+      >>> few({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5})
+      {'a': 1, 'c': 3, 'e': 5}
+    """
+    names = list(cases)
+    return {names[i]: cases[names[i]] for i in some([{"case": name} for name in names])}
 
 
 def some(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:

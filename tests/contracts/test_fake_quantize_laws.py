@@ -22,16 +22,10 @@ import sophq_func as sq
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from sophq_func.testing import fake_quantizers as laws
 from sophq_func.testing.fake_quantizers import EXCEPT, TANH, VARIANTS, floating, made, objective, put, ready
-from tests.contracts import (
-    GRANULARITIES,
-    SHAPE,
-    assert_same,
-    calibrated,
-    sample,
-    scheme_param,
-)
+from tests.contracts import NARROW, SHAPE, assert_same, calibrated, sample
 from tests.contracts import over_static_granularities as over_granularities
 from tests.contracts import over_static_schemes as over_schemes
+from tests.each import each
 
 NAMES = FAKE_QUANTIZERS.names()
 ALL = [*NAMES, *VARIANTS]
@@ -44,7 +38,7 @@ def over_all_but(claim: str, names: list[str]) -> Any:
 
 over_quantizers = pytest.mark.parametrize("name", ALL)
 over_integer = pytest.mark.parametrize("name", INTEGER)
-over_granularities_of_narrow = pytest.mark.parametrize("scheme", [scheme_param("narrow", g) for g in GRANULARITIES])
+over_granularities_of_narrow = each("scheme", NARROW)
 over_documented = pytest.mark.parametrize("name", ["fixed", "learnable"])
 NO_ZERO = torch.tensor(0, dtype=torch.int32)
 

@@ -12,13 +12,12 @@ import torch
 import sophq_func as sq
 from sophq_func.fake_quantize import rectified_sigmoid
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
-from tests.contracts import assert_same, calibrated, observed, over_static_schemes, sample, scheme_param
+from tests.contracts import assert_same, calibrated, observed, over_static_schemes, sample, scheme_of
+from tests.each import each
 
 ZERO = torch.tensor(0, dtype=torch.int32)
 SCHEME = sq.QScheme(bits=4)
-over_symmetric = pytest.mark.parametrize(
-    "scheme", [scheme_param("symmetric", g) for g in (sq.PerTensor(), sq.PerChannel(1))]
-)
+over_symmetric = each("scheme", {str(g): scheme_of("symmetric", g) for g in (sq.PerTensor(), sq.PerChannel(1))})
 
 
 def scaled(scale: float, **extras: torch.Tensor) -> sq.QParams:

@@ -103,3 +103,13 @@ def assert_on_grid(actual: Tensor, expected: Tensor, step: Tensor | float, share
     moved = off > tolerance
     assert bool((off <= step * 1.001 + tolerance).all()), f"off by {(off / step).max()} steps"
     assert moved.float().mean() <= share, f"{int(moved.sum())} of {moved.numel()} elements are one step off"
+
+
+def compared(section: str, *classes: str, defects: Mapping[str, str], outputs: bool = False) -> dict[str, dict[str, Case]]:
+    """The cases that no :func:`reason` skips, by class and by name: one test holds all of a class."""
+    found: dict[str, dict[str, Case]] = {name: {} for name in sorted(classes)}
+    for data in cases(section):
+        case = Case(section, data)
+        if case.cls in classes and not reason(case, defects, outputs=outputs):
+            found[case.cls][case.name] = case
+    return found

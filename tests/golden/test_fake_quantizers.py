@@ -20,7 +20,9 @@ import sophq_func as sq
 from sophq_func.fake_quantize import hessian_update, rectified_sigmoid
 from sophq_func.numerics.formats import E4M3, E5M2
 from sophq_func.numerics.layout import expand
-from tests.golden.cases import Case, assert_on_grid, cases, params, reason
+from tests.each import each, hold
+from tests.golden.cases import Case, assert_on_grid, cases, compared, params, reason
+from tests.quick import few
 
 SECTION = "fake_quantizers"
 SKIPPED = {
@@ -242,9 +244,8 @@ def assert_gradients(case: Case, outcome: Outcome) -> None:
         torch.testing.assert_close(gradient, expected, **({"rtol": 0, "atol": 0} if outcome.step is None else tight))
 
 
-@pytest.mark.parametrize("case", params(SECTION, *COMPARISONS, defects=SKIPPED, outputs=True))
-def test_follows_the_recording(case: Case) -> None:
-    """Where the recorded gradient shows a defect, ours differs."""
+def follow(case: Case) -> None:
+    """Assert that outputs and gradients are those recorded; where the recorded gradient shows a defect, ours differs."""
     outcome = COMPARISONS[case.cls](case)
     assert_output(outcome)
     if reason(case, GRADIENT):
@@ -254,17 +255,36 @@ def test_follows_the_recording(case: Case) -> None:
         assert_gradients(case, outcome)
 
 
+RUN = compared(SECTION, *COMPARISONS, defects=SKIPPED, outputs=True)
+
+
+@pytest.mark.parametrize("cls", RUN)
+def test_follows_the_recording(cls: str, is_quick: bool) -> None:
+    hold(follow, few(RUN[cls]) if is_quick else RUN[cls])
+
+
+def why(case: Case) -> str | None:
+    return reason(case, SKIPPED, outputs=True)
+
+
+@pytest.mark.parametrize(
+    "case", params(SECTION, *COMPARISONS, defects=SKIPPED, outputs=True, where=lambda case: bool(why(case)))
+)
+def test_is_skipped_by_name(case: Case) -> None:
+    follow(case)
+
+
 def status(case: Case) -> str:
     """What becomes of a case."""
     if case.error and not case.has("output"):
         return f"error: {case.cls.removesuffix('FakeQuantize')}"
-    return reason(case, SKIPPED, outputs=True) or reason(case, GRADIENT, outputs=True) or "compared"
+    return why(case) or reason(case, GRADIENT, outputs=True) or "compared"
 
 
 ALL = [Case(SECTION, data) for data in cases(SECTION)]
 
 
-@pytest.mark.parametrize("case", [c for c in ALL if status(c).startswith("defect")], ids=lambda case: case.name)
+@each("case", {case.name: case for case in ALL if status(case).startswith("defect")})
 def test_what_is_skipped_for_a_defect_differs(case: Case) -> None:
     with pytest.raises(AssertionError):
         assert_output(COMPARISONS[case.cls](case))

@@ -12,7 +12,9 @@ from torch import Tensor
 
 import sophq_func as sq
 from sophq_func.numerics.contracts import OBSERVERS
-from tests.golden.cases import Case, cases, params, reason
+from tests.each import each, hold
+from tests.golden.cases import Case, cases, compared, params, reason
+from tests.quick import few
 
 ONE_SCALE = ("MinMaxFloorObserver", "PoTModeObserver")
 """These have one scale in the reference, also where a channel axis is given."""
@@ -79,8 +81,18 @@ def after(observer: sq.Observer, scheme: sq.QScheme, *batches: Tensor) -> Any:
     return state
 
 
-@pytest.mark.parametrize("case", params("observers", *CLASSES, defects=DEFECTS))
-def test_follows_the_recording(case: Case) -> None:
+RUN = compared("observers", *CLASSES, defects=DEFECTS)
+
+
+@pytest.mark.parametrize("cls", RUN)
+def test_follows_the_recording(cls: str, is_quick: bool) -> None:
+    hold(follow, few(RUN[cls]) if is_quick else RUN[cls])
+
+
+@pytest.mark.parametrize(
+    "case", params("observers", *CLASSES, defects=DEFECTS, where=lambda case: bool(reason(case, DEFECTS)))
+)
+def test_is_skipped_by_name(case: Case) -> None:
     follow(case)
 
 
@@ -117,10 +129,7 @@ def test_no_case_is_skipped_for_nothing(text: str) -> None:
             follow(case)
 
 
-FAILED = [pytest.param(case, id=case.name) for case in ALL if case.error]
-
-
-@pytest.mark.parametrize("case", FAILED)
+@each("case", {case.name: case for case in ALL if case.error})
 def test_where_the_reference_failed_there_is_a_grid(case: Case) -> None:
     observer, scheme = observer_of(case), case.scheme
     inputs = case.all("input") or [torch.linspace(-1.0, 2.0, 800).reshape(4, 8, 5, 5)]

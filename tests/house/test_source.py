@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import sophq_func as sq
+from tests.each import each
 
 ROOT = Path(sq.__file__).parent
 FILES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
-over_files = pytest.mark.parametrize("file", FILES)
+over_files = each("file", {file: file for file in FILES})
 EXPORTED = frozenset(sq.__all__)
 NAMESPACES = (sq.observers, sq.fake_quantize, sq.export, sq.presets, sq.register)
 """Modules whose functions users call."""
@@ -88,14 +89,14 @@ def submodules() -> set[str]:
     return {Path(file).parts[0].removesuffix(".py") for file in FILES} - EXPORTED
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES | FUNCTIONS))
+@each("name", {name: name for name in sorted(CLASSES | FUNCTIONS)})
 def test_everything_exported_has_a_docstring(name: str) -> None:
     documentation = exported()[name].__doc__
     assert documentation
     assert not documentation.startswith(f"{name}("), "the text that a NamedTuple or dataclass makes up"
 
 
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@each("name", {name: name for name in sorted(FUNCTIONS)})
 def test_every_exported_function_shows_an_example(name: str) -> None:
     assert "Example:" in str(exported()[name].__doc__)
     assert ">>> " in str(exported()[name].__doc__)

@@ -14,7 +14,8 @@ import sophq_func as sq
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.numerics import eager, eager_forward, eager_gradients
 from sophq_func.numerics.affine import fake_quantize
-from tests.contracts import STATIC_SCHEMES, over, sample
+from tests.contracts import STATIC_SCHEMES, sample
+from tests.each import each
 
 MEMBERS = 3
 ORDERS = ("kernel", "expression", "quotient")
@@ -42,7 +43,7 @@ SOME = {
 }
 """Each granularity, and affine grids for half of them."""
 
-over_some_schemes = over(SOME)
+over_some_schemes = each("scheme", SOME)
 
 
 @pytest.fixture(autouse=True)

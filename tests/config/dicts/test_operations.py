@@ -21,6 +21,7 @@ from tests.config.dicts.helpers import (
     told,
     values,
 )
+from tests.each import each
 
 
 def unary(call: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> tuple[nn.Module, Tensor]:
@@ -245,21 +246,27 @@ KEYS_OF = {
     "interpolate": (nn.Upsample, F.interpolate, "interpolate", "Upsample"),
     "layer_norm": (nn.LayerNorm, F.layer_norm, torch.layer_norm, "LayerNorm", "layer_norm"),
 }
-PAIRS = [
-    pytest.param(key, name, call, id=f"{name}-{number}-{how}")
-    for name, keys in KEYS_OF.items()
-    for number, key in enumerate(keys)
-    for how, call in OPERATIONS[name].items()
-]
+over_pairs = each(
+    "pair",
+    {
+        f"{name}-{number}-{how}": (key, name, call)
+        for name, keys in KEYS_OF.items()
+        for number, key in enumerate(keys)
+        for how, call in OPERATIONS[name].items()
+    },
+)
+"""A key, the name of its operation, and a call of that."""
 
 
-@pytest.mark.parametrize(("key", "name", "call"), PAIRS)
-def test_every_spelling_of_a_key_excludes_every_spelling_of_the_operation(key: Any, name: str, call: Any) -> None:
+@over_pairs
+def test_every_spelling_of_a_key_excludes_every_spelling_of_the_operation(pair: tuple[Any, str, Any]) -> None:
+    key, name, call = pair
     assert values(plan_of(*between(name, call), extra_quantizer_dict={"exclude_function_type": [key]})) == {"x"}
 
 
-@pytest.mark.parametrize(("key", "name", "call"), PAIRS)
-def test_every_spelling_of_a_key_configures_every_spelling_of_the_operation(key: Any, name: str, call: Any) -> None:
+@over_pairs
+def test_every_spelling_of_a_key_configures_every_spelling_of_the_operation(pair: tuple[Any, str, Any]) -> None:
+    key, name, call = pair
     plan = plan_of(*between(name, call), extra_qconfig_dict={"object_type": {key: ENTRY}})
     assert {value for value in values(plan) if plan[f"{value}{POST}"].fake_quantize == FIXED} == {name}
 
