@@ -26,7 +26,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 
 fuzz: $(VENV)/.test
-	NETWORKS=2000 $(BIN)/python -m pytest -n 2 tests/composition/test_networks.py
+	NETWORKS=20000 $(BIN)/python -m pytest -n 2 tests/composition/test_networks.py
 
 quick: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --quick
