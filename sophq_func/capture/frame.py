@@ -55,6 +55,7 @@ class Frame:
         and hooks before the forward. They belong to the module.
       given: while a hook before a forward runs, the tensors that depend on what the module is given; else ``None``.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
+      idle: builtin functions whose calls, in eager, may go unreported, since the frame does nothing there.
       sees_functions: whether calls of an ``autograd.Function`` are reported, which makes each of them one call.
     """
 
@@ -68,6 +69,7 @@ class Frame:
         self.computing = 0
         self.given: list[Tensor] | None = None
         self.deferred: Deferred | None = None
+        self.idle: frozenset[Function] = frozenset()
 
     @property
     def scope(self) -> str:
@@ -360,6 +362,9 @@ class Watch(TorchFunctionMode):
         self, func: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> Output:
         kwargs = kwargs or {}
+        # of a language model, nine in ten calls; a compiler, which may trace a part of the model alone, asks for no set
+        if not is_compiling() and func in self.frame.idle and self.frame.deferred is None and self.frame.given is None:
+            return func(*args, **kwargs)
         # attributes such as ``shape`` are the same without the value, and reading one must not compute it
         if self.frame.deferred is not None and func.__name__ != "__get__":
             args, kwargs = self.frame.deferred.filled((args, kwargs))

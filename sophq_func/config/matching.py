@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -30,10 +30,13 @@ def matches_name(pattern: str, site: Site) -> bool:
     A name matches if it equals one of the site's names, a glob if it fits one of them as a whole. Among the names are the
     paths of all modules around the site, so that a module's path matches everything in the module.
     """
+    return fits_any(pattern, site.spellings)
+
+
+def fits_any(pattern: str, names: Collection[str]) -> bool:
+    """Whether a name is one of several, or a glob fits one of them as a whole."""
     fits = _glob_matcher(pattern)
-    if fits is None:
-        return pattern in site.spellings
-    return any(map(fits, site.spellings))
+    return pattern in names if fits is None else any(map(fits, names))
 
 
 def is_glob(name: str) -> bool:

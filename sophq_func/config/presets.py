@@ -21,7 +21,7 @@ from sophq_func.fake_quantize import mxfp4 as mxfp4_blocks
 from sophq_func.fake_quantize import nvfp4 as nvfp4_blocks
 from sophq_func.numerics.scheme import PerChannel, PerGroup, PerTensor, PerToken, QScheme, QuantizerConfig
 
-__all__ = ["fp8", "mxfp4", "nvfp4", "w4a4_lsq", "w4a16", "w8a8", "w8a8_per_token"]
+__all__ = ["fp8", "mxfp4", "nvfp4", "w4a4_lsq", "w4a8", "w4a16", "w8a8", "w8a8_per_token"]
 
 CHANNELS = QScheme(bits=8, granularity=PerChannel())
 """8 bits, symmetric, a scale for each output of a weight."""
@@ -105,6 +105,27 @@ def w4a16(group: int = 128, *, symmetric: bool = True, rules: Sequence[Rule] = (
     check_flags("w4a16", {"symmetric": symmetric})
     weight = _calibrated(QScheme(bits=4, symmetric=symmetric, granularity=PerGroup(size=group)))
     return QuantConfig(strategy="Layers", weight=weight, activation=None, rules=rules)
+
+
+@constructor
+def w4a8(group: int = 128, *, rules: Sequence[Rule] = ()) -> QuantConfig:
+    """4-bit weights in groups, and 8-bit integers with a scale for each token, computed in the run, for inputs of layers.
+
+    The weights of :func:`w4a16` with the activations of :func:`w8a8_per_token`: what compressed-tensors calls ``W4A8``.
+    Strategy ``Layers``.
+
+    Args:
+      group: weights that share a scale; it must divide the inputs of every layer that no rule leaves out.
+      rules: exceptions, later ones over earlier ones; large language models mostly leave the head out.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> config = sq.presets.w4a8(group=64)
+      >>> config.weight.scheme, config.activation.scheme.bits
+      (QScheme(bits=4, granularity=PerGroup(axis=None, size=64)), 8)
+    """
+    weight = _calibrated(QScheme(bits=4, granularity=PerGroup(size=group)))
+    return QuantConfig(strategy="Layers", weight=weight, activation=_calibrated(TOKENS), rules=rules)
 
 
 @constructor

@@ -28,6 +28,11 @@ from sophq_func.numerics.scheme import SCHEME_FIELDS, Override, QuantizerConfig
 
 __all__ = ["QuantConfig", "Rule", "not_grouped"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 QuantMode: TypeAlias = Literal["weight_activation", "weight_only"]
 """What a type checker accepts for ``QuantConfig(quantmode=...)``."""
 

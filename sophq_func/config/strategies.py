@@ -22,6 +22,12 @@ from sophq_func.numerics.scheme import Override
 if TYPE_CHECKING:
     from sophq_func.capture.graph import Graph, Node
 
+__all__ = ["PLACEMENTS", "Placement", "Preset", "Requests", "SharedInput", "Strategy", "StrategyName"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 StrategyName: TypeAlias = Literal["CNN", "Transformer", "Layers", "BF16Mixed", "Dataflow", "Academic"]
 """What a type checker accepts for ``QuantConfig(strategy=...)``: the names of the library's strategies."""

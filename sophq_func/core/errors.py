@@ -27,7 +27,7 @@ class CheckpointError(StateError):
 
 
 class PlanWarning(UserWarning):
-    """A plan leaves much of a model float, although nobody asked for that."""
+    """A plan leaves much of a model float, although nobody asked for that; or a glob of a rule fits nothing in the model."""
 
 
 _NOT_GIVEN = object()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 
 import torch
 from torch import nn
@@ -200,6 +200,31 @@ def called(func: Function) -> str:
     return "" if is_compiling() else canonical_name(getattr(func, "__name__", ""))
 
 
+def _getters() -> Iterator[Function]:
+    """What a mode sees where an attribute of a tensor is read."""
+    attributes = (getattr(torch.Tensor, name) for name in dir(torch.Tensor))
+    return (attribute.__get__ for attribute in attributes if isinstance(attribute, types.GetSetDescriptorType))
+
+
+@functools.cache
+def _seen_by_name() -> Mapping[str, frozenset[Function]]:
+    """Builtin functions, and getters of attributes, as a mode sees them, by canonical name."""
+    found: dict[str, set[Function]] = {"get": set(_getters())}
+    for function, name in BUILTIN.items():
+        found.setdefault(name, set()).add(function)
+    return {name: frozenset(functions) for name, functions in found.items()}
+
+
+def without_names(names: Collection[str]) -> frozenset[Function]:
+    """The builtin functions of torch, and getters of attributes, whose canonical name is none of these.
+
+    Example:
+      >>> torch.add in without_names({"mul"}), torch.Tensor.mul_ in without_names({"mul"})
+      (True, False)
+    """
+    return frozenset().union(*(functions for name, functions in _seen_by_name().items() if name not in names))
+
+
 def operations() -> frozenset[str]:
     """Every canonical name of a torch function."""
     return frozenset((*PYTHON.values(), *BUILTIN.values()))
@@ -261,7 +286,7 @@ def family(cls: type) -> str:
     return next((FAMILIES[base] for base in cls.__mro__ if base in FAMILIES), "")
 
 
-@cache
+@functools.cache
 def hidden_from_compile() -> frozenset[str]:
     """Canonical names of operations of which Dynamo hides at least one spelling from function modes.
 

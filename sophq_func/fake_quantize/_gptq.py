@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
-from sophq_func.core.modes import as_constant
 from sophq_func.core.public import public
-from sophq_func.core.pytree import tree_map
 from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import fake_quantize, ste, working
+from sophq_func.numerics.affine import constants, fake_quantize, ste, working
 from sophq_func.numerics.codebooks import codebook_named
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import Codebook, code_bits
@@ -154,7 +152,7 @@ def _gptq(
         raise ConfigError(explain(where, "act_order must be a bool", got=act_order, allowed="True or False"))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        constant = tree_map(as_constant, qparams)
+        constant = constants(qparams)
         if "hessian" not in qparams.extras:
             return fake_quantize(x, constant, scheme, "kernel")
         if group_size == FROM_QPARAMS:

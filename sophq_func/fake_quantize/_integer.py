@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
-from sophq_func.core.modes import as_constant, may_differentiate
-from sophq_func.core.pytree import tree_map
+from sophq_func.core.modes import may_differentiate
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import Order, fake_quantize, prepared
+from sophq_func.numerics.affine import Order, constants, fake_quantize, prepared
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.ranges import positive
 from sophq_func.numerics.scheme import PerTensor, QScheme
@@ -39,11 +38,11 @@ def fixed(*, rounding: str = "nearest") -> FakeQuantize:
     draw = drawing("fixed", rounding)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        constant = tree_map(as_constant, qparams)
+        constant = constants(qparams)
         return fake_quantize(x, constant, scheme, "kernel", noise=draw(x, qparams, noise))
 
     def prepare(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
-        constant = tree_map(as_constant, qparams)
+        constant = constants(qparams)
         return prepared(x, constant, scheme, "kernel", factor=factor, noise=draw(x, qparams))
 
     fake = FakeQuantize(

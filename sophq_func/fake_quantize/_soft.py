@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
-from sophq_func.core.modes import as_constant
-from sophq_func.core.pytree import tree_map
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import fake_quantize, ste, working
+from sophq_func.numerics.affine import constants, fake_quantize, ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import whole
 from sophq_func.numerics.layout import expand
@@ -74,7 +72,7 @@ def dorefa(mapping: str = "paper", *, rounding: str = "nearest") -> FakeQuantize
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if mapping == "tanh":
-            constant = tree_map(as_constant, qparams)
+            constant = constants(qparams)
             return fake_quantize(_mapped(x), constant, scheme, "kernel", noise=draw(x, qparams, noise)).to(x.dtype)
         unit, steps = to_unit(x), grid_steps(x, qparams, scheme)
         level = whole((unit / 2 + 0.5) * steps, draw(x, qparams, noise))

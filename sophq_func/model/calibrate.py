@@ -10,10 +10,12 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.modes import is_distributed, outside_inference
 from sophq_func.core.progress import shown
+from sophq_func.core.public import is_absent
 from sophq_func.core.pytree import sorted_dict, tree_map
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.finite import check_finite
+from sophq_func.model.usage import refuse_absent
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams, State
 
@@ -77,6 +79,8 @@ def observe_quantized(
     kwargs: Kwargs,
 ) -> tuple[Output, OState]:
     """See :meth:`sophq_func.Quantized.observe_quantized`."""
+    if is_absent(qparams):
+        refuse_absent("observe_quantized", params=params, ostate=ostate, qparams=qparams)
     named = engine.check(params, ostate, "observe_quantized", "ostate")
     engine.check_state(qparams, "qparams")
     engine.check_kinds(qparams)

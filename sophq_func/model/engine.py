@@ -18,6 +18,7 @@ from sophq_func.capture.trace import retrace
 from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import as_constant, is_compiling, is_distributed
+from sophq_func.core.public import is_absent
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
@@ -26,6 +27,7 @@ from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
 from sophq_func.model.shapes import check_kinds, kind_of
+from sophq_func.model.usage import refuse_absent
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_weights, round_biases
 from sophq_func.numerics.contracts import QParams, State
@@ -108,8 +110,11 @@ class Engine:
           what: what ``state`` is: ``"ostate"`` or ``"qparams"``.
 
         Raises:
+          ConfigError: the call lacked one of them.
           StateError: it names each parameter, and each entry of a state, that does not fit.
         """
+        if is_absent(state):
+            refuse_absent(where, **{"params": params, what: state})
         named = self.skeleton.check(params, where)
         self.check_state(state, what)
         if what == "qparams":

@@ -74,7 +74,7 @@ class Loop:
         if watch is None and not self.schedule:  # nothing to do at any call: run without a frame, which is faster
             args, kwargs = map_inputs(self.arguments, args, kwargs, own, only)
             return self.skeleton.run(None, params, args, kwargs)
-        runner = Runner(self.schedule, effect) if watch is None else watch(self.schedule)
+        runner = Runner.of(self.schedule, effect) if watch is None else watch(self.schedule)
         takes = (lambda name, x: runner.input(name, own(name, x))) if runner.takes_inputs else own
         args, kwargs = map_inputs(self.arguments, args, kwargs, takes, only)
         if self.schedule.same:  # only now, as these arguments become what the effect made of the first one

@@ -17,7 +17,7 @@ from sophq_func.capture.functions import name_of
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
-from sophq_func.core.public import public
+from sophq_func.core.public import in_loops, public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model import apply, bound, calibrate, cut, flat, no_module, noise, sweep, tap
@@ -59,6 +59,8 @@ class Quantized:
     training: bool
     frozen: bool
     engine: Engine
+
+    # Methods that run in loops are ``in_loops``; all others are ``public``, which costs a frame
 
     def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False, whole: Plan | None = None) -> None:
         # ``skeleton`` is the model without its weights; ``whole``, for a part of a model, the plan of the whole model.
@@ -112,6 +114,7 @@ class Quantized:
         """Of a :meth:`part`, the path of its module in the whole model; else empty."""
         return self.engine.skeleton.root
 
+    @public
     def init(self, params: Given, ostate: Mapping[str, State] | None = None, /) -> OState:
         """Observer states before any batch: those of weights have seen their weight, those of activations nothing.
 
@@ -127,6 +130,7 @@ class Quantized:
         """
         return calibrate.init(self.engine, params, ostate)
 
+    @in_loops
     def observe(self, params: Given, ostate: Mapping[str, State], /, *args: Any, **kwargs: Any) -> tuple[Output, OState]:
         """Run the float model and update the observers of activations.
 
@@ -143,6 +147,7 @@ class Quantized:
         """
         return calibrate.observe(self.engine, params, ostate, args, kwargs)
 
+    @in_loops
     def observe_quantized(
         self, params: Given, ostate: Mapping[str, State], qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> tuple[Output, OState]:
@@ -161,6 +166,7 @@ class Quantized:
         """
         return calibrate.observe_quantized(self.engine, params, ostate, qparams, args, kwargs)
 
+    @in_loops
     def qparams(self, params: Given, ostate: Mapping[str, State], /) -> QParamsDict:
         """Scales and zero points from observer states.
 
@@ -213,6 +219,7 @@ class Quantized:
         """
         return calibrate.calibrate(self.engine, params, batches, inputs, progress)
 
+    @in_loops
     def apply(self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any) -> Output:
         """Run the model with fake quantization; differentiable in ``params``, ``qparams`` and the batch.
 
@@ -234,6 +241,7 @@ class Quantized:
         """
         return apply.apply(self.engine, params, qparams, args, kwargs)
 
+    @in_loops
     def apply_and_update(
         self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> tuple[Output, Given]:
@@ -250,6 +258,7 @@ class Quantized:
         """
         return apply.apply_and_update(self.engine, params, qparams, args, kwargs)
 
+    @in_loops
     def capture(
         self, params: Given, qparams: Mapping[str, QParams], /, *args: Any, **kwargs: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -352,6 +361,7 @@ class Quantized:
         """
         return [self.part(path, call) for path, call in cut.blocks(self.engine, pattern)]
 
+    @public
     def with_noise(
         self, params: Given, qparams: Mapping[str, QParams], generator: torch.Generator, /, *args: Any, **kwargs: Any
     ) -> QParamsDict:
@@ -373,6 +383,7 @@ class Quantized:
         """
         return noise.with_noise(self.engine, params, qparams, generator, args, kwargs)
 
+    @public
     def split(self, qparams: Mapping[str, QParams], /) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The leaves of qparams that can be learned, and the rest; :func:`sophq_func.merge` is the inverse.
 
@@ -419,6 +430,7 @@ class Quantized:
             raise StateError(explain("train", "frozen weights cannot be trained", fix=fix))
         return self._with(self.engine.skeleton.in_mode(True), frozen=False)
 
+    @public
     def eval(self) -> Quantized:
         """The same model and plan with all modules in evaluation mode; a new object."""
         return self._with(self.engine.skeleton.in_mode(False), self.frozen)
@@ -488,6 +500,7 @@ class Quantized:
         """
         return bound.bind(self, params, qparams, learn)
 
+    @public
     def tree(self, params: Given, /) -> Given:
         """Params by name, such as those of a file, as the tree that the function takes; of a module they stay a dict.
 
@@ -538,6 +551,7 @@ class Quantized:
         """
         return sweep.sweep(self.engine, params, settings, batch, reduce, how, progress)
 
+    @public
     def weights_seen(self, params: Given, /) -> dict[str, tuple[Tensor, QScheme]]:
         """Each weight as its quantizer sees it, and the scheme with axes of that layout.
 
@@ -552,6 +566,7 @@ class Quantized:
         named = self.engine.skeleton.check(params, "weights_seen")
         return sorted_dict({weight.site.quantizer: (weight.seen(named), weight.scheme) for weight in self.engine.weights})
 
+    @public
     def quantize_value(self, name: str, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` quantized and dequantized by one quantizer, also where it only observes.
 

@@ -51,6 +51,14 @@ class Runner(Frame):
         self.inner = ""
         self.sees_functions = schedule.functions
 
+    @staticmethod
+    def of(schedule: Schedule, effect: Effect) -> Runner:
+        """A runner that applies an effect and does nothing else, so that it need not see most functions."""
+        runner = Runner(schedule, effect)
+        if not runner.mode.compiling:
+            runner.idle = schedule.idle
+        return runner
+
     @property
     def takes_inputs(self) -> bool:
         """Whether :meth:`input` must see the model's arguments."""
@@ -83,7 +91,7 @@ class Runner(Frame):
     def again(self) -> Frame:
         self.shared_results.clear()
         other = Runner(self.schedule, self.effect)
-        other.counts, other.items = dict(self.counts), self.items
+        other.counts, other.items, other.idle = dict(self.counts), self.items, self.idle
         self.begin_again(other)
         return other
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
 from typing import NamedTuple
 
+from sophq_func.capture.decompose import DECOMPOSED
 from sophq_func.capture.graph import REPARAMETRIZE, function_of, is_told_apart
 from sophq_func.config.matching import matches_name
 from sophq_func.config.names import value_quantizer
 from sophq_func.config.site import EVERY_CALL, Site, ValueSite, WeightSite
 from sophq_func.core.errors import StateError
-from sophq_func.core.operations import hidden_from_compile, operations
+from sophq_func.core.operations import CONTRACTIONS, LAYERS, hidden_from_compile, operations, without_names
+from sophq_func.core.types import Output
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.runs import UNKNOWN_WAY
 
@@ -144,6 +147,14 @@ class Schedule:
 
     def __bool__(self) -> bool:
         return bool(self.inputs or self.actions or self.unreached)
+
+    @cached_property
+    def idle(self) -> frozenset[Callable[..., Output]]:
+        """Builtin functions at whose calls no quantizer acts, and of which no run makes a call that no example may make."""
+        acting = {function_of(step) for _, step in (*self.actions, *self.known.acting, *self.known.told_apart)}
+        # an item of a parameter has the parameter's name from then on
+        items = {"getitem"} if self.known.items else set()
+        return without_names(acting | items | CONTRACTIONS.keys() | LAYERS.keys() | DECOMPOSED.keys())
 
     def may_lack(self, argument: str) -> bool:
         """Whether an example runs without an argument."""

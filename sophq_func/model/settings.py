@@ -65,6 +65,7 @@ def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[
       >>> low["weight_fake_quant"].extras
       {'qmax': tensor(3.), 'qmin': tensor(-4.)}
     """
+    _check_named_alike(qparams, plan)
     widths: dict[str, Width] = {}
     by_pattern = bits if isinstance(bits, Mapping) else {"*": bits}
     for pattern, width in by_pattern.items():
@@ -82,6 +83,18 @@ def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[
             resized = _resized(qparams[name], plan[name].scheme, fake_quantizers[name], width)
             new[name] = tree_map(outside_inference, resized)
     return sorted_dict(new)
+
+
+def _check_named_alike(qparams: Mapping[str, QParams], plan: Plan) -> None:
+    """Raise a :class:`ConfigError` for qparams of which a plan knows none: nothing would change.
+
+    Some that it does not know are right: a part of a model has the plan of the part, and may have the qparams of the whole.
+    """
+    if qparams and not any(name in plan for name in qparams):
+        first = next(iter(qparams))
+        hint = near(str(first), plan) or "with_bits(q.calibrate(params, batches), q.plan, bits)"
+        sentence = "the plan has none of these quantizers"
+        raise ConfigError(explain("with_bits", sentence, got=list(qparams)[:3], fix=hint))
 
 
 def _is_width(width: object) -> bool:
@@ -198,7 +211,9 @@ def _fitting(where: str, pattern: object, names: Plan | Mapping[str, QParams]) -
         fitting = []
     if not fitting:
         source = "plan" if isinstance(names, Plan) else "qparams"
+        inside = [name for name in names if name.startswith(f"{pattern}.")]  # a rule would take the path of a module
         hint = near(pattern, names) or f"list({source}) has the names"
+        hint = f"'{pattern}.*', which fits {', '.join(inside[:3])}" if inside else hint
         raise ConfigError(f"{where}: {pattern!r} fits no quantizer. Fix: {hint}")
     return fitting
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core import modes
+from sophq_func.core.pytree import tree_map
 from sophq_func.numerics import eager, formats, ranges
 from sophq_func.numerics.compiled import keeping_layout, materialized, recomputed
 from sophq_func.numerics.contracts import Codes, QParams
@@ -62,6 +63,11 @@ def folded(quantize: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor) -> T
     """
     dead, divisor = ranges.guarded(factor)
     return torch.where(dead, x, quantize(x * divisor) / divisor).to(x.dtype)
+
+
+def constants(qparams: QParams) -> QParams:
+    """The qparams without derivatives; themselves where none can be asked for, as for each token of a generated text."""
+    return tree_map(modes.as_constant, qparams) if modes.may_differentiate() else qparams
 
 
 def fake_quantize(
@@ -313,4 +319,6 @@ def _zero_point(qparams: QParams, scheme: QScheme, whole: bool) -> Tensor:
     if not whole:
         return zero
     low, high = bounds(qparams, scheme)
-    return ste(zero, clamp(zero, low, high).round())
+    nearest = clamp(zero, low, high).round()
+    # 0 is added there, too, so that no zero point is -0.0: then 0.0 would be quantized to another zero
+    return ste(zero, nearest) if modes.may_differentiate() else nearest + 0

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.core.brief import brief
 from sophq_func.core.public import constructor
 from sophq_func.numerics.formats import Format
 from sophq_func.numerics.registries import FAKE_QUANTIZERS as FAKE_QUANTIZERS
@@ -32,11 +33,19 @@ class QParams(NamedTuple):
       zero_point: the code of 0.0, shaped like ``scale``; int32, or float32 when it is learned.
       extras: further tensors by sorted name: learned ones of a quantizer, ``"noise"``, or the bounds ``"qmin"`` and
         ``"qmax"`` where they are data instead of the scheme's.
+
+    Example:
+      >>> import torch
+      >>> QParams(torch.linspace(0.1, 0.2, 64), torch.zeros(64, dtype=torch.int32), {})
+      QParams(scale=(64,) float32 0.1..0.2, zero_point=(64,) int32 0, extras={})
     """
 
     scale: Tensor
     zero_point: Tensor
     extras: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"QParams({', '.join(f'{field}={brief(value)}' for field, value in self._asdict().items())})"
 
 
 class InitState(Protocol):

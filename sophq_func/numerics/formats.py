@@ -20,6 +20,28 @@ from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.public import public
 from sophq_func.core.registry import Registry
 
+__all__ = [
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E5M2",
+    "FORMATS",
+    "MXINT8",
+    "Format",
+    "code_bits",
+    "codebook",
+    "float_",
+    "indices",
+    "int_",
+    "value_table",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """The types of torch whose numbers are codes of 8 bits."""
 

@@ -9,10 +9,10 @@ from math import prod
 from torch import nn
 
 from sophq_func.capture.graph import Graph
-from sophq_func.config.matching import is_glob
+from sophq_func.config.matching import fits_any, is_glob
 from sophq_func.config.names import underscored, value_quantizer
 from sophq_func.config.patterns import PATTERNS
-from sophq_func.config.rules import QuantConfig
+from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Site, path_and_those_around
 from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import CONTRACTIONS, canonical, is_operation, operations
@@ -167,6 +167,29 @@ def unknown_names(names: Set[str], classes: Set[str], config: QuantConfig) -> li
             problems.append(_unknown_name(said, rule.name, fitting[rule.name], names))
         problems.append(_unknown_type(said, rule.type, classes, config))
     return [problem for problem in problems if problem]
+
+
+def stray_globs(names: Set[str], rules: Iterable[Rule]) -> list[str]:
+    """A warning for each rule whose glob fits no name of the model.
+
+    Rules of the three dictionaries are left out: sophgo-mq passes over names that a model does not have.
+
+    Args:
+      names: every dotted name that a rule may use.
+      rules: those that changed nothing.
+    """
+    globs = {rule.name: rule for rule in rules if rule.name is not None and is_glob(rule.name) and not rule.origin}
+    spellings = {*names, *map(underscored, names)} if globs else set()
+    return [_stray(rule, glob, names) for glob, rule in globs.items() if not fits_any(glob, spellings)]
+
+
+def _stray(rule: Rule, glob: str, names: Set[str]) -> str:
+    """The warning of a rule whose glob fits nothing."""
+    literal = glob.strip("*?.")
+    # without a dot a glob means a step of paths, such as ``q_proj``, to which no whole path is similar
+    known = names if "." in literal else {step for name in names for step in name.split(".")}
+    hint = near(literal, known) or "see sq.trace(model, args) for the names"
+    return explain(repr(rule), f"its glob {glob!r} fits no name of the model", fix=hint)
 
 
 def _fitting_names(names: Iterable[str], wanted: Iterable[str]) -> Mapping[str, Set[str]]:

@@ -467,8 +467,8 @@ def _never_called(works: Sequence[Work]) -> list[Left]:
     return [Left(path, kind, 0.0, "no example calls it") for path, kind in layers.items() if f"{path}.weight" in unread]
 
 
-def complaints(works: Iterable[Work], config: QuantConfig) -> str:
-    """What a user should be warned of: that much is left float that nobody excluded; empty without."""
+def complaints(works: Iterable[Work], config: QuantConfig) -> list[str]:
+    """What a user should be warned of: that much is left float that nobody excluded."""
     calls = [contraction for work in works for contraction in work.contractions]
     asked = [call for call in calls if call.reason is None or not call.reason.excluded]
     total = sum(call.multiplications for call in asked)
@@ -483,9 +483,9 @@ def complaints(works: Iterable[Work], config: QuantConfig) -> str:
         more = f" and {len(missed) - NAMED} more" if len(missed) > NAMED else ""
         texts.append(f"weights of {len(missed)} convolutions or linear layers stay float: {', '.join(names)}{more}")
     if not texts:
-        return ""
+        return []
     fix = "print(plan.coverage) has the reasons; sq.Rule(name=..., weight=None, requests=False) where that is meant"
-    return f"plan: with {where} {', and '.join(texts)}. Fix: {fix}."
+    return [f"plan: with {where} {', and '.join(texts)}. Fix: {fix}."]
 
 
 NAMED = 3

@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.matching import is_glob
-from sophq_func.config.rules import Decision, QuantConfig
+from sophq_func.config.rules import Decision, QuantConfig, Rule
 from sophq_func.config.site import EVERY_CALL, CallSite, ComputedSite, LayerInput, Site, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.biases import Biases, round_biases
-from sophq_func.planning.checks import names_of, shape_problems, unknown_names, unseen_leaves
+from sophq_func.planning.checks import names_of, shape_problems, stray_globs, unknown_names, unseen_leaves
 from sophq_func.planning.coverage import Decided, Work, measure
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
@@ -158,6 +158,17 @@ def in_execution_order(graph: Graph, sites: Iterable[Site]) -> dict[str, Site]:
     return {site.quantizer: site for site in sorted(sites, key=key)}
 
 
+def names_in(drafts: Sequence[Draft]) -> set[str]:
+    """Every dotted name that a rule may use. A large model has many: ask only where a rule has to fit one."""
+    return set().union(*(names_of(draft.graph) for draft in drafts), *(draft.names for draft in drafts))
+
+
+def strays(drafts: Sequence[Draft], unused: Sequence[Rule]) -> list[str]:
+    """What a user should be warned of: rules, among those that changed nothing, whose globs fit no name of the model."""
+    has_globs = any(rule.name is not None and is_glob(rule.name) for rule in unused)
+    return stray_globs(names_in(drafts), unused) if has_globs else []
+
+
 def check(drafts: Sequence[Draft], config: QuantConfig) -> None:
     """Raise the problems of all drafts of a config, each once.
 
@@ -170,10 +181,8 @@ def check(drafts: Sequence[Draft], config: QuantConfig) -> None:
     graphs = [draft.graph for draft in drafts]
     problems = [problem for graph in graphs for problem in unseen_leaves(graph, config)]
     classes = {cls.__name__ for graph in graphs for cls in graph.modules.values()}
-    names: set[str] = set()
-    # A large model has many names: they are collected only if some rule has to fit one of them exactly.
-    if any(rule.name is not None and not is_glob(rule.name) for rule in config.rules):
-        names.update(*(names_of(graph) for graph in graphs), *(draft.names for draft in drafts))
+    has_names = any(rule.name is not None and not is_glob(rule.name) for rule in config.rules)
+    names = names_in(drafts) if has_names else set()
     problems += unknown_names(names, classes, config)
     problems += [problem for draft in drafts for problem in draft.problems]
     misfits = [misfit for draft in drafts for misfit in draft.misfits]

@@ -24,6 +24,7 @@ def plan(graph: Graph | Sequence[Graph], config: QuantConfig) -> Plan:
       The :class:`~sophq_func.planning.plan.Plan`; of several graphs the union.
 
     Warns:
+      PlanWarning: much of the model stays float, although no rule says so; or a glob of a rule fits no name of the model.
       UserWarning: a config for weights alone, and a model that multiplies only what it is given as arguments.
 
     Raises:

@@ -18,7 +18,7 @@ from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
 from sophq_func.planning.coverage import NOT_MEASURED, Coverage, complaints
 from sophq_func.planning.diff import PlanDiff
-from sophq_func.planning.draft import check, draft
+from sophq_func.planning.draft import check, draft, strays
 from sophq_func.planning.excluded import excluded
 from sophq_func.planning.picture import NO_WIRING, Call, Edge, Wiring
 from sophq_func.planning.record import record
@@ -115,12 +115,12 @@ class Plan(Mapping[str, QuantizerConfig]):
         drafts = [draft(graph, config) for graph in told_apart(graphs)]
         check(drafts, config)
         united = unite(drafts)
-        complaint = complaints([draft.work for draft in drafts], config)
-        if complaint:
-            warn(complaint, PlanWarning)
         used = frozenset().union(*(draft.used for draft in drafts))
         unused = tuple(rule for i, rule in enumerate(config.rules) if i not in used)
-        record(config, drafts, united, unused, complaint)
+        warnings = [*complaints([draft.work for draft in drafts], config), *strays(drafts, unused)]
+        for warning in warnings:
+            warn(warning, PlanWarning)
+        record(config, drafts, united, unused, warnings)
         return Plan(
             {name: decision.config for name, decision in united.decisions.items() if decision.config is not None},
             united.sites,

@@ -13,7 +13,9 @@ from sophq_func.planning.text import grid, place, why
 from sophq_func.planning.unite import United
 
 
-def record(config: QuantConfig, drafts: Sequence[Draft], united: United, unused: Sequence[Rule], complaint: str) -> None:
+def record(
+    config: QuantConfig, drafts: Sequence[Draft], united: United, unused: Sequence[Rule], warnings: Sequence[str]
+) -> None:
     """Write to the logger ``sophq_func.planning`` what a plan decides.
 
     Args:
@@ -21,12 +23,12 @@ def record(config: QuantConfig, drafts: Sequence[Draft], united: United, unused:
       drafts: one for each example.
       united: what was decided for all examples.
       unused: rules that changed nothing.
-      complaint: what the user is warned of; empty without.
+      warnings: what the user is warned of.
     """
     # the texts are made only for those who read them
     if not PLANNING.isEnabledFor(logging.INFO):
         return
-    for line in _of_the_whole(config, drafts, united, unused, complaint):
+    for line in _of_the_whole(config, drafts, united, unused, warnings):
         PLANNING.info("%s", line)
     if not PLANNING.isEnabledFor(logging.DEBUG):
         return
@@ -42,7 +44,7 @@ def record(config: QuantConfig, drafts: Sequence[Draft], united: United, unused:
 
 
 def _of_the_whole(
-    config: QuantConfig, drafts: Sequence[Draft], united: United, unused: Sequence[Rule], complaint: str
+    config: QuantConfig, drafts: Sequence[Draft], united: United, unused: Sequence[Rule], warnings: Sequence[str]
 ) -> Iterator[str]:
     weights = sum(site.role == "weight" for site in united.sites.values())
     activations = len(united.sites) - weights
@@ -52,8 +54,7 @@ def _of_the_whole(
     yield from (f"note: {note}" for note in united.notes)
     yield from (f"unused: {rule!r}" for rule in unused)
     yield united.coverage.lines()[0]
-    if complaint:
-        yield f"warned: {complaint}"
+    yield from (f"warned: {warning}" for warning in warnings)
 
 
 def _of_quantizer(site: Site, decision: Decision) -> str:

@@ -12,10 +12,12 @@ from torch import Tensor
 from sophq_func import fake_quantize
 from sophq_func.core.public import public_as
 from sophq_func.core.pytree import leaves, sorted_dict
+from sophq_func.core.registry import Spec
 from sophq_func.fake_quantize import fake_quantizer
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams
 from sophq_func.numerics.scheme import PerChannel, PerTensor, QScheme
 from sophq_func.testing.laws import Law, check_all, hold, law
+from sophq_func.testing.pieces import Piece, named, piece_of
 from sophq_func.testing.subjects import (
     NARROW,
     SHAPE,
@@ -45,10 +47,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Options that lead to other arithmetic than the defaults."""
 
 
-def made(name: str, **options: Any) -> FakeQuantize:
+def made(piece: Piece, **options: Any) -> FakeQuantize:
     """A fake quantizer or one of ``VARIANTS``."""
-    name, more = VARIANTS.get(name, (name, {}))
-    return fake_quantizer(name, **more, **options)
+    name, more = (piece.name, dict(piece.options)) if isinstance(piece, Spec) else VARIANTS.get(piece, (piece, {}))
+    return fake_quantizer(name, **(more | options))
 
 
 TANH = dict.fromkeys(("dorefa", "dorefa_tanh"), "maps by tanh and the largest element of the tensor")
@@ -70,9 +72,9 @@ EXCEPT: dict[str, dict[str, str]] = {
 """Which quantizers do not claim a property, and why; all others do."""
 
 
-def ready(name: str, scheme: QScheme, seed: int = 0, **options: Any) -> tuple[FakeQuantize, QParams]:
+def ready(piece: Piece, scheme: QScheme, seed: int = 0, **options: Any) -> tuple[FakeQuantize, QParams]:
     """A fake quantizer, and qparams that clip a part of ``sample(1)``."""
-    fq = made(name, **options)
+    fq = made(piece, **options)
     qparams = calibrated(fq, sample(seed) * 0.7, scheme)
     noise = {"noise": torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed))} if fq.noise else {}
     return fq, with_extras(qparams, **noise)
@@ -117,25 +119,25 @@ def eighths(x: Tensor) -> Tensor:
     return (8 * x).round() / 8
 
 
-def claims(claim: str) -> Callable[[str], bool]:
+def claims(claim: str) -> Callable[[Piece], bool]:
     """Whether a fake quantizer claims a property: all do but those of ``EXCEPT``."""
-    return lambda name: name not in EXCEPT[claim]
+    return lambda piece: named(piece) not in EXCEPT[claim]
 
 
-def is_integer(name: str) -> bool:
+def is_integer(piece: Piece) -> bool:
     """Whether values are integers times a scale."""
-    return made(name).integer
+    return made(piece).integer
 
 
-def prepares(name: str) -> bool:
+def prepares(piece: Piece) -> bool:
     """Whether a fake quantizer has a ``prepare`` of its own."""
-    return made(name).prepare is not None
+    return made(piece).prepare is not None
 
 
 @law(STATIC_SCHEMES)
-def inputs_stay_as_they_are(name: str, scheme: QScheme) -> None:
+def inputs_stay_as_they_are(piece: Piece, scheme: QScheme) -> None:
     """``init``, ``apply`` and its gradient write to nothing that they are given."""
-    (fq, ready_made), x, found = ready(name, scheme), sample(1), observed(sample(0), scheme)
+    (fq, ready_made), x, found = ready(piece, scheme), sample(1), observed(sample(0), scheme)
     with unchanged(x, found):
         fq.init(found, x, scheme)
     qparams = with_extras(ready_made, **fq.init(found, x, scheme).extras)
@@ -146,9 +148,9 @@ def inputs_stay_as_they_are(name: str, scheme: QScheme) -> None:
 
 
 @law(STATIC_SCHEMES)
-def learnable_names_are_floating_fields_and_extras_are_sorted(name: str, scheme: QScheme) -> None:
+def learnable_names_are_floating_fields_and_extras_are_sorted(piece: Piece, scheme: QScheme) -> None:
     """What is learnable is a floating field or extra; extras are sorted; scale and zero point keep their shape."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     assert list(qparams.extras) == sorted(qparams.extras)
     for field in (name for name in fq.learnable if not (name == "n_alpha" and scheme.symmetric)):
         if not (field == "zero_point" and scheme.symmetric):
@@ -159,9 +161,9 @@ def learnable_names_are_floating_fields_and_extras_are_sorted(name: str, scheme:
 
 
 @law(STATIC_SCHEMES, only=prepares)
-def what_is_prepared_is_quantizing_between_a_factor_and_its_inverse(name: str, scheme: QScheme) -> None:
+def what_is_prepared_is_quantizing_between_a_factor_and_its_inverse(piece: Piece, scheme: QScheme) -> None:
     """``prepare`` computes ``apply(x * factor) / factor``, gradients included."""
-    (fq, qparams), x, factor = ready(name, scheme), sample(1), 2.0 ** torch.arange(-1, SHAPE[0] - 1).reshape(-1, 1, 1)
+    (fq, qparams), x, factor = ready(piece, scheme), sample(1), 2.0 ** torch.arange(-1, SHAPE[0] - 1).reshape(-1, 1, 1)
     factor[0] = 0
     assert fq.prepare is not None
 
@@ -186,9 +188,9 @@ def what_is_prepared_is_quantizing_between_a_factor_and_its_inverse(name: str, s
 
 
 @law(STATIC_SCHEMES)
-def shape_and_dtype_come_back(name: str, scheme: QScheme) -> None:
+def shape_and_dtype_come_back(piece: Piece, scheme: QScheme) -> None:
     """``apply`` and its gradient have the shape and the dtype of ``x``."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         x = sample(1, dtype=dtype)
         y = fq.apply(x, qparams, scheme)
@@ -197,10 +199,10 @@ def shape_and_dtype_come_back(name: str, scheme: QScheme) -> None:
 
 
 @law(STATIC_SCHEMES)
-def nothing_is_made_on_another_device(name: str, scheme: QScheme) -> None:
+def nothing_is_made_on_another_device(piece: Piece, scheme: QScheme) -> None:
     """All tensors that are made lie on the device of ``x``: tried on ``meta``, which mixes with no other."""
     x = sample(1).to("meta")
-    fq, here = made(name), observed(sample(0), scheme)
+    fq, here = made(piece), observed(sample(0), scheme)
     there = QParams(here.scale.to("meta"), here.zero_point.to("meta"), {})
     qparams = fq.init(there, x, scheme)
     noise = {"noise": x} if fq.noise else {}
@@ -210,44 +212,44 @@ def nothing_is_made_on_another_device(name: str, scheme: QScheme) -> None:
 
 
 @law(STATIC_SCHEMES)
-def half_types_are_computed_in_float32(name: str, scheme: QScheme) -> None:
+def half_types_are_computed_in_float32(piece: Piece, scheme: QScheme) -> None:
     """float16 and bfloat16 are quantized as float32, and cast back."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     for dtype in (torch.float16, torch.bfloat16):
         x = sample(1, dtype=dtype)
         assert_same(fq.apply(x, qparams, scheme), fq.apply(x.float(), qparams, scheme).to(dtype))
 
 
 @law(STATIC_SCHEMES, only=claims("idempotent"))
-def quantizing_twice_is_quantizing_once(name: str, scheme: QScheme) -> None:
+def quantizing_twice_is_quantizing_once(piece: Piece, scheme: QScheme) -> None:
     """A quantized value is quantized to itself."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         once = fq.apply(sample(1, dtype=dtype), qparams, scheme)
         assert_same(fq.apply(once, qparams, scheme), once)
 
 
 @law(STATIC_SCHEMES, only=claims("monotone"))
-def order_is_kept(name: str, scheme: QScheme) -> None:
+def order_is_kept(piece: Piece, scheme: QScheme) -> None:
     """A larger value never becomes the smaller one."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     x, more = sample(1), sample(2).abs() * 0.3
     assert bool((fq.apply(x, qparams, scheme) <= fq.apply(x + more, qparams, scheme)).all())
 
 
 @law(STATIC_SCHEMES, only=claims("zero"))
-def zero_stays_zero(name: str, scheme: QScheme) -> None:
+def zero_stays_zero(piece: Piece, scheme: QScheme) -> None:
     """0 is quantized to 0."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     assert not fq.apply(torch.zeros(SHAPE), qparams, scheme).any()
 
 
 @law(only=claims("local"))
-def nan_stays_nan_and_the_rest_is_as_without_it(name: str) -> None:
+def nan_stays_nan_and_the_rest_is_as_without_it(piece: Piece) -> None:
     """NaN stays NaN, infinities keep their sign, and the other elements are as without them."""
 
     def law(scheme: QScheme) -> None:
-        fq, qparams = ready(name, scheme)
+        fq, qparams = ready(piece, scheme)
         x = sample(1)
         y = fq.apply(x, qparams, scheme)
         spoiled = x.clone()
@@ -261,11 +263,11 @@ def nan_stays_nan_and_the_rest_is_as_without_it(name: str) -> None:
 
 
 @law()
-def one_nan_or_infinity_makes_no_other(name: str) -> None:
+def one_nan_or_infinity_makes_no_other(piece: Piece) -> None:
     """No element becomes NaN or infinite because of another."""
 
     def law(scheme: QScheme) -> None:
-        fq, qparams = ready(name, scheme)
+        fq, qparams = ready(piece, scheme)
         x = sample(1)
         x[0, 0, 0], x[1, 1, 1], x[2, 2, 0] = torch.nan, torch.inf, -torch.inf
         assert torch.equal(fq.apply(x, qparams, scheme).isnan(), x.isnan())
@@ -275,11 +277,11 @@ def one_nan_or_infinity_makes_no_other(name: str) -> None:
 
 
 @law(slow=True)
-def tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name: str) -> None:
+def tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(piece: Piece) -> None:
     """Values from 1e-44 to 1e38 give finite scales above 0, and neither NaN nor NaN gradients."""
 
     def law(scheme: QScheme, size: float) -> None:
-        fq, ordinary = ready(name, scheme)
+        fq, ordinary = ready(piece, scheme)
         x = sample(1).clamp(-2, 2) * size
         noise = {k: v for k, v in ordinary.extras.items() if k == "noise"}
         own = with_extras(calibrated(fq, x, scheme), **noise)
@@ -295,19 +297,19 @@ def tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name: str) -> Non
 
 
 @law(NARROW, only=claims("odd"))
-def the_mirror_image_of_a_tensor_becomes_the_mirror_image(name: str, scheme: QScheme) -> None:
+def the_mirror_image_of_a_tensor_becomes_the_mirror_image(piece: Piece, scheme: QScheme) -> None:
     """On a grid that is symmetric about 0, ``-x`` becomes minus what ``x`` becomes."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     x = sample(1)
     assert_same(fq.apply(-x, qparams, scheme), -fq.apply(x, qparams, scheme))
 
 
 @law(only=is_integer)
-def infinite_and_huge_values_saturate_with_finite_gradients(name: str) -> None:
+def infinite_and_huge_values_saturate_with_finite_gradients(piece: Piece) -> None:
     """On a grid of integers, infinities are quantized like large numbers, gradients included."""
 
     def law(scheme: QScheme, value: float) -> None:
-        fq, qparams = ready(name, scheme)
+        fq, qparams = ready(piece, scheme)
         ordinary, x = sample(1), sample(1)
         ordinary[1, 1, 1] = 1e4
         x[1, 1, 1] = value
@@ -320,10 +322,10 @@ def infinite_and_huge_values_saturate_with_finite_gradients(name: str) -> None:
 
 
 @law()
-def an_empty_tensor_comes_back_empty(name: str) -> None:
+def an_empty_tensor_comes_back_empty(piece: Piece) -> None:
     """A tensor without elements is quantized to one, also by a dynamic scheme, with a gradient."""
     scheme = QScheme()
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     qparams = with_extras(qparams, **{k: v.new_empty(0, 3) for k, v in qparams.extras.items() if v.shape == SHAPE})
     for dynamic in (False, True):
         assert fq.apply(torch.empty(0, 3), qparams, QScheme(dynamic=dynamic)).shape == (0, 3)
@@ -333,9 +335,9 @@ def an_empty_tensor_comes_back_empty(name: str) -> None:
 
 
 @law(STATIC_SCHEMES)
-def a_dynamic_scheme_takes_the_range_of_the_tensor_at_hand(name: str, scheme: QScheme) -> None:
+def a_dynamic_scheme_takes_the_range_of_the_tensor_at_hand(piece: Piece, scheme: QScheme) -> None:
     """With a dynamic scheme, the result is that of qparams of the tensor itself, under ``vmap``, too."""
-    fq, elsewhere = ready(name, scheme)
+    fq, elsewhere = ready(piece, scheme)
     dynamic = replace(scheme, dynamic=True)
     x = sample(1)
     kept = {name: leaf for name, leaf in elsewhere.extras.items() if name in CONSTANT}
@@ -343,13 +345,13 @@ def a_dynamic_scheme_takes_the_range_of_the_tensor_at_hand(name: str, scheme: QS
     assert_same(fq.apply(x, elsewhere, dynamic), expected)
     mapped = torch.vmap(lambda x: fq.apply(x, elsewhere, dynamic))(torch.stack([x, 3 * x]))[0]
     # torch's sigmoid of an element may depend on where it stands
-    assert_same(mapped, expected, **({"rtol": 3e-7, "atol": 0.0} if name == "adaround" else {}))
+    assert_same(mapped, expected, **({"rtol": 3e-7, "atol": 0.0} if named(piece) == "adaround" else {}))
 
 
 @law(STATIC_SCHEMES)
-def bounds_as_tensors_equal_those_of_the_scheme(name: str, scheme: QScheme) -> None:
+def bounds_as_tensors_equal_those_of_the_scheme(piece: Piece, scheme: QScheme) -> None:
     """``extras['qmin']`` and ``extras['qmax']`` replace the bounds of the scheme."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     x = sample(1)
     wide = replace(scheme, bits=8)
     expected = fq.apply(x, qparams, scheme)
@@ -364,9 +366,9 @@ def bounds_as_tensors_equal_those_of_the_scheme(name: str, scheme: QScheme) -> N
 
 
 @law(STATIC_AFFINE)
-def bit_widths_can_be_mapped_over(name: str, scheme: QScheme) -> None:
+def bit_widths_can_be_mapped_over(piece: Piece, scheme: QScheme) -> None:
     """``vmap`` over bounds equals the loop over bit widths."""
-    x, fq = sample(1), made(name)
+    x, fq = sample(1), made(piece)
     noise = {"noise": torch.full(SHAPE, 0.7)} if fq.noise else {}
     widths = [replace(scheme, bits=bits) for bits in range(2, 9)]
     tuned = [with_extras(calibrated(fq, x, each), **noise) for each in widths]
@@ -380,8 +382,9 @@ def bit_widths_can_be_mapped_over(name: str, scheme: QScheme) -> None:
 
 
 @law()
-def every_alias_leads_to_one_spec(name: str) -> None:
+def every_alias_leads_to_one_spec(piece: Piece) -> None:
     """Every alias, the function of the name, and every other name of an option give one spec."""
+    name, _ = VARIANTS.get(named(piece), (named(piece), {}))
     spec = FAKE_QUANTIZERS.spec(name)
     assert getattr(fake_quantize, name)() == spec
     assert {FAKE_QUANTIZERS.spec(alias) for alias in FAKE_QUANTIZERS.aliases(name)} == {spec}
@@ -390,9 +393,9 @@ def every_alias_leads_to_one_spec(name: str) -> None:
 
 
 @law(STATIC_SCHEMES)
-def vmap_over_tensors_equals_the_loop(name: str, scheme: QScheme) -> None:
+def vmap_over_tensors_equals_the_loop(piece: Piece, scheme: QScheme) -> None:
     """``vmap`` over tensors equals the loop."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     xs = torch.stack([sample(1), sample(2)])
     batch = torch.vmap(lambda x: fq.apply(x, qparams, scheme))(xs)
     for x, y in zip(xs, batch, strict=True):
@@ -400,9 +403,9 @@ def vmap_over_tensors_equals_the_loop(name: str, scheme: QScheme) -> None:
 
 
 @law(STATIC_SCHEMES)
-def vmap_over_qparams_equals_the_loop(name: str, scheme: QScheme) -> None:
+def vmap_over_qparams_equals_the_loop(piece: Piece, scheme: QScheme) -> None:
     """``vmap`` over qparams equals the loop, in ``init``, too."""
-    x, (fq, a), (_, b) = sample(1), ready(name, scheme, 0), ready(name, scheme, 2)
+    x, (fq, a), (_, b) = sample(1), ready(piece, scheme, 0), ready(piece, scheme, 2)
     batch = torch.vmap(lambda qp: fq.apply(x, qp, scheme))(stack([a, b]))
     assert_same(batch[0], fq.apply(x, a, scheme))
     assert_same(batch[1], fq.apply(x, b, scheme))
@@ -411,13 +414,13 @@ def vmap_over_qparams_equals_the_loop(name: str, scheme: QScheme) -> None:
 
 
 @law(STATIC_SCHEMES)
-def vmap_of_a_gradient_equals_the_loop(name: str, scheme: QScheme) -> None:
+def vmap_of_a_gradient_equals_the_loop(piece: Piece, scheme: QScheme) -> None:
     """``vmap`` of the gradient equals the loop."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     gradient = torch.func.grad(objective(fq, qparams, scheme), argnums=(0, 1))
     xs = torch.stack([sample(1), sample(2)])
     over_x = torch.vmap(gradient, in_dims=(0, None))(xs, floating(qparams))
-    leaves = stack([floating(qparams), floating(ready(name, scheme, 2)[1])])
+    leaves = stack([floating(qparams), floating(ready(piece, scheme, 2)[1])])
     over_leaves = torch.vmap(gradient, in_dims=(None, 0))(xs[0], leaves)
     for i in range(2):  # sums may be taken in another order
         assert_same(pick(over_x, i), gradient(xs[i], floating(qparams)), rtol=1e-5, atol=1e-5)
@@ -425,9 +428,9 @@ def vmap_of_a_gradient_equals_the_loop(name: str, scheme: QScheme) -> None:
 
 
 @law(STATIC_SCHEMES)
-def forward_mode_agrees_with_reverse_mode(name: str, scheme: QScheme) -> None:
+def forward_mode_agrees_with_reverse_mode(piece: Piece, scheme: QScheme) -> None:
     """``jvp`` and ``vjp`` are transposes of one another."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     x, leaves = sample(1, dtype=torch.float64), {k: v.double() for k, v in floating(qparams).items()}
     # eighths: casts round derivatives to their format, and these they keep
     direction, cotangent = eighths(sample(2, dtype=torch.float64)), eighths(sample(4, dtype=torch.float64))
@@ -444,9 +447,9 @@ def forward_mode_agrees_with_reverse_mode(name: str, scheme: QScheme) -> None:
 
 
 @law(STATIC_SCHEMES)
-def hessian_vector_products_keep_float32(name: str, scheme: QScheme) -> None:
+def hessian_vector_products_keep_float32(piece: Piece, scheme: QScheme) -> None:
     """Products with the Hessian are finite, and float32 for float32."""
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     primals = (sample(1), floating(qparams))
     gradient = torch.func.grad(objective(fq, qparams, scheme), argnums=(0, 1))
     found, product, *_ = torch.func.jvp(gradient, primals, primals)
@@ -456,10 +459,10 @@ def hessian_vector_products_keep_float32(name: str, scheme: QScheme) -> None:
 
 
 @law({str(item): item for item in (PerTensor(), PerChannel(1))}, slow=True)
-def compiled_forward_and_gradient_equal_the_eager_ones(name: str, granularity: Any) -> None:
+def compiled_forward_and_gradient_equal_the_eager_ones(piece: Piece, granularity: Any) -> None:
     """``apply`` and its gradient compile as one graph and compute the same."""
     scheme = QScheme(bits=4, symmetric=False, granularity=granularity)
-    fq, qparams = ready(name, scheme)
+    fq, qparams = ready(piece, scheme)
     x, leaves = sample(1), floating(qparams)
     gradient = torch.func.grad(objective(fq, qparams, scheme), argnums=(0, 1))
 
@@ -476,21 +479,32 @@ LAWS = tuple(one for one in list(globals().values()) if isinstance(one, Law))
 
 
 @public_as("testing.check_fake_quantizer")
-def check_fake_quantizer(name: str, *, without: Collection[str] = (), slow: bool = False) -> None:
+def check_fake_quantizer(
+    name: str | Spec | Callable[[], Spec], *, without: Collection[str] = (), slow: bool = False
+) -> None:
     """Hold a registered fake quantizer to the laws that the library's own obey.
 
     Args:
-      name: of the fake quantizer.
+      name: of the fake quantizer; or the function that :func:`sophq_func.register.fake_quantizer` made, or what it returns,
+        with options.
       without: names of laws that it does not claim, which its docstring should say, too: one with a scale for each block
         breaks ``order_is_kept``.
       slow: try the laws about compiling and about tiny and huge values, too, which takes a minute.
 
     Raises:
-      ConfigError: an unknown fake quantizer or law.
+      ConfigError: an unknown fake quantizer or law, or a fake quantizer that is not registered.
       LawError: an ``AssertionError`` that names each law that is broken, with a case.
 
     Example:
       >>> import sophq_func as sq
       >>> sq.testing.check_fake_quantizer("fixed")
+      >>> sq.testing.check_fake_quantizer(sq.fake_quantize.pact(alpha=3.0))
     """
-    check_all("fake quantizer", FAKE_QUANTIZERS.canonical(name), LAWS, without, slow)
+    piece = piece_of(FAKE_QUANTIZERS, name, "testing.check_fake_quantizer")
+    check_all("fake quantizer", _variant(piece), LAWS, without, slow)
+
+
+def _variant(piece: Piece) -> Piece:
+    """The name in ``VARIANTS`` of a piece with these options, as ``EXCEPT`` knows it; else the piece."""
+    known = {FAKE_QUANTIZERS.spec(name, **options): variant for variant, (name, options) in VARIANTS.items()}
+    return known.get(piece, piece) if isinstance(piece, Spec) else piece

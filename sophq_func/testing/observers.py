@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import StateError
 from sophq_func.core.public import public_as
 from sophq_func.core.pytree import flatten, torch_leaves, tree_map
+from sophq_func.core.registry import Spec
 from sophq_func.fake_quantize import fake_quantizer
 from sophq_func.model.build import quantize
 from sophq_func.numerics.contracts import OBSERVERS, Observer, State
@@ -30,9 +31,10 @@ from sophq_func.numerics.scheme import (
     QScheme,
     override,
 )
-from sophq_func.observers import observer as made
+from sophq_func.observers import observer
 from sophq_func.planning.plan import Plan
 from sophq_func.testing.laws import Law, check_all, hold, law, refused
+from sophq_func.testing.pieces import Piece, named, piece_of
 from sophq_func.testing.subjects import (
     AFFINE,
     COARSE,
@@ -85,6 +87,17 @@ EXTREMES = {
 NOT_FINITE = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 
+def spec_of(piece: Piece) -> Spec:
+    """A name and options as data."""
+    return piece if isinstance(piece, Spec) else OBSERVERS.spec(piece)
+
+
+def made(piece: Piece) -> Observer:
+    """A registered observer, as a user gets it."""
+    spec = spec_of(piece)
+    return observer(spec.name, **dict(spec.options))
+
+
 def after(observer: Observer, scheme: QScheme, *batches: Tensor) -> State:
     """The state after some tensors."""
     state = observer.init(batches[0], scheme)
@@ -94,9 +107,9 @@ def after(observer: Observer, scheme: QScheme, *batches: Tensor) -> State:
 
 
 @functools.cache
-def seen(name: str, scheme: QScheme, *seeds: int) -> State:
+def seen(piece: Piece, scheme: QScheme, *seeds: int) -> State:
     """The state after some samples; shared between tests, which is safe as long as nothing writes to a state."""
-    return after(made(name), scheme, *map(sample, seeds))
+    return after(made(piece), scheme, *map(sample, seeds))
 
 
 def merges(observer: Observer, state: State) -> bool:
@@ -109,9 +122,9 @@ def merges(observer: Observer, state: State) -> bool:
 
 
 @law(SCHEMES)
-def inputs_stay_as_they_are(name: str, scheme: QScheme) -> None:
+def inputs_stay_as_they_are(piece: Piece, scheme: QScheme) -> None:
     """No function writes to the tensors and states that it is given."""
-    observer, x, state = made(name), sample(1), seen(name, scheme, 0)
+    observer, x, state = made(piece), sample(1), seen(piece, scheme, 0)
     with unchanged(x, state):
         observer.init(x, scheme)
         observer.update(state, x, scheme)
@@ -121,15 +134,15 @@ def inputs_stay_as_they_are(name: str, scheme: QScheme) -> None:
 
 
 @law(SCHEMES)
-def equal_inputs_give_equal_bits(name: str, scheme: QScheme) -> None:
+def equal_inputs_give_equal_bits(piece: Piece, scheme: QScheme) -> None:
     """The same tensors give the same state, bit for bit."""
-    assert_same(after(made(name), scheme, sample(0)), seen(name, scheme, 0))
+    assert_same(after(made(piece), scheme, sample(0)), seen(piece, scheme, 0))
 
 
 @law(AFFINE, {str(item): item for item in [torch.float32, torch.float16, torch.bfloat16, torch.float64]})
-def shapes_and_dtypes_of_a_state_are_stable(name: str, scheme: QScheme, dtype: torch.dtype) -> None:
+def shapes_and_dtypes_of_a_state_are_stable(piece: Piece, scheme: QScheme, dtype: torch.dtype) -> None:
     """A state keeps its type, shapes and dtypes; its floating numbers are float32 whatever the tensors are."""
-    observer = made(name)
+    observer = made(piece)
     first = observer.init(sample(0, dtype=dtype), scheme)
     last = after(observer, scheme, sample(0, dtype=dtype), sample(1, dtype=dtype))
     assert type(first) is type(last)
@@ -139,55 +152,55 @@ def shapes_and_dtypes_of_a_state_are_stable(name: str, scheme: QScheme, dtype: t
 
 
 @law(AFFINE)
-def init_does_not_look_at_values(name: str, scheme: QScheme) -> None:
+def init_does_not_look_at_values(piece: Piece, scheme: QScheme) -> None:
     """``init`` reads shape, dtype and device alone."""
-    observer = made(name)
+    observer = made(piece)
     assert_same(observer.init(sample(0), scheme), observer.init(torch.full(SHAPE, torch.nan), scheme))
 
 
 @law(AFFINE)
-def no_gradient_flows_into_statistics(name: str, scheme: QScheme) -> None:
+def no_gradient_flows_into_statistics(piece: Piece, scheme: QScheme) -> None:
     """A state of tensors that require a gradient requires none."""
-    state = after(made(name), scheme, sample(0).requires_grad_())
-    assert_same(state, seen(name, scheme, 0))
+    state = after(made(piece), scheme, sample(0).requires_grad_())
+    assert_same(state, seen(piece, scheme, 0))
     assert not any(leaf.requires_grad for leaf in state)
 
 
 @law(SCHEMES)
-def qparams_have_the_shape_of_the_granularity(name: str, scheme: QScheme) -> None:
+def qparams_have_the_shape_of_the_granularity(piece: Piece, scheme: QScheme) -> None:
     """Scale and zero point have the shape of the granularity, float32 and int32, the zero point on the grid."""
-    observer = made(name)
-    scale, zero_point, extras = observer.qparams(seen(name, scheme, 0), scheme)
+    observer = made(piece)
+    scale, zero_point, extras = observer.qparams(seen(piece, scheme, 0), scheme)
     expected = {PerTensor(): (), PerChannel(0): (3,), PerChannel(1): (4,), PerGroup(0, 4): (3, 2)}
     expected |= {PerBlock(3, 2): (1, 4), PerToken(): (3, 4)}
     assert scale.shape == zero_point.shape == expected[scheme.granularity]
     assert (scale.dtype, zero_point.dtype, list(extras)) == (torch.float32, torch.int32, sorted(extras))
-    if name in UNCLAMPED and not scheme.symmetric:
-        expected_zero = scheme.qmin - torch.round(seen(name, scheme, 0).lo / scale)
+    if named(piece) in UNCLAMPED and not scheme.symmetric:
+        expected_zero = scheme.qmin - torch.round(seen(piece, scheme, 0).lo / scale)
         assert torch.equal(zero_point, expected_zero.to(torch.int32))
     else:
         assert bool(((zero_point >= scheme.qmin) & (zero_point <= scheme.qmax)).all())
 
 
 @law(SCHEMES)
-def vmap_equals_the_loop(name: str, scheme: QScheme) -> None:
+def vmap_equals_the_loop(piece: Piece, scheme: QScheme) -> None:
     """``init``, ``update`` and ``qparams`` under ``vmap`` equal the loop."""
-    observer, xs = made(name), torch.stack([sample(2), sample(3)])
+    observer, xs = made(piece), torch.stack([sample(2), sample(3)])
     fresh = torch.vmap(lambda x: observer.init(x, scheme))(xs)
-    states = stack([seen(name, scheme, 0), seen(name, scheme, 1)])
+    states = stack([seen(piece, scheme, 0), seen(piece, scheme, 1)])
     states = torch.vmap(lambda s, x: observer.update(s, x, scheme))(states, xs)
     qparams = torch.vmap(lambda s: observer.qparams(s, scheme))(states)
     for i in range(2):
-        expected = seen(name, scheme, i, 2 + i)
+        expected = seen(piece, scheme, i, 2 + i)
         assert_same(pick(fresh, i), observer.init(xs[i], scheme))
         assert_same(pick(states, i), expected, rtol=1e-6, atol=0.0)  # sums may be taken in another order
         assert_same(pick(qparams, i), observer.qparams(expected, scheme), rtol=1e-6, atol=0.0)
 
 
 @law(AFFINE)
-def both_tree_libraries_read_states_and_qparams_alike(name: str, scheme: QScheme) -> None:
+def both_tree_libraries_read_states_and_qparams_alike(piece: Piece, scheme: QScheme) -> None:
     """torch's pytree and optree see the same leaves in the same order, tensors all."""
-    observer, state = made(name), seen(name, scheme, 0)
+    observer, state = made(piece), seen(piece, scheme, 0)
     for tree in (state, observer.qparams(state, scheme)):
         ours, (theirs, rebuilt) = torch_leaves(tree), flatten(tree)
         assert [id(leaf) for leaf in ours] == [id(leaf) for leaf in theirs]
@@ -197,19 +210,19 @@ def both_tree_libraries_read_states_and_qparams_alike(name: str, scheme: QScheme
 
 
 @law(AFFINE, {str(item): item for item in [(0, 4, 2), (3, 0, 2), (3, 4, 0), (0,)]})
-def an_empty_tensor_leaves_the_state_as_it_is(name: str, scheme: QScheme, shape: tuple[int, ...]) -> None:
+def an_empty_tensor_leaves_the_state_as_it_is(piece: Piece, scheme: QScheme, shape: tuple[int, ...]) -> None:
     """A tensor without elements changes no state."""
     if len(shape) == 1 and scheme.granularity == PerChannel(1):
         shape = (3, 0)
-    observer = made(name)
-    for state in (observer.init(sample(0), scheme), seen(name, scheme, 0)):
+    observer = made(piece)
+    for state in (observer.init(sample(0), scheme), seen(piece, scheme, 0)):
         assert_same(observer.update(state, torch.empty(shape), scheme), state)
 
 
 @law()
-def extreme_values_give_a_finite_positive_scale(name: str) -> None:
+def extreme_values_give_a_finite_positive_scale(piece: Piece) -> None:
     """Constant, zero, tiny and huge tensors give a finite scale above 0."""
-    observer = made(name)
+    observer = made(piece)
 
     def law(scheme: QScheme, values: tuple[Any, ...]) -> None:
         dtype, *numbers = values
@@ -247,15 +260,15 @@ def distributions() -> dict[str, Tensor]:
     }
 
 
-def allowed_less(name: str, scheme: QScheme, values: str) -> bool:
+def allowed_less(piece: Piece, scheme: QScheme, values: str) -> bool:
     """Whether an observer loses some of these values by its definition."""
-    one_sign = name in ("absmax", *POWERS) and not scheme.symmetric
-    return name in KEEPS_LESS or one_sign or (name in CLIPS and values.startswith("heavy"))
+    one_sign = named(piece) in ("absmax", *POWERS) and not scheme.symmetric
+    return named(piece) in KEEPS_LESS or one_sign or (named(piece) in CLIPS and values.startswith("heavy"))
 
 
-def fidelity(name: str, scheme: QScheme, x: Tensor) -> tuple[float, int]:
+def fidelity(piece: Piece, scheme: QScheme, x: Tensor) -> tuple[float, int]:
     """The ratio of signal to noise in decibels, and the number of codes that are used."""
-    observer = made(name)
+    observer = made(piece)
     y = fake_quantizer("fixed").apply(x, observer.qparams(after(observer, scheme, x), scheme), scheme)
     noise = float((y - x).double().square().sum())
     return 10 * math.log10(float(x.double().square().sum()) / noise), len(set(y.tolist()))
@@ -268,14 +281,14 @@ def widest(scheme: QScheme, values: str) -> tuple[float, int]:
 
 
 @law({str(item): item for item in [4, 8]}, {str(item): item for item in [True, False]})
-def no_range_collapses(name: str, bits: int, symmetric: bool) -> None:
+def no_range_collapses(piece: Piece, bits: int, symmetric: bool) -> None:
     """Half of the codes that the full range uses, and one bit less, are the least; what Keeps less goes without this law."""
     scheme = QScheme(bits=bits, symmetric=symmetric)
-    allowed = [values for values in distributions() if allowed_less(name, scheme, values)]
-    assert not allowed or "Keeps" in (getattr(observers, name).__doc__ or "")
+    allowed = [values for values in distributions() if allowed_less(piece, scheme, values)]
+    assert not allowed or "Keeps" in (getattr(observers, named(piece)).__doc__ or "")
 
     def law(values: str) -> None:
-        ratio, codes = fidelity(name, scheme, distributions()[values])
+        ratio, codes = fidelity(piece, scheme, distributions()[values])
         full_ratio, full_codes = widest(scheme, values)
         assert 2 * codes >= full_codes
         assert ratio >= full_ratio - ONE_BIT
@@ -284,14 +297,14 @@ def no_range_collapses(name: str, bits: int, symmetric: bool) -> None:
 
 
 @law()
-def values_that_are_not_finite_are_refused_in_eager_and_nan_under_vmap(name: str) -> None:
+def values_that_are_not_finite_are_refused_in_eager_and_nan_under_vmap(piece: Piece) -> None:
     """NaN and infinity are a ``StateError`` in eager, and a NaN scale under ``vmap``, of the scales that they belong to."""
-    observer = made(name)
+    observer = made(piece)
 
     def law(scheme: QScheme, value: float) -> None:
         bad = sample(0)
         bad[1, 2, 1] = value
-        states = [seen(name, scheme, 0, 1), after(observer, scheme, bad, sample(1))]
+        states = [seen(piece, scheme, 0, 1), after(observer, scheme, bad, sample(1))]
         with refused(StateError):
             observer.qparams(states[1], scheme)
         batched = torch.vmap(lambda s: observer.qparams(s, scheme))(stack(states))
@@ -309,20 +322,20 @@ def values_that_are_not_finite_are_refused_in_eager_and_nan_under_vmap(name: str
 
 
 @law(SCHEMES)
-def what_was_never_observed_is_refused_in_eager_and_nan_under_vmap(name: str, scheme: QScheme) -> None:
+def what_was_never_observed_is_refused_in_eager_and_nan_under_vmap(piece: Piece, scheme: QScheme) -> None:
     """A state before any tensor is a ``StateError`` in eager, and gives NaN scales under ``vmap``."""
-    observer = made(name)
+    observer = made(piece)
     state = observer.init(sample(0), scheme)
     with refused(StateError):
         observer.qparams(state, scheme)
     assert bool(torch.vmap(lambda s: observer.qparams(s, scheme))(stack([state])).scale.isnan().all())
 
 
-def rounding_of_sums(name: str) -> dict[str, float]:
+def rounding_of_sums(piece: Piece) -> dict[str, float]:
     """The tolerance for states that are sums of floats in another order; none for states that are not."""
-    if name in SUMS:
+    if named(piece) in SUMS:
         return {"rtol": 1e-6, "atol": 0.0}
-    if SAYS_SUM not in " ".join((getattr(observers, name).__doc__ or "").split()):
+    if SAYS_SUM not in " ".join((getattr(observers, named(piece)).__doc__ or "").split()):
         return {}
     # n additions of x move their sum by n * eps * sum |x| at most, in whatever order
     values = torch.cat([sample(i).flatten() for i in range(3)])
@@ -331,39 +344,40 @@ def rounding_of_sums(name: str) -> dict[str, float]:
 
 
 @law(SCHEMES)
-def merging_shards_equals_observing_them_in_turn_or_is_refused(name: str, scheme: QScheme) -> None:
+def merging_shards_equals_observing_them_in_turn_or_is_refused(piece: Piece, scheme: QScheme) -> None:
     """``merge`` equals observing in turn, "up to the rounding of a sum" where the docstring says so, or is a ``StateError``.
 
     It is associative, with ``init`` as neutral element.
     """
-    observer = made(name)
-    a, b, c = (seen(name, scheme, i) for i in range(3))
+    observer = made(piece)
+    a, b, c = (seen(piece, scheme, i) for i in range(3))
     if merges(observer, a):
         neutral, merge = observer.init(sample(0), scheme), observer.merge
         assert_same(merge(neutral, a), a)
         assert_same(merge(a, neutral), a)
-        rounding = rounding_of_sums(name)
+        rounding = rounding_of_sums(piece)
         assert_same(merge(merge(a, b), c), merge(a, merge(b, c)), **rounding)
-        assert_same(merge(merge(a, b), c), seen(name, scheme, 0, 1, 2), **rounding)
+        assert_same(merge(merge(a, b), c), seen(piece, scheme, 0, 1, 2), **rounding)
     else:
-        forward, backward = seen(name, scheme, 0, 1, 2), seen(name, scheme, 2, 1, 0)
+        forward, backward = seen(piece, scheme, 0, 1, 2), seen(piece, scheme, 2, 1, 0)
         assert any(not torch.equal(f, b) for f, b in zip(forward, backward, strict=True))
-        with refused(StateError, name, "merged"):
+        with refused(StateError, named(piece), "merged"):
             observer.merge(a, b)
 
 
 @law(slow=True)
-def a_compiled_update_equals_the_eager_one(name: str) -> None:
+def a_compiled_update_equals_the_eager_one(piece: Piece) -> None:
     """``update`` compiles as one graph and computes the same."""
-    observer, scheme = made(name), QScheme(bits=4, symmetric=False, granularity=PerChannel(1))
-    state, x = seen(name, scheme, 0), sample(1)
+    observer, scheme = made(piece), QScheme(bits=4, symmetric=False, granularity=PerChannel(1))
+    state, x = seen(piece, scheme, 0), sample(1)
     update = compiled(lambda s, x: observer.update(s, x, scheme))
     assert_same(update(state, x), observer.update(state, x, scheme), rtol=1e-6, atol=0.0)
 
 
 @law()
-def every_alias_leads_to_one_spec(name: str) -> None:
+def every_alias_leads_to_one_spec(piece: Piece) -> None:
     """Every alias, and the function of the name, gives one spec."""
+    name = named(piece)
     spec = OBSERVERS.spec(name)
     assert getattr(observers, name)() == spec
     assert {OBSERVERS.spec(alias) for alias in OBSERVERS.aliases(name)} == {spec}
@@ -371,61 +385,62 @@ def every_alias_leads_to_one_spec(name: str) -> None:
 
 
 @law()
-def every_reference_name_of_an_option_means_the_own_one(name: str) -> None:
+def every_reference_name_of_an_option_means_the_own_one(piece: Piece) -> None:
     """Every other name of an option means the option."""
+    name = named(piece)
     options = dict(OBSERVERS.spec(name).options)
     for foreign, own in OBSERVERS.get(name).renamed.items():
         assert OBSERVERS.spec(name, **{foreign: options[own]}) == OBSERVERS.spec(name)
 
 
 @law(SCHEMES, {str(item): item for item in [0.125, 4.0]})
-def a_scale_is_as_large_as_the_values(name: str, scheme: QScheme, factor: float) -> None:
+def a_scale_is_as_large_as_the_values(piece: Piece, scheme: QScheme, factor: float) -> None:
     """Values times a power of two have a scale times it, and the same zero point."""
-    if name in POWERS and not scheme.symmetric:
+    if named(piece) in POWERS and not scheme.symmetric:
         return  # values below 0 have no size on this grid
-    observer, plain = made(name), seen(name, scheme, 0, 1)
+    observer, plain = made(piece), seen(piece, scheme, 0, 1)
     scaled = after(observer, scheme, factor * sample(0), factor * sample(1))
     before, now = observer.qparams(plain, scheme), observer.qparams(scaled, scheme)
-    if name in CONSTANT:
+    if named(piece) in CONSTANT:
         factor = 1.0
     assert_same(now.scale, factor * before.scale, rtol=1e-6, atol=0.0)
     assert_same(now.zero_point, before.zero_point)
 
 
 @law(SCHEMES)
-def the_order_of_the_elements_of_a_scale_does_not_matter(name: str, scheme: QScheme) -> None:
+def the_order_of_the_elements_of_a_scale_does_not_matter(piece: Piece, scheme: QScheme) -> None:
     """Elements that share a scale may stand in any order."""
-    observer, x = made(name), sample(0)
+    observer, x = made(piece), sample(0)
     turned = {PerTensor(): x.flip(0, 1, 2), PerChannel(0): x.flip(1, 2), PerChannel(1): x.flip(0, 2)}
     turned |= {PerGroup(0, 4): x.reshape(3, 2, 4).flip(2).reshape(x.shape)}
     turned |= {PerBlock(3, 2): x.flip(0, 2), PerToken(): x.flip(2)}
     other = after(observer, scheme, turned[scheme.granularity])
-    assert_same(other, seen(name, scheme, 0), rtol=1e-6, atol=1e-7)
+    assert_same(other, seen(piece, scheme, 0), rtol=1e-6, atol=1e-7)
 
 
 @law(slow=True)
-def statistics_are_taken_alone_by_compiled_qparams_too(name: str) -> None:
+def statistics_are_taken_alone_by_compiled_qparams_too(piece: Piece) -> None:
     """``qparams`` compiles as one graph and computes the same."""
-    observer, scheme = OBSERVERS.build(OBSERVERS.spec(name)), QScheme(bits=4, symmetric=False)
-    state = seen(name, scheme, 0, 1)
+    observer, scheme = OBSERVERS.build(spec_of(piece)), QScheme(bits=4, symmetric=False)
+    state = seen(piece, scheme, 0, 1)
     resolve = compiled(lambda s: observer.qparams(s, scheme))
     assert_same(resolve(state), observer.qparams(state, scheme), rtol=1e-6, atol=0.0)
 
 
 @law(AFFINE)
-def tangents_do_not_reach_statistics(name: str, scheme: QScheme) -> None:
+def tangents_do_not_reach_statistics(piece: Piece, scheme: QScheme) -> None:
     """Forward-mode derivatives of a state are 0."""
-    observer, x, state = made(name), sample(1), seen(name, scheme, 0)
+    observer, x, state = made(piece), sample(1), seen(piece, scheme, 0)
     value, tangent, *_ = torch.func.jvp(lambda x: observer.update(state, x, scheme), (x,), (torch.ones_like(x),))
     assert_same(value, observer.update(state, x, scheme))
     assert all(not leaf.is_floating_point() or not leaf.any() for leaf in tangent)
 
 
 @law()
-def a_model_is_calibrated_with_it(name: str) -> None:
+def a_model_is_calibrated_with_it(piece: Piece) -> None:
     """A model is planned and calibrated with it, its plan survives JSON, and its output is finite."""
     model, x = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4)), torch.randn(16, 8)
-    half = override(observer=OBSERVERS.spec(name))
+    half = override(observer=spec_of(piece))
     q = quantize(model, QuantConfig(weight=half, activation=half), example_args=(x,))
     assert Plan.from_json(q.plan.to_json()) == q.plan
     params = params_of(model)
@@ -440,22 +455,24 @@ LAWS = tuple(one for one in list(globals().values()) if isinstance(one, Law))
 
 
 @public_as("testing.check_observer")
-def check_observer(name: str, *, without: Collection[str] = (), slow: bool = False) -> None:
+def check_observer(name: str | Spec | Callable[[], Spec], *, without: Collection[str] = (), slow: bool = False) -> None:
     """Hold a registered observer to the laws that the library's own obey.
 
     Args:
-      name: of the observer.
+      name: of the observer; or the function that :func:`sophq_func.register.observer` made, or what it returns, with
+        options.
       without: names of laws that it does not claim, which its docstring should say, too: an observer that clips on purpose
         breaks ``no_range_collapses``.
       slow: try the laws about compiling, too, which takes a minute.
 
     Raises:
-      ConfigError: an unknown observer or law.
+      ConfigError: an unknown observer or law, or an observer that is not registered.
       LawError: an ``AssertionError`` that names each law that is broken, with a case.
 
     Example:
       >>> import sophq_func as sq
       >>> sq.testing.check_observer("minmax")
+      >>> sq.testing.check_observer(sq.observers.mse(p=2.0))
     """
     seen.cache_clear()  # of another piece that had this name
-    check_all("observer", OBSERVERS.canonical(name), LAWS, without, slow)
+    check_all("observer", piece_of(OBSERVERS, name, "testing.check_observer"), LAWS, without, slow)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import params_of
 from sophq_func.capture.trace import trace
-from sophq_func.config.chips import CHIPS
+from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.rules import ROLES, QuantConfig, Rule
 from sophq_func.config.site import Role
 from sophq_func.config.strategies import PLACEMENTS, Strategy
@@ -25,6 +25,7 @@ from sophq_func.observers import minmax
 from sophq_func.planning.make import plan as make_plan
 from sophq_func.planning.plan import Plan
 from sophq_func.testing.laws import Law, check_all, law, refused
+from sophq_func.testing.pieces import entry_of
 from sophq_func.testing.subjects import assert_same
 
 
@@ -199,36 +200,38 @@ STRATEGY_LAWS = tuple(one for one in list(globals().values()) if isinstance(one,
 
 
 @public_as("testing.check_chip")
-def check_chip(name: str) -> None:
+def check_chip(name: str | ChipSpec) -> None:
     """Hold a registered chip to the laws that the library's own obey.
 
     Args:
-      name: of the chip.
+      name: of the chip; or what was registered under it.
 
     Raises:
-      ConfigError: an unknown chip.
+      ConfigError: an unknown chip, or one that is not registered.
       LawError: an ``AssertionError`` that names each law that is broken, with a case.
 
     Example:
       >>> import sophq_func as sq
       >>> sq.testing.check_chip("BM1684X")
     """
-    check_all("chip", CHIPS.canonical(name), CHIP_LAWS, (), slow=False)
+    fix = 'sq.register.chip("mine", spec)'
+    check_all("chip", entry_of(CHIPS, name, "testing.check_chip", fix), CHIP_LAWS, (), slow=False)
 
 
 @public_as("testing.check_strategy")
-def check_strategy(name: str) -> None:
+def check_strategy(name: str | Strategy) -> None:
     """Hold a registered strategy to the laws that the library's own obey.
 
     Args:
-      name: of the strategy.
+      name: of the strategy; or the function that was registered under it.
 
     Raises:
-      ConfigError: an unknown strategy.
+      ConfigError: an unknown strategy, or one that is not registered.
       LawError: an ``AssertionError`` that names each law that is broken, with a case.
 
     Example:
       >>> import sophq_func as sq
       >>> sq.testing.check_strategy("Layers")
     """
-    check_all("strategy", PLACEMENTS.canonical(name), STRATEGY_LAWS, (), slow=False)
+    fix = 'sq.register.strategy("mine", place)'
+    check_all("strategy", entry_of(PLACEMENTS, name, "testing.check_strategy", fix), STRATEGY_LAWS, (), slow=False)

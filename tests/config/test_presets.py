@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 
-LEAST = {"fp8": 20.0, "mxfp4": 8.0, "nvfp4": 9.0, "w4a4_lsq": 6.0, "w4a16": 11.0, "w8a8": 30.0, "w8a8_per_token": 30.0}
+LEAST = {
+    "fp8": 20.0,
+    "mxfp4": 8.0,
+    "nvfp4": 9.0,
+    "w4a4_lsq": 6.0,
+    "w4a16": 11.0,
+    "w4a8": 11.0,
+    "w8a8": 30.0,
+    "w8a8_per_token": 30.0,
+}
 """Decibels of signal to noise of the output. The networks have 2 to 5 more, since another order of sums moves some codes."""
-OPTIONS = {"w4a16": {"group": 8}}
+OPTIONS = {"w4a16": {"group": 8}, "w4a8": {"group": 8}}
 
 
 class Tiny(nn.Module):
@@ -61,6 +70,8 @@ def test_each_is_what_its_name_says() -> None:
     }
     assert (bits["w8a8"], bits["w8a8_per_token"], bits["w4a4_lsq"], bits["w4a16"]) == ((8, 8), (8, 8), (4, 4), (4, None))
     assert presets["w4a16"].weight.scheme.granularity == sq.PerGroup(128)
+    assert presets["w4a8"].weight == presets["w4a16"].weight
+    assert presets["w4a8"].activation == presets["w8a8_per_token"].activation
     assert presets["w4a4_lsq"].weight.fake_quantize == sq.fake_quantize.lsq()
     assert presets["fp8"].weight.fake_quantize == presets["fp8"].activation.fake_quantize == sq.fake_quantize.e4m3()
     for name in ("mxfp4", "nvfp4"):

@@ -39,6 +39,16 @@ def checked(*, low: int = 0, high: int = 1) -> tuple[int, int]:
     return low, high
 
 
+@public
+def placed(first: int, /, *rest: int, **names: int) -> int:
+    return first + len(rest) + len(names)
+
+
+@public
+def bare() -> None:
+    """It takes nothing."""
+
+
 def message(call: Any, *args: Any, **kwargs: Any) -> str:
     with pytest.raises(sq.ConfigError) as caught:
         call(*args, **kwargs)
@@ -152,3 +162,13 @@ def test_decorated_functions_compile_as_one_graph(fresh_dynamo: None) -> None:
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(learnable), f(learnable))
+
+
+def test_an_argument_without_a_name_is_asked_for_by_position() -> None:
+    assert "placed: first is given by keyword: allowed by position. Fix: placed(first, ...)" in message(placed, first=1)
+    assert "first is missing. Fix: give first, as in placed(first, ...)" in message(placed)
+    assert placed(1, 2, first=3) == 3
+
+
+def test_what_takes_no_arguments_says_so() -> None:
+    assert "got 3, allowed no arguments. Fix: leave it out" in message(bare, 3)

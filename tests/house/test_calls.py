@@ -119,6 +119,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "export.onnx": ((r.q, r.params, r.qparams, (r.x,), folder / "a.onnx"), {}),
         "export.tables": ((r.q, r.params, r.qparams, folder), {"work_mode": "QAT_all_int8"}),
         "presets.w4a16": ((), {"group": 8, "symmetric": True}),
+        "presets.w4a8": ((), {"group": 8}),
         "presets.fp8": ((), {"dynamic": True}),
         "presets.mxfp4": ((), {"weight_only": True}),
         "presets.nvfp4": ((), {"weight_only": True}),

@@ -273,3 +273,23 @@ def test_several_widths_at_once_are_told_of_stack() -> None:
     qparams = q.calibrate(sq.params_of(model), [x], progress=False)
     with pytest.raises(sq.ConfigError, match=r"got \[2, 4\].*Fix: sq.stack\("):
         sq.with_bits(qparams, q.plan, [2, 4])  # type: ignore[arg-type]
+
+
+def test_widths_for_qparams_of_another_plan_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.ones(1, 4)
+    q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+    qparams = q.calibrate(sq.params_of(model), [x], progress=False)
+    foreign = {f"module.{name}": entry for name, entry in qparams.items()}
+    with pytest.raises(sq.ConfigError, match=r"the plan has none of these quantizers.*did you mean"):
+        sq.with_bits(foreign, q.plan, 4)
+    part = {name: entry for name, entry in qparams.items() if name.startswith("0.")}
+    assert sq.with_bits(part, q.plan, 4).keys() == part.keys()
+    assert sq.with_bits(qparams, q.part("0").plan, 4).keys() == qparams.keys()
+
+
+def test_the_path_of_a_module_is_answered_with_a_glob() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.ones(1, 4)
+    q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+    qparams = q.calibrate(sq.params_of(model), [x], progress=False)
+    with pytest.raises(sq.ConfigError, match=r"'0' fits no quantizer. Fix: '0\.\*', which fits 0\.weight_fake_quant"):
+        sq.with_bits(qparams, q.plan, {"0": 4})

@@ -119,6 +119,26 @@ def test_an_axis_that_somebody_asks_for_is_taken() -> None:
     assert found.scheme.granularity == sq.PerChannel(0)
 
 
+@pytest.mark.parametrize("strategy", ["Dataflow", "Layers"])
+def test_a_table_has_a_scale_for_each_row_where_that_is_asked_for(strategy: str) -> None:
+    """By default scales lie along the width, as in sophgo-mq; a rare token may be 1,000 times as small as another."""
+    table = nn.Embedding(50, 16)
+    with torch.no_grad():
+        table.weight *= torch.logspace(-2, 1, 50)[:, None]
+    errors = {}
+    for granularity in (sq.PerChannel(), sq.PerChannel(axis=0)):
+        change = sq.override(bits=8, granularity=granularity, fake_quantize=FIXED)
+        config = sq.QuantConfig(strategy=strategy, weight=change, activation=None, weight_layers=(nn.Embedding,))
+        got = ready(nn.Sequential(table).eval(), torch.arange(50), config=config)
+        (entry,) = got.qparams.values()
+        difference = (got(torch.arange(50)) - table.weight).norm(dim=1) / table.weight.norm(dim=1)
+        errors[tuple(entry.scale.shape)] = float(difference.detach().max())
+    assert errors.keys() == {(16,), (50,)}
+    # an element is off by half a step, of which 127 cover the largest of its row: 1/254 of the norm, times at most sqrt(16)
+    assert errors[50,] <= 4 / 254
+    assert errors[16,] > 0.5
+
+
 def test_axes_survive_json() -> None:
     plan = planned(Net(lambda m, x: torch.bmm(x.expand(3, 4, 8), m.w), w=weight(3, 8, 2)), X)
     again = sq.Plan.from_json(plan.to_json())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -654,9 +655,30 @@ def test_an_exact_name_that_the_model_does_not_have_is_an_error_that_says_what_i
 
 @pytest.mark.parametrize("name", ["a.00*", "A.0*", "*.weight_fake_quants", "[b-c].bodi", "b_bodi?"])
 def test_a_glob_that_matches_nothing_is_no_error_but_unused(name: str) -> None:
-    got = plan({"name": name, "weight": None, "activation": None})
+    with pytest.warns(sq.PlanWarning, match="fits no name of the model. Fix: did you mean"):
+        got = plan({"name": name, "weight": None, "activation": None})
     assert got.unused == (sq.Rule(name=name, weight=None, activation=None),)
     assert not got.diff(plan())
+
+
+def test_a_glob_that_fits_a_name_where_nothing_is_quantized_is_no_mistake() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sq.PlanWarning)
+        plan({"name": "a.*", "weight": None}, {"name": "b_*", "activation": None}, {"type": nn.Conv3d, "weight": None})
+
+
+def test_a_glob_without_dots_is_compared_with_the_steps_of_paths() -> None:
+    with pytest.warns(sq.PlanWarning, match=r"^Rule\(name='\*bodi\*', weight=None\): its glob .*did you mean 'body'"):
+        plan({"name": "*bodi*", "weight": None})
+
+
+def test_names_of_the_three_dictionaries_may_fit_nothing() -> None:
+    quant = {"chip": "BM1690", "quantmode": "weight_activation", "strategy": "CNN"}
+    config = sq.from_dicts({"quant_dict": quant, "extra_quantizer_dict": {"exclude_module_name": ["nowhere*"]}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sq.PlanWarning)
+        made = sq.quantize(nn.Conv2d(3, 4, 1).eval(), config, example_args=(torch.ones(1, 3, 2, 2),)).plan
+    assert [rule.name for rule in made.unused] == ["nowhere*"]
 
 
 class Alike(nn.Module):

@@ -165,3 +165,48 @@ def test_every_law_says_what_it_demands() -> None:
     for laws in (observers.LAWS, fake_quantizers.LAWS, plans.CHIP_LAWS, plans.STRATEGY_LAWS):
         assert len(laws) >= 4
         assert all(law.says.endswith(".") for law in laws)
+
+
+def test_a_check_takes_the_registered_function_and_what_it_returns() -> None:
+    @sq.register.observer("widened")
+    def widened(by: float = 1.0) -> sq.Observer:
+        """minmax; its scale is wrong where ``by`` is not 1."""
+        minmax = sq.observer("minmax")
+
+        def qparams(state: Any, scheme: sq.QScheme) -> sq.QParams:
+            found = minmax.qparams(state, scheme)
+            return found._replace(scale=found.scale * by)
+
+        return minmax._replace(qparams=qparams)
+
+    sq.testing.check_observer(widened)
+    sq.testing.check_observer(widened())
+    text = report(sq.testing.check_observer, widened(by=8.0))
+    assert "observer widened(by=8.0) breaks" in text and "no_range_collapses" in text
+
+
+def test_a_check_knows_a_variant_by_its_options() -> None:
+    sq.testing.check_fake_quantizer(sq.fake_quantize.dorefa(mapping="tanh"))
+
+
+def test_a_check_takes_a_registered_value() -> None:
+    sq.testing.check_chip(sq.CHIPS.get("BM1690"))
+    mine = sq.CHIPS.get("BM1690")
+    with pytest.raises(sq.ConfigError, match=r"this chip is not registered.*sq.register.chip"):
+        sq.testing.check_chip(replace(mine, weight_bits=(8,)))
+
+
+@pytest.mark.parametrize(
+    ("check", "piece", "decorator"),
+    [
+        (sq.testing.check_observer, sq.observer("minmax"), "@sq.register.observer"),
+        (sq.testing.check_fake_quantizer, sq.fake_quantizer("fixed"), "@sq.register.fake_quantizer"),
+        (sq.testing.check_observer, 3, "@sq.register.observer"),
+    ],
+)
+def test_a_piece_without_a_name_is_refused_with_the_way_to_one(
+    check: Callable[..., None], piece: Any, decorator: str
+) -> None:
+    with pytest.raises(sq.ConfigError) as caught:
+        check(piece)
+    assert decorator in str(caught.value)
