@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
-from sophq_func.core.modes import may_differentiate
+from sophq_func.core.modes import beside, may_differentiate
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import Order, constants, fake_quantize, prepared
@@ -202,8 +202,8 @@ def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:
     """``value``, with its gradient multiplied by ``factor``."""
     if not may_differentiate():
         return value
-    constant = value.detach()
-    return constant + (value - constant) * factor
+    constant = beside(value.detach(), value)
+    return constant + (value - constant) * _beside(factor, value)
 
 
 def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
@@ -212,9 +212,14 @@ def _scale_grad_by_parts(value: Tensor, factor: Tensor | float) -> Tensor:
     sophgo-mq computes it so, and the rounding shows where it decides an exact tie: with ``s = amax / 127.5`` the extreme
     of every channel is one.
     """
-    part = value * factor
+    part = value * _beside(factor, value)
     rest = value - part
-    return (rest.detach() if may_differentiate() else rest) + part
+    return (beside(rest.detach(), part) if may_differentiate() else rest) + part
+
+
+def _beside(factor: Tensor | float, value: Tensor) -> Tensor | float:
+    """The factor, as :func:`~sophq_func.core.modes.beside` gives it where it is a tensor."""
+    return beside(factor, value) if isinstance(factor, Tensor) else factor
 
 
 SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor | float], Tensor]] = {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.config.site import Site, WeightSite
+from sophq_func.core.modes import beside
 from sophq_func.numerics.affine import folded, switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
 from sophq_func.numerics.ranges import positive
@@ -46,7 +47,8 @@ class Norm(NamedTuple):
 
     def factor(self, params: Params) -> Tensor:
         """``gamma / sqrt(var + eps)``; shape ``(C,)``. The statistic is a constant, as all buffers are."""
-        return params[self.weight] / torch.sqrt(params[self.var].detach() + self.eps)
+        gamma, deviation = params[self.weight], torch.sqrt(params[self.var].detach() + self.eps)
+        return gamma / beside(deviation, gamma)
 
 
 @dataclass(frozen=True)

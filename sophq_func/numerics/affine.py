@@ -40,7 +40,7 @@ def ste(x: Tensor, y: Tensor) -> Tensor:
     """
     # inf - inf would be NaN
     finite = torch.where(torch.isfinite(x), x, 0)
-    return y.detach() + (finite - finite.detach())
+    return modes.beside(y.detach(), finite) + (finite - modes.beside(finite.detach(), finite))
 
 
 def working(x: Tensor) -> Tensor:
@@ -266,12 +266,14 @@ def _composed(
     level = clamped if fixed_zero is None else clamped - fixed_zero
     if zero is not None and fixed_zero is not None:
         # dy/dz = -s outside: the zero point moves the outermost values; inside it cancels
-        level = level - torch.where(inside, 0, zero - fixed_zero)
+        level = modes.beside(level, x) - torch.where(inside, 0, zero - modes.beside(fixed_zero, zero))
     # y = step L + (x - const(x)) + (step - const(step)) slope: the last two terms are 0, and give dy/dx = 1 inside and
     # dy/ds = slope, which is L - x / s inside and L outside. addcmul(a, b, c) is a + b c; the inner one is the first two
     within = torch.where(inside, x, 0)
-    slope = level - torch.where(inside, ratio, 0)
-    return torch.addcmul(torch.addcmul(within - within.detach(), fixed_step, level), step - fixed_step, slope)
+    level, fixed_step = modes.beside(level, x), modes.beside(fixed_step, step)
+    slope = level - modes.beside(torch.where(inside, ratio, 0), x)
+    passed = within - modes.beside(within.detach(), within)
+    return torch.addcmul(torch.addcmul(passed, fixed_step, level), step - fixed_step, slope)
 
 
 def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:

@@ -103,7 +103,7 @@ def positive(scale: Tensor) -> Tensor:
     # not ``abs``, whose gradient at 0 is 0: the scale could not leave it
     size = torch.where(scale < 0, -scale, scale)
     constant = size.detach()
-    return size + (constant.clamp(min=EPS) - constant)
+    return size + modes.beside(constant.clamp(min=EPS) - constant, size)
 
 
 def bounds(qparams: QParams, scheme: QScheme) -> tuple[Bound, Bound]:
