@@ -86,12 +86,16 @@ class Observer(NamedTuple):
       update: ``update(state, x, scheme)``, the state after one more tensor: see :class:`Update`.
       merge: ``merge(a, b)``, the state of both data sets together: see :class:`Merge`.
       qparams: ``qparams(state, scheme)``, the :class:`QParams` of a state: see :class:`Resolve`.
+      sums: whether the statistic is a sum of floats, so that states merged in another order differ by rounding.
+      clips: whether the range leaves out the extremes of ordinary data, by definition and not by an estimate.
     """
 
     init: InitState
     update: Update
     merge: Merge
     qparams: Resolve
+    sums: bool = False
+    clips: bool = False
 
     def __repr__(self) -> str:
         # the factory in which ``update`` is defined has the name of the observer

@@ -137,7 +137,7 @@ def clip_std(std_scale: float = 2.6) -> Observer:
         clipped_hi = torch.minimum(mean + std_scale * std, hi)
         return MinMaxState(latest(state.lo, clipped_lo), latest(state.hi, clipped_hi))
 
-    return Observer(init_min_max, update, unmergeable("clip_std", LAST_ONLY), range_qparams)
+    return Observer(init_min_max, update, unmergeable("clip_std", LAST_ONLY), range_qparams, clips=True)
 
 
 @OBSERVERS.register("lsq", "LSQObserver")
@@ -170,7 +170,7 @@ def lsq() -> Observer:
         scale = state.size * (2 / math.sqrt(scheme.qmax))
         return scale_qparams(torch.where(torch.isfinite(state.size), scale, torch.nan), state.lo, scheme)
 
-    return Observer(init_step, update, unmergeable("lsq", LAST_ONLY), qparams)
+    return Observer(init_step, update, unmergeable("lsq", LAST_ONLY), qparams, clips=True)
 
 
 @OBSERVERS.register("lsq_plus", "LSQPlusObserver")
@@ -220,4 +220,4 @@ def lsq_plus(rule: str = "paper") -> Observer:
         # a range that begins at 0 has the zero point qmin, which sophgo-mq takes wherever min < 0
         return scale_qparams(state.size / codes, state.lo.clamp(min=0), scheme)
 
-    return Observer(init_step, update, unmergeable("lsq_plus", LAST_ONLY), qparams)
+    return Observer(init_step, update, unmergeable("lsq_plus", LAST_ONLY), qparams, clips=True)

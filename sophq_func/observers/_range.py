@@ -87,7 +87,7 @@ def rms(factor: float = 4.0) -> Observer:
         bound = torch.where(state.seen > 0, (factor * state.root).clamp(max=LARGEST), torch.nan)
         return range_to_qparams(-bound, bound, scheme)
 
-    return Observer(init, update, merge_roots, qparams)
+    return Observer(init, update, merge_roots, qparams, sums=True, clips=True)
 
 
 def merge_roots(a: RootState, b: RootState) -> RootState:
@@ -127,4 +127,4 @@ def fixed_range(lo: float = -1.0, hi: float = 1.0) -> Observer:
         bound_lo, bound_hi = torch.where(finite, lo, torch.nan), torch.where(finite, hi, torch.nan)
         return widen(state, bound_lo, bound_hi)
 
-    return Observer(init_min_max, update, merge_min_max, range_qparams)
+    return Observer(init_min_max, update, merge_min_max, range_qparams, clips=True)

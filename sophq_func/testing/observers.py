@@ -48,12 +48,6 @@ from sophq_func.testing.subjects import (
     unchanged,
 )
 
-SUMS = ("rms",)
-"""Observers of the library whose statistic is a sum of floats, which is associative up to rounding."""
-
-SAYS_SUM = "rounding of a sum"
-"""What the docstring of a user's observer says whose statistics are sums of floats."""
-
 UNCLAMPED = ("lsq",)
 """Observers whose zero point may lie beyond the grid, as recorded; a fake quantizer clamps it."""
 
@@ -65,9 +59,6 @@ POWERS = ("minmax_floor", "pot_mode")
 
 CLIPS = ("kld", "percentile")
 """Observers that may leave out a share of the values, and so what a heavy tail is made of."""
-
-KEEPS_LESS = ("clip_std", "fixed_range", "lsq", "lsq_plus", "rms")
-"""Observers that do not look at the extremes by definition."""
 
 ONE_BIT = 20 * math.log10(2)
 """In decibels. The law below allows an observer to lose as much as a grid with half as many codes."""
@@ -263,7 +254,7 @@ def distributions() -> dict[str, Tensor]:
 def allowed_less(piece: Piece, scheme: QScheme, values: str) -> bool:
     """Whether an observer loses some of these values by its definition."""
     one_sign = named(piece) in ("absmax", *POWERS) and not scheme.symmetric
-    return named(piece) in KEEPS_LESS or one_sign or (named(piece) in CLIPS and values.startswith("heavy"))
+    return made(piece).clips or one_sign or (named(piece) in CLIPS and values.startswith("heavy"))
 
 
 def fidelity(piece: Piece, scheme: QScheme, x: Tensor) -> tuple[float, int]:
@@ -282,10 +273,9 @@ def widest(scheme: QScheme, values: str) -> tuple[float, int]:
 
 @law({str(item): item for item in [4, 8]}, {str(item): item for item in [True, False]})
 def no_range_collapses(piece: Piece, bits: int, symmetric: bool) -> None:
-    """Half of the codes that the full range uses, and one bit less, are the least; what Keeps less goes without this law."""
+    """Half of the codes that the full range uses, and one bit less, are the least; where ``Observer.clips``, none is."""
     scheme = QScheme(bits=bits, symmetric=symmetric)
     allowed = [values for values in distributions() if allowed_less(piece, scheme, values)]
-    assert not allowed or "Keeps" in (getattr(observers, named(piece)).__doc__ or "")
 
     def law(values: str) -> None:
         ratio, codes = fidelity(piece, scheme, distributions()[values])
@@ -333,9 +323,7 @@ def what_was_never_observed_is_refused_in_eager_and_nan_under_vmap(piece: Piece,
 
 def rounding_of_sums(piece: Piece) -> dict[str, float]:
     """The tolerance for states that are sums of floats in another order; none for states that are not."""
-    if named(piece) in SUMS:
-        return {"rtol": 1e-6, "atol": 0.0}
-    if SAYS_SUM not in " ".join((getattr(observers, named(piece)).__doc__ or "").split()):
+    if not made(piece).sums:
         return {}
     # n additions of x move their sum by n * eps * sum |x| at most, in whatever order
     values = torch.cat([sample(i).flatten() for i in range(3)])
@@ -345,7 +333,7 @@ def rounding_of_sums(piece: Piece) -> dict[str, float]:
 
 @law(SCHEMES)
 def merging_shards_equals_observing_them_in_turn_or_is_refused(piece: Piece, scheme: QScheme) -> None:
-    """``merge`` equals observing in turn, "up to the rounding of a sum" where the docstring says so, or is a ``StateError``.
+    """``merge`` equals observing in turn, up to rounding for ``Observer.sums``, or is a ``StateError``.
 
     It is associative, with ``init`` as neutral element.
     """

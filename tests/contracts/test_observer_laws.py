@@ -172,3 +172,10 @@ def test_mse_finds_the_best_of_its_candidates() -> None:
 @over_observers
 def test_a_model_is_calibrated_with_it(name: str) -> None:
     laws.a_model_is_calibrated_with_it(name)
+
+
+@over_observers
+def test_an_observer_that_loses_values_says_what_it_keeps(name: str) -> None:
+    schemes = [sq.QScheme(bits=8, symmetric=symmetric) for symmetric in (True, False)]
+    loses = any(laws.allowed_less(name, scheme, values) for scheme in schemes for values in laws.distributions())
+    assert not loses or "Keeps" in (getattr(sq.observers, name).__doc__ or "")

@@ -80,30 +80,29 @@ class Total(NamedTuple):
     total: Tensor
 
 
-def test_a_sum_of_floats_may_be_rounded_where_the_docstring_says_so() -> None:
+def test_a_sum_of_floats_may_be_rounded_where_the_observer_says_so() -> None:
     def update(state: Total, x: Tensor, scheme: sq.QScheme) -> Total:
         return Total(state.total + rows(x, scheme.granularity).sum(-1))
 
-    def total(merge: Callable[[Total, Total], Total]) -> sq.Observer:
+    def total(merge: Callable[[Total, Total], Total], sums: bool = True) -> sq.Observer:
         def init(x: Tensor, scheme: sq.QScheme) -> Total:
             return Total(torch.zeros_like(no_range(x, scheme.granularity)[0]))
 
-        return sq.Observer(init, update, merge, sq.observer("minmax").qparams)
+        return sq.Observer(init, update, merge, sq.observer("minmax").qparams, sums=sums)
 
     @sq.register.observer("silent")
     def silent() -> sq.Observer:
         """The sum."""
-        return total(lambda a, b: Total(a.total + b.total))
+        return total(lambda a, b: Total(a.total + b.total), sums=False)
 
     @sq.register.observer("said")
     def said() -> sq.Observer:
-        """The sum. Mergeable, up to the rounding of a
-        sum."""
+        """The sum."""
         return total(lambda a, b: Total(a.total + b.total))
 
     @sq.register.observer("wrong")
     def wrong() -> sq.Observer:
-        """The sum, up to the rounding of a sum."""
+        """Not the sum."""
         return total(lambda a, b: Total(torch.where(b.total == 0, a.total, torch.where(a.total == 0, b.total, a.total))))
 
     law = observers.merging_shards_equals_observing_them_in_turn_or_is_refused
