@@ -14,6 +14,7 @@ from sophq_func.capture.naming import CallNames, apart
 from sophq_func.capture.transforms import depth, outside, wholes
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, unknown
+from sophq_func.core.public import public_as
 from sophq_func.core.pytree import copied, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.model.engine import Engine
@@ -99,6 +100,7 @@ def tap(engine: Engine, at: str | Collection[str], stop: bool) -> Tapped:
         calls = calls._replace(ends=max(calls_of(calls, run) for run in runs))
     root_name = type(skeleton.entry).__name__.lower()
 
+    @public_as("tap")
     def tapped(params: Params, qparams: Mapping[str, QParams] | None, /, *args: Any, **kwargs: Any) -> tuple[Output, Seen]:
         effect = unchanged if qparams is None else engine.quantizing(qparams)
         runners: list[Tap] = []
