@@ -17,8 +17,8 @@ from sophq_func.algorithms.sensitivity import Sensitivities as Sensitivities
 from sophq_func.algorithms.sensitivity import Sensitivity as Sensitivity
 from sophq_func.algorithms.sensitivity import fidelity as fidelity
 from sophq_func.algorithms.sensitivity import sensitivity as sensitivity
+from sophq_func.capture.contents import params_of as params_of
 from sophq_func.capture.graph import Graph as Graph
-from sophq_func.capture.skeleton import params_of as params_of
 from sophq_func.capture.trace import trace as trace
 from sophq_func.checkpoint.io import Checkpoint as Checkpoint
 from sophq_func.checkpoint.io import load as load

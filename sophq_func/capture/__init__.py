@@ -2,6 +2,7 @@
 
 from sophq_func.capture import aliases as aliases
 from sophq_func.capture import arguments as arguments
+from sophq_func.capture import contents as contents
 from sophq_func.capture import decompose as decompose
 from sophq_func.capture import frame as frame
 from sophq_func.capture import graph as graph

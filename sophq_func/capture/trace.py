@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
+from sophq_func.capture.contents import params_of, registered_tensors
 from sophq_func.capture.functions import as_module, name_of, signature
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.recorder import Recorder
-from sophq_func.capture.skeleton import Skeleton, params_of, registered_tensors
+from sophq_func.capture.skeleton import Skeleton
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
 from sophq_func.core.public import public

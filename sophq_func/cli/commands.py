@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sophq_func.capture.skeleton import params_of
+from sophq_func.capture.contents import params_of
 from sophq_func.checkpoint.io import load
 from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.types import Args, Kwargs

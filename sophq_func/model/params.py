@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sophq_func.capture.skeleton import UNWRAP, registered_tensors
+from sophq_func.capture.contents import registered_tensors
+from sophq_func.capture.skeleton import UNWRAP
 from sophq_func.core.errors import PlanError, StateError, explain, near, other_prefix, raise_all
 from sophq_func.core.modes import is_plain, is_wrapped
 from sophq_func.core.public import public

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sophq_func import observers
-from sophq_func.capture.skeleton import params_of
+from sophq_func.capture.contents import params_of
 from sophq_func.config.rules import QuantConfig
 from sophq_func.core.errors import StateError
 from sophq_func.core.public import public_as

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sophq_func.capture.contents import params_of
 from sophq_func.capture.graph import Graph
-from sophq_func.capture.skeleton import params_of
 from sophq_func.capture.trace import trace
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.rules import ROLES, QuantConfig, Rule
