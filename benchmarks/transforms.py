@@ -21,7 +21,7 @@ from torch.utils import _pytree
 import sophq_func as sq
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.numerics.scheme import Granularity
+from sophq_func.numerics.granularity import Granularity
 
 SHAPE = (4, 6)
 GRANULARITIES: Mapping[str, Granularity] = {

@@ -65,11 +65,11 @@ from sophq_func.numerics import formats as formats
 from sophq_func.numerics.contracts import FakeQuantize as FakeQuantize
 from sophq_func.numerics.contracts import Observer as Observer
 from sophq_func.numerics.contracts import QParams as QParams
-from sophq_func.numerics.scheme import PerBlock as PerBlock
-from sophq_func.numerics.scheme import PerChannel as PerChannel
-from sophq_func.numerics.scheme import PerGroup as PerGroup
-from sophq_func.numerics.scheme import PerTensor as PerTensor
-from sophq_func.numerics.scheme import PerToken as PerToken
+from sophq_func.numerics.granularity import PerBlock as PerBlock
+from sophq_func.numerics.granularity import PerChannel as PerChannel
+from sophq_func.numerics.granularity import PerGroup as PerGroup
+from sophq_func.numerics.granularity import PerTensor as PerTensor
+from sophq_func.numerics.granularity import PerToken as PerToken
 from sophq_func.numerics.scheme import QScheme as QScheme
 from sophq_func.numerics.scheme import QuantizerConfig as QuantizerConfig
 from sophq_func.numerics.scheme import override as override

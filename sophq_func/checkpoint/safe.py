@@ -15,7 +15,8 @@ from sophq_func.config.rules import UNSET, QuantConfig, Rule, not_grouped
 from sophq_func.config.site import CallSite, ComputedSite, LayerInput, OperandSite, ValueSite, WeightSite
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.scheme import GRANULARITIES, Override, QScheme, QuantizerConfig
+from sophq_func.numerics.granularity import GRANULARITIES
+from sophq_func.numerics.scheme import Override, QScheme, QuantizerConfig
 from sophq_func.observers import STATES
 from sophq_func.planning.coverage import Coverage, Left
 from sophq_func.planning.picture import Call, Edge, Wiring

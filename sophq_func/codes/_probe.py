@@ -10,9 +10,10 @@ from torch import Tensor
 from sophq_func.codes.grid import Grid
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import min_max, positive, range_to_qparams
-from sophq_func.numerics.scheme import PerTensor, QScheme
+from sophq_func.numerics.scheme import QScheme
 
 COUNT = 4096
 """Number of trial values for a quantizer with one scale."""

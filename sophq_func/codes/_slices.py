@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, is_regrouped
 from sophq_func.numerics.contracts import FakeQuantize, QParams
-from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
+from sophq_func.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 
 SIZE = 2**18
 """Elements of a slice: 1 MiB in float32; encoding holds about ten tensors of this size at once."""

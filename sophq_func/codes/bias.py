@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sophq_func.codes.stored import Refusal, Stored
 from sophq_func.model.weight_quantizer import arranged, is_regrouped
+from sophq_func.numerics.granularity import PerChannel
 from sophq_func.numerics.layout import rows
-from sophq_func.numerics.scheme import PerChannel
 
 LIMIT = 2.0**31 - 2**7
 """The largest bias, in steps: the largest float32 that fits in int32."""

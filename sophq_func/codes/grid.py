@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sophq_func.numerics.blocks import from_blocks, to_blocks
 from sophq_func.numerics.formats import E8M0_BIAS
+from sophq_func.numerics.granularity import Granularity
 from sophq_func.numerics.layout import expand
-from sophq_func.numerics.scheme import Granularity
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -14,7 +14,8 @@ from sophq_func.core.errors import explain, raise_all
 from sophq_func.core.public import constructor
 from sophq_func.core.registry import Registry
 from sophq_func.fake_quantize import e4m3, learnable
-from sophq_func.numerics.scheme import PerChannel, QScheme, QuantizerConfig
+from sophq_func.numerics.granularity import PerChannel
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.observers import ema_minmax, minmax
 
 ChipName: TypeAlias = Literal[

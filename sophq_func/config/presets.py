@@ -19,7 +19,8 @@ from sophq_func.fake_quantize import e4m3 as e4m3_numbers
 from sophq_func.fake_quantize import fixed, learnable
 from sophq_func.fake_quantize import mxfp4 as mxfp4_blocks
 from sophq_func.fake_quantize import nvfp4 as nvfp4_blocks
-from sophq_func.numerics.scheme import PerChannel, PerGroup, PerTensor, PerToken, QScheme, QuantizerConfig
+from sophq_func.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
 __all__ = ["fp8", "mxfp4", "nvfp4", "w4a4_lsq", "w4a8", "w4a16", "w8a8", "w8a8_per_token"]
 

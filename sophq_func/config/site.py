@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from sophq_func.config.names import underscored
-from sophq_func.numerics.scheme import Axis
+from sophq_func.numerics.granularity import Axis
 
 Role = Literal["weight", "activation"]
 

@@ -17,14 +17,12 @@ from sophq_func.config.patterns import PATTERNS, Fused, fused
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.plain import plain
 from sophq_func.core.registry import Factories, Spec
+from sophq_func.numerics.granularity import GRANULARITIES, SPELLINGS, Granularity
 from sophq_func.numerics.scheme import (
-    GRANULARITIES,
     OVERRIDE_FIELDS,
     PIECES,
     SCHEME_FIELDS,
-    SPELLINGS,
     Data,
-    Granularity,
     Override,
     QScheme,
     QuantizerConfig,

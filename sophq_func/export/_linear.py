@@ -17,7 +17,7 @@ from sophq_func.codes import FROM_THE_TENSOR, Grid, Stored
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import is_regrouped
 from sophq_func.numerics.formats import FLOAT8
-from sophq_func.numerics.scheme import PerBlock, PerChannel, PerGroup, PerTensor
+from sophq_func.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 
 TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16)
 """Dtypes for integer codes: the first that holds them is used, so that narrow ones come first."""

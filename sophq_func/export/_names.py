@@ -12,7 +12,7 @@ from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.site import Site
 from sophq_func.core.errors import ConfigError, explain, near, raise_all
 from sophq_func.core.operations import canonical, family
-from sophq_func.numerics.scheme import PerChannel
+from sophq_func.numerics.granularity import PerChannel
 from sophq_func.planning.plan import Plan
 
 OP_TYPES: Mapping[str, str] = {

@@ -13,8 +13,9 @@ from sophq_func.core.errors import ConfigError, explain, raise_all
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.formats import FLOAT8
+from sophq_func.numerics.granularity import PerChannel, PerTensor
 from sophq_func.numerics.ranges import positive
-from sophq_func.numerics.scheme import PerChannel, PerTensor, QuantizerConfig
+from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.plan import Plan
 
 WORDS: Mapping[str, str] = {

@@ -16,8 +16,9 @@ from sophq_func.numerics.affine import constants, fake_quantize, ste, working
 from sophq_func.numerics.codebooks import codebook_named
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import Codebook, code_bits
+from sophq_func.numerics.granularity import PerChannel, PerTensor
 from sophq_func.numerics.ranges import EPS
-from sophq_func.numerics.scheme import PerChannel, PerTensor, QScheme
+from sophq_func.numerics.scheme import QScheme
 
 FP4_TABLES = ("nf4", "fp4", "fp4_e2m1", "fp4_e2m1_bnb")
 """The tables of sophgo-mq's quantizer of this name."""

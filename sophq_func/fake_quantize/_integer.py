@@ -15,8 +15,9 @@ from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import Order, constants, fake_quantize, prepared
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
+from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.ranges import positive
-from sophq_func.numerics.scheme import PerTensor, QScheme
+from sophq_func.numerics.scheme import QScheme
 
 
 @FAKE_QUANTIZERS.register("fixed", "FixedFakeQuantize")

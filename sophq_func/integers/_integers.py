@@ -24,9 +24,10 @@ from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.runner import Runner
 from sophq_func.model.schedule import Schedule
 from sophq_func.numerics.affine import working
+from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import min_max, range_to_qparams
-from sophq_func.numerics.scheme import PerTensor, QScheme
+from sophq_func.numerics.scheme import QScheme
 
 INT32 = torch.iinfo(torch.int32)
 SAME = frozenset(("clone", "contiguous", "detach", "float", "to", "type_as", *DROPOUTS))

@@ -31,7 +31,7 @@ from sophq_func.model.usage import refuse_absent
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_weights, round_biases
 from sophq_func.numerics.contracts import QParams, State
-from sophq_func.numerics.scheme import PerToken
+from sophq_func.numerics.granularity import PerToken
 from sophq_func.planning.plan import Plan
 
 DERIVATIVES = ("grad", "unpack_dual")

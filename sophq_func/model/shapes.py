@@ -20,9 +20,10 @@ from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS, QParams, State
+from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup
 from sophq_func.numerics.layout import scale_axes
 from sophq_func.numerics.ranges import no_range
-from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, QScheme, QuantizerConfig
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
 Shape: TypeAlias = tuple[int, ...]

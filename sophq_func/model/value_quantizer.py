@@ -13,7 +13,8 @@ from sophq_func.core.modes import is_mapped
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams
-from sophq_func.numerics.scheme import PerTensor, PerToken, QScheme, QuantizerConfig
+from sophq_func.numerics.granularity import PerTensor, PerToken
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
 
 @dataclass(frozen=True)

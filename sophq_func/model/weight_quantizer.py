@@ -19,8 +19,9 @@ from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.modes import beside
 from sophq_func.numerics.affine import folded, switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
+from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 from sophq_func.numerics.ranges import positive
-from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerToken, QScheme, QuantizerConfig
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
 Params = Mapping[str, Tensor]
 """Parameters and buffers of a model, by canonical name."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sophq_func.core.modes import is_compiled_for_training, is_compiled_for_use
-from sophq_func.numerics.scheme import Granularity, PerChannel
+from sophq_func.numerics.granularity import Granularity, PerChannel
 
 COPIES = 16
 """Length of the axis that :func:`materialized` reduces; inductor unrolls a reduction of fewer than 8 elements."""

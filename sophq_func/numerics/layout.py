@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
-from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 
 
 def rows(x: Tensor, granularity: Granularity) -> Tensor:

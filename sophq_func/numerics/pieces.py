@@ -11,8 +11,9 @@ from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams
+from sophq_func.numerics.granularity import PerChannel, PerGroup
 from sophq_func.numerics.ranges import bounds, min_max, range_to_qparams
-from sophq_func.numerics.scheme import PerChannel, PerGroup, QScheme
+from sophq_func.numerics.scheme import QScheme
 
 
 def build(spec: Spec) -> FakeQuantize:

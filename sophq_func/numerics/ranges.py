@@ -8,8 +8,9 @@ from torch import Tensor
 from sophq_func.core import modes
 from sophq_func.core.errors import StateError, explain
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.granularity import Granularity, PerTensor
 from sophq_func.numerics.layout import expand, rows
-from sophq_func.numerics.scheme import Granularity, PerTensor, QScheme
+from sophq_func.numerics.scheme import QScheme
 
 EPS = torch.finfo(torch.float32).eps
 """Smallest scale of an integer grid, 2 ** -23: that of torch's observers and of sophgo-mq. It bounds ``x / scale``."""

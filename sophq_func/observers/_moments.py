@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
+from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import EPS, min_max, no_range, range_to_qparams
-from sophq_func.numerics.scheme import PerTensor, QScheme
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._minmax import MinMaxState, init_min_max, range_qparams
 from sophq_func.observers._mse import search_range
 from sophq_func.observers._options import check, check_positive, unmergeable

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sophq_func.core.modes import is_compiling
 from sophq_func.numerics.contracts import OBSERVERS, Observer
+from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import EPS, min_max, range_to_qparams
-from sophq_func.numerics.scheme import PerTensor, QScheme
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers._minmax import (
     ORDER_MATTERS,
     EMAMinMaxState,

@@ -15,7 +15,7 @@ from torch import nn
 from sophq_func.capture.graph import Node
 from sophq_func.config.site import ComputedSite, WeightSite
 from sophq_func.core.operations import DROPOUTS
-from sophq_func.numerics.scheme import PerChannel, PerTensor
+from sophq_func.numerics.granularity import PerChannel, PerTensor
 from sophq_func.planning.checks import is_scaled_grid
 from sophq_func.planning.inputs import Planned
 from sophq_func.planning.strategies import source_of

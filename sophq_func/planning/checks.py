@@ -18,8 +18,9 @@ from sophq_func.core.errors import explain, near
 from sophq_func.core.operations import CONTRACTIONS, canonical, is_operation, operations
 from sophq_func.core.registry import Spec
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize
+from sophq_func.numerics.granularity import PerBlock, PerGroup
 from sophq_func.numerics.layout import indivisible, uneven
-from sophq_func.numerics.scheme import PerBlock, PerGroup, QuantizerConfig
+from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.strategies import reached
 
 OPERATIONS = "operations (additional_function_type, additional_module_type)"

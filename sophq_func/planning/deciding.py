@@ -10,7 +10,8 @@ from sophq_func.config.rules import Decision, QuantConfig, resolve, resolve_with
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Preset
 from sophq_func.core.registry import Spec
-from sophq_func.numerics.scheme import PerChannel, PerGroup, PerTensor, QuantizerConfig
+from sophq_func.numerics.granularity import PerChannel, PerGroup, PerTensor
+from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.checks import is_integer, violations
 
 

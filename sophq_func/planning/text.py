@@ -8,7 +8,8 @@ from typing import Any
 from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.tables import Table
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
-from sophq_func.numerics.scheme import SCHEME_FIELDS, PerTensor, QuantizerConfig
+from sophq_func.numerics.granularity import PerTensor
+from sophq_func.numerics.scheme import SCHEME_FIELDS, QuantizerConfig
 
 COLUMNS = ("quantizer", "grid", "granularity", "observer", "fake quantizer", "where", "why")
 """Headings of the table."""

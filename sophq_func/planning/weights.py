@@ -17,7 +17,7 @@ from sophq_func.config.names import weight_quantizer
 from sophq_func.config.site import CallSite, ComputedSite, OperandSite, WeightSite, class_names
 from sophq_func.config.strategies import Strategy
 from sophq_func.core.operations import CONTRACTIONS, LAYERS
-from sophq_func.numerics.scheme import Axis
+from sophq_func.numerics.granularity import Axis
 from sophq_func.planning.contractions import summed_axes
 from sophq_func.planning.strategies import computed_weights, contracted, derived, source_of
 

@@ -15,7 +15,8 @@ from sophq_func.core.pytree import leaves, sorted_dict
 from sophq_func.core.registry import Spec
 from sophq_func.fake_quantize import fake_quantizer
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, QParams
-from sophq_func.numerics.scheme import PerChannel, PerTensor, QScheme
+from sophq_func.numerics.granularity import PerChannel, PerTensor
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.testing.laws import Law, check_all, hold, law
 from sophq_func.testing.pieces import Piece, named, piece_of
 from sophq_func.testing.subjects import (

@@ -21,16 +21,8 @@ from sophq_func.core.registry import Spec
 from sophq_func.fake_quantize import fake_quantizer
 from sophq_func.model.build import quantize
 from sophq_func.numerics.contracts import OBSERVERS, Observer, State
-from sophq_func.numerics.scheme import (
-    Granularity,
-    PerBlock,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    QScheme,
-    override,
-)
+from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from sophq_func.numerics.scheme import QScheme, override
 from sophq_func.observers import observer
 from sophq_func.planning.plan import Plan
 from sophq_func.testing.laws import Law, check_all, hold, law, refused

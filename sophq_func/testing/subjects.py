@@ -13,7 +13,8 @@ from sophq_func.core.modes import writes_into
 from sophq_func.core.pytree import leaves, tensors, tree_map
 from sophq_func.core.types import Tree
 from sophq_func.numerics.contracts import FakeQuantize, QParams
-from sophq_func.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QScheme
+from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from sophq_func.numerics.scheme import QScheme
 from sophq_func.observers import observer
 
 SHAPE = (3, 4, 2)

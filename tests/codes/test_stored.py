@@ -23,8 +23,8 @@ from sophq_func.export.onnx import _Onnx
 from sophq_func.export.torch import _Decomposed
 from sophq_func.model.weight_quantizer import arranged
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize
+from sophq_func.numerics.granularity import Granularity
 from sophq_func.numerics.layout import expand
-from sophq_func.numerics.scheme import Granularity
 from sophq_func.reports._statistics import clipping
 from tests.contracts.test_fake_quantize_laws import ALL, VARIANTS
 from tests.contracts.test_fake_quantize_laws import made as made_alone

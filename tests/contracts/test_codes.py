@@ -12,7 +12,7 @@ import sophq_func as sq
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.numerics.contracts import FakeQuantize
 from sophq_func.numerics.eager import LARGE
-from sophq_func.numerics.scheme import Granularity
+from sophq_func.numerics.granularity import Granularity
 from tests.contracts import GRANULARITIES, KINDS, calibrated, observed, sample, unchanged
 from tests.contracts.test_fake_quantize_laws import ALL, made
 

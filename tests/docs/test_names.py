@@ -12,7 +12,7 @@ import sophq_func as sq
 from sophq_func.config.chips import ChipName
 from sophq_func.config.rules import QUANTMODES, QuantMode
 from sophq_func.config.strategies import StrategyName
-from sophq_func.numerics.scheme import SPELLINGS, GranularityName
+from sophq_func.numerics.granularity import SPELLINGS, GranularityName
 
 ROOT = Path(__file__).parents[2]
 TEXT = "\n".join(page.read_text() for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sophq_func.numerics.scheme import PerChannel, PerTensor, QScheme
+from sophq_func.numerics.granularity import PerChannel, PerTensor
+from sophq_func.numerics.scheme import QScheme
 
 HERE = Path(__file__).parent
 

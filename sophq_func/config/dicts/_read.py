@@ -21,7 +21,8 @@ from sophq_func.core.public import public
 from sophq_func.core.registry import Factories, Spec
 from sophq_func.fake_quantize import fp16, learnable
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
-from sophq_func.numerics.scheme import Override, PerChannel, PerTensor, QScheme, QuantizerConfig, override
+from sophq_func.numerics.granularity import PerChannel, PerTensor
+from sophq_func.numerics.scheme import Override, QScheme, QuantizerConfig, override
 from sophq_func.observers import ema_minmax, minmax
 
 T = TypeVar("T")
