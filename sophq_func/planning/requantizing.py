@@ -1,0 +1,96 @@
+"""Step of a draft: where the integers come from that a chip brings onto a grid by a small multiplier and a shift.
+
+For strategies that simulate this (``Strategy.exact``), with the chip's :class:`~sophq_func.config.chips.Arithmetic`. A
+layer's sums have multipliers of 31 bits, whose error is below that of float32, so that the exact quotient stands for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from sophq_func.capture.graph import Graph, Node, Operand
+from sophq_func.config.chips import Arithmetic
+from sophq_func.config.site import Requant
+from sophq_func.planning.inputs import Planned
+from sophq_func.planning.strategies import computing, on_grid_of, stored
+
+POOLS = frozenset("adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d".split())
+"""Operations that divide a sum of integers by their number."""
+
+
+def requantize(planned: Planned, arithmetic: Arithmetic) -> dict[str, tuple[Requant, ...]]:
+    """By quantizer, where its integers come from; without those whose exact quotient is rounded.
+
+    Args:
+      planned: what is quantized how.
+      arithmetic: that of the chip.
+    """
+    found: dict[str, tuple[Requant, ...]] = {}
+    for node in planned.graph:
+        if len(node.outputs) != 1:
+            continue
+        result = planned.behind(stored(planned.graph, node.outputs[0]))
+        if not _is_on_integers(planned, result):
+            continue
+        if node.operation in arithmetic.terms:
+            found.update(_terms(planned, node, result, arithmetic))
+        elif node.operation in arithmetic.products:
+            found.update(_product(planned, node, result, arithmetic))
+    return found
+
+
+def _terms(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) -> Mapping[str, tuple[Requant, ...]]:
+    """Those of the terms of a sum or the parts of a concatenation; and of the sum, where all terms have one shift."""
+    by_term: dict[str, str] = {}
+    for operand in node.operands:
+        own = planned.inputs.get((node.name, operand.slot), "")
+        source = _grid(planned, operand)
+        if own and source:
+            by_term[own] = source
+    if len(by_term) < 2 or len(by_term) != sum(bool(operand.value) for operand in node.operands):
+        return {}
+    is_sum = node.operation != "cat" and not arithmetic.rounds_terms
+    rule, truncates = ("unrounded term" if is_sum else "term"), arithmetic.truncates
+    sources = list(by_term.values())
+    found = {}
+    for own, source in by_term.items():
+        # the shift that all terms share is that of the largest, so that each term has to know the others
+        others = [other for other in sources if other != source] if is_sum else []
+        found[own] = tuple(Requant(rule, name, result, 1, truncates) for name in (source, *others))
+    if is_sum:
+        found[result] = tuple(Requant("sum", name, "", 1, truncates) for name in sources)
+    return found
+
+
+def _product(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) -> Mapping[str, tuple[Requant, ...]]:
+    """That of the result of a product of two values, or of average pooling."""
+    sources = [_grid(planned, operand) for operand in node.operands]
+    count = pooled(planned.graph, node) if node.operation in POOLS else 1
+    if not all(sources) or not count:
+        return {}
+    return {result: tuple(Requant("product", source, "", count, arithmetic.truncates) for source in sources)}
+
+
+def _is_on_integers(planned: Planned, quantizer: str) -> bool:
+    """Whether a quantizer has a symmetric grid, or one whose smallest code stands for 0."""
+    return planned.acts(quantizer)
+
+
+def _grid(planned: Planned, operand: Operand) -> str:
+    """The quantizer on whose grid an operand is; empty without one."""
+    if not operand.value:
+        return ""
+    name = planned.behind(on_grid_of(planned.graph, operand.value))
+    return name if planned.acts(name) else ""
+
+
+def pooled(graph: Graph, node: Node) -> int:
+    """How many elements average pooling sums for each result; 0 where that is not known, or differs."""
+    spatial = 1 if node.operation.endswith("1d") else 2
+    if node.operation.startswith("adaptive"):
+        before, after = node.operands[0].shape[-spatial:], graph.values[node.outputs[0]].shape[-spatial:]
+        is_even = all(wide % narrow == 0 for wide, narrow in zip(before, after, strict=True))
+        return prod(before) // prod(after) if is_even else 0
+    size = node.options.get("kernel_size", 0)
+    return prod(size) if isinstance(size, tuple) else int(size) ** spatial
