@@ -13,7 +13,7 @@ from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.chips import Arithmetic
 from sophq_func.config.site import Requant
 from sophq_func.planning.inputs import Planned
-from sophq_func.planning.strategies import computing, on_grid_of, stored
+from sophq_func.planning.strategies import on_grid_of, stored
 
 POOLS = frozenset("adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d".split())
 """Operations that divide a sum of integers by their number."""
@@ -31,7 +31,7 @@ def requantize(planned: Planned, arithmetic: Arithmetic) -> dict[str, tuple[Requ
         if len(node.outputs) != 1:
             continue
         result = planned.behind(stored(planned.graph, node.outputs[0]))
-        if not _is_on_integers(planned, result):
+        if not planned.acts(result):
             continue
         if node.operation in arithmetic.terms:
             found.update(_terms(planned, node, result, arithmetic))
@@ -70,11 +70,6 @@ def _product(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) 
     if not all(sources) or not count:
         return {}
     return {result: tuple(Requant("product", source, "", count, arithmetic.truncates) for source in sources)}
-
-
-def _is_on_integers(planned: Planned, quantizer: str) -> bool:
-    """Whether a quantizer has a symmetric grid, or one whose smallest code stands for 0."""
-    return planned.acts(quantizer)
 
 
 def _grid(planned: Planned, operand: Operand) -> str:

@@ -5,12 +5,11 @@ from sophq_func.planning.strategies import _layers as _layers
 from sophq_func.planning.strategies import _mixed as _mixed
 from sophq_func.planning.strategies import _tpu as _tpu
 from sophq_func.planning.strategies._base import constants, derived, reached
-from sophq_func.planning.strategies._chip import computing, on_grid_of, stored
+from sophq_func.planning.strategies._chip import on_grid_of, stored
 from sophq_func.planning.strategies._dataflow import computed_weights, contracted, moved, moves, source_of
 
 __all__ = [
     "computed_weights",
-    "computing",
     "constants",
     "contracted",
     "derived",

@@ -21,6 +21,7 @@ from sophq_func.config.chips import Arithmetic
 from sophq_func.config.names import input_quantizer, value_quantizer, weight_quantizer
 from sophq_func.config.strategies import PLACEMENTS, Placement, Preset, Requests, SharedInput, Strategy
 from sophq_func.core.operations import CONTRACTIONS
+from sophq_func.fake_quantize import fixed
 from sophq_func.numerics.scheme import PerTensor, override
 from sophq_func.observers import fixed_range
 from sophq_func.planning.strategies._base import floating_operands
@@ -83,13 +84,6 @@ def on_grid_of(graph: Graph, value: str) -> str:
         value = before.value
 
 
-def computing(graph: Graph, node: Node) -> Node:
-    """The call that computes what a node stores: the one before a ReLU that is computed with it, else the node itself."""
-    if node.operation not in RELUS or keeps_grid(graph, node) or not node.operands or not node.operands[0].value:
-        return node
-    return graph.producer(node.operands[0].value)
-
-
 def stored(graph: Graph, value: str) -> str:
     """The value in whose place the chip stores a result: that of a ReLU that alone takes it, else itself."""
     if not is_taken_once(graph, value):
@@ -139,7 +133,12 @@ def place_chip(graph: Graph, requests: Requests) -> Placement:
     return Placement(chosen, inputs=inputs, presets=presets)
 
 
-TERM = Preset(override(bits=TERM_BITS, symmetric=True), "strategy Chip: a term on the grid of the result", inner=True)
+TERM = Preset(
+    override(bits=TERM_BITS, symmetric=True, fake_quantize=fixed()),
+    "strategy Chip: a term on the grid of the result",
+    inner=True,
+)
+"""Its step is that of the result, so that there is nothing to learn."""
 
 
 def terms(node: Node, operands: list[Operand]) -> Iterator[tuple[str, SharedInput]]:

@@ -1,0 +1,122 @@
+"""Integers on their way from one grid to another, as a chip computes them: a multiplier of 7 bits, a shift, a rounding.
+
+A value that the chip has as integers ``c`` on a grid of step ``a`` goes to a grid of step ``s`` as ``round(c m / 2 ** r)``,
+where ``m / 2 ** r`` stands for ``a / s``. Ties go up. What a model computes in floating point is ``c a``, from which ``c`` is
+read back; then the integers are exact. Which quantizers are concerned is in their sites (``ValueSite.requant``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sophq_func.config.site import Requant
+from sophq_func.core.modes import as_constant
+from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.ranges import positive
+
+LIMIT = 127
+"""Multipliers are smaller, as the compiler has them; with the largest shift that allows it."""
+
+SHIFTS = 31
+"""The largest shift is 30, as the compiler has it."""
+
+
+def multiplier(ratio: Tensor, truncates: bool, shift_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The integer ``m`` and the power ``2 ** r`` with ``m / 2 ** r`` close to a ratio of steps, each shaped ``()``.
+
+    Args:
+      ratio: shaped ``()``, above 0.
+      truncates: ``m`` is rounded toward 0; else to the nearest.
+      shift_of: the ratio whose shift is taken; ``None`` for ``ratio`` itself.
+
+    Example:
+      >>> multiplier(torch.tensor(0.92982), truncates=False), multiplier(torch.tensor(0.44247), truncates=True)
+      ((tensor(119., dtype=torch.float64), tensor(128., dtype=torch.float64)), ...)
+    """
+    # float64, in which a ratio of float32 times a power of two is exact
+    wide = ratio.double()
+    leading = wide if shift_of is None else shift_of.double()
+    powers = torch.exp2(torch.arange(SHIFTS, dtype=torch.float64, device=wide.device))
+    scaled = leading * powers
+    fits = scaled < LIMIT if truncates else (scaled + 0.5).floor() < LIMIT
+    power = torch.exp2((fits.sum() - 1).clamp(min=0).double())
+    product = wide * power
+    return (product.floor() if truncates else (product + 0.5).floor()), power
+
+
+def half_up(x: Tensor) -> Tensor:
+    """The nearest whole number, ties up."""
+    return (x + 0.5).floor()
+
+
+class Requantizer:
+    """How one quantizer brings integers onto its grid.
+
+    Attributes:
+      sources: names of the quantizers whose grids the integers come from.
+      result: name of the quantizer of the sum of which this one acts on a term; empty where it acts on a result.
+
+    Args:
+      requants: those of its site, one for each grid that integers come from.
+    """
+
+    def __init__(self, requants: tuple[Requant, ...]) -> None:
+        first = requants[0]
+        self.sources = tuple(requant.source for requant in requants)
+        self.result = first.result
+        self._rule, self._count, self._truncates = first.rule, first.count, first.truncates
+
+    def in_force(self, own: QParams, qparams: Mapping[str, QParams]) -> QParams:
+        """The qparams that act: a term has the step of the result, or a fraction of it where the sum is shifted.
+
+        Args:
+          own: of the quantizer.
+          qparams: of all quantizers.
+        """
+        if not self.result:
+            return own
+        step = qparams[self.result].scale
+        if self._rule == "unrounded term":
+            _, power = self._of_largest(_step(self.result, qparams), qparams)
+            step = step / power.to(step.dtype)
+        return own._replace(scale=step, zero_point=torch.zeros_like(step, dtype=torch.int32))
+
+    def integers(self, x: Tensor, grid: QParams, qparams: Mapping[str, QParams]) -> Tensor:
+        """``x`` as the chip has it: whole multiples of the step of a grid. No gradient.
+
+        Args:
+          x: computed in floating point from values that are on the grids of the sources.
+          grid: from :meth:`in_force`.
+          qparams: of all quantizers.
+        """
+        step = positive(as_constant(grid.scale)).double()
+        codes = self._codes(as_constant(x).double(), step, qparams)
+        return (codes * step).to(x.dtype)
+
+    def _codes(self, x: Tensor, step: Tensor, qparams: Mapping[str, QParams]) -> Tensor:
+        """The integers on the grid with this step, before they saturate."""
+        if self._rule == "sum":
+            _, power = self._of_largest(step, qparams)
+            return half_up((x / step * power).round() / power)
+        if self._rule == "unrounded term":
+            result, own = _step(self.result, qparams), _step(self.sources[0], qparams)
+            factor, _ = multiplier(own / result, self._truncates, self._largest(qparams) / result)
+            return (x / own).round() * factor
+        came = torch.stack([_step(name, qparams) for name in self.sources]).prod(0)
+        factor, power = multiplier(came / (step * self._count), self._truncates)
+        return half_up((x * self._count / came).round() * factor / power)
+
+    def _largest(self, qparams: Mapping[str, QParams]) -> Tensor:
+        return torch.stack([_step(name, qparams) for name in self.sources]).amax(0)
+
+    def _of_largest(self, step: Tensor, qparams: Mapping[str, QParams]) -> tuple[Tensor, Tensor]:
+        """Multiplier and power of the largest term, whose shift all terms have."""
+        return multiplier(self._largest(qparams) / step, self._truncates)
+
+
+def _step(name: str, qparams: Mapping[str, QParams]) -> Tensor:
+    """The step of a quantizer's grid, float64; no gradient."""
+    return positive(as_constant(qparams[name].scale)).double()
