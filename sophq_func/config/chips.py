@@ -6,7 +6,7 @@ The entries are those of sophgo-mq's table of chips.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -43,7 +43,8 @@ class Arithmetic:
       terms: operations whose operands are brought onto the grid of the result by a multiplier of 7 bits each.
       rounds_terms: each term of a sum is rounded; else the sum of all terms is, with one shift.
       products: operations whose results are brought onto their grid by a multiplier of 7 bits.
-      truncates: multipliers are rounded toward 0, not to the nearest.
+      truncates: multipliers of 7 bits are rounded toward 0, not to the nearest.
+      shifts: how often the sums of a layer are shifted, and rounded each time: once or twice.
       linear_channels: linear layers can have a scale for each output channel.
     """
 
@@ -52,6 +53,7 @@ class Arithmetic:
     rounds_terms: bool
     products: tuple[str, ...]
     truncates: bool
+    shifts: int
     linear_channels: bool
 
 
@@ -126,8 +128,11 @@ _BM = Arithmetic(
     rounds_terms=True,
     products=("mul", *_POOLS),
     truncates=False,
+    shifts=1,
     linear_channels=True,
 )
+# It takes one scale for the weight of a linear layer, whatever its table says.
+_BM1690 = replace(_BM, linear_channels=False)
 # The products of two values have multipliers of 31 bits there, whose error is below a rounding.
 _CV = Arithmetic(
     unsigned=False,
@@ -135,13 +140,14 @@ _CV = Arithmetic(
     rounds_terms=False,
     products=_POOLS,
     truncates=True,
+    shifts=2,
     linear_channels=False,
 )
 _tpu = partial(ChipSpec, activation=_ACTIVATION, fake_quantizers=_FAKE_QUANTIZERS)
 
 CHIPS.add("BM1688", _tpu(weight=_WEIGHT, weight_bits=(4, 8), activation_bits=(4, 8), arithmetic=_BM))
 CHIPS.add("BM1684X", _tpu(weight=_WEIGHT, activation_bits=(8,), arithmetic=_BM))
-CHIPS.add("BM1690", _tpu(weight=_WEIGHT, activation_bits=(8,), arithmetic=_BM), "SG2260")
+CHIPS.add("BM1690", _tpu(weight=_WEIGHT, activation_bits=(8,), arithmetic=_BM1690), "SG2260")
 for _name in ("CV183X", "CV182X", "CV181X", "CV180X"):
     CHIPS.add(_name, _tpu(weight=_NARROW_WEIGHT, arithmetic=_CV))
 # The compiler lowers both as it does BM1688.

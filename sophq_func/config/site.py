@@ -85,11 +85,13 @@ class Requant(NamedTuple):
     Attributes:
       rule: ``"term"``: the quantizer acts on one term of a sum, or on one part of what is concatenated, and brings it onto
         the grid of the result; ``"unrounded term"``: the same, but the sum of all terms is shifted; ``"sum"``: the result
-        of such terms; ``"product"``: the result of products or of a sum over many elements.
+        of such terms; ``"product"``: the result of products or of a sum over many elements; ``"layer"``: that of a layer,
+        whose multipliers have 31 bits; ``"layer in two shifts"``: the same, rounded after the first of two shifts, too.
       source: quantizer of the integers that come in.
       result: quantizer of the result; empty where that is the quantizer itself.
       count: how many integers are summed and divided by their number, as in average pooling.
       truncates: whether multipliers are rounded toward 0; else to the nearest.
+      axis: of a layer's result, the axis of its channels, counted from the end.
     """
 
     rule: str
@@ -97,6 +99,7 @@ class Requant(NamedTuple):
     result: str = ""
     count: int = 1
     truncates: bool = False
+    axis: int = -1
 
 
 def shown(instance: Any) -> str:
@@ -327,7 +330,7 @@ _ITEMS: Mapping[type, tuple[type, ...]] = {
     CallSite: (str, str, int),
     OperandSite: (str, str, int, int),
     LayerInput: (str, str),
-    Requant: (str, str, str, int, bool),
+    Requant: (str, str, str, int, bool, int),
 }
 """By type, the types of its fields."""
 

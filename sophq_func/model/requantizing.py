@@ -47,6 +47,36 @@ def multiplier(ratio: Tensor, truncates: bool, shift_of: Tensor | None = None) -
     return (product.floor() if truncates else (product + 0.5).floor()), power
 
 
+def long_multiplier(ratio: Tensor) -> Tensor:
+    """``m / 2 ** 30`` close to the ratios of steps of a layer: its ``m`` has up to 31 bits.
+
+    Example:
+      >>> long_multiplier(torch.tensor([2.0**-31, 2.0**-32]))
+      tensor([9.3132e-10, 0.0000e+00], dtype=torch.float64)
+    """
+    power = 2.0 ** (SHIFTS - 1)
+    return half_up(ratio.float().double() * power) / power  # the compiler has the ratio in float32
+
+
+def in_two_shifts(sums: Tensor, ratio: Tensor) -> Tensor:
+    """``sums`` times the ratio of steps of a layer, rounded after a shift by 31 bits and after the rest of the shift.
+
+    Example:
+      >>> in_two_shifts(torch.tensor([639.0, 640.0], dtype=torch.float64), torch.tensor(2.0**-8 * 0.999))
+      tensor([2., 2.], dtype=torch.float64)
+    """
+    wide = ratio.double()
+    power = torch.exp2(torch.floor(torch.log2(wide)) + 1)  # the least power of two above the ratio
+    fraction = half_up(wide / power * 2.0**31) / 2.0**31
+    first = half_up(sums * fraction)
+    return half_away(first * power)
+
+
+def half_away(x: Tensor) -> Tensor:
+    """The nearest whole number, ties away from 0."""
+    return x.sign() * half_up(x.abs())
+
+
 def half_up(x: Tensor) -> Tensor:
     """The nearest whole number, ties up."""
     return (x + 0.5).floor()
@@ -67,7 +97,7 @@ class Requantizer:
         first = requants[0]
         self.sources = tuple(requant.source for requant in requants)
         self.result = first.result
-        self._rule, self._count, self._truncates = first.rule, first.count, first.truncates
+        self._rule, self._count, self._truncates, self._axis = first.rule, first.count, first.truncates, first.axis
 
     def in_force(self, own: QParams, qparams: Mapping[str, QParams]) -> QParams:
         """The qparams that act: a term has the step of the result, or a fraction of it where the sum is shifted.
@@ -105,7 +135,15 @@ class Requantizer:
             result, own = _step(self.result, qparams), _step(self.sources[0], qparams)
             factor, _ = multiplier(own / result, self._truncates, self._largest(qparams) / result)
             return (x / own).round() * factor
-        came = torch.stack([_step(name, qparams) for name in self.sources]).prod(0)
+        came = _step(self.sources[0], qparams)
+        for name in self.sources[1:]:
+            came = came * _step(name, qparams)
+        if self._rule.startswith("layer"):
+            came = came.reshape(*came.shape, *(1,) * (-1 - self._axis)) if came.ndim else came
+            sums = (x / came).round()
+            if self._rule == "layer":
+                return half_up(sums * long_multiplier(came / step))
+            return in_two_shifts(sums, came / step)
         factor, power = multiplier(came / (step * self._count), self._truncates)
         return half_up((x * self._count / came).round() * factor / power)
 

@@ -1,7 +1,6 @@
 """Step of a draft: where the integers come from that a chip brings onto a grid by a small multiplier and a shift.
 
-For strategies that simulate this (``Strategy.exact``), with the chip's :class:`~sophq_func.config.chips.Arithmetic`. A
-layer's sums have multipliers of 31 bits, whose error is below that of float32, so that the exact quotient stands for them.
+For strategies that simulate this (``Strategy.exact``), with the chip's :class:`~sophq_func.config.chips.Arithmetic`.
 """
 
 from __future__ import annotations
@@ -11,12 +10,17 @@ from math import prod
 
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.chips import Arithmetic
+from sophq_func.config.names import weight_quantizer
 from sophq_func.config.site import Requant
+from sophq_func.numerics.scheme import PerChannel, PerTensor
 from sophq_func.planning.inputs import Planned
 from sophq_func.planning.strategies import on_grid_of, stored
 
 POOLS = frozenset("adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d".split())
 """Operations that divide a sum of integers by their number."""
+
+CHANNEL_AXES: Mapping[str, int] = {"conv1d": -2, "conv2d": -3, "conv3d": -4, "linear": -1, "matmul": -1, "bmm": -1}
+"""By operation, the axis of the channels of its result."""
 
 
 def requantize(planned: Planned, arithmetic: Arithmetic) -> dict[str, tuple[Requant, ...]]:
@@ -37,6 +41,8 @@ def requantize(planned: Planned, arithmetic: Arithmetic) -> dict[str, tuple[Requ
             found.update(_terms(planned, node, result, arithmetic))
         elif node.operation in arithmetic.products:
             found.update(_product(planned, node, result, arithmetic))
+        elif node.operation in CHANNEL_AXES:
+            found.update(_layer(planned, node, result, arithmetic))
     return found
 
 
@@ -70,6 +76,29 @@ def _product(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) 
     if not all(sources) or not count:
         return {}
     return {result: tuple(Requant("product", source, "", count, arithmetic.truncates) for source in sources)}
+
+
+def _layer(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) -> Mapping[str, tuple[Requant, ...]]:
+    """That of the result of a layer, or of a product of two matrices."""
+    weight = _weight(planned, node)
+    values = [_grid(planned, operand) for operand in node.operands if operand.value]
+    sources = [*values, *([weight] if weight else [])]
+    if len(sources) != 2 or not all(sources):
+        return {}
+    rule = "layer" if arithmetic.shifts == 1 else "layer in two shifts"
+    axis = CHANNEL_AXES[node.operation]
+    return {result: tuple(Requant(rule, source, axis=axis) for source in sources)}
+
+
+def _weight(planned: Planned, node: Node) -> str:
+    """The quantizer of a layer's weight, if it has one step, or one for each output channel; else empty."""
+    parameters = (node.parameters.get("weight", ""), *(operand.parameter for operand in node.operands))
+    names = [weight_quantizer(parameter) for parameter in parameters if parameter]
+    acting = [name for name in names if planned.acts(name)]
+    if len(acting) != 1:
+        return ""
+    is_fitting = planned.configs[acting[0]].scheme.granularity in (PerTensor(), PerChannel(0))
+    return acting[0] if is_fitting else ""
 
 
 def _grid(planned: Planned, operand: Operand) -> str:
