@@ -43,8 +43,9 @@ class Arithmetic:
       terms: operations whose operands are brought onto the grid of the result by a multiplier of 7 bits each.
       rounds_terms: each term of a sum is rounded; else the sum of all terms is, with one shift.
       products: operations whose results are brought onto their grid by a multiplier of 7 bits.
+      long_products: beside layers, operations for whose results a multiplier of 31 bits does so.
       truncates: multipliers of 7 bits are rounded toward 0, not to the nearest.
-      shifts: how often the sums of a layer are shifted, and rounded each time: once or twice.
+      shifts: how often what a multiplier of 31 bits has multiplied is shifted, and rounded each time: once or twice.
       linear_channels: linear layers can have a scale for each output channel.
     """
 
@@ -52,6 +53,7 @@ class Arithmetic:
     terms: tuple[str, ...]
     rounds_terms: bool
     products: tuple[str, ...]
+    long_products: tuple[str, ...]
     truncates: bool
     shifts: int
     linear_channels: bool
@@ -127,18 +129,19 @@ _BM = Arithmetic(
     terms=("add", "cat"),
     rounds_terms=True,
     products=("mul", *_POOLS),
+    long_products=(),
     truncates=False,
     shifts=1,
     linear_channels=True,
 )
 # It takes one scale for the weight of a linear layer, whatever its table says.
 _BM1690 = replace(_BM, linear_channels=False)
-# The products of two values have multipliers of 31 bits there, whose error is below a rounding.
 _CV = Arithmetic(
     unsigned=False,
     terms=("add", "sub", "cat"),
     rounds_terms=False,
     products=_POOLS,
+    long_products=("mul",),
     truncates=True,
     shifts=2,
     linear_channels=False,

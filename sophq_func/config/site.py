@@ -86,7 +86,8 @@ class Requant(NamedTuple):
       rule: ``"term"``: the quantizer acts on one term of a sum, or on one part of what is concatenated, and brings it onto
         the grid of the result; ``"unrounded term"``: the same, but the sum of all terms is shifted; ``"sum"``: the result
         of such terms; ``"product"``: the result of products or of a sum over many elements; ``"layer"``: that of a layer,
-        whose multipliers have 31 bits; ``"layer in two shifts"``: the same, rounded after the first of two shifts, too.
+        whose multipliers have 31 bits; ``"layer in two shifts"``: the same, rounded after the first of two shifts, too;
+        ``"table"``: an activation, whose results for all codes are in a table that was rounded half away from 0.
       source: quantizer of the integers that come in.
       result: quantizer of the result; empty where that is the quantizer itself.
       count: how many integers are summed and divided by their number, as in average pooling.

@@ -24,6 +24,10 @@ SHIFTS = 31
 """The largest shift is 30, as the compiler has it."""
 
 
+SLACK = 2.0**-22
+"""The share by which a number may lie below a tie and still count as one: steps and values are rounded to float32."""
+
+
 def multiplier(ratio: Tensor, truncates: bool, shift_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The integer ``m`` and the power ``2 ** r`` with ``m / 2 ** r`` close to a ratio of steps, each shaped ``()``.
 
@@ -128,6 +132,8 @@ class Requantizer:
 
     def _codes(self, x: Tensor, step: Tensor, qparams: Mapping[str, QParams]) -> Tensor:
         """The integers on the grid with this step, before they saturate."""
+        if self._rule == "table":
+            return half_away(x / step * (1 + SLACK))
         if self._rule == "sum":
             _, power = self._of_largest(step, qparams)
             return half_up((x / step * power).round() / power)

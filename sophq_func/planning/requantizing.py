@@ -14,7 +14,7 @@ from sophq_func.config.names import weight_quantizer
 from sophq_func.config.site import Requant
 from sophq_func.numerics.scheme import PerChannel, PerTensor
 from sophq_func.planning.inputs import Planned
-from sophq_func.planning.strategies import on_grid_of, stored
+from sophq_func.planning.strategies import TABLES, on_grid_of, stored
 
 POOLS = frozenset("adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d".split())
 """Operations that divide a sum of integers by their number."""
@@ -41,8 +41,10 @@ def requantize(planned: Planned, arithmetic: Arithmetic) -> dict[str, tuple[Requ
             found.update(_terms(planned, node, result, arithmetic))
         elif node.operation in arithmetic.products:
             found.update(_product(planned, node, result, arithmetic))
-        elif node.operation in CHANNEL_AXES:
+        elif node.operation in CHANNEL_AXES or node.operation in arithmetic.long_products:
             found.update(_layer(planned, node, result, arithmetic))
+        elif node.operation in TABLES and (source := _grid(planned, node.operands[0])):
+            found[result] = (Requant("table", source),)
     return found
 
 
@@ -79,14 +81,14 @@ def _product(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) 
 
 
 def _layer(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) -> Mapping[str, tuple[Requant, ...]]:
-    """That of the result of a layer, or of a product of two matrices."""
+    """That of the result of a layer, or of a product of two values."""
     weight = _weight(planned, node)
     values = [_grid(planned, operand) for operand in node.operands if operand.value]
     sources = [*values, *([weight] if weight else [])]
     if len(sources) != 2 or not all(sources):
         return {}
     rule = "layer" if arithmetic.shifts == 1 else "layer in two shifts"
-    axis = CHANNEL_AXES[node.operation]
+    axis = CHANNEL_AXES.get(node.operation, -1)
     return {result: tuple(Requant(rule, source, axis=axis) for source in sources)}
 
 

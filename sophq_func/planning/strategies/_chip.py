@@ -27,12 +27,14 @@ from sophq_func.observers import fixed_range
 from sophq_func.planning.strategies._base import floating_operands
 from sophq_func.planning.strategies._dataflow import WEIGHTS, moves, signals
 
-INTEGER = frozenset(
+TABLES = frozenset("elu gelu hardsigmoid hardswish mish sigmoid silu softplus tanh".split())
+"""Activations that are computed as tables of a result for each of the 256 codes."""
+
+INTEGER = TABLES | frozenset(
     "adaptive_avg_pool1d adaptive_avg_pool2d add avg_pool1d avg_pool2d batch_norm bmm cat conv1d conv2d conv3d "
-    "conv_transpose1d conv_transpose2d conv_transpose3d elu gelu hardsigmoid hardswish interpolate leaky_relu linear matmul "
-    "mish mul prelu sigmoid silu softplus sub tanh".split()
+    "conv_transpose1d conv_transpose2d conv_transpose3d interpolate leaky_relu linear matmul mul prelu sub".split()
 )
-"""Operations whose operands and result are 8-bit integers; activations among them are tables of 256 entries."""
+"""Operations whose operands and result are 8-bit integers."""
 
 RELUS = frozenset(("relu", "relu6"))
 """Operations that the chip computes together with the one before, as their only effect is on what is below 0 or saturates."""
