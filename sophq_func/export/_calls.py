@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +12,8 @@ from torch import Tensor, nn
 from sophq_func.capture.frame import unwatched
 from sophq_func.core.pytree import has_floating, tensors
 from sophq_func.core.types import Args, Kwargs, Output
-from sophq_func.model.quantized import Quantized
 from sophq_func.model.runner import Effect, Function, Runner
 from sophq_func.model.schedule import Schedule
-from sophq_func.numerics.contracts import QParams
 
 Key = tuple[str, str, int]
 """A call: path of its module, function (empty for the module itself), and how often it was called before."""
@@ -101,38 +97,3 @@ def attention(
     if attn_mask is not None:
         scores = scores + attn_mask
     return seen(PROBABILITIES, scores.softmax(-1)) @ value
-
-
-def names_of_calls(q: Quantized, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> dict[Key, str]:
-    """The names of the calls that a run makes."""
-    graph = q.engine.retrace(params, args, dict(kwargs))
-    return {(node.path, node.function, node.call): node.name for node in graph if node.counted}
-
-
-def measured(
-    where: str, q: Quantized, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], batches: list[tuple[Args, Any]]
-) -> dict[str, tuple[float, float]]:
-    """The smallest and largest value of each planned call's result in quantized runs, by the name of the call.
-
-    A value with a quantizer is measured behind it.
-
-    Args:
-      where: the function that the user called, for errors.
-      q, params, qparams: see :meth:`Quantized.apply`.
-      batches: positional and keyword arguments of each run.
-    """
-    named = q.engine.check(params, qparams, where, "qparams")
-    ranges: dict[str, tuple[float, float]] = {}
-
-    def seen(name: str, x: Tensor) -> Tensor:
-        low, high = ranges.get(name, (math.inf, -math.inf))
-        if x.numel():
-            ranges[name] = min(low, float(x.min())), max(high, float(x.max()))
-        return x
-
-    effect = q.engine.quantizing(qparams)
-    with torch.no_grad():
-        for args, kwargs in batches:
-            watch = partial(Watching, names_of_calls(q, named, args, kwargs), seen, True, effect)
-            q.engine.run_quantized(named, qparams, effect, args, kwargs, watch)
-    return ranges

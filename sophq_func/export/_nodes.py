@@ -24,20 +24,20 @@ class Node(NamedTuple):
       kind: its op type.
       inputs: tensors that are computed, or given to the model.
       constants: shapes of stored tensors, by name, in the order of the operands.
-      outputs: the tensors that it computes.
+      output: the tensor that it computes.
       transposed: whether a Gemm transposes its weight.
     """
 
     kind: str
     inputs: tuple[str, ...]
     constants: Mapping[str, tuple[int, ...]]
-    outputs: tuple[str, ...]
+    output: str
     transposed: bool = False
 
     @property
     def name(self) -> str:
         """``<tensor>_<op type>``."""
-        return f"{self.outputs[0]}_{self.kind}"
+        return f"{self.output}_{self.kind}"
 
     @property
     def weight(self) -> str:
@@ -80,11 +80,11 @@ class Operation:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The tensors that its nodes compute, first to last."""
-        return tuple(tensor for node in self.nodes for tensor in node.outputs)
+        return tuple(node.output for node in self.nodes)
 
 
 def nodes_of(proto: onnx.ModelProto) -> list[Node]:
-    """The nodes of a file that depend on an input of the model, in order of computation."""
+    """The nodes of a file, in order of computation; one with several results is one for each, as the compiler has it."""
     graph = proto.graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     nodes = []
@@ -92,7 +92,7 @@ def nodes_of(proto: onnx.ModelProto) -> list[Node]:
         constants = {name: shapes[name] for name in node.input if name in shapes}
         inputs = tuple(name for name in node.input if name and name not in shapes)
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        nodes.append(Node(node.op_type, inputs, constants, tuple(node.output), transposed))
+        nodes += [Node(node.op_type, inputs, constants, output, transposed) for output in node.output if output]
     return nodes
 
 
@@ -121,16 +121,11 @@ def operations(nodes: Sequence[Node], returned: Sequence[str]) -> list[Operation
 def _follower(chain: Sequence[Node], uses: Mapping[str, int], takers: Mapping[str, Node]) -> Node | None:
     """The node that the compiler fuses into an operation: a bias of a linear layer, or a Relu."""
     last = chain[-1]
-    taker = takers.get(last.outputs[0])
-    if taker is None or len(last.outputs) > 1 or uses[last.outputs[0]] > 1:
+    taker = takers.get(last.output)
+    if taker is None or uses[last.output] > 1:
         return None
     is_bias = taker.kind == "Add" and any(len(shape) == 1 for shape in taker.constants.values())
     if len(chain) == 1 and last.kind == "MatMul" and last.weight and is_bias:
         return taker
     rectifies = taker.kind == "Relu" and last.kind != "Relu" and chain[0].kind in TAKES_RELU
     return taker if rectifies else None
-
-
-def by_tensor(made: Sequence[Operation]) -> dict[str, Operation]:
-    """The operation that computes each tensor."""
-    return {tensor: operation for operation in made for tensor in operation.tensors}

@@ -88,7 +88,7 @@ class Range:
     """The grid of a tensor, as the compiler is told of it.
 
     Attributes:
-      word: its type.
+      word: its type; empty for a tensor that is on none, whose range was measured.
       threshold, low, high: of its line; 0 for a type that needs none.
       affine: whether its zero point is not 0.
       quantizers: that have it.
@@ -115,7 +115,7 @@ class Typed:
     Attributes:
       operation: see :class:`Operation`.
       word: in which it computes.
-      range: of its result; ``None`` where nothing reads it in a type that needs one.
+      range: of its result; ``None`` for integers.
       weight: quantizer of the weight that it multiplies; empty without one that acts in this type.
     """
 
@@ -236,7 +236,7 @@ def typed(
       made: the operations, in order of computation.
       ranges: grids of tensors.
       weights: records of the weights' quantizers, by the tensor of the product.
-      measured: smallest and largest value of a call's result, for results that have no grid.
+      measured: smallest and largest value of tensors, for those that have no grid.
       names: of the file.
 
     Raises:
@@ -246,6 +246,7 @@ def typed(
     for call, tensor in (*names.tensors.items(), *names.products.items()):
         calls.setdefault(tensor, []).append(call)
     grids = _before_moves(made, ranges)
+    words: dict[str, str] = {}
     result: list[Typed] = []
     problems: list[str] = []
     for operation in made:
@@ -254,20 +255,30 @@ def typed(
         own = next((grids[tensor] for tensor in reversed(operation.tensors) if tensor in grids), None)
         weight = next((weights[tensor] for tensor in operation.tensors if tensor in weights), None)
         word = _word(operation, given, own, weight)
+        words.update(dict.fromkeys(computed, word))
         problems.extend(_refused(operation, word, given))
-        attends = next((call for call in computed if call.endswith(PROBABILITIES)), "")
-        if own is None and operation.kind in MOVES and given and given[0] is not None:
-            own = replace(given[0], quantizers=())
-        if own is None and attends and (scores := grids.get(attends.removesuffix(PROBABILITIES) + SCORES)) is not None:
-            own = UNIT if scores.word == INT8 else Range(scores.word)
-        if own is None and word != FLOAT:
-            own = _measured_range(word, [measured[call] for call in computed if call in measured])
-        if own is not None:
-            grids.update({tensor: own for tensor in operation.tensors if tensor not in grids})
+        if own is None:
+            own = _moved(operation, given) or _probabilities(computed, words)
+            grids.update({} if own is None else dict.fromkeys(operation.tensors, own))
+        own = own or _measured_range(measured.get(operation.tensors[-1]))
         acts = weight.quantizer if weight is not None and word != FLOAT else ""
         result.append(Typed(operation, word, own, acts))
     raise_all(problems, ConfigError)
     return result
+
+
+def _moved(operation: Operation, given: Sequence[Range | None]) -> Range | None:
+    """The grid of a result that consists of values of the input."""
+    if operation.kind not in MOVES or not given or given[0] is None:
+        return None
+    return replace(given[0], quantizers=())
+
+
+def _probabilities(computed: Iterable[str], words: Mapping[str, str]) -> Range | None:
+    """The grid of an attention's softmax whose first product is in a planned type, so that the second one is, too."""
+    attention = next((call.removesuffix(PROBABILITIES) for call in computed if call.endswith(PROBABILITIES)), "")
+    word = words.get(f"{attention}{SCORES}", FLOAT)
+    return None if word == FLOAT else replace(UNIT, word=word)
 
 
 def _before_moves(made: Sequence[Operation], ranges: Mapping[str, Range]) -> dict[str, Range]:
@@ -276,7 +287,7 @@ def _before_moves(made: Sequence[Operation], ranges: Mapping[str, Range]) -> dic
     grids = dict(ranges)
     for operation in reversed(made):
         behind = grids.get(operation.tensors[-1])
-        if operation.kind in MOVES and behind is not None and not behind.readers and len(operation.tensors) == 1:
+        if operation.kind in MOVES and behind is not None and not behind.readers:
             source = operation.inputs[0] if operation.inputs else ""
             if source and uses[source] == 1:
                 grids.setdefault(source, replace(behind, quantizers=()))
@@ -304,15 +315,12 @@ def _word(operation: Operation, given: Sequence[Range | None], own: Range | None
     return words.pop() if len(words) == 1 else FLOAT
 
 
-def _measured_range(word: str, found: Sequence[tuple[float, float]]) -> Range | None:
-    """The range of a result without a grid, from the values that it had."""
-    if word not in SCALED:
-        return Range(word)
-    if not found:
+def _measured_range(found: tuple[float, float] | None) -> Range | None:
+    """The range of a result without a grid, from the values that it had; ``None`` for integers."""
+    if found is None:
         return None
-    low, high = min(low for low, _ in found), max(high for _, high in found)
-    largest = max(-low, high, TINY)
-    return Range(word, largest, 0.0 if low >= 0 else -largest * (SIGNED + 1) / SIGNED, largest)
+    low, high = min(found[0], 0.0), max(found[1], 0.0)
+    return Range("", max(-low, high, TINY), low, max(high, TINY))
 
 
 TINY = 1e-6

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sophq_func.capture.arguments import as_call
+from torch import Tensor
+
+from sophq_func.capture.arguments import as_call, map_inputs
 from sophq_func.codes import Grid, share_on
 from sophq_func.config.chips import CHIPS
 from sophq_func.core.errors import ConfigError, explain, raise_all
-from sophq_func.export._calls import measured
 from sophq_func.export._compiler import Compiler, Contents, Job
 from sophq_func.export._float import Form, float_file
 from sophq_func.export._names import FileNames
@@ -112,13 +113,30 @@ def _tabled(job: Job, proto: onnx.ModelProto, names: FileNames, processor: Proce
         if record.is_weight and members and members[0] in names.products:
             weights[names.products[members[0]]] = record
     made = operations(nodes_of(proto), [value.name for value in proto.graph.output])
-    example = as_call(job.example_args, "tables")
-    batches = [example, *(as_call(batch, "tables") for batch in job.batches)]
-    values = measured("tables", job.q, job.params, qparams, batches)
-    types = typed(made, ranges, weights, values, names)
+    types = typed(made, ranges, weights, _measured(job, proto), names)
     inputs = {value.name: ranges[value.name] for value in proto.graph.input if value.name in ranges}
     affine = any(grid.affine for grid in ranges.values()) and not (processor is not None and processor.symmetric)
     return Tabled(tuple(types), inputs, {record.quantizer: record for record in acting}, affine)
+
+
+def _measured(job: Job, proto: onnx.ModelProto) -> dict[str, tuple[float, float]]:
+    """The range of each tensor that the float file computes, on the example and on batches."""
+    from sophq_func.export._measured import measured  # needs the extra onnx
+
+    return measured(proto, [_feed(job, batch) for batch in (job.example_args, *job.batches)])
+
+
+def _feed(job: Job, batch: Any) -> dict[str, Any]:
+    """The inputs of the file, for a batch."""
+    args, kwargs = as_call(batch, "tables")
+    feed: dict[str, Any] = {}
+
+    def note(name: str, x: Tensor) -> Tensor:
+        feed[name] = x.detach().cpu().numpy()
+        return x
+
+    map_inputs(job.q.engine.loop.arguments, args, kwargs, note)
+    return feed
 
 
 def _type(plan: Plan, name: str, grid: Grid | None) -> str:
@@ -160,11 +178,12 @@ def number(value: float) -> str:
 def calibration_table(tabled: Tabled) -> str:
     """The calibration table: ranges of inputs and operations, then steps of weights."""
     ranged = {**tabled.inputs, **{made.operation.name: made.range for made in tabled.operations if made.range is not None}}
+    ranged = {name: grid for name, grid in ranged.items() if grid.threshold}
     weights = [made for made in tabled.operations if made.weight and made.word in SCALED]
     return "\n".join(
         [
             "# op_name    threshold    min    max",
-            *(_line(name, grid) for name, grid in ranged.items() if grid.word in SCALED),
+            *(_line(name, grid) for name, grid in ranged.items()),
             "#weight_scale",
             *(_weight_line(made, tabled) for made in weights),
             "",
@@ -228,6 +247,9 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
         switches.append("--asymmetric")
     if tabled.has_linear_channels and chip.linear_channels:
         switches.append("--matmul_perchannel")
+    if any(made.operation.kind == "Softmax" for made in tabled.operations):
+        # else the compiler replaces attention by one float16 operation, whatever the words say; its results are wrong
+        switches.append("--high_precision")
     switches.append(f"--model {name}_{chip.word}.{chip.ending}")
     shapes_text = json.dumps(shapes, separators=(",", ":"))
     lines = [
