@@ -1,8 +1,7 @@
-"""Export for the compilers of sophgo's chips: calibration table, q_table and clip ranges, in sophgo-mq's text formats."""
+"""Export for the compilers of sophgo's chips: a float ONNX file, and tables that say how to quantize it."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,19 +13,20 @@ import torch
 from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.files import write_bytes, write_text
 from sophq_func.core.public import public_as
+from sophq_func.core.registry import Registry
 from sophq_func.core.types import Given
-from sophq_func.export._chains import propagated
-from sophq_func.export._float import float_file
-from sophq_func.export._names import ops
-from sophq_func.export._records import Record, one_each, records
+from sophq_func.export._compiler import Compiler, Job
+from sophq_func.export._sophgo_mq import SOPHGO_MQ, WORK_MODES
 from sophq_func.export._steps import with_room_for_biases
+from sophq_func.export._tpu_text import TPU_MLIR
 from sophq_func.model.finite import check_numbers
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import expand
 
-WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
-"""Modes that the first line of a calibration table may name."""
+COMPILERS: Registry[Compiler] = Registry("compiler")
+COMPILERS.add("tpu-mlir", TPU_MLIR)
+COMPILERS.add("sophgo-mq", SOPHGO_MQ)
 
 
 class Tables(NamedTuple):
@@ -35,12 +35,14 @@ class Tables(NamedTuple):
     Attributes:
       calibration, q_table, clip_ranges: of the tables.
       model: of the float ONNX file; ``None`` without ``example_args``.
+      readme: of the commands that compile these files; ``None`` for sophgo-mq.
     """
 
     calibration: Path
     q_table: Path
     clip_ranges: Path
     model: Path | None = None
+    readme: Path | None = None
 
 
 @public_as("export.tables")
@@ -54,6 +56,9 @@ def tables(
     name: str = "sophq_func",
     names: Mapping[str, str] = MappingProxyType({}),
     work_mode: str = "QAT_all_int8",
+    compiler: str = "tpu-mlir",
+    batches: Iterable[Any] = (),
+    chip: str = "",
 ) -> Tables:
     """Write the tables for a chip's compiler, and with ``example_args`` the float ONNX file that they refer to.
 
@@ -114,80 +119,20 @@ def tables(
     check_numbers("tables", q.plan, q.engine.quantizers, params, qparams)
     with torch.no_grad():
         qparams = with_room_for_biases(q, params, qparams)
-    data, file = (b"", None) if example_args is None else float_file(q, params, qparams, example_args)
-    entries = one_each(records(q.plan, qparams, ops(q.plan, names, file)))
-    entries += propagated(q.plan, entries, file)
+    job = Job(q, params, qparams, example_args, name, names, work_mode, batches, chip)
+    contents = COMPILERS.get(compiler).contents(job)
+    written = COMPILERS.get(compiler)
     start = Path(folder) / name
     texts = {
-        "_cali_table_from_sophgo_mq_sophgo_tpu": calibration_table(entries, work_mode),
-        "_q_table_from_sophgo_mq_sophgo_tpu": q_table(entries),
-        "_clip_ranges.json": clip_ranges(entries),
+        f"{start}{written.calibration}": contents.calibration,
+        f"{start}{written.q_table}": contents.q_table,
+        f"{start}{written.clip_ranges}": contents.clip_ranges,
     }
     # All texts exist before the first file does: an error in one of them leaves no file behind.
-    paths = Tables(*(write_text("tables", f"{start}{ending}", text) for ending, text in texts.items()))
-    if file is None:
-        return paths
-    model = start.with_name(f"{name}.onnx")
-    write_bytes(model, data)
-    return paths._replace(model=model)
-
-
-def calibration_table(entries: Iterable[Record], work_mode: str) -> str:
-    """The calibration table: ranges of activations, 8-bit ones first, then steps and zero points of weights."""
-    ranged = [record for record in entries if record.has_range]
-    activations = [record for record in ranged if not record.is_weight]
-    return "\n".join(
-        [
-            f"# work_mode:{work_mode} #Automatically generated, do not modify, work_mode choice:[{', '.join(WORK_MODES)}]",
-            "# op_name    threshold    min    max",
-            *(_activation_line(record) for record in activations if record.suffix == "_8"),
-            "#int4_th",
-            *(_activation_line(record) for record in activations if record.suffix == "_4"),
-            "#weight_scale",
-            *(_weight_line(record) for record in ranged if record.is_weight),
-            "",
-        ]
-    )
-
-
-def _activation_line(record: Record) -> str:
-    return f"{record.op} {record.threshold:.7f} {record.lows[0]:.7f} {record.highs[0]:.7f}"
-
-
-def _weight_line(record: Record) -> str:
-    steps, zeros = " ".join(f"{step:.7f}" for step in record.steps), " ".join(map(str, record.zero_points))
-    return f"{record.entry} {len(record.steps)} {steps} {len(record.zero_points)} {zeros}"
-
-
-def q_table(entries: Iterable[Record]) -> str:
-    """The q_table: the number type of each op."""
-    typed = [record for record in entries if record.quant_type != "None"]
-    lines = [f"{record.entry if record.is_weight else record.op} {record.quant_type}" for record in typed]
-    return "\n".join(["# qtable from sophgo_mq", "# op_name  quantize_mode", *lines, ""])
-
-
-def clip_ranges(entries: Iterable[Record]) -> str:
-    """The clip ranges: all that is known about each quantizer with a range, as JSON."""
-    ranges = {record.entry: _entry(record) for record in entries if record.has_range}
-    return json.dumps({"sophgo_tpu": ranges, "w_qscheme": "", "a_qscheme": ""}, indent=4) + "\n"
-
-
-def _entry(record: Record) -> dict[str, object]:
-    """One quantizer in the clip ranges; keys, their order and the constant texts are those of sophgo-mq."""
-    entry: dict[str, object] = {}
-    if record.is_weight:
-        entry["step"] = list(record.steps)
-        entry["zero_point"] = list(record.zero_points)
-        entry["min"] = list(record.lows)
-        entry["max"] = list(record.highs)
-    else:
-        entry["threshold"] = record.threshold
-        entry["min"] = record.lows[0]
-        entry["max"] = record.highs[0]
-    entry["bit"] = record.bits
-    entry["type"] = "int" if record.signed else "uint"
-    if not record.is_channelwise:
-        entry["ori_name"] = "none"
-    entry["quant_type"] = record.quant_type
-    entry["param_id"] = {"step": "null", "zero_point": "null"}
-    return entry
+    paths = Tables(*(write_text("tables", path, text) for path, text in texts.items()))
+    if contents.model is not None:
+        paths = paths._replace(model=start.with_name(f"{name}.onnx"))
+        write_bytes(start.with_name(f"{name}.onnx"), contents.model)
+    if contents.readme:
+        paths = paths._replace(readme=write_text("tables", f"{start}_README.txt", contents.readme))
+    return paths
