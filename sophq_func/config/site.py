@@ -184,6 +184,11 @@ class Site(Neutral):
         """What the layer of a weight reads at its first call; ``NOTHING`` for values."""
         return self.inputs[0] if self.inputs else NOTHING
 
+    @property
+    def is_term(self) -> bool:
+        """Whether the quantizer stands for a term of a sum inside a call, which is on the grid of the result."""
+        return any(requant.result for requant in self.requant)
+
     def places(self) -> tuple[OperandSite, ...]:
         """Each call at which the quantizer acts, and the operand before which it does; -1 if it acts on a result."""
         return OperandSite(*self.anchor, self.operand), *self.more
