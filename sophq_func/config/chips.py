@@ -134,8 +134,8 @@ _BM = Arithmetic(
     shifts=1,
     linear_channels=True,
 )
-# It takes one scale for the weight of a linear layer, whatever its table says.
-_BM1690 = replace(_BM, linear_channels=False)
+# One scale for the weight of a linear layer, whatever the table says.
+_BM_ONE_SCALE = replace(_BM, linear_channels=False)
 _CV = Arithmetic(
     unsigned=False,
     terms=("add", "sub", "cat"),
@@ -150,10 +150,10 @@ _tpu = partial(ChipSpec, activation=_ACTIVATION, fake_quantizers=_FAKE_QUANTIZER
 
 CHIPS.add("BM1688", _tpu(weight=_WEIGHT, weight_bits=(4, 8), activation_bits=(4, 8), arithmetic=_BM))
 CHIPS.add("BM1684X", _tpu(weight=_WEIGHT, activation_bits=(8,), arithmetic=_BM))
-CHIPS.add("BM1690", _tpu(weight=_WEIGHT, activation_bits=(8,), arithmetic=_BM1690), "SG2260")
+CHIPS.add("BM1690", _tpu(weight=_WEIGHT, activation_bits=(8,), arithmetic=_BM_ONE_SCALE), "SG2260")
 for _name in ("CV183X", "CV182X", "CV181X", "CV180X"):
     CHIPS.add(_name, _tpu(weight=_NARROW_WEIGHT, arithmetic=_CV))
-# The compiler lowers both as it does BM1688.
+# The compiler lowers both as it does BM1690.
 for _name in ("MARS3", "CV186X"):
-    CHIPS.add(_name, _tpu(weight=_NARROW_WEIGHT, arithmetic=_BM))
+    CHIPS.add(_name, _tpu(weight=_NARROW_WEIGHT, arithmetic=_BM_ONE_SCALE))
 CHIPS.add("Academic", ChipSpec(weight=_FP8_WEIGHT, activation=_ACTIVATION, placement="Academic"))

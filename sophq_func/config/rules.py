@@ -414,6 +414,12 @@ class QuantConfig:
             return half(self.chip_default(role))
         return half
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether grids of values are symmetric where neither a strategy nor a rule says something."""
+        values = self.default("activation")
+        return values is None or values.scheme.symmetric
+
     def chip_default(self, role: Role) -> QuantizerConfig:
         """Config of a quantizer about which neither this config nor a rule says anything."""
         return self.spec.weight if role == "weight" else self.spec.activation

@@ -87,7 +87,7 @@ class Requant(NamedTuple):
         the grid of the result; ``"unrounded term"``: the same, but the sum of all terms is shifted; ``"sum"``: the result
         of such terms; ``"product"``: the result of products or of a sum over many elements; ``"layer"``: that of a layer,
         whose multipliers have 31 bits; ``"layer in two shifts"``: the same, rounded after the first of two shifts, too;
-        ``"table"``: an activation, whose results for all codes are in a table that was rounded half away from 0.
+        ``"quotient"``: the exact quotient, ties away from 0, as in the table of an activation's results for all codes.
       source: quantizer of the integers that come in.
       result: quantizer of the result; empty where that is the quantizer itself.
       count: how many integers are summed and divided by their number, as in average pooling.

@@ -132,7 +132,7 @@ class Requantizer:
 
     def _codes(self, x: Tensor, step: Tensor, qparams: Mapping[str, QParams]) -> Tensor:
         """The integers on the grid with this step, before they saturate."""
-        if self._rule == "table":
+        if self._rule == "quotient":
             return half_away(x / step * (1 + SLACK))
         if self._rule == "sum":
             _, power = self._of_largest(step, qparams)

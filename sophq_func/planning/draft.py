@@ -106,7 +106,9 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     biases = round_biases(planned, weights.places)
     inputs = layer_inputs(planned, weights.places)
     arithmetic = config.spec.arithmetic
-    requants = requantize(planned, arithmetic) if strategy.exact and arithmetic is not None else {}
+    requants: Mapping[str, tuple[Requant, ...]] = {}
+    if strategy.exact and arithmetic is not None:
+        requants = requantize(planned, arithmetic, config.is_symmetric)
     by_name = {outcome.site.quantizer: outcome for outcome in outcomes}
     sites = [_with_inputs(outcome.site, biases, inputs, requants) for outcome in outcomes if outcome.decision is not None]
     return Draft(

@@ -93,14 +93,12 @@ def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int
     def listed(node: Node) -> bool:
         return any(matches_type(key, site_of(node.name)) for key in config.operations)
 
-    values = config.default("activation")
-    is_symmetric = values is None or values.scheme.symmetric
     return Requests(
         asks,
         listed,
         config.weight_layers,
         free=config.chip is None,
-        symmetric=is_symmetric,
+        symmetric=config.is_symmetric,
         arithmetic=config.spec.arithmetic,
     )
 

@@ -23,12 +23,13 @@ CHANNEL_AXES: Mapping[str, int] = {"conv1d": -2, "conv2d": -3, "conv3d": -4, "li
 """By operation, the axis of the channels of its result."""
 
 
-def requantize(planned: Planned, arithmetic: Arithmetic) -> dict[str, tuple[Requant, ...]]:
-    """By quantizer, where its integers come from; without those whose exact quotient is rounded.
+def requantize(planned: Planned, arithmetic: Arithmetic, is_symmetric: bool) -> dict[str, tuple[Requant, ...]]:
+    """By quantizer, where its integers come from.
 
     Args:
       planned: what is quantized how.
       arithmetic: that of the chip.
+      is_symmetric: whether grids of values have no zero point but 0; else products of 7 bits are exact quotients.
     """
     found: dict[str, tuple[Requant, ...]] = {}
     for node in planned.graph:
@@ -39,12 +40,12 @@ def requantize(planned: Planned, arithmetic: Arithmetic) -> dict[str, tuple[Requ
             continue
         if node.operation in arithmetic.terms:
             found.update(_terms(planned, node, result, arithmetic))
-        elif node.operation in arithmetic.products:
+        elif node.operation in arithmetic.products and is_symmetric:
             found.update(_product(planned, node, result, arithmetic))
         elif node.operation in CHANNEL_AXES or node.operation in arithmetic.long_products:
             found.update(_layer(planned, node, result, arithmetic))
-        elif node.operation in TABLES and (source := _grid(planned, node.operands[0])):
-            found[result] = (Requant("table", source),)
+        elif node.operation in TABLES | POOLS and (source := _grid(planned, node.operands[0])):
+            found[result] = (Requant("quotient", source),)
     return found
 
 

@@ -128,7 +128,7 @@ def place_chip(graph: Graph, requests: Requests) -> Placement:
         for value in node.outputs:
             if value in carrying:
                 chosen.setdefault(stored(graph, value), f"result of {node.name}")
-        if requests.symmetric and node.operation in arithmetic.terms:
+        if node.operation in arithmetic.terms:
             inputs.update(terms(node, [o for o in node.operands if o.value in carrying]))
     presets = dict(value_presets(graph, chosen, requests)) | dict(weight_presets(graph, arithmetic))
     presets |= dict.fromkeys(inputs, TERM)
