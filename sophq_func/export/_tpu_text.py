@@ -55,13 +55,13 @@ def contents(job: Job) -> Contents:
     )
 
 
-def _in_opset_17(where: str, proto: onnx.ModelProto) -> onnx.ModelProto:
-    from sophq_func.export import _opset17  # needs the extra onnx
+def _tidied(where: str, proto: onnx.ModelProto) -> Mapping[str, str]:
+    from sophq_func.export._tidied import tidied  # needs the extra onnx
 
-    return _opset17.in_opset_17(where, proto)
+    return tidied(where, proto)
 
 
-FORM = Form(finished=_in_opset_17, on_grids=True, opens_attention=True)
+FORM = Form(finished=_tidied, on_grids=True, opens_attention=True)
 
 TPU_MLIR = Compiler(
     calibration="_cali_table",
