@@ -55,7 +55,7 @@ def tidied(where: str, proto: onnx.ModelProto) -> dict[str, str]:
     _replace(proto.graph, lambda node: _selected(node, stored))
     held = {tensor.name for tensor in proto.graph.initializer}
     proto.graph.initializer.extend(tensor for name, tensor in stored.items() if name not in held)
-    renamed = _drop_zeros(proto, stored)
+    renamed = _drop_idle(proto, stored)
     _without_unused(proto.graph)
     proto.ir_version = IR_VERSION
     for domain in proto.opset_import:
@@ -108,35 +108,44 @@ def _stored(stored: dict[str, onnx.TensorProto], name: str, values: Sequence[int
     return name
 
 
-def _drop_zeros(proto: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto]) -> dict[str, str]:
-    """Remove additions of zeros that do not change the shape.
+def _drop_idle(proto: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto]) -> dict[str, str]:
+    """Remove nodes that return their input: additions of zeros, and changes to the shape that it has.
 
     Returns:
-      The name of the sum, which stays, by that of the other term, which goes.
+      The name of the result, which stays, by that of the input, which goes.
     """
     graph = proto.graph
     inferred = onnx.shape_inference.infer_shapes(proto).graph
     shapes = {value.name: value.type.tensor_type.shape for value in (*inferred.value_info, *inferred.output)}
-    made = {name for node in graph.node for name in node.output}
-    kept = {value.name for value in graph.output}
+    # the inputs and outputs of the file keep their names
+    free = {name for node in graph.node for name in node.output} - {value.name for value in graph.output}
     renamed: dict[str, str] = {}
     for node in graph.node:
-        terms = [name for name in node.input if name not in stored]
-        zeros = [stored[name] for name in node.input if name in stored]
-        if node.op_type != "Add" or len(terms) != 1 or np.any(numpy_helper.to_array(zeros[0])):
-            continue
-        term, total = renamed.get(terms[0], terms[0]), node.output[0]
-        if terms[0] in made - kept and shapes.get(terms[0]) == shapes.get(total):
-            renamed = {name: total if other == term else other for name, other in renamed.items()} | {term: total}
-    _replace(graph, lambda node: [] if node.op_type == "Add" and _is_removed(node, renamed) else [node])
+        given, result = [name for name in node.input if name not in stored], node.output[0]
+        may_go = len(given) == 1 and given[0] in free - renamed.keys() and shapes.get(given[0]) == shapes.get(result)
+        if may_go and _is_idle(node, stored):
+            renamed[given[0]] = result
+    idle = set(renamed.values())
+    _replace(graph, lambda node: [] if node.output[0] in idle else [node])
+    final = {name: _last(name, renamed) for name in renamed}
     for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = [renamed.get(name, name) for name in names]
-    return renamed
+            names[:] = [final.get(name, name) for name in names]
+    return final
 
 
-def _is_removed(node: onnx.NodeProto, renamed: Mapping[str, str]) -> bool:
-    return any(renamed.get(name) in (node.output[0], renamed.get(node.output[0])) for name in node.input if name in renamed)
+def _is_idle(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a node returns its input, if that has the shape of the result."""
+    if node.op_type == "Add":
+        return not any(np.any(numpy_helper.to_array(stored[name])) for name in node.input if name in stored)
+    return node.op_type in ("Expand", "Reshape")
+
+
+def _last(name: str, renamed: Mapping[str, str]) -> str:
+    """The name that stays, behind any number of removed nodes."""
+    while name in renamed:
+        name = renamed[name]
+    return name
 
 
 def _replace(graph: onnx.GraphProto, rewrite: Callable[[onnx.NodeProto], Iterable[onnx.NodeProto]]) -> None:

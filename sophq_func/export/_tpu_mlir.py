@@ -47,6 +47,9 @@ MOVES = frozenset(
 )
 """Op types whose results are values of their input, or zero, so that they are on its grid."""
 
+RESHAPES = frozenset(("Flatten", "Reshape", "Squeeze", "Unsqueeze"))
+"""Op types that the compiler computes in the type of their input, whatever their word."""
+
 ARITHMETIC = frozenset(("Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul", "Sub"))
 """Op types that the compiler computes on codes as well as on floats. What is a function of one value stays float."""
 
@@ -133,26 +136,22 @@ class Tabled(NamedTuple):
       inputs: ranges of inputs of the model, by name.
       records: of the quantizers, by name.
       affine: whether some activations are affine.
+      channels: linear layers with a step for each channel.
+      joined: those of them to which the chip gives one step.
     """
 
     operations: tuple[Typed, ...]
     inputs: Mapping[str, Range]
     records: Mapping[str, Record]
     affine: bool
+    channels: tuple[Typed, ...]
+    joined: tuple[Typed, ...]
 
     @property
     def words(self) -> list[str]:
         """The types in use, the most frequent first."""
         found = [typed.word for typed in self.operations if typed.word != FLOAT]
         return sorted(dict.fromkeys(found), key=found.count, reverse=True)
-
-    @property
-    def has_linear_channels(self) -> bool:
-        """Whether a linear layer in integers has a step for each channel."""
-        return any(
-            typed.weight and typed.operation.kind in ("Gemm", "MatMul") and self.records[typed.weight].is_channelwise
-            for typed in self.operations
-        )
 
 
 def ranges_of(plan: Plan, records: Iterable[Record], names: FileNames) -> dict[str, Range]:
@@ -246,6 +245,7 @@ def typed(
     for call, tensor in (*names.tensors.items(), *names.products.items()):
         calls.setdefault(tensor, []).append(call)
     grids = _before_moves(made, ranges)
+    of_tensors: dict[str, str] = {}
     words: dict[str, str] = {}
     result: list[Typed] = []
     problems: list[str] = []
@@ -255,6 +255,9 @@ def typed(
         own = next((grids[tensor] for tensor in reversed(operation.tensors) if tensor in grids), None)
         weight = next((weights[tensor] for tensor in operation.tensors if tensor in weights), None)
         word = _word(operation, given, own, weight)
+        if operation.kind in RESHAPES and operation.inputs[0] in of_tensors:
+            word = of_tensors[operation.inputs[0]]
+        of_tensors.update(dict.fromkeys(operation.tensors, word))
         words.update(dict.fromkeys(computed, word))
         problems.extend(_refused(operation, word, given))
         if own is None:
@@ -309,7 +312,8 @@ def _word(operation: Operation, given: Sequence[Range | None], own: Range | None
         if node.weight:
             words.add(FLOAT if weight is None else weight.quant_type)
     elif operation.kind in ARITHMETIC:
-        words.add(FLOAT if own is None else own.word)
+        # a stored operand has no grid in the plan, and the compiler would choose one
+        words.add(FLOAT if own is None or node.constants else own.word)
     elif operation.kind not in MOVES:
         return FLOAT
     return words.pop() if len(words) == 1 else FLOAT

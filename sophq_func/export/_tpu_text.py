@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -116,7 +116,15 @@ def _tabled(job: Job, proto: onnx.ModelProto, names: FileNames, processor: Proce
     types = typed(made, ranges, weights, _measured(job, proto), names)
     inputs = {value.name: ranges[value.name] for value in proto.graph.input if value.name in ranges}
     affine = any(grid.affine for grid in ranges.values()) and not (processor is not None and processor.symmetric)
-    return Tabled(tuple(types), inputs, {record.quantizer: record for record in acting}, affine)
+    by_name = {record.quantizer: record for record in acting}
+    channels = [made for made in types if _has_linear_channels(made, by_name)]
+    joined = channels if processor is not None and not processor.linear_channels else []
+    return Tabled(tuple(types), inputs, by_name, affine, tuple(channels), tuple(joined))
+
+
+def _has_linear_channels(made: Typed, records: Mapping[str, Record]) -> bool:
+    """Whether it is a linear layer, in a planned type, with a step for each channel."""
+    return bool(made.weight) and made.operation.kind in ("Gemm", "MatMul") and records[made.weight].is_channelwise
 
 
 def _measured(job: Job, proto: onnx.ModelProto) -> dict[str, tuple[float, float]]:
@@ -196,19 +204,22 @@ def _line(name: str, grid: Range) -> str:
 
 
 def _weight_line(made: Typed, tabled: Tabled) -> str:
-    """Steps for each output channel, which the compiler wants of a weight with one step, too."""
+    """Steps for each output channel, which the compiler wants of a weight with one step, too.
+
+    Of a linear layer it reads the first alone on most chips: there all are the largest, with which no weight is cut off.
+    """
     record = tabled.records[made.weight]
     node = made.operation.nodes[0]
-    steps = record.steps if record.is_channelwise else record.steps * node.channels
-    if made.word != INT8:
-        steps = record.highs if record.is_channelwise else record.highs * node.channels
+    steps = record.steps if made.word == INT8 else record.highs  # of FP8 it wants thresholds
+    if not record.is_channelwise or made in tabled.joined:
+        steps = (max(steps),) * node.channels
     zeros = " ".join("0" for _ in steps)
     return f"{made.operation.name}_weight {len(steps)} {' '.join(map(number, steps))} {len(steps)} {zeros}"
 
 
 def q_table(tabled: Tabled) -> str:
     """The q_table: the type of each operation."""
-    lines = [f"{made.operation.name} {made.word}" for made in tabled.operations]
+    lines = [f"{made.operation.name} {made.word}" for made in tabled.operations if made.operation.kind != "Cast"]
     return "\n".join(["# op_name  quantize_mode", *lines, ""])
 
 
@@ -245,7 +256,7 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
         switches.insert(3, f"--calibration_table {name}{TPU_MLIR.calibration}")
     if tabled.affine:
         switches.append("--asymmetric")
-    if tabled.has_linear_channels and chip.linear_channels:
+    if tabled.channels and chip.linear_channels:
         switches.append("--matmul_perchannel")
     if any(made.operation.kind == "Softmax" for made in tabled.operations):
         # else the compiler replaces attention by one float16 operation, whatever the words say; its results are wrong
