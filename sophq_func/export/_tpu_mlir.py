@@ -26,6 +26,10 @@ INT8, FLOAT8 = "INT8", "F8E4M3"
 WORDS: Mapping[str, str] = {"e4m3": FLOAT8, "bf16": "BF16", "fp16": "F16"}
 """Words for fake quantizers that are no integer ones."""
 
+BY_COMMAND = (FLOAT8, INT8, "BF16", "F16")
+"""Types, and which of several goes into the command: some operations are in FP8 only where the command says so, and linear
+layers have a step for each channel only where it says ``INT8``."""
+
 SCALED = frozenset((INT8, FLOAT8))
 """Words of types whose operations need a range."""
 
@@ -149,9 +153,9 @@ class Tabled(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The types in use, the most frequent first."""
-        found = [typed.word for typed in self.operations if typed.word != FLOAT]
-        return sorted(dict.fromkeys(found), key=found.count, reverse=True)
+        """The types in use, that of the command first."""
+        found = {typed.word for typed in self.operations if typed.word != FLOAT}
+        return sorted(found, key=BY_COMMAND.index)
 
 
 def ranges_of(plan: Plan, records: Iterable[Record], names: FileNames) -> dict[str, Range]:
@@ -305,7 +309,7 @@ def _as_read(given: Range | None, computed: Iterable[str]) -> Range | None:
 
 
 def _word(operation: Operation, given: Sequence[Range | None], own: Range | None, weight: Record | None) -> str:
-    """The type in which an operation computes: that of all that it reads, if that is one."""
+    """The type in which an operation computes: that of all that it reads."""
     words = {FLOAT if grid is None else grid.word for grid in given}
     node = operation.nodes[0]
     if operation.kind in PRODUCTS:
@@ -316,7 +320,13 @@ def _word(operation: Operation, given: Sequence[Range | None], own: Range | None
         words.add(FLOAT if own is None or node.constants else own.word)
     elif operation.kind not in MOVES:
         return FLOAT
-    return words.pop() if len(words) == 1 else FLOAT
+    return _common(words)
+
+
+def _common(words: set[str]) -> str:
+    """The type in which values of these types meet: a 16-bit one, which holds integers of 8 bits; else ``F32``."""
+    wide = words - {INT8}  # the compiler has no cast between FP8 and 16 bits
+    return (wide or words).pop() if len(wide) <= 1 and wide != {FLOAT8} or len(words) == 1 else FLOAT
 
 
 def _measured_range(found: tuple[float, float] | None) -> Range | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,10 +11,9 @@ from torch import Tensor
 from sophq_func.capture.arguments import as_call, map_inputs
 from sophq_func.codes import Grid, share_on
 from sophq_func.config.chips import CHIPS
-from sophq_func.core.errors import ConfigError, explain, raise_all
+from sophq_func.core.errors import ConfigError, explain, raise_all, warn
 from sophq_func.export._compiler import Compiler, Contents, Job
-from sophq_func.export._float import Form, float_file
-from sophq_func.export._names import FileNames
+from sophq_func.export._float import FloatFile, Form, float_file
 from sophq_func.export._nodes import nodes_of, operations
 from sophq_func.export._records import Record, bits_of, outermost, records
 from sophq_func.export._tpu_mlir import (
@@ -43,9 +42,15 @@ def contents(job: Job) -> Contents:
       ConfigError, StateError: see :func:`sophq_func.export.tables`.
     """
     _check(job)
-    file = float_file(job.q, job.params, job.qparams, job.example_args, FORM)
     processor = _processor(job)
-    tabled = _tabled(job, file.proto, file.names, processor)
+    acting = _acting(job, processor)
+    file = float_file(job.q, job.params, job.qparams, job.example_args, FORM)
+    tabled = _tabled(job, acting, file, processor)
+    if tabled.joined:
+        names = ", ".join(made.operation.name for made in tabled.joined)
+        what = "linear layers have one step for all channels, and these weights are rounded to their largest one"
+        fix = "sq.Rule(type=nn.Linear, weight=sq.override(granularity=sq.PerTensor()))"
+        warn(explain("export.tables", f"on this chip {what}: {names}", fix=fix))
     return Contents(
         calibration=calibration_table(tabled),
         q_table=q_table(tabled),
@@ -68,6 +73,7 @@ TPU_MLIR = Compiler(
     q_table="_q_table",
     clip_ranges="_clip_ranges.json",
     contents=contents,
+    needs_example=True,
 )
 
 
@@ -94,12 +100,22 @@ def _processor(job: Job) -> Processor | None:
     return PROCESSORS.get(name)
 
 
-def _tabled(job: Job, proto: onnx.ModelProto, names: FileNames, processor: Processor | None) -> Tabled:
-    """All that the tables say."""
+def _acting(job: Job, processor: Processor | None) -> list[Record]:
+    """The quantizers that are on.
+
+    Raises:
+      ConfigError: the compiler cannot do what one of them asks.
+    """
     plan, qparams = job.q.plan, job.qparams
     found = records(plan, qparams, {name: name for name in plan}, _type)
     acting = [record for record in found if record.quant_type != FLOAT and share_on(qparams[record.quantizer])]
     raise_all([problem for record in acting for problem in _problems(plan, record, processor)], ConfigError)
+    return acting
+
+
+def _tabled(job: Job, acting: Sequence[Record], file: FloatFile, processor: Processor | None) -> Tabled:
+    """All that the tables say."""
+    plan, proto, names = job.q.plan, file.proto, file.names
     ranges = ranges_of(plan, acting, names)
     weights = {
         names.products[call.name]: record
@@ -210,7 +226,7 @@ def _weight_line(made: Typed, tabled: Tabled) -> str:
     """
     record = tabled.records[made.weight]
     node = made.operation.nodes[0]
-    steps = record.steps if made.word == INT8 else record.highs  # of FP8 it wants thresholds
+    steps = record.steps
     if not record.is_channelwise or made in tabled.joined:
         steps = (max(steps),) * node.channels
     zeros = " ".join("0" for _ in steps)
