@@ -21,16 +21,19 @@ from sophq_func.planning.plan import Plan
 FLOAT = "F32"
 """The word of an operation that is not planned. A 16-bit type would overflow where masks hold the smallest float."""
 
-INT8, FLOAT8 = "INT8", "F8E4M3"
+INT8 = "INT8"
 
-WORDS: Mapping[str, str] = {"e4m3": FLOAT8, "bf16": "BF16", "fp16": "F16"}
+FLOAT8 = ("F8E4M3", "F8E5M2")
+"""Words of the two types of FP8."""
+
+WORDS: Mapping[str, str] = {"e4m3": "F8E4M3", "e5m2": "F8E5M2", "bf16": "BF16", "fp16": "F16"}
 """Words for fake quantizers that are no integer ones."""
 
-BY_COMMAND = (FLOAT8, INT8, "BF16", "F16")
+BY_COMMAND = (*FLOAT8, INT8, "BF16", "F16")
 """Types, and which of several goes into the command: some operations are in FP8 only where the command says so, and linear
 layers have a step for each channel only where it says ``INT8``."""
 
-SCALED = frozenset((INT8, FLOAT8))
+SCALED = frozenset((INT8, *FLOAT8))
 """Words of types whose operations need a range."""
 
 MOVES = frozenset(
@@ -67,7 +70,7 @@ class Processor(NamedTuple):
     Attributes:
       word: its name in ``--processor``.
       symmetric: whether all 8-bit activations are symmetric and signed.
-      float8: whether it has F8E4M3.
+      float8: whether it has FP8.
       linear_channels: whether a linear layer may have a step for each channel.
       ending: of the compiled model.
     """
@@ -212,8 +215,8 @@ def _readers(plan: Plan, quantizer: str) -> frozenset[str]:
 
 def _range(record: Record) -> Range | str:
     """The grid of a record; or why the compiler has none such, as an error sentence."""
-    if record.quant_type == FLOAT8:
-        return Range(FLOAT8, record.threshold, -record.threshold, record.threshold)
+    if record.quant_type in FLOAT8:
+        return Range(record.quant_type, record.threshold, -record.threshold, record.threshold)
     if record.quant_type != INT8:
         return Range(record.quant_type)
     step, zero = record.steps[0], record.zero_points[0]
@@ -326,7 +329,9 @@ def _word(operation: Operation, given: Sequence[Range | None], own: Range | None
 def _common(words: set[str]) -> str:
     """The type in which values of these types meet: a 16-bit one, which holds integers of 8 bits; else ``F32``."""
     wide = words - {INT8}  # the compiler has no cast between FP8 and 16 bits
-    return (wide or words).pop() if len(wide) <= 1 and wide != {FLOAT8} or len(words) == 1 else FLOAT
+    if len(words) > 1 and (len(wide) > 1 or wide & SCALED):
+        return FLOAT
+    return (wide or words).pop()
 
 
 def _measured_range(found: tuple[float, float] | None) -> Range | None:

@@ -18,6 +18,7 @@ from sophq_func.export._nodes import nodes_of, operations
 from sophq_func.export._records import Record, bits_of, outermost, records
 from sophq_func.export._tpu_mlir import (
     FLOAT,
+    FLOAT8,
     INT8,
     PROCESSORS,
     SCALED,
@@ -177,16 +178,22 @@ def _problems(plan: Plan, record: Record, processor: Processor | None) -> Iterat
     name, what = record.quantizer, "weight" if record.is_weight else "activation"
     fix = f'sq.Rule(name="{name}", {what}=sq.override(%s))'
     if record.quant_type == "None":
-        allowed = "8 bits" if not record.is_weight else "up to 8 bits"
-        allowed = f"integers of {allowed}, e4m3, bf16, fp16"
-        got = plan[name].fake_quantize if not record.has_range else f"{record.bits} bits"
-        yield explain(name, f"the compiler has no such type for this {what}", got=got, allowed=allowed, fix=fix % "bits=8")
+        allowed = f"integers of {'up to ' if record.is_weight else ''}8 bits, {', '.join(WORDS)}"
+        got = f"{record.bits} bits" if record.has_range else plan[name].fake_quantize.name
+        change = "bits=8" if record.has_range else "fake_quantize=sq.fake_quantize.learnable()"
+        because = OF_FOUR_BITS if record.has_range and record.bits == 4 else ""
+        sentence = f"the compiler has no such type for this {what}"
+        yield explain(name, sentence, got=got, allowed=allowed, because=because, fix=fix % change)
     elif record.is_weight and record.quant_type == INT8 and any(record.zero_points):
         because = "it reads no zero points of weights"
         yield explain(name, "the compiler has no affine weights", because=because, fix=fix % "symmetric=True")
-    elif record.quant_type == WORDS["e4m3"] and processor is not None and not processor.float8:
+    elif record.quant_type in FLOAT8 and processor is not None and not processor.float8:
         because, other = f"{processor.word} has no such type", fix % "fake_quantize=sq.fake_quantize.bf16()"
         yield explain(name, "the compiler has no FP8 for this chip", because=because, fix=f"chip BM1690, or {other}")
+
+
+OF_FOUR_BITS = "its INT4 convolutions give other numbers than the plan; weights alone may have 4 bits, in INT8"
+"""Why activations of 4 bits are refused: with the two ranges that it asks for, the digits of the examples fall to 25 %."""
 
 
 def number(value: float) -> str:
@@ -285,5 +292,28 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
         f'model_transform.py --model_name {name} --model_def {name}.onnx --input_shapes "{shapes_text}" --mlir {name}.mlir',
         "model_deploy.py " + " ".join(switches),
         "",
+        *_notes(tabled, processor),
+        "",
     ]
     return "\n".join(lines)
+
+
+def _notes(tabled: Tabled, processor: Processor | None) -> Iterator[str]:
+    """What the chip does otherwise than the plan says."""
+    if processor is None:
+        words = ", ".join(known.word for known in PROCESSORS.values())
+        yield f"The plan names no chip that the compiler knows; --processor is one of {words}."
+    elif processor.symmetric and any(grid.low == 0.0 or grid.affine for grid in _grids(tabled)):
+        yield "This chip has symmetric codes only: affine and unsigned activations get steps of up to twice the planned size."
+    if tabled.joined:
+        names = ", ".join(made.operation.name for made in tabled.joined)
+        yield f"This chip has one step for a linear layer: weights are rounded to their largest one in {names}."
+    floats = [made.operation.name for made in tabled.operations if made.word == FLOAT]
+    if floats:
+        yield f"In {FLOAT}, as the plan does not round all that they read: {', '.join(floats)}."
+
+
+def _grids(tabled: Tabled) -> Iterator[Range]:
+    """The grids of 8-bit activations."""
+    found = (*tabled.inputs.values(), *(made.range for made in tabled.operations))
+    return (grid for grid in found if grid is not None and grid.word == INT8)
