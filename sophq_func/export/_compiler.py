@@ -46,9 +46,11 @@ class Compiler(NamedTuple):
     Attributes:
       calibration, q_table, clip_ranges: the ends of the names of the files.
       contents: what they hold.
+      needs_example: whether tables cannot be made without a float file.
     """
 
     calibration: str
     q_table: str
     clip_ranges: str
     contents: Callable[[Job], Contents]
+    needs_example: bool = False

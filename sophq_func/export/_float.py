@@ -46,12 +46,12 @@ class Form(NamedTuple):
     """What a compiler wants of the file.
 
     Attributes:
-      finished: makes the file of one of opset 18.
+      finished: changes a file of opset 18, and returns the new names of tensors by the old ones.
       on_grids: whether weights are rounded to their grids; else they are clipped only.
       opens_attention: whether attention is written in steps with names.
     """
 
-    finished: Callable[[str, onnx.ModelProto], onnx.ModelProto] = lambda where, proto: proto
+    finished: Callable[[str, onnx.ModelProto], Mapping[str, str]] = lambda where, proto: {}
     on_grids: bool = False
     opens_attention: bool = False
 
@@ -103,7 +103,11 @@ def float_file(q: Quantized, params: Given, qparams: Mapping[str, QParams], exam
     inputs = {node.name: node.argument for node in graph if node.kind == "input"}
     products = {name: str(_onnx_graph.product_of(value).name) for name, value in marked.items()}
     tensors_of = {name: str(value.name) for name, value in marked.items()} | inputs
-    return FloatFile(form.finished("export.tables", proto), FileNames({**values, **inputs}, layers, tensors_of, products))
+    renamed = form.finished("export.tables", proto)
+    tensors_of, products = (
+        {call: renamed.get(tensor, tensor) for call, tensor in found.items()} for found in (tensors_of, products)
+    )
+    return FloatFile(proto, FileNames({**values, **inputs}, layers, tensors_of, products))
 
 
 def op_name(value: ir.Value) -> str:

@@ -17,6 +17,10 @@ TAKES_RELU = frozenset(("Add", "AveragePool", "Concat", "Conv", "ConvTranspose",
 """Op types into which the compiler fuses a Relu that alone takes their result."""
 
 
+MERGED = frozenset(("Reshape", "Transpose"))
+"""Op types of which the compiler merges two in a row."""
+
+
 class Node(NamedTuple):
     """A node of a file.
 
@@ -126,6 +130,10 @@ def _follower(chain: Sequence[Node], uses: Mapping[str, int], takers: Mapping[st
         return None
     is_bias = taker.kind == "Add" and any(len(shape) == 1 for shape in taker.constants.values())
     if len(chain) == 1 and last.kind == "MatMul" and last.weight and is_bias:
+        return taker
+    if last.kind == taker.kind and last.kind in MERGED:
+        return taker
+    if last.kind == "Add" and taker.kind == "Add" and last.constants and taker.constants and len(chain) == 1:
         return taker
     rectifies = taker.kind == "Relu" and last.kind != "Relu" and chain[0].kind in TAKES_RELU
     return taker if rectifies else None

@@ -21,12 +21,19 @@ from sophq_func.planning.plan import Plan
 FLOAT = "F32"
 """The word of an operation that is not planned. A 16-bit type would overflow where masks hold the smallest float."""
 
-INT8, FLOAT8 = "INT8", "F8E4M3"
+INT8 = "INT8"
 
-WORDS: Mapping[str, str] = {"e4m3": FLOAT8, "bf16": "BF16", "fp16": "F16"}
+FLOAT8 = ("F8E4M3", "F8E5M2")
+"""Words of the two types of FP8."""
+
+WORDS: Mapping[str, str] = {"e4m3": "F8E4M3", "e5m2": "F8E5M2", "bf16": "BF16", "fp16": "F16"}
 """Words for fake quantizers that are no integer ones."""
 
-SCALED = frozenset((INT8, FLOAT8))
+BY_COMMAND = (*FLOAT8, INT8, "BF16", "F16")
+"""Types, and which of several goes into the command: some operations are in FP8 only where the command says so, and linear
+layers have a step for each channel only where it says ``INT8``."""
+
+SCALED = frozenset((INT8, *FLOAT8))
 """Words of types whose operations need a range."""
 
 MOVES = frozenset(
@@ -47,6 +54,9 @@ MOVES = frozenset(
 )
 """Op types whose results are values of their input, or zero, so that they are on its grid."""
 
+RESHAPES = frozenset(("Flatten", "Reshape", "Squeeze", "Unsqueeze"))
+"""Op types that the compiler computes in the type of their input, whatever their word."""
+
 ARITHMETIC = frozenset(("Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul", "Sub"))
 """Op types that the compiler computes on codes as well as on floats. What is a function of one value stays float."""
 
@@ -60,7 +70,7 @@ class Processor(NamedTuple):
     Attributes:
       word: its name in ``--processor``.
       symmetric: whether all 8-bit activations are symmetric and signed.
-      float8: whether it has F8E4M3.
+      float8: whether it has FP8.
       linear_channels: whether a linear layer may have a step for each channel.
       ending: of the compiled model.
     """
@@ -133,26 +143,22 @@ class Tabled(NamedTuple):
       inputs: ranges of inputs of the model, by name.
       records: of the quantizers, by name.
       affine: whether some activations are affine.
+      channels: linear layers with a step for each channel.
+      joined: those of them to which the chip gives one step.
     """
 
     operations: tuple[Typed, ...]
     inputs: Mapping[str, Range]
     records: Mapping[str, Record]
     affine: bool
+    channels: tuple[Typed, ...]
+    joined: tuple[Typed, ...]
 
     @property
     def words(self) -> list[str]:
-        """The types in use, the most frequent first."""
-        found = [typed.word for typed in self.operations if typed.word != FLOAT]
-        return sorted(dict.fromkeys(found), key=found.count, reverse=True)
-
-    @property
-    def has_linear_channels(self) -> bool:
-        """Whether a linear layer in integers has a step for each channel."""
-        return any(
-            typed.weight and typed.operation.kind in ("Gemm", "MatMul") and self.records[typed.weight].is_channelwise
-            for typed in self.operations
-        )
+        """The types in use, that of the command first."""
+        found = {typed.word for typed in self.operations if typed.word != FLOAT}
+        return sorted(found, key=BY_COMMAND.index)
 
 
 def ranges_of(plan: Plan, records: Iterable[Record], names: FileNames) -> dict[str, Range]:
@@ -209,8 +215,8 @@ def _readers(plan: Plan, quantizer: str) -> frozenset[str]:
 
 def _range(record: Record) -> Range | str:
     """The grid of a record; or why the compiler has none such, as an error sentence."""
-    if record.quant_type == FLOAT8:
-        return Range(FLOAT8, record.threshold, -record.threshold, record.threshold)
+    if record.quant_type in FLOAT8:
+        return Range(record.quant_type, record.threshold, -record.threshold, record.threshold)
     if record.quant_type != INT8:
         return Range(record.quant_type)
     step, zero = record.steps[0], record.zero_points[0]
@@ -246,6 +252,7 @@ def typed(
     for call, tensor in (*names.tensors.items(), *names.products.items()):
         calls.setdefault(tensor, []).append(call)
     grids = _before_moves(made, ranges)
+    of_tensors: dict[str, str] = {}
     words: dict[str, str] = {}
     result: list[Typed] = []
     problems: list[str] = []
@@ -255,6 +262,9 @@ def typed(
         own = next((grids[tensor] for tensor in reversed(operation.tensors) if tensor in grids), None)
         weight = next((weights[tensor] for tensor in operation.tensors if tensor in weights), None)
         word = _word(operation, given, own, weight)
+        if operation.kind in RESHAPES and operation.inputs[0] in of_tensors:
+            word = of_tensors[operation.inputs[0]]
+        of_tensors.update(dict.fromkeys(operation.tensors, word))
         words.update(dict.fromkeys(computed, word))
         problems.extend(_refused(operation, word, given))
         if own is None:
@@ -302,17 +312,26 @@ def _as_read(given: Range | None, computed: Iterable[str]) -> Range | None:
 
 
 def _word(operation: Operation, given: Sequence[Range | None], own: Range | None, weight: Record | None) -> str:
-    """The type in which an operation computes: that of all that it reads, if that is one."""
+    """The type in which an operation computes: that of all that it reads."""
     words = {FLOAT if grid is None else grid.word for grid in given}
     node = operation.nodes[0]
     if operation.kind in PRODUCTS:
         if node.weight:
             words.add(FLOAT if weight is None else weight.quant_type)
     elif operation.kind in ARITHMETIC:
-        words.add(FLOAT if own is None else own.word)
+        # a stored operand has no grid in the plan, and the compiler would choose one
+        words.add(FLOAT if own is None or node.constants else own.word)
     elif operation.kind not in MOVES:
         return FLOAT
-    return words.pop() if len(words) == 1 else FLOAT
+    return _common(words)
+
+
+def _common(words: set[str]) -> str:
+    """The type in which values of these types meet: a 16-bit one, which holds integers of 8 bits; else ``F32``."""
+    wide = words - {INT8}  # the compiler has no cast between FP8 and 16 bits
+    if len(words) > 1 and (len(wide) > 1 or wide & SCALED):
+        return FLOAT
+    return (wide or words).pop()
 
 
 def _measured_range(found: tuple[float, float] | None) -> Range | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,14 +11,14 @@ from torch import Tensor
 from sophq_func.capture.arguments import as_call, map_inputs
 from sophq_func.codes import Grid, share_on
 from sophq_func.config.chips import CHIPS
-from sophq_func.core.errors import ConfigError, explain, raise_all
+from sophq_func.core.errors import ConfigError, explain, raise_all, warn
 from sophq_func.export._compiler import Compiler, Contents, Job
-from sophq_func.export._float import Form, float_file
-from sophq_func.export._names import FileNames
+from sophq_func.export._float import FloatFile, Form, float_file
 from sophq_func.export._nodes import nodes_of, operations
 from sophq_func.export._records import Record, bits_of, outermost, records
 from sophq_func.export._tpu_mlir import (
     FLOAT,
+    FLOAT8,
     INT8,
     PROCESSORS,
     SCALED,
@@ -43,9 +43,15 @@ def contents(job: Job) -> Contents:
       ConfigError, StateError: see :func:`sophq_func.export.tables`.
     """
     _check(job)
-    file = float_file(job.q, job.params, job.qparams, job.example_args, FORM)
     processor = _processor(job)
-    tabled = _tabled(job, file.proto, file.names, processor)
+    acting = _acting(job, processor)
+    file = float_file(job.q, job.params, job.qparams, job.example_args, FORM)
+    tabled = _tabled(job, acting, file, processor)
+    if tabled.joined:
+        names = ", ".join(made.operation.name for made in tabled.joined)
+        what = "linear layers have one step for all channels, and these weights are rounded to their largest one"
+        fix = "sq.Rule(type=nn.Linear, weight=sq.override(granularity=sq.PerTensor()))"
+        warn(explain("export.tables", f"on this chip {what}: {names}", fix=fix))
     return Contents(
         calibration=calibration_table(tabled),
         q_table=q_table(tabled),
@@ -55,19 +61,20 @@ def contents(job: Job) -> Contents:
     )
 
 
-def _in_opset_17(where: str, proto: onnx.ModelProto) -> onnx.ModelProto:
-    from sophq_func.export import _opset17  # needs the extra onnx
+def _tidied(where: str, proto: onnx.ModelProto) -> Mapping[str, str]:
+    from sophq_func.export._tidied import tidied  # needs the extra onnx
 
-    return _opset17.in_opset_17(where, proto)
+    return tidied(where, proto)
 
 
-FORM = Form(finished=_in_opset_17, on_grids=True, opens_attention=True)
+FORM = Form(finished=_tidied, on_grids=True, opens_attention=True)
 
 TPU_MLIR = Compiler(
     calibration="_cali_table",
     q_table="_q_table",
     clip_ranges="_clip_ranges.json",
     contents=contents,
+    needs_example=True,
 )
 
 
@@ -94,12 +101,22 @@ def _processor(job: Job) -> Processor | None:
     return PROCESSORS.get(name)
 
 
-def _tabled(job: Job, proto: onnx.ModelProto, names: FileNames, processor: Processor | None) -> Tabled:
-    """All that the tables say."""
+def _acting(job: Job, processor: Processor | None) -> list[Record]:
+    """The quantizers that are on.
+
+    Raises:
+      ConfigError: the compiler cannot do what one of them asks.
+    """
     plan, qparams = job.q.plan, job.qparams
     found = records(plan, qparams, {name: name for name in plan}, _type)
     acting = [record for record in found if record.quant_type != FLOAT and share_on(qparams[record.quantizer])]
     raise_all([problem for record in acting for problem in _problems(plan, record, processor)], ConfigError)
+    return acting
+
+
+def _tabled(job: Job, acting: Sequence[Record], file: FloatFile, processor: Processor | None) -> Tabled:
+    """All that the tables say."""
+    plan, proto, names = job.q.plan, file.proto, file.names
     ranges = ranges_of(plan, acting, names)
     weights = {
         names.products[call.name]: record
@@ -116,7 +133,15 @@ def _tabled(job: Job, proto: onnx.ModelProto, names: FileNames, processor: Proce
     types = typed(made, ranges, weights, _measured(job, proto), names)
     inputs = {value.name: ranges[value.name] for value in proto.graph.input if value.name in ranges}
     affine = any(grid.affine for grid in ranges.values()) and not (processor is not None and processor.symmetric)
-    return Tabled(tuple(types), inputs, {record.quantizer: record for record in acting}, affine)
+    by_name = {record.quantizer: record for record in acting}
+    channels = [made for made in types if _has_linear_channels(made, by_name)]
+    joined = channels if processor is not None and not processor.linear_channels else []
+    return Tabled(tuple(types), inputs, by_name, affine, tuple(channels), tuple(joined))
+
+
+def _has_linear_channels(made: Typed, records: Mapping[str, Record]) -> bool:
+    """Whether it is a linear layer, in a planned type, with a step for each channel."""
+    return bool(made.weight) and made.operation.kind in ("Gemm", "MatMul") and records[made.weight].is_channelwise
 
 
 def _measured(job: Job, proto: onnx.ModelProto) -> dict[str, tuple[float, float]]:
@@ -153,16 +178,22 @@ def _problems(plan: Plan, record: Record, processor: Processor | None) -> Iterat
     name, what = record.quantizer, "weight" if record.is_weight else "activation"
     fix = f'sq.Rule(name="{name}", {what}=sq.override(%s))'
     if record.quant_type == "None":
-        allowed = "8 bits" if not record.is_weight else "up to 8 bits"
-        allowed = f"integers of {allowed}, e4m3, bf16, fp16"
-        got = plan[name].fake_quantize if not record.has_range else f"{record.bits} bits"
-        yield explain(name, f"the compiler has no such type for this {what}", got=got, allowed=allowed, fix=fix % "bits=8")
+        allowed = f"integers of {'up to ' if record.is_weight else ''}8 bits, {', '.join(WORDS)}"
+        got = f"{record.bits} bits" if record.has_range else plan[name].fake_quantize.name
+        change = "bits=8" if record.has_range else "fake_quantize=sq.fake_quantize.learnable()"
+        because = OF_FOUR_BITS if record.has_range and record.bits == 4 else ""
+        sentence = f"the compiler has no such type for this {what}"
+        yield explain(name, sentence, got=got, allowed=allowed, because=because, fix=fix % change)
     elif record.is_weight and record.quant_type == INT8 and any(record.zero_points):
         because = "it reads no zero points of weights"
         yield explain(name, "the compiler has no affine weights", because=because, fix=fix % "symmetric=True")
-    elif record.quant_type == WORDS["e4m3"] and processor is not None and not processor.float8:
+    elif record.quant_type in FLOAT8 and processor is not None and not processor.float8:
         because, other = f"{processor.word} has no such type", fix % "fake_quantize=sq.fake_quantize.bf16()"
         yield explain(name, "the compiler has no FP8 for this chip", because=because, fix=f"chip BM1690, or {other}")
+
+
+OF_FOUR_BITS = "its INT4 convolutions give other numbers than the plan; weights alone may have 4 bits, in INT8"
+"""Why activations of 4 bits are refused: with the two ranges that it asks for, the digits of the examples fall to 25 %."""
 
 
 def number(value: float) -> str:
@@ -196,19 +227,22 @@ def _line(name: str, grid: Range) -> str:
 
 
 def _weight_line(made: Typed, tabled: Tabled) -> str:
-    """Steps for each output channel, which the compiler wants of a weight with one step, too."""
+    """Steps for each output channel, which the compiler wants of a weight with one step, too.
+
+    Of a linear layer it reads the first alone on most chips: there all are the largest, with which no weight is cut off.
+    """
     record = tabled.records[made.weight]
     node = made.operation.nodes[0]
-    steps = record.steps if record.is_channelwise else record.steps * node.channels
-    if made.word != INT8:
-        steps = record.highs if record.is_channelwise else record.highs * node.channels
+    steps = record.steps
+    if not record.is_channelwise or made in tabled.joined:
+        steps = (max(steps),) * node.channels
     zeros = " ".join("0" for _ in steps)
     return f"{made.operation.name}_weight {len(steps)} {' '.join(map(number, steps))} {len(steps)} {zeros}"
 
 
 def q_table(tabled: Tabled) -> str:
     """The q_table: the type of each operation."""
-    lines = [f"{made.operation.name} {made.word}" for made in tabled.operations]
+    lines = [f"{made.operation.name} {made.word}" for made in tabled.operations if made.operation.kind != "Cast"]
     return "\n".join(["# op_name  quantize_mode", *lines, ""])
 
 
@@ -245,7 +279,7 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
         switches.insert(3, f"--calibration_table {name}{TPU_MLIR.calibration}")
     if tabled.affine:
         switches.append("--asymmetric")
-    if tabled.has_linear_channels and chip.linear_channels:
+    if tabled.channels and chip.linear_channels:
         switches.append("--matmul_perchannel")
     if any(made.operation.kind == "Softmax" for made in tabled.operations):
         # else the compiler replaces attention by one float16 operation, whatever the words say; its results are wrong
@@ -258,5 +292,28 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
         f'model_transform.py --model_name {name} --model_def {name}.onnx --input_shapes "{shapes_text}" --mlir {name}.mlir',
         "model_deploy.py " + " ".join(switches),
         "",
+        *_notes(tabled, processor),
+        "",
     ]
     return "\n".join(lines)
+
+
+def _notes(tabled: Tabled, processor: Processor | None) -> Iterator[str]:
+    """What the chip does otherwise than the plan says."""
+    if processor is None:
+        words = ", ".join(known.word for known in PROCESSORS.values())
+        yield f"The plan names no chip that the compiler knows; --processor is one of {words}."
+    elif processor.symmetric and any(grid.low == 0.0 or grid.affine for grid in _grids(tabled)):
+        yield "This chip has symmetric codes only: affine and unsigned activations get steps of up to twice the planned size."
+    if tabled.joined:
+        names = ", ".join(made.operation.name for made in tabled.joined)
+        yield f"This chip has one step for a linear layer: weights are rounded to their largest one in {names}."
+    floats = [made.operation.name for made in tabled.operations if made.word == FLOAT]
+    if floats:
+        yield f"In {FLOAT}, as the plan does not round all that they read: {', '.join(floats)}."
+
+
+def _grids(tabled: Tabled) -> Iterator[Range]:
+    """The grids of 8-bit activations."""
+    found = (*tabled.inputs.values(), *(made.range for made in tabled.operations))
+    return (grid for grid in found if grid is not None and grid.word == INT8)

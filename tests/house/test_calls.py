@@ -118,7 +118,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "fake_quantize.rectified_sigmoid": ((torch.zeros(2),), {}),
         "export.torch": ((r.q, r.params, r.qparams, (r.x,)), {}),
         "export.onnx": ((r.q, r.params, r.qparams, (r.x,), folder / "a.onnx"), {}),
-        "export.tables": ((r.q, r.params, r.qparams, folder), {"work_mode": "QAT_all_int8"}),
+        "export.tables": ((r.q, r.params, r.qparams, folder), {"work_mode": "QAT_all_int8", "compiler": "sophgo-mq"}),
         "presets.w4a16": ((), {"group": 8, "symmetric": True}),
         "presets.fp8": ((), {"dynamic": True}),
         "presets.mxfp4": ((), {"weight_only": True}),
