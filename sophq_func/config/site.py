@@ -90,7 +90,7 @@ class Requant(NamedTuple):
         ``"quotient"``: the exact quotient, ties away from 0, as in the table of an activation's results for all codes.
       source: quantizer of the integers that come in.
       result: quantizer of the result; empty where that is the quantizer itself.
-      count: how many integers are summed and divided by their number, as in average pooling.
+      number: how many integers are summed and divided by their number, as in average pooling.
       truncates: whether multipliers are rounded toward 0; else to the nearest.
       axis: of a layer's result, the axis of its channels, counted from the end.
     """
@@ -98,7 +98,7 @@ class Requant(NamedTuple):
     rule: str
     source: str
     result: str = ""
-    count: int = 1
+    number: int = 1
     truncates: bool = False
     axis: int = -1
 
@@ -122,6 +122,7 @@ class Neutral:
     operand: int = -1
     more: tuple[OperandSite, ...] = ()
     requant: tuple[Requant, ...] = ()
+    unsigned: bool = False
     # Attributes of weights.
     parameter: str = ""
     axis: Axis = 0
@@ -304,6 +305,7 @@ class ValueSite(Site):
       more: further calls before which the quantizer acts.
       requant: how a chip brings integers onto its grid; empty where the exact quotient is rounded. It is found after
         everything else is decided, so a rule sees none.
+      unsigned: whether the chip has the codes from 0 without a zero point, so that none may be learned; found as late.
     """
 
     role: ClassVar[Role] = "activation"
@@ -316,13 +318,15 @@ class ValueSite(Site):
     operand: int = -1
     more: tuple[OperandSite, ...] = ()
     requant: tuple[Requant, ...] = ()
+    unsigned: bool = False
 
     def _is_told(self, field: Field[Any]) -> bool:
-        # Without multipliers the identity is that of older texts, so that old checkpoints fit.
-        return super()._is_told(field) and (field.name != "requant" or bool(self.requant))
+        # Without them the identity is that of older texts, so that old checkpoints fit.
+        is_late = field.name in LATE_FIELDS
+        return super()._is_told(field) and (not is_late or bool(getattr(self, field.name)))
 
 
-LATE_FIELDS = frozenset(("requant",))
+LATE_FIELDS = frozenset(("requant", "unsigned"))
 """Fields that a text has only where they are not empty: older texts of the same version do not have them."""
 
 _RECORDS: Mapping[str, type[OperandSite] | type[LayerInput] | type[Requant]] = {

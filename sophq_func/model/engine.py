@@ -59,6 +59,7 @@ class Engine:
       running: by name, the quantizers that act while the model runs.
       quantizers: all quantizers, by name.
       requantizers: by name, of those among them that simulate a chip's multipliers.
+      unsigned: names of those whose zero point is 0, whatever is learned.
       sources: in a part, by name, the quantizers outside of it whose scales the part needs.
       differentiates: whether the model itself takes a derivative in its forward.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
@@ -76,6 +77,7 @@ class Engine:
         self.quantizers: Quantizers = {**{weight.site.quantizer: weight for weight in self.weights}, **self.running}
         requants = {name: quantizer.site.requant for name, quantizer in self.running.items()}
         self.requantizers = {name: Requantizer(requant) for name, requant in requants.items() if requant}
+        self.unsigned = frozenset(name for name, quantizer in self.running.items() if quantizer.site.unsigned)
         self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
         self.differentiates = any(made.function in DERIVATIVES for run in plan.runs for made in run.calls)
         self.deferrable = frozenset(
@@ -219,9 +221,9 @@ class Engine:
         """A planned value, rounded to its grid; on its way there as a chip computes it, where the plan says so."""
         quantizer = self.running[name]
         requantizer = self.requantizers.get(name)
+        own = self.in_force(name, qparams)
         if requantizer is None:
-            return quantizer.quantize(x, qparams[name])
-        own = requantizer.in_force(qparams[name], qparams)
+            return quantizer.quantize(x, own)
         exact = quantizer.fake_quantize.apply(requantizer.integers(x, own, qparams), own, quantizer.scheme)
         plain = quantizer.fake_quantize.apply(x, own, quantizer.scheme)
         # the value of the one with the gradient of the other: the difference of equal numbers is 0
@@ -290,9 +292,13 @@ class Engine:
         return effective
 
     def in_force(self, name: str, qparams: Mapping[str, QParams]) -> QParams:
-        """The qparams of a quantizer; of a term of a sum those with the step of the result."""
+        """The qparams of a quantizer; of a term of a sum those with the step of the result, of unsigned codes without a
+        zero point."""
+        own = qparams[name]
+        if name in self.unsigned:
+            own = own._replace(zero_point=own.zero_point * 0)  # a product, so that what is learned has a gradient: 0
         requantizer = self.requantizers.get(name)
-        return qparams[name] if requantizer is None else requantizer.in_force(qparams[name], qparams)
+        return own if requantizer is None else requantizer.in_force(own, qparams)
 
     def as_frozen(self) -> Engine:
         """The same engine, for weights that are quantized already."""

@@ -1,8 +1,10 @@
 """Integers on their way from one grid to another, as a chip computes them: a multiplier of 7 bits, a shift, a rounding.
 
 A value that the chip has as integers ``c`` on a grid of step ``a`` goes to a grid of step ``s`` as ``round(c m / 2 ** r)``,
-where ``m / 2 ** r`` stands for ``a / s``. Ties go up. What a model computes in floating point is ``c a``, from which ``c`` is
-read back; then the integers are exact. Which quantizers are concerned is in their sites (``ValueSite.requant``).
+where ``m / 2 ** r`` stands for ``a / s``. Ties go up. What a model computes in floating point is ``c a``, from which ``c``
+is read back; from there on everything is exact. Which quantizers are concerned is in their sites (``ValueSite.requant``).
+
+Source: the files to which tpu-mlir 1.30 lowers networks, and its interpreter; see ``docs/chips.md``.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ class Requantizer:
         first = requants[0]
         self.sources = tuple(requant.source for requant in requants)
         self.result = first.result
-        self._rule, self._count, self._truncates, self._axis = first.rule, first.count, first.truncates, first.axis
+        self._rule, self._number, self._truncates, self._axis = first.rule, first.number, first.truncates, first.axis
 
     def in_force(self, own: QParams, qparams: Mapping[str, QParams]) -> QParams:
         """The qparams that act: a term has the step of the result, or a fraction of it where the sum is shifted.
@@ -150,8 +152,8 @@ class Requantizer:
             if self._rule == "layer":
                 return half_up(sums * long_multiplier(came / step))
             return in_two_shifts(sums, came / step)
-        factor, power = multiplier(came / (step * self._count), self._truncates)
-        return half_up((x * self._count / came).round() * factor / power)
+        factor, power = multiplier(came / (step * self._number), self._truncates)
+        return half_up((x * self._number / came).round() * factor / power)
 
     def _largest(self, qparams: Mapping[str, QParams]) -> Tensor:
         return torch.stack([_step(name, qparams) for name in self.sources]).amax(0)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from sophq_func.capture.graph import Graph
 from sophq_func.config.matching import is_glob
 from sophq_func.config.rules import Decision, QuantConfig
-from sophq_func.config.site import EVERY_CALL, CallSite, ComputedSite, LayerInput, Requant, Site, ValueSite, WeightSite
+from sophq_func.config.site import EVERY_CALL, CallSite, ComputedSite, LayerInput, Site, ValueSite, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
@@ -35,7 +35,7 @@ from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
 from sophq_func.planning.picture import Wiring, wiring
 from sophq_func.planning.placing import place
-from sophq_func.planning.requantizing import requantize
+from sophq_func.planning.requantizing import NOT_EXACT, Exact, requantize
 from sophq_func.planning.sharing import share
 from sophq_func.planning.values import NO_VALUES, quantize_values
 from sophq_func.planning.weights import WeightPlace, find_weights
@@ -106,11 +106,11 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     biases = round_biases(planned, weights.places)
     inputs = layer_inputs(planned, weights.places)
     arithmetic = config.spec.arithmetic
-    requants: Mapping[str, tuple[Requant, ...]] = {}
+    exact = NOT_EXACT
     if strategy.exact and arithmetic is not None:
-        requants = requantize(planned, arithmetic, config.is_symmetric)
+        exact = requantize(planned, arithmetic, config.is_symmetric)
     by_name = {outcome.site.quantizer: outcome for outcome in outcomes}
-    sites = [_with_inputs(outcome.site, biases, inputs, requants) for outcome in outcomes if outcome.decision is not None]
+    sites = [_with_inputs(outcome.site, biases, inputs, exact) for outcome in outcomes if outcome.decision is not None]
     return Draft(
         graph=graph,
         sites=in_execution_order(graph, sites),
@@ -132,12 +132,11 @@ def _shape_problems(places: Sequence[WeightPlace], outcomes: Mapping[str, Outcom
             yield from shape_problems(outcome.site, outcome.config, weight.unknown)
 
 
-def _with_inputs(
-    site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]], requants: Mapping[str, tuple[Requant, ...]]
-) -> Site:
-    """A site, completed with what the layers of a weight read, or with where the integers of a value come from."""
-    if isinstance(site, ValueSite) and site.quantizer in requants:
-        return replace(site, requant=requants[site.quantizer])
+def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]], exact: Exact) -> Site:
+    """A site, completed with what the layers of a weight read, or with how a chip computes a value."""
+    if isinstance(site, ValueSite) and site.quantizer in (exact.requants.keys() | exact.unsigned):
+        requant = exact.requants.get(site.quantizer, ())
+        return replace(site, requant=requant, unsigned=site.quantizer in exact.unsigned)
     if isinstance(site, WeightSite):
         source = biases.sources.get(site.quantizer, "")
         return replace(site, source=source, inputs=inputs[site.quantizer])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.chips import Arithmetic
@@ -23,13 +24,28 @@ CHANNEL_AXES: Mapping[str, int] = {"conv1d": -2, "conv2d": -3, "conv3d": -4, "li
 """By operation, the axis of the channels of its result."""
 
 
-def requantize(planned: Planned, arithmetic: Arithmetic, is_symmetric: bool) -> dict[str, tuple[Requant, ...]]:
-    """By quantizer, where its integers come from.
+class Exact(NamedTuple):
+    """How a chip computes the values of a plan.
+
+    Attributes:
+      requants: by quantizer, where its integers come from.
+      unsigned: quantizers whose codes start at 0 and have no zero point.
+    """
+
+    requants: Mapping[str, tuple[Requant, ...]]
+    unsigned: frozenset[str]
+
+
+NOT_EXACT = Exact({}, frozenset())
+
+
+def requantize(planned: Planned, arithmetic: Arithmetic, is_symmetric: bool) -> Exact:
+    """How the chip computes the values of a plan.
 
     Args:
       planned: what is quantized how.
       arithmetic: that of the chip.
-      is_symmetric: whether grids of values have no zero point but 0; else products of 7 bits are exact quotients.
+      is_symmetric: whether grids of values have no zero point but 0; else pooling divides exactly.
     """
     found: dict[str, tuple[Requant, ...]] = {}
     for node in planned.graph:
@@ -40,13 +56,15 @@ def requantize(planned: Planned, arithmetic: Arithmetic, is_symmetric: bool) -> 
             continue
         if node.operation in arithmetic.terms:
             found.update(_terms(planned, node, result, arithmetic))
-        elif node.operation in arithmetic.products and is_symmetric:
+        elif node.operation in arithmetic.products and (is_symmetric or node.operation not in POOLS):
             found.update(_product(planned, node, result, arithmetic))
         elif node.operation in CHANNEL_AXES or node.operation in arithmetic.long_products:
             found.update(_layer(planned, node, result, arithmetic))
-        elif node.operation in TABLES | POOLS and (source := _grid(planned, node.operands[0])):
+        elif node.operation in TABLES | POOLS and node.operands and (source := _grid(planned, node.operands[0])):
             found[result] = (Requant("quotient", source),)
-    return found
+    # in a chip's symmetric mode, affine grids are those of values that cannot be negative
+    affine = [name for name, config in planned.configs.items() if not config.scheme.symmetric]
+    return Exact(found, frozenset(affine if is_symmetric else ()))
 
 
 def _terms(planned: Planned, node: Node, result: str, arithmetic: Arithmetic) -> Mapping[str, tuple[Requant, ...]]:

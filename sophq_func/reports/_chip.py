@@ -11,8 +11,7 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Collection, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -75,7 +74,7 @@ class ChipRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ChipComparison:
-    """What :func:`sophq_func.compare_chip` found. ``print`` shows a table, ``found["conv1.post_act_fake_quantizer"]`` is a row.
+    """What :func:`sophq_func.compare_chip` found. ``print`` shows a table; by the name of a quantizer it gives a row.
 
     Attributes:
       file: name of the file with the chip's values.
@@ -109,7 +108,7 @@ class ChipComparison:
         absent = f"; {len(self.missing)} not in the file" if self.missing else ""
         return f"{len(self.rows)} values: {_percent(equal)} of codes equal, {_percent(within)} within one{absent}"
 
-    def table(self, columns: str | SequenceOf[str] | None = None, width: int = WIDTH) -> str:
+    def table(self, columns: str | Sequence[str] | None = None, width: int = WIDTH) -> str:
         """The comparison as text. Columns that do not fit beside each other follow below their row.
 
         Args:
@@ -232,7 +231,7 @@ def _first(pattern: str, names: Collection[str]) -> str:
 def _file(folder: str | os.PathLike[str], outputs: str | None) -> Path:
     """The file of values."""
     where = "compare_chip"
-    if not isinstance(folder, str | os.PathLike) or not os.path.isdir(folder):
+    if not isinstance(folder, str | os.PathLike) or not Path(folder).is_dir():
         fix = "the folder in which model_deploy.py ran"
         raise StateError(explain(where, "there is no such folder", got=str(folder), fix=fix))
     here = Path(folder)
@@ -314,11 +313,19 @@ def _percent(share: float) -> str:
     return "99.999 %" if share < 1 and shown.startswith("100") else shown
 
 
-def _cells(rows: SequenceOf[ChipRow]) -> Table:
+def _cells(rows: Sequence[ChipRow]) -> Table:
     """The rows under their headings."""
     headings = ("quantizer", "equal", "within one", "largest", "cosine", "grid", "tensor")
     cells = [
-        (row.quantizer, _percent(row.equal), _percent(row.within_one), f"{row.largest:g}", f"{row.cosine:.6f}", row.grid, row.tensor)
+        (
+            row.quantizer,
+            _percent(row.equal),
+            _percent(row.within_one),
+            f"{row.largest:g}",
+            f"{row.cosine:.6f}",
+            row.grid,
+            row.tensor,
+        )
         for row in rows
     ]
     return Table(headings=headings, rows=tuple(cells), right=frozenset(("equal", "within one", "largest", "cosine")))

@@ -37,7 +37,7 @@ INTEGER = TABLES | frozenset(
 """Operations whose operands and result are 8-bit integers."""
 
 RELUS = frozenset(("relu", "relu6"))
-"""Operations that the chip computes together with the one before, as their only effect is on what is below 0 or saturates."""
+"""Operations that the chip computes together with the one before: they change only what is below 0, or saturates."""
 
 MAX_POOLS = frozenset(("max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d"))
 
@@ -46,9 +46,7 @@ BOUNDED = frozenset(("sigmoid", "softmax"))
 
 NEVER_NEGATIVE = RELUS | BOUNDED | {"hardsigmoid"}
 
-KEEP_SIGN = frozenset(
-    "adaptive_avg_pool1d adaptive_avg_pool2d add avg_pool1d avg_pool2d cat interpolate mul".split()
-)
+KEEP_SIGN = frozenset("adaptive_avg_pool1d adaptive_avg_pool2d add avg_pool1d avg_pool2d cat interpolate mul".split())
 """Operations that give nothing negative where no operand is negative."""
 
 TERM_BITS = 16
@@ -56,9 +54,9 @@ TERM_BITS = 16
 
 
 def keeps_grid(graph: Graph, node: Node) -> bool:
-    """Whether the result of a call is on the grid of its first operand: it only moves values, or is a ReLU behind max pooling.
+    """Whether the result of a call is on the grid of its first operand: it moves values, or is a ReLU behind max pooling.
 
-    Such a ReLU is computed with the pooling, which cannot change the grid; so is one whose operand others take, too.
+    Such a ReLU is computed with the pooling, which cannot change the grid. So is a ReLU whose operand other calls take.
     """
     if moves(node):
         return True
@@ -162,13 +160,13 @@ def value_presets(graph: Graph, chosen: dict[str, str], requests: Requests) -> I
         is_bounded = graph.producer(value).last.operation in BOUNDED
         if not requests.symmetric:
             if is_bounded:
-                yield name, Preset(override(observer=unit), UNIT, yields=True)
+                yield name, Preset(override(observer=unit), UNIT)
         elif arithmetic.unsigned and is_non_negative(graph, value):
-            change = override(observer=unit, symmetric=False) if is_bounded else override(symmetric=False)
-            yield name, Preset(change, UNIT if is_bounded else UNSIGNED, yields=True)
+            unsigned = Preset(override(symmetric=False), UNSIGNED, yields=True)
+            yield name, Preset(override(observer=unit, symmetric=False), UNIT) if is_bounded else unsigned
         elif is_bounded:
             # step 1 / 127, as the compiler has it: a grid with -128 would have 1 / 127.5
-            yield name, Preset(override(observer=unit, symmetric_range=True), UNIT, yields=True)
+            yield name, Preset(override(observer=unit, symmetric_range=True), UNIT)
 
 
 UNIT = "strategy Chip: the compiler takes the range [0, 1]"
