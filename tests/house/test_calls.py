@@ -19,8 +19,8 @@ import sophq_func as sq
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
 OUTCOMES = frozenset(
-    "Artifact Checkpoint ChipComparison ChipRow Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report ReportRow Sensitivities "
-    "Sensitivity Site TopEigenvalue".split()
+    "Artifact Checkpoint ChipComparison ChipRow Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report "
+    "ReportRow Sensitivities Sensitivity Site TopEigenvalue".split()
 )
 """Classes whose instances the library returns; ``QParams``, of which every run makes many, is a plain NamedTuple."""
 EXCEPTIONS = frozenset("CheckpointError ConfigError PlanError PlanWarning StateError".split())

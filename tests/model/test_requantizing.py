@@ -1,4 +1,4 @@
-"""What a chip computes between two grids, against what the interpreter of its compiler computed (``tests/chip/record.py``)."""
+"""What a chip computes between two grids, against what its compiler's interpreter computed (``tests/chip/record.py``)."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_zero_point_cannot_be_learned_where_codes_are_unsigned() -> None:
     moved = {**qparams, RESULT: qparams[RESULT]._replace(zero_point=torch.tensor(9.0))}
     assert torch.equal(q.apply(params, moved, x), q.apply(params, qparams, x))
     learned, rest = q.split(qparams)
-    grads = torch.func.grad(lambda l: q.apply(params, sq.merge(l, rest), 3 * x).square().sum())(learned)
+    grads = torch.func.grad(lambda leaves: q.apply(params, sq.merge(leaves, rest), 3 * x).square().sum())(learned)
     assert grads[f"{RESULT}.zero_point"] == 0
     assert grads[f"{RESULT}.scale"] != 0 and grads["a.post_act_fake_quantizer.scale"] != 0
     assert all(grad.isfinite().all() for grad in grads.values())
