@@ -61,6 +61,7 @@ WAYS = (
 
 
 def config_of(chip: str, way: Way) -> sq.QuantConfig:
+    """The config of a way to plan."""
     if way.affine:
         return sq.QuantConfig(chip=chip, strategy=way.strategy, activation=AFFINE)
     return sq.QuantConfig(chip=chip, strategy=way.strategy)
@@ -78,9 +79,7 @@ def rows(model: nn.Module, batches: list[Tensor], x: Tensor) -> Iterator[str]:
             yield row(way, chip, q, params, qparams, x)
 
 
-def row(
-    way: Way, chip: str, q: sq.Quantized, params: dict[str, Tensor], qparams: dict[str, sq.QParams], x: Tensor
-) -> str:
+def row(way: Way, chip: str, q: sq.Quantized, params: dict[str, Tensor], qparams: dict[str, sq.QParams], x: Tensor) -> str:
     """One line: shares of equal codes over all values, the value with the fewest, the output, and predictions."""
     with tempfile.TemporaryDirectory() as folder:
         tables = sq.export.tables(q, params, qparams, folder, example_args=x, name="net")
@@ -108,6 +107,7 @@ HEAD = (
 
 
 def main() -> None:
+    """Measure, print, and with ``--write`` change the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the table into docs/chips.md")
     write = parser.parse_args().write

@@ -33,6 +33,21 @@ class Operations(nn.Module):
         return self.head(torch.tanh(self.hidden(F.adaptive_avg_pool2d(x, 1).flatten(1))))
 
 
+class Residual(nn.Module):
+    """Convolutions, two sums and a linear layer, all of which the compiler computes with zero points, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.left(x) + self.right(x))
+        return self.head(F.adaptive_avg_pool2d(x + self.last(x), 1).flatten(1))
+
+
 def planned(chip: str, model: nn.Module, x: Tensor) -> sq.Quantized:
     """The model with a plan that simulates a chip."""
     return sq.quantize(model, sq.QuantConfig(chip=chip, strategy="Chip"), example_args=(x,))

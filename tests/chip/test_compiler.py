@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import sophq_func as sq
-from tests.chip.network import Operations, planned
+from tests.chip.network import Operations, Residual, planned
 from tests.chip.record import RECORDED, record
-from tests.helpers import Digits
 from tools.chip import compiled, home
 
 pytestmark = [
@@ -39,7 +38,7 @@ def test_every_operation_has_the_codes_of_the_chip(chip: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_residual_network_has_the_codes_of_the_chip(symmetric: bool, tmp_path: Path) -> None:
-    model, x = Digits().eval(), torch.randn(16, 1, 8, 8)
+    model, x = Residual().eval(), torch.randn(16, 2, 8, 8)
     config = sq.QuantConfig(chip="BM1684X", strategy="Chip")
     if not symmetric:
         config = sq.QuantConfig(chip="BM1684X", strategy="Chip", activation=sq.override(symmetric=False))
