@@ -137,5 +137,11 @@ def pooled(graph: Graph, node: Node) -> int:
         before, after = node.operands[0].shape[-spatial:], graph.values[node.outputs[0]].shape[-spatial:]
         is_even = all(wide % narrow == 0 for wide, narrow in zip(before, after, strict=True))
         return prod(before) // prod(after) if is_even else 0
-    size = node.options.get("kernel_size", 0)
+    options = node.options
+    padding = options.get("padding", 0)
+    is_padded = any(padding) if isinstance(padding, tuple) else bool(padding)
+    differs = options.get("ceil_mode") or (is_padded and not options.get("count_include_pad", True))
+    if differs or options.get("divisor_override") is not None:
+        return 0
+    size = options.get("kernel_size", 0)
     return prod(size) if isinstance(size, tuple) else int(size) ** spatial

@@ -104,6 +104,24 @@ def test_pooling_of_a_number_that_the_trace_does_not_tell_is_the_quotient() -> N
     assert not plan_of(Pooled()).site("avg_pool2d.post_act_fake_quantizer").requant
 
 
+@pytest.mark.parametrize(
+    ("pool", "number"),
+    [
+        (nn.AvgPool2d(2), 4),
+        (nn.AvgPool2d((2, 3), padding=1), 6),
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False), 0),
+        (nn.AvgPool2d(3, ceil_mode=True), 0),
+        (nn.AvgPool2d(3, divisor_override=2), 0),
+        (nn.AdaptiveAvgPool2d(4), 4),
+        (nn.AdaptiveAvgPool2d(3), 0),
+    ],
+)
+def test_pooling_is_exact_where_each_result_has_as_many_elements(pool: nn.Module, number: int) -> None:
+    plan = plan_of(nn.Sequential(nn.Conv2d(2, 2, 1), pool))
+    requants = plan.site("1.post_act_fake_quantizer").requant
+    assert [requant.number for requant in requants] == [number] * bool(number)
+
+
 def test_a_sum_with_a_constant_has_no_terms() -> None:
     class Shifted(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_files_that_are_not_there_are_said(ready: Ready, tmp_path: Path) -> None
         ready.compare(tmp_path)
     ready.write(tmp_path)
     ready.write(tmp_path, "other_tpu_outputs.npz")
-    with pytest.raises(sq.StateError, match="several files of values.* Fix: outputs="):
+    with pytest.raises(sq.StateError, match=r"several files of values.* Fix: outputs="):
         ready.compare(tmp_path)
     assert ready.compare(tmp_path, outputs=FILE).file == FILE
     with pytest.raises(sq.StateError, match=rf"has no .* did you mean .{FILE}"):
