@@ -159,7 +159,7 @@ def test_without_a_chip_it_is_the_default_one() -> None:
     assert grids(plan_of(Operations(), chip=None)) == grids(plan_of(Operations(), chip="BM1690"))
 
 
-def test_a_chip_of_ones_own_takes_the_arithmetic_of_another() -> None:
+def test_a_chip_of_ones_own_takes_the_arithmetic_of_another(scratch_registries: None) -> None:
     spec = replace(sq.CHIPS.get("BM1690"), arithmetic=sq.CHIPS.get("CV183X").arithmetic)
     sq.register.chip("Mine", spec)
     assert grids(plan_of(Operations(), chip="Mine")) == grids(plan_of(Operations(), chip="CV183X"))
