@@ -304,7 +304,7 @@ def _notes(tabled: Tabled, processor: Processor | None) -> Iterator[str]:
         words = ", ".join(known.word for known in PROCESSORS.values())
         yield f"The plan names no chip that the compiler knows; --processor is one of {words}."
     elif processor.symmetric and any(grid.low == 0.0 or grid.affine for grid in _grids(tabled)):
-        yield "This chip has symmetric codes only: affine and unsigned activations get steps of up to twice the planned size."
+        yield "This chip has symmetric codes only: affine and unsigned activations get steps of up to twice the size."
     if tabled.joined:
         names = ", ".join(made.operation.name for made in tabled.joined)
         yield f"This chip has one step for a linear layer: weights are rounded to their largest one in {names}."
