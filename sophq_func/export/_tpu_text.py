@@ -203,7 +203,7 @@ def number(value: float) -> str:
       >>> number(0.1), number(1e-7), number(2.5e20)
       ('0.1', '1e-07', '2.5e20')
     """
-    return f"{value:.9g}".replace("+", "")
+    return f"{value:.12g}".replace("+", "")
 
 
 def calibration_table(tabled: Tabled) -> str:
