@@ -40,6 +40,7 @@ OPTIONS = (
     "affine",
     "eps",
     "groups",
+    "kernel_size",
     "num_features",
     "out_channels",
     "out_features",

@@ -81,7 +81,7 @@ Word = Callable[[Plan, str, Grid | None], str]
 
 
 def records(plan: Plan, qparams: Mapping[str, QParams], ops: Mapping[str, str], word: Word) -> list[Record]:
-    """A record for each quantizer, in the order of the plan.
+    """A record for each quantizer, in the order of the plan; without terms of sums, which are no tensors of the file.
 
     Args:
       plan, qparams: of the quantizers.
@@ -93,7 +93,7 @@ def records(plan: Plan, qparams: Mapping[str, QParams], ops: Mapping[str, str], 
     """
     problems = [_problem(plan, name, config, qparams[name]) for name, config in plan.items()]
     raise_all([problem for problem in problems if problem])
-    return [_record(plan, name, qparams[name], ops[name], word) for name in plan]
+    return [_record(plan, name, qparams[name], ops[name], word) for name in plan if not plan.site(name).is_term]
 
 
 def _problem(plan: Plan, name: str, config: QuantizerConfig, qparams: QParams) -> str:

@@ -103,6 +103,7 @@ class Range:
       affine: whether its zero point is not 0.
       quantizers: that have it.
       readers: the calls that alone read the tensor on this grid; empty for all.
+      tabled: whether the plan says that the chip computes it as a table of a result for each code.
     """
 
     word: str
@@ -112,6 +113,7 @@ class Range:
     affine: bool = False
     quantizers: tuple[str, ...] = ()
     readers: frozenset[str] = frozenset()
+    tabled: bool = False
 
 
 UNIT = Range(INT8, 1.0, 0.0, 1.0)
@@ -177,7 +179,9 @@ def ranges_of(plan: Plan, records: Iterable[Record], names: FileNames) -> dict[s
         if isinstance(made, str):
             problems.append(made)
             continue
-        made = replace(made, quantizers=(record.quantizer,), readers=_readers(plan, record.quantizer))
+        is_tabled = any(requant.rule == "quotient" for requant in plan.site(record.quantizer).requant)
+        readers = _readers(plan, record.quantizer)
+        made = replace(made, quantizers=(record.quantizer,), readers=readers, tabled=is_tabled)
         other = found.setdefault(tensor, made)
         if _grid(other) != _grid(made):
             because = f"{other.quantizers[0]} has another grid for the same tensor, and the compiler has one for each"
@@ -192,7 +196,7 @@ def ranges_of(plan: Plan, records: Iterable[Record], names: FileNames) -> dict[s
 
 def _grid(given: Range) -> Range:
     """The grid alone, for comparison."""
-    return replace(given, quantizers=(), readers=frozenset())
+    return replace(given, quantizers=(), readers=frozenset(), tabled=False)
 
 
 def _tensor(plan: Plan, quantizer: str, names: FileNames) -> str:
@@ -272,9 +276,18 @@ def typed(
             grids.update({} if own is None else dict.fromkeys(operation.tensors, own))
         own = own or _measured_range(measured.get(operation.tensors[-1]))
         acts = weight.quantizer if weight is not None and word != FLOAT else ""
-        result.append(Typed(operation, word, own, acts))
+        result.append(Typed(operation, word, None if _is_clipped_move(operation, own) else own, acts))
     raise_all(problems, ConfigError)
     return result
+
+
+def _is_clipped_move(operation: Operation, own: Range | None) -> bool:
+    """Whether a ReLU keeps the signed grid of its input, as behind max pooling.
+
+    It has no line: the compiler takes the smallest value of a ReLU's line for 0, and would give what follows another grid.
+    """
+    is_clipped = operation.kind in MOVES and operation.nodes[-1].kind == "Relu"
+    return is_clipped and own is not None and not own.quantizers and own.low < 0
 
 
 def _moved(operation: Operation, given: Sequence[Range | None]) -> Range | None:
@@ -313,6 +326,9 @@ def _as_read(given: Range | None, computed: Iterable[str]) -> Range | None:
 
 def _word(operation: Operation, given: Sequence[Range | None], own: Range | None, weight: Record | None) -> str:
     """The type in which an operation computes: that of all that it reads."""
+    if own is not None and own.tabled:
+        # what has no grid is inside the activation, such as the sigmoid of a SiLU
+        return _common({own.word, *(grid.word for grid in given if grid is not None)})
     words = {FLOAT if grid is None else grid.word for grid in given}
     node = operation.nodes[0]
     if operation.kind in PRODUCTS:
