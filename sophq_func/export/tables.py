@@ -86,9 +86,9 @@ def tables(
       name: the beginning of all file names.
       names: for ``sophgo-mq``: by quantizer, its name in the tables, ``<tensor>_<op type>``: the tensor in the ONNX file,
         and the op type of the node that computes it. For an input of the model it is the input's name; for a weight the
-        name of the layer's result, or, per channel, of the ReLU behind it. Quantizers that are not listed get the names of the ONNX
-        file; without one they are named after the call: ``layer1.conv1_Conv``, and a fused group after its last call:
-        ``layer1.relu_Relu``.
+        name of the layer's result, or, per channel, of the ReLU behind it. Quantizers that are not listed get the names of
+        the ONNX file; without one they are named after the call: ``layer1.conv1_Conv``, and a fused group after its last
+        call: ``layer1.relu_Relu``.
       work_mode: for ``sophgo-mq``: ``"QAT_all_int8"``, ``"int4_and_int8_mix"`` or ``"int4_and_int8_mix_no_fc"``.
       compiler: ``"tpu-mlir"`` (version 1.30.2) or ``"sophgo-mq"``.
       batches: for ``tpu-mlir``: further inputs, beside the example, from which values without a grid have their ranges.
