@@ -28,6 +28,7 @@ import sophq_func as sq
 sys.path.append(str(Path(__file__).parents[1]))
 
 from tools.chip import compiled, home
+from tools.lowered import lowered
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -51,7 +52,7 @@ class Result(NamedTuple):
       same: share of predictions that are those of ``apply``, in percent.
       codes: by value, the share of codes that are equal, in percent.
       within: share of all codes that differ by one at most, in percent.
-      types: how many operations computed in each type.
+      types: how many operations have a result of each type in the lowered network.
       size: of the compiled model, in KiB.
       cycles: as the compiler estimates; ``None`` where it does not.
     """
@@ -80,15 +81,16 @@ def measured(model: nn.Module, chip: str, strategy: str, folder: Path) -> tuple[
     comparison = sq.compare_chip(q, params, qparams, folder, x)
     elements = sum(row.elements for row in comparison.rows)
     (built,) = [path for path in folder.iterdir() if path.suffix in (".bmodel", ".cvimodel")]
-    words = [line.split()[1] for line in files.q_table.read_text().splitlines() if line and line[0] != "#"]
+    (network,) = folder.glob("*_tpu.mlir")
+    words = {line.split()[0] for line in files.q_table.read_text().splitlines() if line and line[0] != "#"}
     profile = folder / "compiler_profile_0.txt"
     cycles = CYCLES.findall(profile.read_text()) if profile.exists() else []
     result = Result(
         percent(actual == labels),
         percent(actual == expected),
-        {row.tensor: 100 * row.equal for row in comparison.rows},
+        {row.quantizer.removesuffix(".post_act_fake_quantizer"): 100 * row.equal for row in comparison.rows},
         100 * sum(row.elements * row.within_one for row in comparison.rows) / elements,
-        dict(Counter(words)),
+        dict(Counter(operation.result for operation in lowered(network) if operation.name in words)),
         built.stat().st_size / 1024,
         int(cycles[-1]) if cycles else None,
     )
@@ -123,13 +125,13 @@ def picture(results: dict[tuple[str, str], Result], path: Path) -> None:
             codes = results[chip, strategy].codes
             rows = [row + (i - 1.5) * 0.2 for row, name in enumerate(values) if name in codes]
             panel.barh(rows, [codes[name] for name in values if name in codes], height=0.18, label=chip)
-        panel.set_yticks(range(len(values)), [name.rpartition("_")[0] or name for name in values], fontsize=8)
+        panel.set_yticks(range(len(values)), values, fontsize=8)
         panel.set_xlim(0, 100)
         panel.set_title(f"strategy {strategy}", loc="left", fontweight="bold")
         panel.set_xlabel("codes that are those of apply, in percent")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=len(CHIPS), loc="outside lower center")
     figure.savefig(path, dpi=140, format="png")
     plt.close(figure)
 
