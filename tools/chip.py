@@ -11,6 +11,7 @@ import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,8 @@ def compiled(folder: Path, commands: Path, inputs: Mapping[str, np.ndarray]) -> 
     Raises:
       RuntimeError: the compiler failed; with the end of what it printed.
     """
-    np.savez(folder / "inputs.npz", **inputs)
+    values: dict[str, Any] = dict(inputs)
+    np.savez(folder / "inputs.npz", **values)
     lines = [line for line in commands.read_text().splitlines() if line.startswith("model_")]
     for line in lines:
         debugged = f"{line} --debug" if line.startswith("model_deploy") else line

@@ -129,8 +129,8 @@ def tables(
     with torch.no_grad():
         qparams = with_room_for_biases(q, params, qparams)
     job = Job(q, params, qparams, example_args, name, names, work_mode, batches, chip)
-    contents = COMPILERS.get(compiler).contents(job)
     written = COMPILERS.get(compiler)
+    contents = written.contents(job)
     start = Path(folder) / name
     texts = {
         f"{start}{written.calibration}": contents.calibration,

@@ -210,6 +210,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dynamic": ({"dynamic": True}, {}, "the tables cannot hold a dynamic range"),
     "names": ({}, {"names": {"fc.weight_fake_quant": "y"}}, "take no names"),
     "no example": ({}, {"example_args": None}, "need an example"),
+    "work mode": ({}, {"work_mode": "int4_and_int8_mix"}, "tpu-mlir has no work mode"),
+    "batches of the other compiler": ({}, {"batches": [X], "compiler": "sophgo-mq"}, "chip= and batches= are for tpu-mlir"),
     "compiler": ({}, {"compiler": "tpu_mlir"}, "did you mean 'tpu-mlir'"),
     "chip": ({}, {"chip": "BM1684"}, "did you mean 'BM1684X'"),
     "no chip of this compiler": ({}, {"chip": "Academic"}, "does not know this chip"),
