@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from sophq_func.core.errors import ConfigError, explain
 from sophq_func.export._chains import propagated
 from sophq_func.export._compiler import Compiler, Contents, Job
 from sophq_func.export._float import Form, float_file
@@ -24,6 +25,9 @@ def contents(job: Job) -> Contents:
     Raises:
       ConfigError, StateError: see :func:`sophq_func.export.tables`.
     """
+    if job.chip or job.batches != ():
+        what, fix = "chip= and batches= are for tpu-mlir", 'compiler="tpu-mlir", or leave them out'
+        raise ConfigError(explain("tables", what, because="these tables hold what the plan says alone", fix=fix))
     q, qparams = job.q, job.qparams
     file = None if job.example_args is None else float_file(q, job.params, qparams, job.example_args, FORM)
     names = None if file is None else file.names

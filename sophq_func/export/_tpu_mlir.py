@@ -7,7 +7,7 @@ each operation gets a word: that of the plan's grids where all that it reads is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -167,7 +167,7 @@ def ranges_of(plan: Plan, records: Iterable[Record], names: FileNames) -> dict[s
     """The grid of each tensor that has one.
 
     Raises:
-      ConfigError: the compiler has no such type; two quantizers give one tensor different grids.
+      ConfigError: two quantizers give one tensor different grids.
     """
     found: dict[str, Range] = {}
     problems = []
@@ -175,13 +175,9 @@ def ranges_of(plan: Plan, records: Iterable[Record], names: FileNames) -> dict[s
         tensor = _tensor(plan, record.quantizer, names)
         if record.is_weight or not tensor:
             continue
-        made = _range(record)
-        if isinstance(made, str):
-            problems.append(made)
-            continue
         is_tabled = any(requant.rule == "quotient" for requant in plan.site(record.quantizer).requant)
         readers = _readers(plan, record.quantizer)
-        made = replace(made, quantizers=(record.quantizer,), readers=readers, tabled=is_tabled)
+        made = replace(_range(record), quantizers=(record.quantizer,), readers=readers, tabled=is_tabled)
         other = found.setdefault(tensor, made)
         if _grid(other) != _grid(made):
             because = f"{other.quantizers[0]} has another grid for the same tensor, and the compiler has one for each"
@@ -217,8 +213,8 @@ def _readers(plan: Plan, quantizer: str) -> frozenset[str]:
     return frozenset(edge.target for edge in plan.edges if quantizer in edge.through)
 
 
-def _range(record: Record) -> Range | str:
-    """The grid of a record; or why the compiler has none such, as an error sentence."""
+def _range(record: Record) -> Range:
+    """The grid of a record."""
     if record.quant_type in FLOAT8:
         return Range(record.quant_type, record.threshold, -record.threshold, record.threshold)
     if record.quant_type != INT8:
@@ -237,7 +233,7 @@ def typed(
     made: Sequence[Operation],
     ranges: Mapping[str, Range],
     weights: Mapping[str, Record],
-    measured: Mapping[str, tuple[float, float]],
+    measured: Callable[[], Mapping[str, tuple[float, float]]],
     names: FileNames,
 ) -> list[Typed]:
     """The type of each operation.
@@ -246,7 +242,7 @@ def typed(
       made: the operations, in order of computation.
       ranges: grids of tensors.
       weights: records of the weights' quantizers, by the tensor of the product.
-      measured: smallest and largest value of tensors, for those that have no grid.
+      measured: returns the smallest and largest value of each tensor; called where some have no grid.
       names: of the file.
 
     Raises:
@@ -274,7 +270,7 @@ def typed(
         if own is None:
             own = _moved(operation, given) or _probabilities(computed, words)
             grids.update({} if own is None else dict.fromkeys(operation.tensors, own))
-        own = own or _measured_range(measured.get(operation.tensors[-1]))
+        own = own or _measured_range(measured().get(operation.tensors[-1]))
         acts = weight.quantizer if weight is not None and word != FLOAT else ""
         result.append(Typed(operation, word, None if _is_clipped_move(operation, own) else own, acts))
     raise_all(problems, ConfigError)

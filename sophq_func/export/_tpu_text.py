@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from sophq_func.export._compiler import Compiler, Contents, Job
 from sophq_func.export._float import FloatFile, Form, float_file
 from sophq_func.export._nodes import nodes_of, operations
 from sophq_func.export._records import Record, bits_of, outermost, records
+from sophq_func.export._sophgo_mq import WORK_MODES
 from sophq_func.export._tpu_mlir import (
     FLOAT,
     FLOAT8,
@@ -30,6 +32,7 @@ from sophq_func.export._tpu_mlir import (
     ranges_of,
     typed,
 )
+from sophq_func.numerics.scheme import PerChannel
 from sophq_func.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -83,6 +86,9 @@ def _check(job: Job) -> None:
     if job.example_args is None:
         because, fix = "they name each operation of the ONNX file", 'example_args=x, or compiler="sophgo-mq"'
         raise ConfigError(explain("tables", "the tables of tpu-mlir need an example", because=because, fix=fix))
+    if job.work_mode != WORK_MODES[0]:
+        because, fix = "its q_table says the type of each operation", 'leave it out, or compiler="sophgo-mq"'
+        raise ConfigError(explain("tables", "tpu-mlir has no work mode", got=job.work_mode, because=because, fix=fix))
     if job.names:
         because, fix = "they name the operations of the file beside them", 'leave names out, or compiler="sophgo-mq"'
         raise ConfigError(explain("tables", "the tables of tpu-mlir take no names", because=because, fix=fix))
@@ -130,7 +136,7 @@ def _tabled(job: Job, acting: Sequence[Record], file: FloatFile, processor: Proc
         if record.is_weight and members and members[0] in names.products:
             weights[names.products[members[0]]] = record
     made = operations(nodes_of(proto), [value.name for value in proto.graph.output])
-    types = typed(made, ranges, weights, _measured(job, proto), names)
+    types = typed(made, ranges, weights, cache(partial(_measured, job, proto)), names)
     inputs = {value.name: ranges[value.name] for value in proto.graph.input if value.name in ranges}
     affine = any(grid.affine for grid in ranges.values()) and not (processor is not None and processor.symmetric)
     by_name = {record.quantizer: record for record in acting}
@@ -184,12 +190,25 @@ def _problems(plan: Plan, record: Record, processor: Processor | None) -> Iterat
         because = OF_FOUR_BITS if record.has_range and record.bits == 4 else ""
         sentence = f"the compiler has no such type for this {what}"
         yield explain(name, sentence, got=got, allowed=allowed, because=because, fix=fix % change)
+    elif record.is_weight and _has_other_channels(plan, name):
+        because, change = "it has steps for output channels alone", "granularity=sq.PerChannel()"
+        yield explain(name, "the compiler has no such channels of weights", because=because, fix=fix % change)
     elif record.is_weight and record.quant_type == INT8 and any(record.zero_points):
         because = "it reads no zero points of weights"
         yield explain(name, "the compiler has no affine weights", because=because, fix=fix % "symmetric=True")
     elif record.quant_type in FLOAT8 and processor is not None and not processor.float8:
         because, other = f"{processor.word} has no such type", fix % "fake_quantize=sq.fake_quantize.bf16()"
         yield explain(name, "the compiler has no FP8 for this chip", because=because, fix=f"chip BM1690, or {other}")
+
+
+def _has_other_channels(plan: Plan, name: str) -> bool:
+    """Whether a weight has a step for each entry of another axis than that of the output channels."""
+    granularity, site = plan[name].scheme.granularity, plan.site(name)
+    if not isinstance(granularity, PerChannel) or granularity.axis is None or not site.shape:
+        return False
+    if isinstance(granularity.axis, int):
+        return granularity.axis % len(site.shape) != site.axis
+    return granularity.axis != site.axis
 
 
 OF_FOUR_BITS = "its INT4 convolutions give other numbers than the plan; weights alone may have 4 bits, in INT8"
@@ -304,7 +323,7 @@ def _notes(tabled: Tabled, processor: Processor | None) -> Iterator[str]:
         words = ", ".join(known.word for known in PROCESSORS.values())
         yield f"The plan names no chip that the compiler knows; --processor is one of {words}."
     elif processor.symmetric and any(grid.low == 0.0 or grid.affine for grid in _grids(tabled)):
-        yield "This chip has symmetric codes only: affine and unsigned activations get steps of up to twice the planned size."
+        yield "This chip has symmetric codes only: affine and unsigned activations get steps of up to twice the size."
     if tabled.joined:
         names = ", ".join(made.operation.name for made in tabled.joined)
         yield f"This chip has one step for a linear layer: weights are rounded to their largest one in {names}."

@@ -60,54 +60,63 @@ def tables(
     batches: Iterable[Any] = (),
     chip: str = "",
 ) -> Tables:
-    """Write the tables for a chip's compiler, and with ``example_args`` the float ONNX file that they refer to.
+    """Write what a chip's compiler reads: a float ONNX file, tables that say how to quantize it, and the commands.
 
-    With step ``s`` (float, unit of the tensor), zero point ``z`` and the outermost codes ``qmin`` and ``qmax``:
+    With step ``s`` (float, unit of the tensor), zero point ``z`` and the outermost codes ``qmin`` and ``qmax``, for
+    ``tpu-mlir``:
 
-    * ``<name>_cali_table_from_sophgo_mq_sophgo_tpu``: for each activation ``threshold = s max(-qmin, qmax)``, ``min = s
-      (qmin - z)`` and ``max = s (qmax - z)``; for each weight its steps and zero points.
-    * ``<name>_q_table_from_sophgo_mq_sophgo_tpu``: the number type of each op.
-    * ``<name>_clip_ranges.json``: the contents of both, as JSON.
-    * ``<name>.onnx``: the model without quantizers, opset 18. BatchNorms are folded into quantized weights, which are
-      clipped to their range but not rounded.
+    * ``<name>_cali_table``: for each operation ``threshold min max``: ``127 s`` for signed codes, ``255 s`` for unsigned
+      ones, ``s (qmin - z)`` and ``s (qmax - z)`` for affine ones, and what the example gave where the plan has no grid; for
+      each weight a step for each output channel.
+    * ``<name>_q_table``: the type of each operation: ``INT8``, ``F8E4M3``, ``F8E5M2``, ``BF16``, ``F16``, or ``F32`` where
+      not all that it reads is on grids of one type.
+    * ``<name>_clip_ranges.json``: the contents of both, and the quantizers that they come from.
+    * ``<name>.onnx``: the model without quantizers, opset 17, for inputs of the example's shapes, with BatchNorms folded,
+      and with quantized weights rounded to their grids.
+    * ``<name>_README.txt``: the commands that compile these files, and what the chip does otherwise than the plan says.
+
+    For ``sophgo-mq`` the tables are those of that library; see ``docs/tables.md``.
 
     Args:
       q: a quantized model, planned for a chip.
       params, qparams: see :meth:`Quantized.apply`.
       folder: an existing folder.
       example_args: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the ONNX file accepts
-        inputs of these shapes only. Without it no ONNX file is written.
+        inputs of these shapes only. Only ``sophgo-mq`` has tables without it, which have no ONNX file beside them.
       name: the beginning of all file names.
-      names: by quantizer, its name in the tables, ``<tensor>_<op type>``: the tensor in the ONNX file, and the op type of
-        the node that computes it. For an input of the model it is the input's name; for a weight the name of the layer's
-        result, or, per channel, of the ReLU behind it. Quantizers that are not listed get the names of the ONNX file;
-        without one they are named after the call: ``layer1.conv1_Conv``, and a fused group after its last call:
-        ``layer1.relu_Relu``.
-      work_mode: ``"QAT_all_int8"``, ``"int4_and_int8_mix"`` or ``"int4_and_int8_mix_no_fc"``.
+      names: for ``sophgo-mq``: by quantizer, its name in the tables, ``<tensor>_<op type>``: the tensor in the ONNX file,
+        and the op type of the node that computes it. For an input of the model it is the input's name; for a weight the
+        name of the layer's result, or, per channel, of the ReLU behind it. Quantizers that are not listed get the names of
+        the ONNX file; without one they are named after the call: ``layer1.conv1_Conv``, and a fused group after its last
+        call: ``layer1.relu_Relu``.
+      work_mode: for ``sophgo-mq``: ``"QAT_all_int8"``, ``"int4_and_int8_mix"`` or ``"int4_and_int8_mix_no_fc"``.
+      compiler: ``"tpu-mlir"`` (version 1.30.2) or ``"sophgo-mq"``.
+      batches: for ``tpu-mlir``: further inputs, beside the example, from which values without a grid have their ranges.
+      chip: for ``tpu-mlir``: name of the chip, where the plan does not say it.
 
     Returns:
       The paths. Each file is written under a temporary name and renamed, so that it is never incomplete.
 
     Raises:
-      ConfigError: a table cannot hold a dynamic range, a granularity or the steps of a quantizer; a bias does not fit in
-        int32; names are missing,
-        unknown or used twice; an unknown work mode; ``example_args`` without the extra ``onnx``.
+      ConfigError: a table cannot hold a dynamic range, a granularity or the steps of a quantizer; the compiler has no such
+        type, or none on this chip; a bias does not fit in int32; names are missing, unknown or used twice; an unknown
+        compiler or work mode; no example; no extra ``onnx``.
       StateError: there is no such folder; NaN in a scale, a weight or a bias; see :meth:`Quantized.apply`.
 
-    Differs from sophgo-mq: weights with 255 levels count as 8 bits wide, so that the q_table lists them; deconvolutions
-    and table formats are listed; affine 4-bit activations count as 4-bit; an unknown work mode is an error. Quantizers of
-    other widths than 4 and 8 are in the clip ranges and the calibration table, but not in the q_table, which has no type
-    for them.
+    Differs from sophgo-mq: in its format weights with 255 levels count as 8 bits wide, so that the q_table lists them;
+    deconvolutions and table formats are listed; affine 4-bit activations count as 4-bit; an unknown work mode is an error.
+    Quantizers of other widths than 4 and 8 are in the clip ranges and the calibration table, but not in the q_table, which
+    has no type for them.
 
     Example:
       >>> import tempfile, torch, sophq_func as sq
       >>> model, x = torch.nn.Linear(2, 3).eval(), torch.randn(4, 2)
-      >>> q = sq.quantize(model, sq.QuantConfig(chip="BM1690", strategy="CNN"), example_args=(x,))
+      >>> q = sq.quantize(model, sq.QuantConfig(chip="BM1684X", strategy="CNN"), example_args=(x,))
       >>> params = sq.params_of(model)
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     found = tables(q, params, q.calibrate(params, [x]), folder, names={"weight_fake_quant": "y_Gemm"})
-      ...     found.q_table.read_text().splitlines()[2:]
-      ['input INT8', 'y_Gemm_weight INT8', 'linear_Gemm INT8']
+      ...     found = tables(q, params, q.calibrate(params, [x]), folder, name="net", example_args=x)
+      ...     found.q_table.read_text().splitlines()[1:]
+      ['output_Gemm INT8']
     """
     if work_mode not in WORK_MODES:
         raise ConfigError(unknown("tables", "work mode", work_mode, WORK_MODES))
@@ -120,8 +129,8 @@ def tables(
     with torch.no_grad():
         qparams = with_room_for_biases(q, params, qparams)
     job = Job(q, params, qparams, example_args, name, names, work_mode, batches, chip)
-    contents = COMPILERS.get(compiler).contents(job)
     written = COMPILERS.get(compiler)
+    contents = written.contents(job)
     start = Path(folder) / name
     texts = {
         f"{start}{written.calibration}": contents.calibration,
