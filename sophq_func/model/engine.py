@@ -17,7 +17,7 @@ from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
 from sophq_func.core.errors import StateError, explain, raise_all
-from sophq_func.core.modes import as_constant, is_compiling, is_distributed
+from sophq_func.core.modes import as_constant, is_compiling, is_distributed, may_differentiate
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
@@ -225,11 +225,13 @@ class Engine:
         if requantizer is None:
             return quantizer.quantize(x, own)
         exact = quantizer.fake_quantize.apply(requantizer.integers(x, own, qparams), own, quantizer.scheme)
-        plain = quantizer.fake_quantize.apply(x, own, quantizer.scheme)
-        # the value of the one with the gradient of the other: the difference of equal numbers is 0
-        exact = exact.detach() + (plain - plain.detach())
-        for source in requantizer.sources:  # a value whose quantizer is switched off is on no grid
-            exact = switched(plain, exact, qparams[source])
+        sources = [qparams[source] for source in requantizer.sources]
+        if may_differentiate() or any("enabled" in source.extras for source in sources):
+            plain = quantizer.fake_quantize.apply(x, own, quantizer.scheme)
+            # the value of the one with the gradient of the other: the difference of equal numbers is 0
+            exact = exact.detach() + (plain - plain.detach())
+            for source in sources:  # a value whose quantizer is switched off is on no grid
+                exact = switched(plain, exact, source)
         return switched(x, exact, own)
 
     def run_float(
