@@ -1,21 +1,32 @@
 # make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
 # make quick: under a minute of them.  make docs: the documentation as a site.
+# make demo-chip: the digits on the chips' own compiler and simulator, which it installs into CHIP_HOME: 2 GB, and a
+# CPython 3.10, which CHIP_PYTHON names.  make test-chip: what the pages say of that compiler.
 # make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: two settings of eighteen).
 # make dist: the files of a release, checked.
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CHIP_HOME ?= .chip
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: install install-docs demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
+.PHONY: install install-docs demo demo-text demo-chip test-chip examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 demo-text: $(VENV)/.text
 	$(BIN)/python examples/demo_text.py
+
+demo-chip: $(VENV)/.demo
+	examples/chip/setup.sh $(CHIP_HOME)
+	CHIP_HOME=$(abspath $(CHIP_HOME)) $(BIN)/python examples/demo_chip.py
+
+test-chip: $(VENV)/.test
+	examples/chip/setup.sh $(CHIP_HOME)
+	CHIP_HOME=$(abspath $(CHIP_HOME)) $(BIN)/python -m pytest -n 2 tests/chip
 
 examples: $(EXAMPLES)
 
@@ -101,4 +112,4 @@ $(VENV)/.release: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo_out demo_text_out site
+	rm -rf $(VENV) dist demo_out demo_text_out demo_chip_out .chip site

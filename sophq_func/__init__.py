@@ -79,8 +79,11 @@ from sophq_func.planning.coverage import Left as Left
 from sophq_func.planning.make import plan as plan
 from sophq_func.planning.plan import Plan as Plan
 from sophq_func.planning.plot import draw as draw
+from sophq_func.reports import ChipComparison as ChipComparison
+from sophq_func.reports import ChipRow as ChipRow
 from sophq_func.reports import Report as Report
 from sophq_func.reports import ReportRow as ReportRow
+from sophq_func.reports import compare_chip as compare_chip
 from sophq_func.reports import report as report
 
 __all__ = [
@@ -88,6 +91,8 @@ __all__ = [
     "Artifact",
     "Checkpoint",
     "CheckpointError",
+    "ChipComparison",
+    "ChipRow",
     "ChipSpec",
     "ConfigError",
     "Coverage",
@@ -121,6 +126,7 @@ __all__ = [
     "TopEigenvalue",
     "build",
     "cast",
+    "compare_chip",
     "convert",
     "draw",
     "enabled",

@@ -38,11 +38,16 @@ UNSEEN = frozenset(("requires_grad", "make_dual"))
 
 OPTIONS = (
     "affine",
+    "ceil_mode",
+    "count_include_pad",
+    "divisor_override",
     "eps",
     "groups",
+    "kernel_size",
     "num_features",
     "out_channels",
     "out_features",
+    "padding",
     "track_running_stats",
 )
 """Attributes of leaf modules on which quantization depends."""

@@ -20,6 +20,7 @@ from sophq_func.core.errors import ConfigError, explain, unknown
 from sophq_func.core.types import Args, Kwargs
 from sophq_func.core.version import __version__
 from sophq_func.export import onnx, tables
+from sophq_func.export.tables import COMPILERS
 from sophq_func.model.build import build
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.contracts import QParams
@@ -181,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("target", metavar="TARGET", help="net.onnx; or a folder for tables, which must be there")
     prefix = "what the names of tables begin with (default: %(default)s)"
     exporting.add_argument("--name", default="sophq_func", help=prefix)
-    with_float = "beside tables: write the float ONNX file, too; needs batches"
+    compilers = f"which compiler reads the tables: {', '.join(COMPILERS)} (default: %(default)s)"
+    exporting.add_argument("--compiler", default="tpu-mlir", help=compilers)
+    with_float = "beside tables of sophgo-mq: write the float ONNX file, too; needs batches"
     exporting.add_argument("--float", action="store_true", help=with_float)
     return parser
 
@@ -255,8 +258,9 @@ def _export(options: argparse.Namespace) -> int:
     if to_onnx:
         onnx(q, params, qparams, batches[0], target)
         return _say(f"written: {target}")
-    example = batches[0] if options.float else None
-    written = tables(q, params, qparams, target, example_args=example, name=options.name)
+    needs_example = options.float or COMPILERS.get(options.compiler).needs_example
+    example = batches[0] if batches and needs_example else None
+    written = tables(q, params, qparams, target, example_args=example, name=options.name, compiler=options.compiler)
     for path in filter(None, written):  # a file that was not asked for has no path
         _say(f"written: {path}")
     return 0

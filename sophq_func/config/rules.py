@@ -214,7 +214,7 @@ class QuantConfig:
       chip: gives the default configs, and limits what a quantizer may be. ``None``: the defaults of BM1690, and no limits.
         A name, in any case; or the :class:`ChipSpec` that is registered under one. Type checkers know the names of the
         library's chips; for one of your own, give them the spec.
-      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Layers"``, ``"BF16Mixed"``,
+      strategy: where activation quantizers go: ``"CNN"``, ``"Transformer"``, ``"Chip"``, ``"Layers"``, ``"BF16Mixed"``,
         ``"Dataflow"``, or one of your own, see :func:`sophq_func.register.strategy`. Left out, it is ``"CNN"`` with a
         chip, and ``"Dataflow"`` without.
       quantmode: ``"weight_activation"``, or ``"weight_only"`` for no activation quantizers.
@@ -306,6 +306,18 @@ class QuantConfig:
             sentence = 'quantmode "weight_only" cannot be combined with strategy "CNN"'
             because, fix = "sophgo-mq does not support it", 'strategy="Transformer" or quantmode="weight_activation"'
             yield explain("QuantConfig", sentence, because=because, fix=fix)
+        yield from self._arithmetic_problems()
+
+    def _arithmetic_problems(self) -> Iterator[str]:
+        """What is wrong where the strategy simulates how the chip computes."""
+        is_known = self._strategy_or_default in PLACEMENTS and (self.chip is None or self.chip in CHIPS)
+        if not is_known or not PLACEMENTS.get(self._strategy_or_default).exact:
+            return
+        chip = self.chip or DEFAULT_CHIP
+        if CHIPS.get(chip).arithmetic is None:
+            allowed = " or ".join(name for name in CHIPS if CHIPS.get(name).arithmetic is not None)
+            sentence = f"strategy {self.strategy!r} simulates how a chip computes, which is not known of this one"
+            yield explain("QuantConfig", sentence, got=chip, allowed=allowed, fix='strategy="CNN"')
 
     def _tuple_problems(self) -> Iterator[str]:
         """What is wrong with the fields that are tuples."""
@@ -406,6 +418,12 @@ class QuantConfig:
         if isinstance(half, Override):
             return half(self.chip_default(role))
         return half
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether grids of values are symmetric where neither a strategy nor a rule says something."""
+        values = self.default("activation")
+        return values is None or values.scheme.symmetric
 
     def chip_default(self, role: Role) -> QuantizerConfig:
         """Config of a quantizer about which neither this config nor a rule says anything."""

@@ -77,6 +77,32 @@ class LayerInput(NamedTuple):
 NOTHING = LayerInput()
 
 
+class Requant(NamedTuple):
+    """How a chip brings integers onto the grid of a quantizer: by a small integer multiplier and a shift.
+
+    A quantizer has one for each grid that the integers come from, its own first.
+
+    Attributes:
+      rule: ``"term"``: the quantizer acts on one term of a sum, or on one part of what is concatenated, and brings it onto
+        the grid of the result; ``"unrounded term"``: the same, but the sum of all terms is shifted; ``"sum"``: the result
+        of such terms; ``"product"``: the result of products or of a sum over many elements; ``"layer"``: that of a layer,
+        whose multipliers have 31 bits; ``"layer in two shifts"``: the same, rounded after the first of two shifts, too;
+        ``"quotient"``: the exact quotient, ties away from 0, as in the table of an activation's results for all codes.
+      source: quantizer of the integers that come in.
+      result: quantizer of the result; empty where that is the quantizer itself.
+      number: how many integers are summed and divided by their number, as in average pooling.
+      truncates: whether multipliers are rounded toward 0; else to the nearest.
+      axis: of a layer's result, the axis of its channels, counted from the end.
+    """
+
+    rule: str
+    source: str
+    result: str = ""
+    number: int = 1
+    truncates: bool = False
+    axis: int = -1
+
+
 def shown(instance: Any) -> str:
     """A dataclass with the fields alone that differ from their defaults."""
     given = {f.name: getattr(instance, f.name) for f in fields(instance)}
@@ -95,6 +121,8 @@ class Neutral:
     output: int = -1
     operand: int = -1
     more: tuple[OperandSite, ...] = ()
+    requant: tuple[Requant, ...] = ()
+    unsigned: bool = False
     # Attributes of weights.
     parameter: str = ""
     axis: Axis = 0
@@ -157,6 +185,11 @@ class Site(Neutral):
         """What the layer of a weight reads at its first call; ``NOTHING`` for values."""
         return self.inputs[0] if self.inputs else NOTHING
 
+    @property
+    def is_term(self) -> bool:
+        """Whether the quantizer stands for a term of a sum inside a call, which is on the grid of the result."""
+        return any(requant.result for requant in self.requant)
+
     def places(self) -> tuple[OperandSite, ...]:
         """Each call at which the quantizer acts, and the operand before which it does; -1 if it acts on a result."""
         return OperandSite(*self.anchor, self.operand), *self.more
@@ -178,7 +211,8 @@ class Site(Neutral):
 
     def to_data(self) -> Data:
         """The site as data that JSON can hold."""
-        return {"kind": self.kind, **asdict(self)}
+        data = {"kind": self.kind, **asdict(self)}
+        return {name: value for name, value in data.items() if value or name not in LATE_FIELDS}
 
     def identity(self) -> Data:
         """The fields that the numbers of a model depend on, as data: those that take part in comparisons."""
@@ -201,7 +235,7 @@ class Site(Neutral):
         cls = kinds[data["kind"]]
         values = {name: value for name, value in data.items() if name != "kind"}
         names = {field.name for field in fields(cls)}
-        if values.keys() != names:
+        if not names - LATE_FIELDS <= values.keys() <= names:
             raise TypeError(f"the site of a {cls.kind} has the fields {sorted(names)}, got {sorted(values)}")
         return cls(**{name: _field_from_data(cls, name, value) for name, value in values.items()})
 
@@ -269,6 +303,9 @@ class ValueSite(Site):
       output: index of the tensor in the call's result; -1 for an operand.
       operand: slot of the tensor among the call's operands; -1 for a result.
       more: further calls before which the quantizer acts.
+      requant: how a chip brings integers onto its grid; empty where the exact quotient is rounded. It is found after
+        everything else is decided, so a rule sees none.
+      unsigned: whether the chip has the codes from 0 without a zero point, so that none may be learned; found as late.
     """
 
     role: ClassVar[Role] = "activation"
@@ -280,15 +317,30 @@ class ValueSite(Site):
     output: int = 0
     operand: int = -1
     more: tuple[OperandSite, ...] = ()
+    requant: tuple[Requant, ...] = ()
+    unsigned: bool = False
+
+    def _is_told(self, field: Field[Any]) -> bool:
+        # Without them the identity is that of older texts, so that old checkpoints fit.
+        is_late = field.name in LATE_FIELDS
+        return super()._is_told(field) and (not is_late or bool(getattr(self, field.name)))
 
 
-_RECORDS: Mapping[str, type[OperandSite] | type[LayerInput]] = {"more": OperandSite, "inputs": LayerInput}
+LATE_FIELDS = frozenset(("requant", "unsigned"))
+"""Fields that a text has only where they are not empty: older texts of the same version do not have them."""
+
+_RECORDS: Mapping[str, type[OperandSite] | type[LayerInput] | type[Requant]] = {
+    "more": OperandSite,
+    "inputs": LayerInput,
+    "requant": Requant,
+}
 """By field, the type of which it has any number."""
 
 _ITEMS: Mapping[type, tuple[type, ...]] = {
     CallSite: (str, str, int),
     OperandSite: (str, str, int, int),
     LayerInput: (str, str),
+    Requant: (str, str, str, int, bool, int),
 }
 """By type, the types of its fields."""
 

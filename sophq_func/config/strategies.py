@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
+from sophq_func.config.chips import Arithmetic
 from sophq_func.core.public import constructor
 from sophq_func.core.registry import Registry
 from sophq_func.numerics.scheme import Override
@@ -29,7 +30,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-StrategyName: TypeAlias = Literal["CNN", "Transformer", "Layers", "BF16Mixed", "Dataflow", "Academic"]
+StrategyName: TypeAlias = Literal["CNN", "Transformer", "Chip", "Layers", "BF16Mixed", "Dataflow", "Academic"]
 """What a type checker accepts for ``QuantConfig(strategy=...)``: the names of the library's strategies."""
 
 
@@ -43,11 +44,14 @@ class Preset:
       why: the reason, in words.
       yields: whether the preset also gives way, as a whole, to ``QuantConfig.weight`` or ``QuantConfig.activation`` where
         that sets one of the same fields.
+      inner: whether the quantizer stands for integers inside a call, such as terms of a sum, which no limit of the chip
+        concerns.
     """
 
     change: Override
     why: str
     yields: bool = False
+    inner: bool = False
 
 
 class Requests(NamedTuple):
@@ -60,12 +64,16 @@ class Requests(NamedTuple):
         quantized beside those that the strategy lists.
       layers: module classes whose weights are quantized beside ``Strategy.weights``.
       free: whether there is no chip, so that every grid is allowed.
+      symmetric: whether grids of values are symmetric where nothing else is said.
+      arithmetic: how the chip computes with integers; ``None`` where that is not known.
     """
 
     asks: Callable[[Node], bool | None]
     listed: Callable[[Node], bool]
     layers: tuple[type[nn.Module], ...]
     free: bool
+    symmetric: bool = True
+    arithmetic: Arithmetic | None = None
 
 
 @constructor
@@ -112,6 +120,7 @@ class Strategy(NamedTuple):
         such as ``F.linear``.
       rounds_bias: whether biases are rounded to multiples of input scale times weight scale.
       int4_inputs: whether a layer whose weight and result rules set to 4 bits gets a quantizer of its own on the input.
+      exact: whether the chip's integer multipliers are simulated (:class:`~sophq_func.config.chips.Arithmetic`).
     """
 
     place: Callable[[Graph, Requests], Placement]
@@ -119,6 +128,7 @@ class Strategy(NamedTuple):
     functions: bool = False
     rounds_bias: bool = True
     int4_inputs: bool = False
+    exact: bool = False
 
 
 PLACEMENTS: Registry[Strategy] = Registry("strategy")

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sophq_func.capture.arguments import as_call
-from sophq_func.capture.frame import unwatched
 from sophq_func.codes import share_on
-from sophq_func.core.pytree import has_floating, tensors
-from sophq_func.core.types import Args, Given, Kwargs, Output
+from sophq_func.core.types import Given
+from sophq_func.export._calls import Watching
 from sophq_func.export._capture import captured, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._names import FileNames
@@ -25,15 +24,15 @@ from sophq_func.export._program import program
 from sophq_func.export.onnx import quiet, require, symbolic, translated
 from sophq_func.model.derived import as_weight, derived, derived_names
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.runner import Effect, Runner
-from sophq_func.model.schedule import Schedule
 from sophq_func.model.settings import enabled
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, arranged
+from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import bounds, positive
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 OPSET = 18
@@ -42,15 +41,35 @@ OPSET = 18
 MARK = "sophq_func::Named"
 """Domain and op type of marker nodes."""
 
-Key = tuple[str, str, int]
-"""A call: path of its module, function (empty for the module itself), and how often it was called before."""
+
+class Form(NamedTuple):
+    """What a compiler wants of the file.
+
+    Attributes:
+      finished: changes a file of opset 18, and returns the new names of tensors by the old ones.
+      on_grids: whether weights are rounded to their grids; else they are clipped only.
+      opens_attention: whether attention is written in steps with names.
+    """
+
+    finished: Callable[[str, onnx.ModelProto], Mapping[str, str]] = lambda where, proto: {}
+    on_grids: bool = False
+    opens_attention: bool = False
 
 
-def float_file(q: Quantized, params: Given, qparams: Mapping[str, QParams], example_args: Any) -> tuple[bytes, FileNames]:
-    """The model without quantizers as an ONNX file, opset 18, for inputs of the example's shapes.
+class FloatFile(NamedTuple):
+    """A float ONNX file.
 
-    Returns:
-      The file, and the names in it.
+    Attributes:
+      proto: the file.
+      names: in it.
+    """
+
+    proto: onnx.ModelProto
+    names: FileNames
+
+
+def float_file(q: Quantized, params: Given, qparams: Mapping[str, QParams], example_args: Any, form: Form) -> FloatFile:
+    """The model without quantizers as an ONNX file for inputs of the example's shapes.
 
     Raises:
       ConfigError, StateError: see :func:`sophq_func.export.onnx`.
@@ -61,17 +80,18 @@ def float_file(q: Quantized, params: Given, qparams: Mapping[str, QParams], exam
     args, kwargs = as_call(example_args, "export.tables")
     params = q.engine.check(params, qparams, "export.tables", "qparams")
     module = program("export.tables", q, params, enabled(qparams, 0.0), _Nothing(), False, (args, kwargs))
+    written_weight = partial(_rounded, q.frozen) if form.on_grids else _clipped
     for weight in q.engine.acting:
-        if (clipped := _clipped(weight, params, qparams)) is not None:
-            module.get_buffer(module.names[weight.site.parameter]).copy_(clipped)
+        if (inside := written_weight(weight, params, qparams)) is not None:
+            module.get_buffer(module.names[weight.site.parameter]).copy_(inside)
     wanted = [name for name in derived_names(q.engine) if share_on(qparams[name]) and not q.plan[name].observe_only]
     for name, tensor in derived(q.engine, params, q.engine.effective(qparams), (args, kwargs), wanted).weights.items():
         weight, held = as_weight(q.engine.running[name], tensor, params.keys())
-        clipped = _clipped(weight, held, qparams)
-        module.put(name, weight.site.parameter, tensor if clipped is None else clipped)
+        inside = written_weight(weight, held, qparams)
+        module.put(name, weight.site.parameter, tensor if inside is None else inside)
     graph = q.engine.retrace(params, args, kwargs)
     calls = {(node.path, node.function, node.call): node.name for node in graph if node.counted}
-    module.watch = partial(_Marking, calls)
+    module.watch = partial(Watching, calls, _marked, form.opens_attention)
     with quiet():
         exported = captured("export.tables", module, args, kwargs, False).program
         written = translated("export.tables", exported, OPSET)
@@ -81,7 +101,13 @@ def float_file(q: Quantized, params: Given, qparams: Mapping[str, QParams], exam
     values = {name: op_name(value) for name, value in marked.items()}
     layers = {name: layer_names(_onnx_graph.product_of(value)) for name, value in marked.items()}
     inputs = {node.name: node.argument for node in graph if node.kind == "input"}
-    return proto.SerializeToString(), FileNames({**values, **inputs}, layers)
+    products = {name: str(_onnx_graph.product_of(value).name) for name, value in marked.items()}
+    tensors_of = {name: str(value.name) for name, value in marked.items()} | inputs
+    renamed = form.finished("export.tables", proto)
+    tensors_of, products = (
+        {call: renamed.get(tensor, tensor) for call, tensor in found.items()} for found in (tensors_of, products)
+    )
+    return FloatFile(proto, FileNames({**values, **inputs}, layers, tensors_of, products))
 
 
 def op_name(value: ir.Value) -> str:
@@ -95,6 +121,20 @@ def layer_names(product: ir.Value) -> tuple[str, str]:
     takers = [user for user, _ in product.uses()]
     first = takers[0].outputs[0] if takers and takers[0].op_type == "Relu" else product
     return op_name(product), op_name(first)
+
+
+def _rounded(frozen: bool, weight: WeightQuantizer, params: Params, qparams: Mapping[str, QParams]) -> Tensor | None:
+    """A weight on its grid, BatchNorm folded in; ``None`` for a weight whose quantizer is off.
+
+    So the compiler, which divides by the steps of the table and rounds, finds the codes that :meth:`Quantized.apply` has,
+    whatever the fake quantizer.
+    """
+    weight_qparams = qparams[weight.site.quantizer]
+    if not share_on(weight_qparams):
+        return None
+    seen = weight.seen(params)
+    on_grid = seen if frozen else weight.fake_quantize.apply(seen, weight_qparams, weight.scheme)
+    return arranged(switched(seen, on_grid, weight_qparams), weight.site).detach()
 
 
 def _clipped(weight: WeightQuantizer, params: Params, qparams: Mapping[str, QParams]) -> Tensor | None:
@@ -130,26 +170,6 @@ class _Nothing:
         return codes
 
 
-class _Marking(Runner):
-    """Puts a marker node behind each planned call, with the call's name in the plan."""
-
-    def __init__(self, names: Mapping[Key, str], effect: Effect, schedule: Schedule) -> None:
-        super().__init__(schedule, effect)
-        self._names, self._calls = names, dict[tuple[str, str], int]()
-
-    def after_module(self, path: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
-        return self._marked((path, ""), args, kwargs, super().after_module(path, module, args, kwargs, output))
-
-    def function(self, name: str, func: Callable[..., Output], args: Args, kwargs: Kwargs) -> Output:
-        return self._marked((self.scope, name), args, kwargs, super().function(name, func, args, kwargs))
-
-    def _marked(self, pair: tuple[str, str], args: Args, kwargs: Kwargs, output: Output) -> Output:
-        if not tensors(output) or not has_floating(args, kwargs, output):  # as the plan counts calls
-            return output
-        call = self._calls.get(pair, 0)
-        self._calls[pair] = call + 1
-        name = self._names.get((*pair, call))
-        if name is None or not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
-        with self.aside(), unwatched():
-            return symbolic(MARK, (output,), {"name": name}, output.dtype, output, version=1)
+def _marked(name: str, x: Tensor) -> Tensor:
+    """The value, behind a marker node with its name."""
+    return symbolic(MARK, (x,), {"name": name}, x.dtype, x, version=1)

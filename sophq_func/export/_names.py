@@ -77,10 +77,14 @@ class FileNames(NamedTuple):
       values: of the result of each call, ``<tensor>_<op type>``; of each input of the model, its name.
       layers: of each call two names, ``<tensor>_<op type>``: that of the node with the layer's weight, and that of a ReLU
         which is the first to take its result; without a ReLU both are the same.
+      tensors: of the result of each call, and of each input of the model, the tensor.
+      products: of each call, the result of the node with the layer's weight.
     """
 
     values: Mapping[str, str]
     layers: Mapping[str, tuple[str, str]]
+    tensors: Mapping[str, str]
+    products: Mapping[str, str]
 
 
 def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> dict[str, str]:

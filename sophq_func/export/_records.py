@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,7 @@ WORDS: Mapping[str, str] = {
     "nvfp4": "FP4",
     "bf16": "BF16",
 }
-"""Number formats as a q_table writes them, by the name of the fake quantizer."""
+"""Number formats as sophgo-mq's q_table writes them, by the name of the fake quantizer."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,24 @@ class Record:
         return self.ending or ("_4" if self.bits == 4 else "_8")
 
 
-def records(plan: Plan, qparams: Mapping[str, QParams], ops: Mapping[str, str]) -> list[Record]:
-    """A record for each quantizer, in the order of the plan.
+Word = Callable[[Plan, str, Grid | None], str]
+"""From a quantizer, and its grid if it is an integer one, to the type that a compiler has for it; empty for none."""
+
+
+def records(plan: Plan, qparams: Mapping[str, QParams], ops: Mapping[str, str], word: Word) -> list[Record]:
+    """A record for each quantizer, in the order of the plan; without terms of sums, which are no tensors of the file.
+
+    Args:
+      plan, qparams: of the quantizers.
+      ops: their names in the tables.
+      word: the types of the compiler.
 
     Raises:
       ConfigError: the tables cannot hold some quantizers; one message lists all of them.
     """
     problems = [_problem(plan, name, config, qparams[name]) for name, config in plan.items()]
     raise_all([problem for problem in problems if problem])
-    return [_record(plan, name, qparams[name], ops[name]) for name in plan]
+    return [_record(plan, name, qparams[name], ops[name], word) for name in plan if not plan.site(name).is_term]
 
 
 def _problem(plan: Plan, name: str, config: QuantizerConfig, qparams: QParams) -> str:
@@ -110,10 +119,10 @@ def _problem(plan: Plan, name: str, config: QuantizerConfig, qparams: QParams) -
     return ""
 
 
-def _record(plan: Plan, name: str, qparams: QParams, op: str) -> Record:
+def _record(plan: Plan, name: str, qparams: QParams, op: str, word: Word) -> Record:
     config, is_weight = plan[name], plan.site(name).role == "weight"
     fake = pieces.build(config.fake_quantize)
-    word = "F32" if config.observe_only else WORDS.get(config.fake_quantize.name, "")
+    grid = integer_grid(fake, qparams, config.scheme) if fake.integer else None
     record = Record(
         quantizer=name,
         op=op,
@@ -121,11 +130,10 @@ def _record(plan: Plan, name: str, qparams: QParams, op: str) -> Record:
         is_channelwise=isinstance(config.scheme.granularity, PerChannel),
         bits=8,
         signed=True,
-        quant_type=word or "None",
+        quant_type=("F32" if config.observe_only else word(plan, name, grid)) or "None",
     )
-    if fake.integer:
-        grid = integer_grid(fake, qparams, config.scheme)
-        return replace(_with_range(record, grid), quant_type=word or _word(grid))
+    if grid is not None:
+        return _with_range(record, grid)
     if fake.element in FLOAT8:
         largest, steps = torch.finfo(fake.element).max, positive(qparams.scale).detach()
         return replace(
@@ -141,12 +149,12 @@ def _record(plan: Plan, name: str, qparams: QParams, op: str) -> Record:
 
 def _with_range(record: Record, grid: Grid) -> Record:
     """The record with the width, steps and outermost values of its integer grid."""
-    low, high = _outermost(grid)
+    low, high = outermost(grid)
     steps, zero_points = grid.parts["scale"], grid.parts["zero_point"]
     lows, highs = grid.ends()
     return replace(
         record,
-        bits=_bits(low, high),
+        bits=bits_of(low, high),
         signed=low < 0,
         steps=_floats(steps),
         zero_points=tuple(map(int, zero_points.reshape(-1).tolist())),
@@ -156,27 +164,30 @@ def _with_range(record: Record, grid: Grid) -> Record:
     )
 
 
-def _outermost(grid: Grid) -> tuple[int, int]:
+def outermost(grid: Grid) -> tuple[int, int]:
+    """The smallest and the largest code of an integer grid."""
     assert grid.low is not None and grid.high is not None
     return int(grid.low.min()), int(grid.high.max())
 
 
-def _word(grid: Grid) -> str:
-    """The q_table's type for the codes of this grid."""
-    low, high = _outermost(grid)
-    bits = _bits(low, high)
+def word_of_sophgo_mq(plan: Plan, name: str, grid: Grid | None) -> str:
+    """The type of sophgo-mq's q_table."""
+    if grid is None:
+        return WORDS.get(plan[name].fake_quantize.name, "")
+    low, high = outermost(grid)
+    bits = bits_of(low, high)
     if bits == 4:
         return "INT4"  # signed or not: the q_table has no other 4-bit type
     if bits == 8:
         return "INT8" if low < 0 else "UINT8"
-    return "None"
+    return ""
 
 
-def _bits(low: int, high: int) -> int:
+def bits_of(low: int, high: int) -> int:
     """The smallest width, in bits, that has a code for each level.
 
     Example:
-      >>> _bits(-127, 127), _bits(-8, 7), _bits(0, 255)
+      >>> bits_of(-127, 127), bits_of(-8, 7), bits_of(0, 255)
       (8, 4, 8)
     """
     return (high - low).bit_length()

@@ -23,7 +23,7 @@ from sophq_func.core.types import Given
 from sophq_func.export._capture import Axes, captured, not_in_float32, output_names
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
-from sophq_func.model.quantized import Quantized
+from sophq_func.model.quantized import Quantized, refuse_multipliers
 from sophq_func.numerics.contracts import QParams
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def onnx(
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.onnx")
+    refuse_multipliers("export.onnx", q)
     module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate, (args, kwargs))
     with quiet():
         capture = captured("export.onnx", module, args, kwargs, dynamic_batch, dynamic_axes)

@@ -17,7 +17,7 @@ from sophq_func.core.types import Given
 from sophq_func.export._capture import Axes, captured, not_in_float32
 from sophq_func.export._linear import LinearGrid
 from sophq_func.export._program import program
-from sophq_func.model.quantized import Quantized
+from sophq_func.model.quantized import Quantized, refuse_multipliers
 from sophq_func.numerics.contracts import QParams
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def torch(
     check_flags("export.torch", {"simulate": simulate, "dynamic_batch": dynamic_batch})
     operators = quantized_operators()
     args, kwargs = as_call(example_args, "export.torch")
+    refuse_multipliers("export.torch", q)
     module = program("export.torch", q, params, qparams, _Decomposed(operators), simulate, (args, kwargs))
     exported = captured("export.torch", module, args, kwargs, dynamic_batch, dynamic_axes).program
     exported.graph.eliminate_dead_code()

@@ -32,7 +32,7 @@ from sophq_func.core.types import Given
 from sophq_func.integers._artifact import PACKED, Artifact
 from sophq_func.model.derived import Call, as_weight, derived, derived_names
 from sophq_func.model.finite import check_numbers
-from sophq_func.model.quantized import Quantized
+from sophq_func.model.quantized import Quantized, refuse_multipliers
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer, arranged
 from sophq_func.numerics.contracts import QParams
@@ -81,6 +81,7 @@ def convert(q: Quantized, params: Given, qparams: Mapping[str, QParams], /, *, e
             explain("convert", "the model is not quantized", got=type(q).__name__, allowed="a sq.Quantized", fix=fix)
         )
     q = q.eval()
+    refuse_multipliers("convert", q)
     named = q.engine.check(params, qparams, "convert", "qparams")
     if not is_plain([*named.values(), *tensors(dict(qparams))]):
         raise StateError(

@@ -14,6 +14,7 @@ from sophq_func.model import no_module as no_module
 from sophq_func.model import noise as noise
 from sophq_func.model import params as params
 from sophq_func.model import quantized as quantized
+from sophq_func.model import requantizing as requantizing
 from sophq_func.model import runner as runner
 from sophq_func.model import schedule as schedule
 from sophq_func.model import settings as settings

@@ -52,6 +52,8 @@ def capture(
 
     def before_and_after(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         # a copy, as the model may write into x later
+        if name in engine.requantizers or name in engine.unsigned:
+            return x.clone(), engine.quantized(name, x, qparams)
         return x.clone(), quantize_value(engine, name, x, qparams[name])
 
     def effect(name: str, x: Tensor) -> Tensor:

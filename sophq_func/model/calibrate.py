@@ -104,6 +104,7 @@ def resolve(engine: Engine, params: Given, ostate: Mapping[str, State]) -> QPara
         if quantizer.scheme.dynamic:  # each tensor gives its own; NaN of an observer without data must not stay
             entry = entry._replace(scale=torch.ones_like(entry.scale))
         resolved[name] = quantizer.fake_quantize.init(entry, quantizer.seen(named), quantizer.scheme)
+    resolved = {name: engine.in_force(name, resolved) for name in resolved}
     # a calibration in torch.inference_mode gives scales that can still be learned
     learnable: QParamsDict = tree_map(outside_inference, sorted_dict(resolved))
     return learnable

@@ -17,19 +17,21 @@ from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
 from sophq_func.core.errors import StateError, explain, raise_all
-from sophq_func.core.modes import as_constant, is_compiling, is_distributed
+from sophq_func.core.modes import as_constant, is_compiling, is_distributed, may_differentiate
 from sophq_func.core.public import is_absent
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
 from sophq_func.model.loop import Loop, MakeRunner
+from sophq_func.model.requantizing import Requantizer
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
 from sophq_func.model.shapes import check_kinds, kind_of
 from sophq_func.model.usage import refuse_absent
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_weights, round_biases
+from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.granularity import PerToken
 from sophq_func.planning.plan import Plan
@@ -58,7 +60,9 @@ class Engine:
       deferrable: parameters that may be quantized as late as when their layer starts, see :meth:`run_quantized`.
       running: by name, the quantizers that act while the model runs.
       quantizers: all quantizers, by name.
-      sources: in a part, by name, the quantizers outside of it whose scales round biases in it.
+      requantizers: by name, of those among them that simulate a chip's multipliers.
+      unsigned: names of those whose zero point is 0, whatever is learned.
+      sources: in a part, by name, the quantizers outside of it whose scales the part needs.
       differentiates: whether the model itself takes a derivative in its forward.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
@@ -73,6 +77,9 @@ class Engine:
         self.whole = whole
         self.weights, self.running = make_quantizers(skeleton, plan)
         self.quantizers: Quantizers = {**{weight.site.quantizer: weight for weight in self.weights}, **self.running}
+        requants = {name: quantizer.site.requant for name, quantizer in self.running.items()}
+        self.requantizers = {name: Requantizer(requant) for name, requant in requants.items() if requant}
+        self.unsigned = frozenset(name for name, quantizer in self.running.items() if quantizer.site.unsigned)
         self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
         self.differentiates = any(made.function in DERIVATIVES for run in plan.runs for made in run.calls)
         self.deferrable = frozenset(
@@ -81,7 +88,7 @@ class Engine:
             # a derivative wraps the parameter itself, where no mode sees it
             if not self.differentiates and _is_read_by_its_layer(weight, skeleton)
         )
-        self.sources = _sources_outside(self.weights, self.quantizers, whole)
+        self.sources = _sources_outside(self.weights, self.requantizers.values(), self.quantizers, whole)
         self._needing = tuple(
             name for name, own in self.quantizers.items() if own.fake_quantize.needs and not own.config.observe_only
         )
@@ -210,10 +217,27 @@ class Engine:
             if compiling:
                 quantizer.check_members(x)
             elif is_inside(x, outer) and not quantizer.is_inner:
-                return on_whole(lambda x: quantizer.quantize(x, qparams[name]), x, outer)
-            return quantizer.quantize(x, qparams[name])
+                return on_whole(lambda x: self.quantized(name, x, qparams), x, outer)
+            return self.quantized(name, x, qparams)
 
         return effect
+
+    def quantized(self, name: str, x: Tensor, qparams: Mapping[str, QParams]) -> Tensor:
+        """A planned value, rounded to its grid; on its way there as a chip computes it, where the plan says so."""
+        quantizer = self.running[name]
+        requantizer = self.requantizers.get(name)
+        own = self.in_force(name, qparams)
+        if requantizer is None:
+            return quantizer.quantize(x, own)
+        exact = quantizer.fake_quantize.apply(requantizer.integers(x, own, qparams), own, quantizer.scheme)
+        sources = [qparams[source] for source in requantizer.sources]
+        if may_differentiate() or any("enabled" in source.extras for source in sources):
+            plain = quantizer.fake_quantize.apply(x, own, quantizer.scheme)
+            # the value of the one with the gradient of the other: the difference of equal numbers is 0
+            exact = exact.detach() + (plain - plain.detach())
+            for source in sources:  # a value whose quantizer is switched off is on no grid
+                exact = switched(plain, exact, source)
+        return switched(x, exact, own)
 
     def run_float(
         self, params: Params, effect: Effect, args: Args, kwargs: Kwargs, watch: MakeRunner | None = None
@@ -268,11 +292,20 @@ class Engine:
         """
         effective = {}
         for name, quantizer in (*self.quantizers.items(), *self.sources.items()):
-            given = qparams[name]
+            given = self.in_force(name, qparams)
             if "scale" not in quantizer.fake_quantize.learnable:
                 given = given._replace(scale=as_constant(given.scale))
             effective[name] = quantizer.fake_quantize.grid(given, quantizer.scheme)
         return effective
+
+    def in_force(self, name: str, qparams: Mapping[str, QParams]) -> QParams:
+        """The qparams of a quantizer; of a term of a sum those with the step of the result, of unsigned codes without a
+        zero point."""
+        own = qparams[name]
+        if name in self.unsigned:
+            own = own._replace(zero_point=own.zero_point * 0)  # a product, so that what is learned has a gradient: 0
+        requantizer = self.requantizers.get(name)
+        return own if requantizer is None else requantizer.in_force(own, qparams)
 
     def as_frozen(self) -> Engine:
         """The same engine, for weights that are quantized already."""
@@ -317,10 +350,14 @@ def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:
 
 
 def _sources_outside(
-    weights: Collection[WeightQuantizer], quantizers: Collection[str], whole: Plan | None
+    weights: Collection[WeightQuantizer],
+    requantizers: Collection[Requantizer],
+    quantizers: Collection[str],
+    whole: Plan | None,
 ) -> dict[str, RunQuantizer]:
-    """In a part, the quantizers outside of it whose scales round biases in it."""
+    """In a part, the quantizers outside of it whose scales round biases in it, or from whose grids integers come."""
     if whole is None:
         return {}
     sources = {weight.site.source for weight in weights if weight.site.source}
+    sources |= {name for requantizer in requantizers for name in (*requantizer.sources, requantizer.result) if name}
     return {name: value_quantizer(whole, name) for name in sorted(sources) if name not in quantizers}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sophq_func.capture.functions import name_of
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.core.errors import StateError, explain
+from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.public import in_loops, public
 from sophq_func.core.pytree import sorted_dict
@@ -579,3 +579,12 @@ class Quantized:
           KeyError: the plan has no such quantizer.
         """
         return apply.quantize_value(self.engine, name, x, qparams)
+
+
+def refuse_multipliers(where: str, q: Quantized) -> None:
+    """Raise a :class:`ConfigError` where a plan simulates a chip's multipliers, which the form to be written cannot hold."""
+    names = list(q.engine.requantizers) if isinstance(q, Quantized) else []
+    if names:
+        because = f"it holds scales alone, and {names[0]} and {len(names) - 1} others have multipliers of the chip"
+        fix = 'sq.QuantConfig(chip=..., strategy="CNN"), or sq.export.tables for the chip'
+        raise ConfigError(explain(where, 'a plan of strategy "Chip" cannot be written so', because=because, fix=fix))

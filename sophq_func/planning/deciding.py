@@ -60,7 +60,8 @@ def decide(config: QuantConfig, site: Site, placed: str, presets: Mapping[str, P
         return Outcome(site, None, without_rules, resolved.matched)
     quantizer = _with_quant_type(_with_axis(resolved.config, site), site)
     reasons = {"placed": placed, **resolved.reasons}
-    problems = violations(config, site, quantizer, reasons)
+    is_inner = preset is not None and preset.inner
+    problems = [] if is_inner else violations(config, site, quantizer, reasons)
     decision = Decision(quantizer, reasons, resolved.matched)
     return Outcome(site, decision, decision, resolved.matched, tuple(problems))
 

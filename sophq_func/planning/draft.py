@@ -7,6 +7,7 @@ decide                      how each weight is configured
 quantize_values             which of the chosen values get a quantizer, and how each is configured
 share                       which quantizers act at every call of a place, instead of one for each call
 round_biases                by which input's scale the bias of each layer is rounded
+requantize                  where integers come from that a chip brings onto a grid by a small multiplier
 layer_inputs                what the layer of each weight reads, and on which grid
 measure                     what the example multiplies, and how much of that is quantized
 in_execution_order          the sites that are left, in order
@@ -22,7 +23,7 @@ from typing import NamedTuple
 from sophq_func.capture.graph import Graph
 from sophq_func.config.matching import is_glob
 from sophq_func.config.rules import Decision, QuantConfig, Rule
-from sophq_func.config.site import EVERY_CALL, CallSite, ComputedSite, LayerInput, Site, WeightSite
+from sophq_func.config.site import EVERY_CALL, CallSite, ComputedSite, LayerInput, Site, ValueSite, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
@@ -34,6 +35,7 @@ from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
 from sophq_func.planning.picture import Wiring, wiring
 from sophq_func.planning.placing import place
+from sophq_func.planning.requantizing import NOT_EXACT, Exact, requantize
 from sophq_func.planning.sharing import share
 from sophq_func.planning.values import NO_VALUES, quantize_values
 from sophq_func.planning.weights import WeightPlace, find_weights
@@ -103,8 +105,12 @@ def draft(graph: Graph, config: QuantConfig) -> Draft:
     planned = Planned(fused, strategy, configs, shared_inputs, sharing.replaced)
     biases = round_biases(planned, weights.places)
     inputs = layer_inputs(planned, weights.places)
+    arithmetic = config.spec.arithmetic
+    exact = NOT_EXACT
+    if strategy.exact and arithmetic is not None:
+        exact = requantize(planned, arithmetic, config.is_symmetric)
     by_name = {outcome.site.quantizer: outcome for outcome in outcomes}
-    sites = [_with_inputs(outcome.site, biases, inputs) for outcome in outcomes if outcome.decision is not None]
+    sites = [_with_inputs(outcome.site, biases, inputs, exact) for outcome in outcomes if outcome.decision is not None]
     return Draft(
         graph=graph,
         sites=in_execution_order(graph, sites),
@@ -126,8 +132,11 @@ def _shape_problems(places: Sequence[WeightPlace], outcomes: Mapping[str, Outcom
             yield from shape_problems(outcome.site, outcome.config, weight.unknown)
 
 
-def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]]) -> Site:
-    """A site, completed with what the layers of a weight read; that of a value is complete."""
+def _with_inputs(site: Site, biases: Biases, inputs: Mapping[str, tuple[LayerInput, ...]], exact: Exact) -> Site:
+    """A site, completed with what the layers of a weight read, or with how a chip computes a value."""
+    if isinstance(site, ValueSite) and site.quantizer in (exact.requants.keys() | exact.unsigned):
+        requant = exact.requants.get(site.quantizer, ())
+        return replace(site, requant=requant, unsigned=site.quantizer in exact.unsigned)
     if isinstance(site, WeightSite):
         source = biases.sources.get(site.quantizer, "")
         return replace(site, source=source, inputs=inputs[site.quantizer])

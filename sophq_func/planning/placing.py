@@ -93,7 +93,14 @@ def _requests(config: QuantConfig, site_of: Callable[[str], Site], used: set[int
     def listed(node: Node) -> bool:
         return any(matches_type(key, site_of(node.name)) for key in config.operations)
 
-    return Requests(asks, listed, config.weight_layers, free=config.chip is None)
+    return Requests(
+        asks,
+        listed,
+        config.weight_layers,
+        free=config.chip is None,
+        symmetric=config.is_symmetric,
+        arithmetic=config.spec.arithmetic,
+    )
 
 
 def _chosen_by_rules(graph: Graph, config: QuantConfig) -> tuple[dict[str, str], set[int]]:

@@ -162,7 +162,7 @@ def test_export_writes_onnx(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_export_writes_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["net_cali_table_from_sophgo_mq_sophgo_tpu", "net_q_table_from_sophgo_mq_sophgo_tpu", "net_clip_ranges.json"]
-    code, out, _ = run(capsys, "export", "maker:make", "a.json", ".", "--name", "net")
+    code, out, _ = run(capsys, "export", "maker:make", "a.json", ".", "--name", "net", "--compiler", "sophgo-mq")
     assert (code, out) == (0, "".join(f"written: {name}\n" for name in names))
     assert "2_Gemm_weight INT8" in (folder / names[1]).read_text()
 
@@ -170,7 +170,7 @@ def test_export_writes_tables(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_export_writes_the_float_file_beside_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    code, out, _ = run(capsys, "export", "maker:make", "a.json", ".", "--name", "net", "--float")
+    code, out, _ = run(capsys, "export", "maker:make", "a.json", ".", "--name", "net", "--float", "--compiler", "sophgo-mq")
     assert code == 0 and out.endswith("written: net.onnx\n")
     made = {f"{node.output[0]}_{node.op_type}_weight INT8" for node in onnx.load(folder / "net.onnx").graph.node}
     table = (folder / "net_q_table_from_sophgo_mq_sophgo_tpu").read_text().splitlines()

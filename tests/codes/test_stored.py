@@ -18,7 +18,7 @@ from sophq_func.core.pytree import sorted_dict
 from sophq_func.export._linear import LinearCodes
 from sophq_func.export._names import ops
 from sophq_func.export._program import Program, Target, program
-from sophq_func.export._records import records
+from sophq_func.export._records import records, word_of_sophgo_mq
 from sophq_func.export.onnx import _Onnx
 from sophq_func.export.torch import _Decomposed
 from sophq_func.model.weight_quantizer import arranged
@@ -173,7 +173,8 @@ def check_tables(r: Ready, weight: Any, form: Any) -> None:
     """The steps and zero points of a chip's table are those of the codes."""
     name = weight.site.quantizer
     try:
-        found = {record.quantizer: record for record in records(r.q.plan, r.qparams, ops(r.q.plan, {}))}[name]
+        rows = records(r.q.plan, r.qparams, ops(r.q.plan, {}), word_of_sophgo_mq)
+        found = {record.quantizer: record for record in rows}[name]
     except sq.ConfigError as error:
         because = form.because if isinstance(form, Refusal) else TABLES[0]
         assert any(reason in str(error) for reason in (because, *TABLES))

@@ -92,7 +92,7 @@ def test_a_rounded_bias_beyond_int32_is_refused_by_all(make: Any, config: sq.Qua
     with pytest.raises(sq.ConfigError, match=f"first.weight_fake_quant: export.onnx cannot express .*{why}"):
         sq.export.onnx(*made, x, tmp_path / "net.onnx")
     with pytest.raises(sq.ConfigError, match=f"first.weight_fake_quant: the tables cannot hold .*{why}"):
-        sq.export.tables(*made, tmp_path)
+        sq.export.tables(*made, tmp_path, compiler="sophgo-mq")
     assert not list(tmp_path.iterdir())
 
 
@@ -164,7 +164,7 @@ def test_channels_of_zero_weights_get_the_scale_that_their_bias_needs(tmp_path: 
     assert torch.equal(found["first.bias_quantized"], artifact.tensors["first.bias.codes"])
     bias = artifact.tensors["first.bias.codes"][0] * artifact.tensors["first.bias.scale"][0]
     torch.testing.assert_close(bias, torch.tensor(3e-2))
-    tables = sq.export.tables(*made, tmp_path)
+    tables = sq.export.tables(*made, tmp_path, compiler="sophgo-mq")
     steps = [float(s) for s in tables.calibration.read_text().split("#weight_scale")[1].split()[2:6]]
     assert steps[0] == pytest.approx(float(artifact.tensors["first.weight.scale"][0]), abs=1e-7)
     is_near(computed(tmp_path / "net.onnx", {"x": x})[0], made(x))
@@ -411,7 +411,7 @@ def test_tables_and_reports_know_derived_weights(tmp_path: Path) -> None:
     narrow = {
         name: entry._replace(scale=entry.scale / 4) if "weight" in name else entry for name, entry in made.qparams.items()
     }
-    sq.export.tables(made.q, made.params, narrow, tmp_path, name="net", example_args=x)
+    sq.export.tables(made.q, made.params, narrow, tmp_path, name="net", example_args=x, compiler="sophgo-mq")
     weights = [t for t in onnx.load(tmp_path / "net.onnx").graph.initializer if list(t.dims) == [32, 16, 9]]
     (weight,) = (torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in weights)
     scale = narrow["0.weight_fake_quant"].scale[:, None, None]
@@ -442,7 +442,7 @@ def test_nan_is_refused_by_every_way_out(what: str, tmp_path: Path) -> None:
         "convert": lambda: sq.convert(*made),
         "export.onnx": lambda: sq.export.onnx(*made, x, tmp_path / "net.onnx"),
         "export.torch": lambda: sq.export.torch(*made, x),
-        "tables": lambda: sq.export.tables(*made, tmp_path),
+        "tables": lambda: sq.export.tables(*made, tmp_path, compiler="sophgo-mq"),
         "report": lambda: sq.report(*made, [x], progress=False),
     }
     for where, way in ways.items():

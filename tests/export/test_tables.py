@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func import export
 from sophq_func.core.operations import is_operation
-from sophq_func.export import tables
 from sophq_func.export._names import OP_TYPES
 from tests.golden.models import DeconvNet, PoolClassifier
 from tests.helpers import Ready, ready, unchanged
+
+tables = partial(export.tables, compiler="sophgo-mq")
 
 HEAD = (
     "# work_mode:QAT_all_int8 #Automatically generated, do not modify, work_mode choice:"

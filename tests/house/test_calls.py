@@ -19,8 +19,8 @@ import sophq_func as sq
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
 OUTCOMES = frozenset(
-    "Artifact Checkpoint Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report ReportRow Sensitivities "
-    "Sensitivity Site TopEigenvalue".split()
+    "Artifact Checkpoint ChipComparison ChipRow Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report "
+    "ReportRow Sensitivities Sensitivity Site TopEigenvalue".split()
 )
 """Classes whose instances the library returns; ``QParams``, of which every run makes many, is a plain NamedTuple."""
 EXCEPTIONS = frozenset("CheckpointError ConfigError PlanError PlanWarning StateError".split())
@@ -79,6 +79,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "Spec": (("minmax",), {"options": ()}),
         "build": ((r.model, r.q.plan), {}),
         "cast": ((r.qparams, torch.float64), {}),
+        "compare_chip": ((r.q, r.params, r.qparams, folder, r.x), {"outputs": "outputs.npz"}),
         "convert": ((r.q, r.params, r.qparams), {"example_args": (r.x,)}),
         "draw": ((r.q.plan, folder / "plan.png"), {}),
         "enabled": ((r.qparams, True), {}),
@@ -117,7 +118,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "fake_quantize.rectified_sigmoid": ((torch.zeros(2),), {}),
         "export.torch": ((r.q, r.params, r.qparams, (r.x,)), {}),
         "export.onnx": ((r.q, r.params, r.qparams, (r.x,), folder / "a.onnx"), {}),
-        "export.tables": ((r.q, r.params, r.qparams, folder), {"work_mode": "QAT_all_int8"}),
+        "export.tables": ((r.q, r.params, r.qparams, folder), {"work_mode": "QAT_all_int8", "compiler": "sophgo-mq"}),
         "presets.w4a16": ((), {"group": 8, "symmetric": True}),
         "presets.w4a8": ((), {"group": 8}),
         "presets.fp8": ((), {"dynamic": True}),

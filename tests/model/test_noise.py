@@ -158,7 +158,7 @@ def test_what_is_rounded_at_random_does_not_leave(has_noise: bool, tmp_path: Pat
     with pytest.raises(sq.StateError, match=r"rounds at random.*rounding='nearest'"):
         sq.convert(q, params, given)
     with pytest.raises(sq.ConfigError, match="rounds at random"):
-        sq.export.tables(q, params, given, tmp_path)
+        sq.export.tables(q, params, given, tmp_path, compiler="sophgo-mq")
     nearest, _, _, _ = prepared(sq.fake_quantize.fixed())
     assert sq.convert(nearest, params, qparams)
 

@@ -5,6 +5,19 @@ from sophq_func.planning.strategies import _layers as _layers
 from sophq_func.planning.strategies import _mixed as _mixed
 from sophq_func.planning.strategies import _tpu as _tpu
 from sophq_func.planning.strategies._base import constants, derived, reached
+from sophq_func.planning.strategies._chip import TABLES, on_grid_of, stored
 from sophq_func.planning.strategies._dataflow import computed_weights, contracted, moved, moves, source_of
 
-__all__ = ["computed_weights", "constants", "contracted", "derived", "moved", "moves", "reached", "source_of"]
+__all__ = [
+    "TABLES",
+    "computed_weights",
+    "constants",
+    "contracted",
+    "derived",
+    "moved",
+    "moves",
+    "on_grid_of",
+    "reached",
+    "source_of",
+    "stored",
+]

@@ -150,7 +150,7 @@ def artifact(made: Made) -> dict[str, Any]:
 
 def tables(made: Made, folder: Path) -> dict[str, str]:
     """The texts for a chip's compiler, by file name."""
-    written = sq.export.tables(made.q, made.params, made.qparams, folder, name="network")
+    written = sq.export.tables(made.q, made.params, made.qparams, folder, name="network", compiler="sophgo-mq")
     return {path.name: path.read_text(encoding="utf-8") for path in written if path is not None}
 
 
