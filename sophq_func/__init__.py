@@ -59,12 +59,14 @@ from sophq_func.model.settings import enabled as enabled
 from sophq_func.model.settings import stack as stack
 from sophq_func.model.settings import unstack as unstack
 from sophq_func.model.settings import with_bits as with_bits
+from sophq_func.model.statistics import statistics as statistics
 from sophq_func.model.trees import cast as cast
 from sophq_func.model.trees import lerp as lerp
 from sophq_func.numerics import formats as formats
 from sophq_func.numerics.contracts import FakeQuantize as FakeQuantize
 from sophq_func.numerics.contracts import Observer as Observer
 from sophq_func.numerics.contracts import QParams as QParams
+from sophq_func.numerics.moments import Moments as Moments
 from sophq_func.numerics.scheme import PerBlock as PerBlock
 from sophq_func.numerics.scheme import PerChannel as PerChannel
 from sophq_func.numerics.scheme import PerGroup as PerGroup
@@ -96,6 +98,7 @@ __all__ = [
     "Graph",
     "HessianTrace",
     "Left",
+    "Moments",
     "Observer",
     "PerBlock",
     "PerChannel",
@@ -154,6 +157,7 @@ __all__ = [
     "sensitivity",
     "split_params",
     "stack",
+    "statistics",
     "strategies",
     "testing",
     "top_eigenvalue",
