@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from sophq_func import algorithms as algorithms
 from sophq_func import export as export
 from sophq_func import fake_quantize as fake_quantize
 from sophq_func import numerics as numerics
@@ -122,6 +123,7 @@ __all__ = [
     "Spec",
     "StateError",
     "TopEigenvalue",
+    "algorithms",
     "build",
     "cast",
     "convert",

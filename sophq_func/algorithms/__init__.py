@@ -1,4 +1,25 @@
-"""Functions of whole models: better params, or one number for each quantizer."""
+"""Functions of whole models: better params and qparams of the same plan, or one number for each quantizer."""
+
+from typing import TYPE_CHECKING
 
 from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
+from sophq_func.config.algorithms import ALGORITHMS, Run
+from sophq_func.core.errors import near
+
+__all__: list[str] = []
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *ALGORITHMS.names()})
+
+
+if not TYPE_CHECKING:  # type checkers see the functions above, and are to refuse other names
+
+    def __getattr__(name: str) -> Run:
+        """The function of an algorithm that was registered elsewhere."""
+        found = None if name.startswith("_") else ALGORITHMS.find(name)
+        if found is None:
+            hint = near(name, __dir__())
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + (f", {hint}" if hint else ""))
+        return ALGORITHMS.get(found).run

@@ -98,9 +98,7 @@ def observe_quantized(
     return output, sorted_dict(states)
 
 
-def resolve(
-    engine: Engine, params: Given, ostate: Mapping[str, State], bits: int | Widths | None = None
-) -> QParamsDict:
+def resolve(engine: Engine, params: Given, ostate: Mapping[str, State], bits: int | Widths | None = None) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.qparams`."""
     named = engine.check(params, ostate, "qparams", "ostate")
     check_finite(engine.plan, engine.quantizers, ostate)

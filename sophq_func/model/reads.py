@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,20 +36,25 @@ def _product(names: tuple[str, str], first: int = 0) -> Read:
 
     def read(args: Args, kwargs: Kwargs, slot: int) -> Tensor:
         given = _given(args[first:], kwargs, names)
-        left, right = (given[name] for name in names)
         is_right = slot == first + 1
-        weight, x = (right, left) if is_right else (left, right)
+        weight: Tensor = given[names[is_right]]
+        x: Tensor = given[names[not is_right]]
         if x.ndim == 1:
             x = x[None] if is_right else x[:, None]
         rows = x if is_right else x.mT
-        if weight.ndim < 3:
-            return rows.reshape(-1, rows.shape[-1])
-        # a batch of matrices: each has rows of its own
-        batch = weight.shape[:-2]
-        rows = rows.expand(*batch, *rows.shape[-2:]) if rows.ndim < weight.ndim else rows
-        return rows.reshape(-1, math.prod(batch), *rows.shape[-2:]).transpose(0, 1).flatten(1, 2)
+        return _by_matrix(rows, weight.shape[:-2])
 
     return read
+
+
+def _by_matrix(rows: Tensor, batch: Sequence[int]) -> Tensor:
+    """Rows ``(..., T, n)`` as ``(T, n)``; for a batch of matrices, each of which has rows of its own, as ``(G, T, n)``."""
+    times, n = rows.shape[-2:]
+    if not batch:
+        return rows.reshape(-1, n)
+    if rows.ndim < len(batch) + 2:
+        rows = rows.expand(*batch, times, n)
+    return rows.reshape(-1, math.prod(batch), times, n).transpose(0, 1).flatten(1, 2)
 
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -95,6 +99,7 @@ def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
     """The patches that a convolution reads: ``(N, C, *places)`` to ``(T, C, *kernel)``, ``T`` the places of all outputs.
 
     Example:
+      >>> import torch
       >>> patches(torch.arange(4.0).reshape(1, 1, 4), (2,), (1,), (1,)).flatten(1)
       tensor([[0., 1.],
               [1., 2.],
@@ -112,7 +117,8 @@ def _by_group(found: Tensor, groups: int) -> Tensor:
     """Patches ``(T, C, *kernel)`` as rows ``(T, n)``, or ``(groups, T, n)``."""
     if groups == 1:
         return found.flatten(1)
-    return found.unflatten(1, (groups, -1)).movedim(1, 0).flatten(2)
+    places, channels, *kernel = found.shape
+    return found.reshape(places, groups, channels // groups, *kernel).movedim(1, 0).flatten(2)
 
 
 def _batched(x: Tensor, axes: int) -> Tensor:
@@ -122,9 +128,10 @@ def _batched(x: Tensor, axes: int) -> Tensor:
 
 def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     """An input with ``stride - 1`` zeros between neighbouring places."""
-    places = [step * (size - 1) + 1 for step, size in zip(stride, x.shape[2:], strict=True)]
-    wide = x.new_zeros(*x.shape[:2], *places)
-    wide[(..., *(slice(None, None, step) for step in stride))] = x
+    sizes = [step * (size - 1) + 1 for step, size in zip(stride, x.shape[2:], strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    places_of_x = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    wide[places_of_x] = x
     return wide
 
 
@@ -177,6 +184,7 @@ def rows_read(function: str, args: Args, kwargs: Kwargs, slot: int) -> Tensor | 
       slot: index of the weight among the tensors of the call.
 
     Example:
+      >>> import torch
       >>> rows_read("linear", (torch.ones(2, 3, 4), torch.ones(5, 4)), {}, 1).shape
       torch.Size([6, 4])
     """

@@ -42,10 +42,10 @@ def selected(where_from: str, plan: Plan, where: Where) -> list[str]:
     weights = [site for site in sites if site.role == "weight"]
     if where is None:
         return [site.quantizer for site in weights]
-    several = not isinstance(where, str) and not callable(where) and isinstance(where, Iterable)
+    each = where if isinstance(where, Iterable) and not isinstance(where, str | type) else (where,)
     chosen: set[str] = set()
     problems = []
-    for which in where if several else (where,):
+    for which in each:
         matches = _matcher(which)
         if matches is None:
             problems.append(explain(where_from, "where chooses nothing", got=which, allowed=ALLOWED, fix='where="layer1"'))

@@ -11,7 +11,7 @@ from torch import Tensor
 from sophq_func.capture.frame import unwatched
 from sophq_func.capture.products import multiplied
 from sophq_func.config.site import NOTHING, WeightSite
-from sophq_func.core.errors import StateError, explain
+from sophq_func.core.errors import StateError, check_flags, explain
 from sophq_func.core.operations import called
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
@@ -51,7 +51,8 @@ def statistics(
       params: as :func:`sophq_func.params_of` returns them.
       batches: as of :meth:`Quantized.calibrate`.
       qparams: with them, the model runs quantized; without, in float.
-      where: which weights: a name, glob, path of a module, type, or predicate on the site, or several of these; all by default.
+      where: which weights: a name, glob, path of a module, type, or predicate on the site, or several of these; by default
+        all.
       progress: see :meth:`Quantized.calibrate`.
 
     Returns:
@@ -72,6 +73,7 @@ def statistics(
       tensor([3., 2.])
     """
     named = q.engine.skeleton.check(params, "statistics")
+    check_flags("statistics", {"progress": progress})
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         got, fix = type(batches).__name__, "sq.statistics(q, params, [x])"
         raise StateError(explain("statistics", "these batches cannot be read", got=got, allowed="a list", fix=fix))

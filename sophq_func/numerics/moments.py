@@ -33,7 +33,7 @@ class Moments(NamedTuple):
       second: mean of ``x x^T``; shape ``(n, n)`` or ``(G, n, n)``.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # of rows, not of equal items, which a tuple has under this name
     mean: Tensor
     mean_abs: Tensor
     amax: Tensor
@@ -64,7 +64,7 @@ def moments_of(x: Tensor) -> Moments:
         allowed = "(rows, n), or (parts, rows, n)"
         raise StateError(explain("moments_of", "these are no rows", got=tuple(x.shape), allowed=allowed))
     found = no_moments(x)
-    for rows in x.detach().split(ROWS_AT_ONCE, dim=-2):
+    for rows in torch.split(x.detach(), ROWS_AT_ONCE, dim=-2):
         found = merged(found, _of_rows(rows.float()))
     return found
 

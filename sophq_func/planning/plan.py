@@ -319,9 +319,9 @@ class Plan(Mapping[str, QuantizerConfig]):
     def with_bits(self, bits: int | Widths) -> Plan:
         """A new plan with other bit widths: the same quantizers at the same sites, nothing planned again.
 
-        Qparams of this plan at other widths are :func:`sophq_func.with_bits` (the ranges that they have) or ``q.qparams(params,
-        ostate, bits=...)`` (the ranges that the observers find for these widths). Both fit the new plan, and give there the
-        model that they give here. A later :meth:`override` keeps the widths.
+        Qparams of this plan at other widths come from :func:`sophq_func.with_bits`, with the ranges that they have, or from
+        ``q.qparams(params, ostate, bits=...)``, with those that the observers find for these widths. Both fit the new plan,
+        too, and give there the model that they give here. A later :meth:`override` keeps the widths.
 
         Args:
           bits: one width for all quantizers; or widths by name of a quantizer, by glob of names, or by path of a module,
@@ -340,11 +340,13 @@ class Plan(Mapping[str, QuantizerConfig]):
         widths = widths_of("plan.with_bits", bits, self._sites)
         asked = None if self.origin is None else self.origin.config
         changed = {name: resized(self._configs[name], width) for name, width in widths.items()}
-        raise_all([
-            problem
-            for name, config in changed.items()
-            for problem in problems("plan.with_bits", name, config, self._sites[name], asked)
-        ])
+        raise_all(
+            [
+                problem
+                for name, config in changed.items()
+                for problem in problems("plan.with_bits", name, config, self._sites[name], asked)
+            ]
+        )
         reasons = {name: {**of, "bits": "plan.with_bits"} if name in widths else of for name, of in self._reasons.items()}
         origin = self.origin
         if origin is not None:

@@ -1,4 +1,4 @@
-"""Other bit widths for some quantizers of a plan, without planning again: names to widths, and the rules that say the same."""
+"""Other bit widths for some quantizers of a plan, without planning again."""
 
 from __future__ import annotations
 
@@ -92,8 +92,10 @@ def problems(where: str, name: str, config: QuantizerConfig, site: Site, asked: 
 
 def as_rules(widths: Mapping[str, int], sites: Mapping[str, Site]) -> tuple[Rule, ...]:
     """Rules that set the same widths, so that a plan which is made anew has them, too."""
-    rules = []
-    for name, bits in widths.items():
-        half = {sites[name].role: override(bits=bits)}
-        rules.append(Rule(name=name, **half))
-    return tuple(rules)
+
+    def rule(name: str, bits: int) -> Rule:
+        if sites[name].role == "weight":
+            return Rule(name=name, weight=override(bits=bits))
+        return Rule(name=name, activation=override(bits=bits))
+
+    return tuple(rule(name, bits) for name, bits in widths.items())

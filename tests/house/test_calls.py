@@ -19,13 +19,13 @@ import sophq_func as sq
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
 OUTCOMES = frozenset(
-    "Artifact Checkpoint Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report ReportRow Sensitivities "
-    "Sensitivity Site TopEigenvalue".split()
+    "Artifact Checkpoint Coverage Fidelity Graph HessianTrace Left Moments Plan QParams Quantized Report ReportRow "
+    "Sensitivities Sensitivity Site TopEigenvalue".split()
 )
 """Classes whose instances the library returns; ``QParams``, of which every run makes many, is a plain NamedTuple."""
 EXCEPTIONS = frozenset("CheckpointError ConfigError PlanError PlanWarning StateError".split())
 NAMESPACES = {"observers": sq.observers, "fake_quantize": sq.fake_quantize, "export": sq.export, "presets": sq.presets}
-NAMESPACES |= {"register": sq.register, "testing": sq.testing}
+NAMESPACES |= {"algorithms": sq.algorithms, "register": sq.register, "testing": sq.testing}
 SHORT = {"LawError", "Tables"}
 
 
@@ -106,6 +106,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "sensitivity": ((r.q, r.params, r.qparams, r.x, torch.sum), {"how": "auto", "progress": False}),
         "split_params": ((r.model,), {}),
         "stack": (([r.qparams, r.qparams],), {}),
+        "statistics": ((r.q, r.params, [r.x], r.qparams), {"where": "weight_fake_quant", "progress": False}),
         "top_eigenvalue": ((loss, r.params, {"weight": torch.ones(3, 2)}), {"steps": 1}),
         "trace": ((r.model, (r.x,)), {}),
         "unpack": ((torch.ones(2, dtype=torch.uint8), 4, (4,), False), {}),
@@ -125,6 +126,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "presets.w8a8": ((), {"rules": ()}),
         "presets.w4a4_lsq": ((), {"rules": ()}),
         "presets.w8a8_per_token": ((), {"rules": ()}),
+        "register.algorithm": (("mine",), {"rounds": True, "keeps_float": False, "resumes": False, "options": {}}),
         "register.chip": (("mine", sq.CHIPS.get("BM1690")), {}),
         "register.fake_quantizer": (("mine",), {}),
         "register.format": (("mine", sq.formats.float_(3, 4)), {}),
@@ -244,6 +246,7 @@ FREE = {
     "Spec": "name: a piece may be registered later",
     "cast": "qparams: no plan says which names there are",
     "enabled": "qparams: no plan says which names there are",
+    "register.algorithm": "name: any text is one",
     "register.chip": "name: any text is one",
     "register.fake_quantizer": "name: any text is one",
     "register.format": "name: any text is one",

@@ -1,0 +1,158 @@
+"""What all algorithms of whole models have in common: how they begin and end, and how far two models are from each other.
+
+An algorithm is a function ``(q, params, qparams, batches, **options) -> (params, qparams)``; what each promises is written
+beside its registration, see :class:`~sophq_func.config.algorithms.Algorithm`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sophq_func.core.errors import StateError, explain
+from sophq_func.core.pytree import sorted_dict, tensors
+from sophq_func.core.types import Given, Output, Tree
+from sophq_func.model.calibrate import weight_qparams
+from sophq_func.model.engine import Engine, QParamsDict
+from sophq_func.model.quantized import Quantized
+from sophq_func.model.select import Where, selected
+from sophq_func.model.settings import with_bits
+from sophq_func.model.tap import unchanged
+from sophq_func.model.weight_quantizer import WeightQuantizer
+from sophq_func.numerics.contracts import QParams
+
+
+class Start(NamedTuple):
+    """What an algorithm starts from.
+
+    Attributes:
+      q: the model.
+      given: the params as the caller gave them.
+      params: the same by name, detached.
+      qparams: of every quantizer.
+      weights: quantizers of the weights that are chosen, by name, in execution order: those of parameters. A weight that is
+        computed in the forward is no parameter that could be changed.
+    """
+
+    q: Quantized
+    given: Given
+    params: dict[str, Tensor]
+    qparams: QParamsDict
+    weights: dict[str, WeightQuantizer]
+
+    @property
+    def engine(self) -> Engine:
+        """That of the model."""
+        return self.q.engine
+
+    def result(self, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> tuple[Given, QParamsDict]:
+        """What the algorithm returns: params of the kind that was given, and qparams, sorted."""
+        return self.engine.like(self.given, sorted_dict(params)), sorted_dict(qparams)
+
+
+def begin(where_from: str, q: Quantized, params: Given, qparams: Mapping[str, QParams], where: Where = None) -> Start:
+    """Check what an algorithm is given, and choose its weights.
+
+    Args:
+      where_from: the algorithm, for errors.
+      q, params, qparams: see :meth:`Quantized.apply`.
+      where: which weights, see :func:`~sophq_func.model.select.selected`.
+
+    Raises:
+      ConfigError: ``where`` fits no weight.
+      StateError: names that are missing or unknown; a model in training mode, or one whose weights are frozen.
+    """
+    named = q.engine.check(params, qparams, where_from, "qparams")
+    if q.frozen:
+        because, fix = "its weights are quantized already", "use the q that was frozen"
+        raise StateError(explain(where_from, "a frozen model cannot be improved", because=because, fix=fix))
+    if q.training:
+        because, fix = "its BatchNorms and dropouts would change with each batch", "q.eval()"
+        raise StateError(explain(where_from, "the model is in training mode", because=because, fix=fix))
+    quantizers = {weight.site.quantizer: weight for weight in q.engine.acting}
+    chosen = {name: quantizers[name] for name in selected(where_from, q.plan, where) if name in quantizers}
+    if where is not None and not chosen:
+        because, fix = "they are computed in the forward", "choose weights that are parameters"
+        raise StateError(explain(where_from, "the weights that where chooses cannot be changed", because=because, fix=fix))
+    detached = {name: tensor.detach() for name, tensor in named.items()}
+    return Start(q, params, detached, dict(qparams), chosen)
+
+
+def as_batches(where_from: str, batches: Iterable[Tree] | None) -> list[Tree]:
+    """Batches as a list, since an algorithm may run over them more than once.
+
+    Raises:
+      StateError: none, or a single tensor in the place of a list.
+    """
+    fix = f"sq.algorithms.{where_from}(q, params, qparams, [x])"
+    if batches is None or isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        got = type(batches).__name__
+        raise StateError(explain(where_from, "these batches cannot be used", got=got, allowed="a list", fix=fix))
+    found = list(batches)
+    if not found:
+        raise StateError(explain(where_from, "there are no batches", fix=fix))
+    return found
+
+
+def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[str]) -> QParamsDict:
+    """The qparams of some weights as their observers find them for other params, at the widths and switches that they have.
+
+    Args:
+      start: with the qparams so far.
+      params: by name.
+      names: of the weight quantizers.
+    """
+    found = {}
+    for name in names:
+        weight, before = start.weights[name], start.qparams[name]
+        low, high = before.extras.get("qmin"), before.extras.get("qmax")
+        width = None if low is None or high is None else _width(low, high)
+        is_whole = width is not None and float(width).is_integer()
+        fresh = weight_qparams(weight, params, int(width) if width is not None and is_whole else None)
+        if width is not None and not is_whole:
+            fresh = with_bits({name: fresh}, start.q.plan, {name: width})[name]
+        switch = {extra: before.extras[extra] for extra in ("enabled",) if extra in before.extras}
+        found[name] = fresh._replace(extras=sorted_dict({**fresh.extras, **switch}))
+    return found
+
+
+def _width(low: Tensor, high: Tensor) -> float:
+    """The bit width of a grid with these outermost codes, one of which a symmetric range leaves out."""
+    codes = float((high - low).max()) + 1
+    return math.log2(codes + 1) if codes % 2 else math.log2(codes)
+
+
+def output_distance(
+    q: Quantized, float_params: Given, params: Given, qparams: Mapping[str, QParams], batches: Sequence[Tree]
+) -> Tensor:
+    """How far the quantized model is from the float one: ``mean |y_q - y_f|**2 / mean |y_f|**2`` over outputs and batches.
+
+    Args:
+      q: a quantized model in eval mode.
+      float_params: of the float model.
+      params, qparams: of the quantized model.
+      batches: a list.
+
+    Returns:
+      Shape ``()``, float64: 0 where both agree.
+    """
+    frozen, baked = q.freeze(params, qparams)
+    named = q.engine.skeleton.check(float_params, "output_distance")
+    error = power = torch.zeros((), dtype=torch.float64)
+    with q.engine.constant():
+        for batch in batches:
+            args, kwargs = q.engine.call(batch, "output_distance")
+            expected = q.engine.run_float(named, unchanged, args, kwargs)
+            actual = frozen.apply(baked, qparams, *args, **kwargs)
+            for y, target in zip(_floating(actual), _floating(expected), strict=True):
+                error = error + (y.double() - target.double()).square().sum()
+                power = power + target.double().square().sum()
+    return error / power.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _floating(output: Output) -> list[Tensor]:
+    return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
