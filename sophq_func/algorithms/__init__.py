@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING
 
 from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
+from sophq_func.algorithms.biases import correct_biases as correct_biases
+from sophq_func.algorithms.norms import reestimate_norms as reestimate_norms
 from sophq_func.config.algorithms import ALGORITHMS, Run
 from sophq_func.core.errors import near
 
-__all__: list[str] = []
+__all__ = ["correct_biases", "reestimate_norms"]
 
 
 def __dir__() -> list[str]:

@@ -98,6 +98,18 @@ def as_batches(where_from: str, batches: Iterable[Tree] | None) -> list[Tree]:
     return found
 
 
+def reference_of(where_from: str, start: Start, reference: Given | None) -> dict[str, Tensor]:
+    """The params, by name and detached, of the float model whose outputs an algorithm wants; by default those of the start.
+
+    Raises:
+      StateError: names that are missing or unknown.
+    """
+    if reference is None:
+        return start.params
+    named = start.engine.skeleton.check(reference, where_from)
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
 def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[str]) -> QParamsDict:
     """The qparams of some weights as their observers find them for other params, at the widths and switches that they have.
 

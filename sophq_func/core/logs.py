@@ -22,3 +22,6 @@ PLANNING = ROOT.getChild("planning")
 
 PROGRESS = ROOT.getChild("progress")
 """How far a long loop is, where there is neither a terminal nor a notebook: INFO."""
+
+ALGORITHMS = ROOT.getChild("algorithms")
+"""What an algorithm of a whole model changed or left as it was, and why: INFO."""
