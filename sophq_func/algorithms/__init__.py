@@ -4,12 +4,17 @@ from typing import TYPE_CHECKING
 
 from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
+from sophq_func.algorithms.adam import adam as adam
 from sophq_func.algorithms.biases import correct_biases as correct_biases
 from sophq_func.algorithms.norms import reestimate_norms as reestimate_norms
+from sophq_func.algorithms.reconstruct import adaround as adaround
+from sophq_func.algorithms.reconstruct import brecq as brecq
+from sophq_func.algorithms.reconstruct import qdrop as qdrop
+from sophq_func.algorithms.reconstruct import reconstruct as reconstruct
 from sophq_func.config.algorithms import ALGORITHMS, Run
 from sophq_func.core.errors import near
 
-__all__ = ["correct_biases", "reestimate_norms"]
+__all__ = ["adam", "adaround", "brecq", "correct_biases", "qdrop", "reconstruct", "reestimate_norms"]
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sophq_func.algorithms._error import no_worse
-from sophq_func.algorithms._watching import run_float, run_frozen
+from sophq_func.model.watching import run_float, run_frozen
 from sophq_func.algorithms.contract import Start, as_batches, begin, output_distance, reference_of
 from sophq_func.config.register import algorithm
 from sophq_func.core.progress import shown
