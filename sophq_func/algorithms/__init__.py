@@ -6,6 +6,17 @@ from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
 from sophq_func.algorithms.adam import adam as adam
 from sophq_func.algorithms.biases import correct_biases as correct_biases
+from sophq_func.algorithms.bits import BitSensitivity as BitSensitivity
+from sophq_func.algorithms.bits import at_widths as at_widths
+from sophq_func.algorithms.bits import bit_sensitivity as bit_sensitivity
+from sophq_func.algorithms.bits import sizes as sizes
+from sophq_func.algorithms.bits import trace_sensitivity as trace_sensitivity
+from sophq_func.algorithms.choose import Choice as Choice
+from sophq_func.algorithms.choose import bit_operations as bit_operations
+from sophq_func.algorithms.choose import choose_bits as choose_bits
+from sophq_func.algorithms.choose import pareto as pareto
+from sophq_func.algorithms.equalize import equalizable as equalizable
+from sophq_func.algorithms.equalize import equalize as equalize
 from sophq_func.algorithms.norms import reestimate_norms as reestimate_norms
 from sophq_func.algorithms.reconstruct import adaround as adaround
 from sophq_func.algorithms.reconstruct import brecq as brecq
@@ -14,7 +25,26 @@ from sophq_func.algorithms.reconstruct import reconstruct as reconstruct
 from sophq_func.config.algorithms import ALGORITHMS, Run
 from sophq_func.core.errors import near
 
-__all__ = ["adam", "adaround", "brecq", "correct_biases", "qdrop", "reconstruct", "reestimate_norms"]
+__all__ = [
+    "BitSensitivity",
+    "Choice",
+    "adam",
+    "adaround",
+    "at_widths",
+    "bit_operations",
+    "bit_sensitivity",
+    "brecq",
+    "choose_bits",
+    "correct_biases",
+    "equalizable",
+    "equalize",
+    "pareto",
+    "qdrop",
+    "reconstruct",
+    "reestimate_norms",
+    "sizes",
+    "trace_sensitivity",
+]
 
 
 def __dir__() -> list[str]:

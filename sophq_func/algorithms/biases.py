@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sophq_func.algorithms._error import no_worse
 from sophq_func.algorithms._layers import SPATIAL, Product
-from sophq_func.model.watching import run_float, run_frozen
 from sophq_func.algorithms.contract import Start, as_batches, begin, output_distance, reference_of
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import ConfigError, unknown
@@ -20,6 +19,7 @@ from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.runner import Function
 from sophq_func.model.select import Where
+from sophq_func.model.watching import run_float, run_frozen
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer
 from sophq_func.numerics.contracts import QParams
 
@@ -120,7 +120,7 @@ def correct_biases(
 
     Example:
       >>> import torch, sophq_func as sq
-      >>> model, x = torch.nn.Linear(8, 3), torch.rand(64, 8)
+      >>> model, x = torch.nn.Linear(8, 3).eval(), torch.rand(64, 8)
       >>> q = sq.quantize(model, sq.QuantConfig(weight=sq.override(bits=2), activation=None), example_args=(x,))
       >>> params = sq.params_of(model)
       >>> qparams = q.calibrate(params, [x], progress=False)

@@ -24,6 +24,7 @@ from sophq_func.model.settings import with_bits
 from sophq_func.model.tap import unchanged
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.contracts import QParams
+from sophq_func.planning.plan import Plan
 
 
 class Start(NamedTuple):
@@ -130,6 +131,22 @@ def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[s
         switch = {extra: before.extras[extra] for extra in ("enabled",) if extra in before.extras}
         found[name] = fresh._replace(extras=sorted_dict({**fresh.extras, **switch}))
     return found
+
+
+def as_wide(before: QParams, found: QParams, name: str, plan: Plan) -> QParams:
+    """Newly calibrated qparams of a value at the width and with the switch that it had before.
+
+    Args:
+      before: the qparams so far.
+      found: at the width of the plan.
+      name: of the quantizer.
+      plan: of the model.
+    """
+    low, high = before.extras.get("qmin"), before.extras.get("qmax")
+    if low is not None and high is not None:
+        found = with_bits({name: found}, plan, {name: _width(low, high)})[name]
+    switch = {extra: before.extras[extra] for extra in ("enabled",) if extra in before.extras}
+    return found._replace(extras=sorted_dict({**found.extras, **switch}))
 
 
 def _width(low: Tensor, high: Tensor) -> float:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sophq_func.algorithms._error import no_worse
-from sophq_func.model.watching import run_float, run_frozen
 from sophq_func.algorithms.contract import Start, as_batches, begin, output_distance, reference_of
 from sophq_func.config.register import algorithm
 from sophq_func.core.progress import shown
@@ -19,6 +18,7 @@ from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.runner import Function
 from sophq_func.model.select import Where
+from sophq_func.model.watching import run_float, run_frozen
 from sophq_func.model.weight_quantizer import Norm, Params, WeightQuantizer
 from sophq_func.numerics.contracts import QParams, as_stored
 from sophq_func.numerics.scheme import PerChannel, PerGroup

@@ -16,7 +16,7 @@ from sophq_func.algorithms.contract import Start, as_batches, begin, reference_o
 from sophq_func.algorithms.resume import Resumed, StrPath
 from sophq_func.algorithms.units import Unit, samples_of, units_of
 from sophq_func.config.register import algorithm
-from sophq_func.core.errors import ConfigError, PlanError, explain, raise_all, unknown
+from sophq_func.core.errors import PlanError, explain, raise_all, unknown
 from sophq_func.core.logs import ALGORITHMS
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
@@ -112,7 +112,8 @@ def reconstruct(
 
     Example:
       >>> import torch, sophq_func as sq
-      >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), torch.randn(64, 8)
+      >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+      >>> x = torch.randn(64, 8)
       >>> q = sq.quantize(model, sq.QuantConfig(weight=sq.override(bits=3)), example_args=(x,))
       >>> params = sq.params_of(model)
       >>> qparams = q.calibrate(params, [x], progress=False)
@@ -153,9 +154,7 @@ def reconstruct(
     return start.result(*_on_grids(start, new, new_qparams, weights.keys()))
 
 
-def _check(
-    learn: str, drop: float, steps: int, rows: int, weight: float, warm_up: float, beta: tuple[float, float]
-) -> None:
+def _check(learn: str, drop: float, steps: int, rows: int, weight: float, warm_up: float, beta: tuple[float, float]) -> None:
     """Raise a :class:`ConfigError` that names every option out of its range."""
     problems = [] if learn in get_args(Learn) else [unknown("reconstruct", "learn", learn, get_args(Learn))]
     ranges = {
@@ -236,18 +235,24 @@ def _on_grids(
 
 
 @public
-def adaround(q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any) -> tuple[Given, dict[str, QParams]]:
+def adaround(
+    q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any
+) -> tuple[Given, dict[str, QParams]]:
     """:func:`reconstruct` layer by layer, the rounding alone (AdaRound, arXiv:2004.10568)."""
     return reconstruct(q, params, qparams, batches, **{"units": "layer", "learn": "rounding", **options})
 
 
 @public
-def brecq(q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any) -> tuple[Given, dict[str, QParams]]:
+def brecq(
+    q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any
+) -> tuple[Given, dict[str, QParams]]:
     """:func:`reconstruct` block by block, rounding and scales of values (BRECQ, arXiv:2102.05426)."""
     return reconstruct(q, params, qparams, batches, **{"units": "block", "learn": "both", **options})
 
 
 @public
-def qdrop(q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any) -> tuple[Given, dict[str, QParams]]:
+def qdrop(
+    q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any
+) -> tuple[Given, dict[str, QParams]]:
     """:func:`brecq` in which half of the elements of values stay float while a block is learned (QDrop, arXiv:2203.05740)."""
     return reconstruct(q, params, qparams, batches, **{"units": "block", "learn": "both", "drop": 0.5, **options})

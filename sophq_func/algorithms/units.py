@@ -52,7 +52,9 @@ class Unit(NamedTuple):
         return lambda output: output * factor
 
 
-def units_of(where_from: str, start: Start, units: str | Sequence[str], weights: Mapping[str, WeightQuantizer]) -> list[Unit]:
+def units_of(
+    where_from: str, start: Start, units: str | Sequence[str], weights: Mapping[str, WeightQuantizer]
+) -> list[Unit]:
     """The units of a model, in execution order.
 
     Args:
@@ -69,7 +71,9 @@ def units_of(where_from: str, start: Start, units: str | Sequence[str], weights:
     q = start.q
     if isinstance(units, str) and units not in KINDS:
         allowed = "'layer', 'block', or a list of paths"
-        raise ConfigError(explain(where_from, "units of this kind are not known", got=units, allowed=allowed, fix=f"[{units!r}]"))
+        raise ConfigError(
+            explain(where_from, "units of this kind are not known", got=units, allowed=allowed, fix=f"[{units!r}]")
+        )
     if isinstance(units, str):
         blocks = q.blocks() if units == "block" else []
         layers = [_layer(q, weight) for weight in weights.values()]
@@ -117,7 +121,9 @@ class Sample(NamedTuple):
     target: Output
 
 
-def samples_of(unit: Unit, start: Start, exact: Params, params: Params, qparams: Mapping[str, QParams], data: Sequence[Tree]) -> list[Sample]:
+def samples_of(
+    unit: Unit, start: Start, exact: Params, params: Params, qparams: Mapping[str, QParams], data: Sequence[Tree]
+) -> list[Sample]:
     """The call of a unit for each batch.
 
     Two runs up to the unit for each batch: one in float, one quantized.

@@ -28,7 +28,7 @@ def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
     """The ``alpha`` in the middle part of :func:`rectified_sigmoid` that it maps to a share in [0, 1].
 
     Example:
-      >>> inverse_rectified_sigmoid(torch.tensor([0.0, 0.5]))
-      tensor([-2.3979,  0.0000])
+      >>> inverse_rectified_sigmoid(torch.tensor([0.0, 1.0]))
+      tensor([-2.3979,  2.3979])
     """
     return -torch.log((ZETA - GAMMA) / (share - GAMMA) - 1)
