@@ -4,10 +4,19 @@ from typing import TYPE_CHECKING
 
 from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
+from sophq_func.algorithms._clip import clip as clip
+from sophq_func.algorithms._clip import clip_solve as clip_solve
+from sophq_func.algorithms._gptq import gptq as gptq
+from sophq_func.algorithms._solve import gptq_solve as gptq_solve
 from sophq_func.config.algorithms import ALGORITHMS, Run
 from sophq_func.core.errors import near
 
-__all__: list[str] = []
+__all__ = [
+    "clip",
+    "clip_solve",
+    "gptq",
+    "gptq_solve",
+]
 
 
 def __dir__() -> list[str]:

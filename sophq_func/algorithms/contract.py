@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import StateError, explain
+from sophq_func.algorithms._matrix import output_axis
+from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.core.pytree import sorted_dict, tensors
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.calibrate import weight_qparams
@@ -24,6 +25,9 @@ from sophq_func.model.settings import with_bits
 from sophq_func.model.tap import unchanged
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.moments import Moments
+from sophq_func.numerics.scheme import PerChannel
 
 
 class Start(NamedTuple):
@@ -48,6 +52,15 @@ class Start(NamedTuple):
     def engine(self) -> Engine:
         """That of the model."""
         return self.q.engine
+
+    def grid(self, name: str) -> QParams:
+        """The qparams of a weight, with the scale and zero point that are in force where learned extras decide them."""
+        weight = self.weights[name]
+        return weight.fake_quantize.grid(self.qparams[name], weight.scheme)
+
+    def is_on(self, name: str) -> bool:
+        """Whether a quantizer is on: ``extras["enabled"]`` does not switch it off, or mix."""
+        return bool(self.qparams[name].extras.get("enabled", torch.tensor(True)) == 1)
 
     def result(self, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> tuple[Given, QParamsDict]:
         """What the algorithm returns: params of the kind that was given, and qparams, sorted."""
@@ -96,6 +109,63 @@ def as_batches(where_from: str, batches: Iterable[Tree] | None) -> list[Tree]:
     if not found:
         raise StateError(explain(where_from, "there are no batches", fix=fix))
     return found
+
+
+def check_rounding(where_from: str, start: Start) -> None:
+    """Raise a :class:`ConfigError` that names each weight which has no grid of integers that is known beforehand."""
+    problems = []
+    for name, weight in start.weights.items():
+        config = weight.config
+        if not weight.fake_quantize.integer:
+            because, fix = "its codes are no integers", "where=, to leave it out"
+            problems.append(
+                explain(f"{where_from}: {name}", f"{config.fake_quantize} cannot be solved for", because=because, fix=fix)
+            )
+        elif config.scheme.dynamic:
+            because, fix = "its grid is computed from the weight at each call", "dynamic=False, or where= to leave it out"
+            problems.append(
+                explain(f"{where_from}: {name}", "a dynamic scheme cannot be solved for", because=because, fix=fix)
+            )
+    raise_all(problems, ConfigError)
+
+
+def fits(moments: Moments, seen: Tensor, weight: WeightQuantizer) -> bool:
+    """Whether moments are those of the rows that a weight multiplies.
+
+    Calls that sum over other axes of the weight than its scales say have other ones.
+    """
+    axis = output_axis(weight.scheme, weight.output_axis)
+    if axis == ():
+        return False
+    channels = rows(seen, PerChannel(axis)).shape[:-1]
+    n = seen.numel() // max(1, math.prod(channels))
+    return moments.second.shape[-1] == n and math.prod(channels) % moments.parts == 0
+
+
+def settled(where_from: str, start: Start, name: str, solved: Tensor) -> Tensor:
+    """A solved weight as its quantizer returns it, bit for bit.
+
+    Args:
+      where_from: the algorithm, for errors.
+      start: with the quantizer and its qparams.
+      name: of the quantizer.
+      solved: the weight in its own layout, on its grid up to the rounding of floats.
+
+    Raises:
+      ConfigError: the quantizer moves it to other codes, as one does that does not round to the nearest.
+    """
+    weight = start.weights[name]
+    params = {**start.params, weight.site.parameter: solved}
+    rounded = weight.quantize(params, start.grid(name))
+    # codes differ by whole steps, floats by millionths of the largest
+    step = float(start.grid(name).scale.abs().min())
+    seen = weight.seen({**params, weight.site.parameter: rounded - solved})
+    if float(seen.abs().max()) > 0.5 * step:
+        because, fix = "it does not round to the nearest", "fake_quantize=sq.fake_quantize.fixed()"
+        raise ConfigError(
+            explain(f"{where_from}: {name}", f"{weight.config.fake_quantize} moves solved codes", because=because, fix=fix)
+        )
+    return rounded
 
 
 def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[str]) -> QParamsDict:
