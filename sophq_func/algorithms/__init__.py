@@ -4,18 +4,22 @@ from typing import TYPE_CHECKING
 
 from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
+from sophq_func.algorithms._awq import awq as awq
 from sophq_func.algorithms._clip import clip as clip
 from sophq_func.algorithms._clip import clip_solve as clip_solve
 from sophq_func.algorithms._gptq import gptq as gptq
+from sophq_func.algorithms._smooth import smooth as smooth
 from sophq_func.algorithms._solve import gptq_solve as gptq_solve
 from sophq_func.config.algorithms import ALGORITHMS, Run
 from sophq_func.core.errors import near
 
 __all__ = [
+    "awq",
     "clip",
     "clip_solve",
     "gptq",
     "gptq_solve",
+    "smooth",
 ]
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sophq_func.algorithms._matrix import output_axis
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
+from sophq_func.core.logs import ALGORITHMS as LOG
+from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.calibrate import weight_qparams
@@ -179,8 +181,7 @@ def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[s
     found = {}
     for name in names:
         weight, before = start.weights[name], start.qparams[name]
-        low, high = before.extras.get("qmin"), before.extras.get("qmax")
-        width = None if low is None or high is None else _width(low, high)
+        width = width_of(before)
         is_whole = width is not None and float(width).is_integer()
         fresh = weight_qparams(weight, params, int(width) if width is not None and is_whole else None)
         if width is not None and not is_whole:
@@ -190,9 +191,13 @@ def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[s
     return found
 
 
-def _width(low: Tensor, high: Tensor) -> float:
-    """The bit width of a grid with these outermost codes, one of which a symmetric range leaves out."""
+def width_of(qparams: QParams) -> float | None:
+    """The bit width that qparams have as data; ``None`` where they have that of their config."""
+    low, high = qparams.extras.get("qmin"), qparams.extras.get("qmax")
+    if low is None or high is None:
+        return None
     codes = float((high - low).max()) + 1
+    # a symmetric range leaves one code out
     return math.log2(codes + 1) if codes % 2 else math.log2(codes)
 
 
@@ -222,6 +227,21 @@ def output_distance(
                 error = error + (y.double() - target.double()).square().sum()
                 power = power + target.double().square().sum()
     return error / power.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def rolled_back(
+    where: str, start: Start, new: tuple[Given, QParamsDict], batches: Sequence[Tree]
+) -> tuple[Given, QParamsDict]:
+    """A result, or the start where that is nearer to the float model on the batches; a mapped result cannot be compared."""
+    params, qparams = new
+    if not is_plain([*tensors(params), *tensors(qparams)]):
+        return new
+    before = output_distance(start.q, start.given, start.given, start.qparams, batches)
+    after = output_distance(start.q, start.given, params, qparams, batches)
+    if bool(after <= before):
+        return new
+    LOG.warning("%s: nothing is changed: the distance to the float model would rise from %.3g to %.3g", where, before, after)
+    return start.result(start.params, start.qparams)
 
 
 def _floating(output: Output) -> list[Tensor]:
