@@ -8,6 +8,7 @@ from sophq_func.algorithms._awq import awq as awq
 from sophq_func.algorithms._clip import clip as clip
 from sophq_func.algorithms._clip import clip_solve as clip_solve
 from sophq_func.algorithms._gptq import gptq as gptq
+from sophq_func.algorithms._rotate import rotate as rotate
 from sophq_func.algorithms._smooth import smooth as smooth
 from sophq_func.algorithms._solve import gptq_solve as gptq_solve
 from sophq_func.config.algorithms import ALGORITHMS, Run
@@ -19,6 +20,7 @@ __all__ = [
     "clip_solve",
     "gptq",
     "gptq_solve",
+    "rotate",
     "smooth",
 ]
 

@@ -17,6 +17,7 @@ from sophq_func.algorithms._folding import (
     report_skipped,
     scaled,
     touched,
+    values_of,
     with_values_observed,
 )
 from sophq_func.algorithms._matrix import output_axis
@@ -94,7 +95,7 @@ def awq(
     :func:`gptq` or ``q.apply`` rounds them.
 
     Args:
-      q: a quantized model in eval mode.
+      q: a quantized model; it is run in eval mode.
       params: as :func:`sophq_func.params_of` returns them.
       qparams: from ``q.calibrate``.
       batches: as of :meth:`Quantized.calibrate`; the first one also finds and checks what can be scaled.
@@ -110,7 +111,7 @@ def awq(
 
     Raises:
       ConfigError: ``alpha`` outside of [0, 1]; ``where`` fits no weight.
-      StateError: names that are missing or unknown, no batches, a model in training mode or frozen.
+      StateError: names that are missing or unknown, no batches, a frozen model.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -121,13 +122,18 @@ def awq(
       >>> params = sq.params_of(model)
       >>> start = q.calibrate(params, [x], progress=False)
       >>> scaled, qparams = sq.algorithms.awq(q, params, start, [x], progress=False)
-      >>> torch.allclose(sq.load_into(model, scaled)(x), q.engine.run_float(params, lambda _, v: v, (x,), {}), atol=1e-5)
+      >>> y = torch.func.functional_call(model, params, x)
+      >>> torch.allclose(torch.func.functional_call(model, scaled, x), y, atol=1e-5)
+      True
+      >>> error = lambda p, qp: (q.apply(p, qp, x) - y).square().mean()
+      >>> bool(error(scaled, qparams) <= error(params, start))
       True
     """
     check_flags("awq", {"progress": progress})
     if alpha is not None:
         check_share("awq", alpha)
     start = begin("awq", q, params, qparams)
+    q = start.q
     batches = as_batches("awq", batches)
     pairs, skipped = found_pairs(start, batches[0])
     report_skipped("awq", skipped)
@@ -142,7 +148,9 @@ def awq(
             if new is not setting:
                 done.append(pair)
             setting = new
-    return start.result(setting.params, with_values_observed(start, setting, done, batches))
+    return start.result(
+        setting.params, with_values_observed(start, setting.params, setting.qparams, values_of(done), batches)
+    )
 
 
 def _with_pair(start: Start, setting: Setting, pair: Pair, alpha: float | Tensor | None) -> Setting:

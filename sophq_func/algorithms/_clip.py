@@ -17,7 +17,6 @@ from sophq_func.config.register import algorithm
 from sophq_func.core.errors import ConfigError, check_flags, explain, raise_all
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
-from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.engine import QParamsDict
 from sophq_func.model.quantized import Quantized
@@ -37,6 +36,9 @@ NUDGES = (0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
 
 REFITS = 2
 """How often the scale is fitted to the codes, and the codes to the scale: a third time gains less than 0.1 %."""
+
+FREE = frozenset(("enabled", "noise", "qmax", "qmin"))
+"""Extras that mean the same with another scale."""
 
 Rounding: TypeAlias = Callable[[QParams], Tensor]
 """From qparams to the rounded weight."""
@@ -63,9 +65,9 @@ def clip_solve(weight: Tensor, second: Tensor, scheme: QScheme, qparams: QParams
 
     Example:
       >>> scheme = QScheme(bits=2, symmetric=False)
-      >>> weight = torch.tensor([[-1.0, 1.0, 1.1, -0.9, 4.0]])
+      >>> weight = torch.randn(4, 256)
       >>> start = range_to_qparams(weight.min(), weight.max(), scheme)
-      >>> found = clip_solve(weight, torch.eye(5), scheme, start)
+      >>> found = clip_solve(weight, torch.eye(256), scheme, start)
       >>> error = lambda qp: (fake_quantize(weight, qp, scheme, "kernel") - weight).square().sum()
       >>> bool(error(found) < 0.7 * error(start))
       True
@@ -173,7 +175,7 @@ def clip(
     It helps most at 2 to 4 bits, alone or before :func:`gptq`; at 8 bits there is nothing to clip.
 
     Args:
-      q: a quantized model in eval mode.
+      q: a quantized model; it is run in eval mode.
       params: as :func:`sophq_func.params_of` returns them.
       qparams: from ``q.calibrate``: what the search starts from.
       batches: as of :meth:`Quantized.calibrate`.
@@ -188,7 +190,7 @@ def clip(
 
     Raises:
       ConfigError: ``where`` fits no weight; a weight whose scale is no field that can be chosen.
-      StateError: names that are missing or unknown, no batches, a model in training mode or frozen.
+      StateError: names that are missing or unknown, no batches, a frozen model.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -198,12 +200,13 @@ def clip(
       >>> params = sq.params_of(model)
       >>> start = q.calibrate(params, [x], progress=False)
       >>> _, clipped = sq.algorithms.clip(q, params, start, [x], progress=False)
-      >>> error = lambda qp: float((q.apply(params, qp, x) - model(x)).square().mean())
-      >>> error(clipped) < error(start)
+      >>> error = lambda qp: (q.apply(params, qp, x) - model(x)).square().mean()
+      >>> bool(error(clipped) < error(start))
       True
     """
     check_flags("clip", {"progress": progress})
     start = begin("clip", q, params, qparams, where)
+    q = start.q
     raise_all([problem for name in start.weights for problem in _problems(start, name)], ConfigError)
     units = units_of(q, start.weights, blocks)
     walk = Walk(q, start.params, as_batches("clip", batches), units, None)
@@ -220,8 +223,12 @@ def _problems(start: Start, name: str) -> Iterator[str]:
     weight, qparams = start.weights[name], start.qparams[name]
     where, kind, fix = f"clip: {name}", weight.config.fake_quantize, "where=, to leave it out"
     doubled = qparams._replace(scale=2 * qparams.scale)
+    learned = sorted(qparams.extras.keys() - FREE)
     if weight.scheme.dynamic:
         yield explain(where, "a dynamic scheme has no range", because="each tensor gives its own", fix=fix)
+    elif learned:
+        because = f"its {' and '.join(learned)} belong to the scale that it has"
+        yield explain(where, f"the scale of {kind} cannot change", because=because, fix=fix)
     elif not weight.fake_quantize.scaled or not torch.equal(
         weight.fake_quantize.grid(doubled, weight.scheme).scale, doubled.scale
     ):
@@ -241,12 +248,6 @@ def clipped(weight: WeightQuantizer, params: Mapping[str, Tensor], qparams: QPar
     if not fits(moments, seen, weight):
         return qparams
     form = form_of(seen, moments.second.to(seen.dtype), scheme, weight.output_axis)
-    kept = {name: extra for name, extra in qparams.extras.items() if name in ("qmin", "qmax", "enabled")}
-    bare = QParams(qparams.scale, qparams.zero_point, kept)
     if weight.fake_quantize.integer:
-        found = _clipped(Search(seen, scheme, form, lambda qp: fake_quantize(seen, qp, scheme, "kernel")), bare)
-    else:
-        found = _scaled(Search(seen, scheme, form, lambda qp: weight.fake_quantize.apply(seen, qp, scheme)), qparams)
-    # what a fake quantizer has learned, or would learn, belongs to a scale
-    fresh = weight.fake_quantize.init(found._replace(extras=kept), seen, scheme)
-    return fresh._replace(extras=sorted_dict({**fresh.extras, **kept}))
+        return _clipped(Search(seen, scheme, form, lambda qp: fake_quantize(seen, qp, scheme, "kernel")), qparams)
+    return _scaled(Search(seen, scheme, form, lambda qp: weight.fake_quantize.apply(seen, qp, scheme)), qparams)

@@ -134,6 +134,11 @@ def _power(x: Tensor, second: Tensor) -> Tensor:
     return output_error(x.reshape(-1, x.shape[-1]), second).sum()
 
 
+def values_of(pairs: Iterable[Pair]) -> set[str]:
+    """The names of all values that are scaled where some pairs are."""
+    return {value for pair in pairs for value in pair.values}
+
+
 def error_of(start: Start, setting: Setting, names: Iterable[str]) -> Tensor:
     """The sum of the relative errors of some weights; of those whose moments are known."""
     total = torch.zeros(())
@@ -145,19 +150,28 @@ def error_of(start: Start, setting: Setting, names: Iterable[str]) -> Tensor:
     return total
 
 
-def with_values_observed(start: Start, setting: Setting, pairs: Sequence[Pair], batches: Sequence[Tree]) -> QParamsDict:
-    """The qparams, with those of the values that are scaled calibrated again, at the widths that they have."""
-    values = {value for pair in pairs for value in pair.values}
+def with_values_observed(
+    start: Start, params: Params, qparams: QParamsDict, values: Collection[str], batches: Sequence[Tree]
+) -> QParamsDict:
+    """The qparams, with those of some values calibrated again, at the widths that they have.
+
+    Args:
+      start: what the algorithm starts from.
+      params: with which the values are other ones now, by name.
+      qparams: so far.
+      values: names of the values.
+      batches: to calibrate on.
+    """
     plan = start.q.plan
     sites = [plan.site(name) for name in plan]
     names = [site.quantizer for site in sites if site.value in values and not plan[site.quantizer].scheme.dynamic]
     if not names:
-        return setting.qparams
-    given = start.engine.like(start.given, setting.params)
+        return qparams
+    given = start.engine.like(start.given, params)
     fresh = start.q.calibrate(given, batches, progress=False)
-    new = dict(setting.qparams)
+    new = dict(qparams)
     for name in names:
-        width = width_of(setting.qparams[name])
+        width = width_of(qparams[name])
         new[name] = fresh[name] if width is None else with_bits(fresh, plan, {name: width})[name]
     return new
 

@@ -52,7 +52,7 @@ def gptq(
     value that weights of the block read.
 
     Args:
-      q: a quantized model in eval mode, whose weights are integers.
+      q: a quantized model, whose weights are integers; it is run in eval mode.
       params: as :func:`sophq_func.params_of` returns them.
       qparams: the grids to round to: from ``q.calibrate``, or better ones from :func:`clip`. They stay as they are.
       batches: as of :meth:`Quantized.calibrate`.
@@ -72,7 +72,7 @@ def gptq(
 
     Raises:
       ConfigError: an option that means nothing; ``where`` fits no weight; a weight whose codes are no integers.
-      StateError: names that are missing or unknown, no batches, a model in training mode or frozen, inputs that are not
+      StateError: names that are missing or unknown, no batches, a frozen model, inputs that are not
         finite, a checkpoint of another call.
 
     Example:
@@ -83,8 +83,8 @@ def gptq(
       >>> params = sq.params_of(model)
       >>> rounded = q.calibrate(params, [x], progress=False)
       >>> better, qparams = sq.algorithms.gptq(q, params, rounded, [x], progress=False)
-      >>> error = lambda p, qp: float((q.apply(p, qp, x) - model(x)).square().mean())
-      >>> error(better, qparams) < error(params, rounded)
+      >>> error = lambda p, qp: (q.apply(p, qp, x) - model(x)).square().mean()
+      >>> bool(error(better, qparams) < error(params, rounded))
       True
     """
     options = SolverOptions(order, damping, sweeps)
@@ -93,6 +93,7 @@ def gptq(
     if inputs not in get_args(Inputs):
         raise ConfigError(unknown("gptq", "kind of inputs", inputs, get_args(Inputs)))
     start = begin("gptq", q, params, qparams, where)
+    q = start.q
     check_rounding("gptq", start)
     batches = as_batches("gptq", batches)
     units = units_of(q, start.weights, blocks)

@@ -21,6 +21,7 @@ from sophq_func.core.operations import DROPOUTS, MOVES
 from sophq_func.core.pytree import tensors
 from sophq_func.core.types import Tree
 from sophq_func.model.tap import unchanged
+from sophq_func.model.weight_quantizer import Params
 
 if TYPE_CHECKING:
     from sophq_func.capture.graph import Graph, Node, Operand
@@ -82,8 +83,9 @@ class Pair(NamedTuple):
       channels: how many it has.
       readers: the linear layers that read it.
       folds: what is divided.
-      heads: how many heads of attention share the channels that are folded into, and how many channels of the value one
-        head has; ``(1, 1)`` outside of attention. Heads that share values have their factors in common.
+      shared: how many heads of attention share the channels that are folded into, and have their factors in common; 1
+        outside of attention.
+      head: how many channels of the value one head of attention has; 0 outside of attention.
       values: names of all values that are scaled.
     """
 
@@ -91,21 +93,20 @@ class Pair(NamedTuple):
     channels: int
     readers: tuple[Linear, ...]
     folds: tuple[Fold, ...]
-    heads: tuple[int, int] = (1, 1)
+    shared: int = 1
+    head: int = 0
     values: tuple[str, ...] = ()
 
     def tied(self, x: Tensor) -> Tensor:
         """Numbers ``(channels,)`` with those in common that must be: the largest of the heads that share values."""
-        shared, size = self.heads
-        if shared == 1:
+        if self.shared == 1:
             return x
-        by_head = x.reshape(-1, shared, size)
+        by_head = x.reshape(-1, self.shared, self.head)
         return by_head.amax(1, keepdim=True).expand_as(by_head).reshape(-1)
 
     def of_folds(self, x: Tensor) -> Tensor:
         """The factors of the channels that are folded into, of which heads that share values have the same."""
-        shared, size = self.heads
-        return x if shared == 1 else x.reshape(-1, shared, size)[:, 0].reshape(-1)
+        return x if self.shared == 1 else x.reshape(-1, self.shared, self.head)[:, 0].reshape(-1)
 
     def scaled(self, params: Mapping[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
         """The parameters that change where the value is divided by factors ``(channels,)``."""
@@ -164,7 +165,7 @@ class _Finder:
         self.graph = graph
         self.linear = {node.name: found for node in graph if (found := linear_of(graph, node)) is not None}
         self.read = list(dict.fromkeys(linear.read for linear in self.linear.values()))
-        self.uses = Counter(name for node in graph for name in _parameters(node))
+        self.uses = Counter(name for node in graph for name in parameters_of(node))
 
     def pair(self, value: str) -> Pair | str:
         """The pair of a value, or why there is none."""
@@ -183,8 +184,7 @@ class _Finder:
         shared = channels // made.outputs
         if channels % made.outputs or (shared > 1 and not made.head):
             return f"its {channels} channels come from {made.outputs}"
-        heads = (shared, made.head) if shared > 1 else (1, 1)
-        return Pair(value, channels, readers, made.folds, heads, made.values)
+        return Pair(value, channels, readers, made.folds, shared, made.head, made.values)
 
     def made(self, value: str, channels: int, head: int = 0) -> _Made | str:
         """What makes a value of which everything that reads it is known, or why nothing can be folded into that."""
@@ -292,41 +292,64 @@ TOLERANCE = 1e-4
 """How far the output may move, of its largest magnitude: far above the rounding of float32, far below any wrong fold."""
 
 
+class Probe:
+    """Tells whether the float model computes with other params what it computed before, on one batch.
+
+    Args:
+      start: with the model and its params.
+      batch: a call of the model.
+    """
+
+    def __init__(self, start: Start, batch: Tree) -> None:
+        self._start = start
+        self._call = start.engine.call(batch, "probe")
+        self._expected = self._outputs(start.params)
+
+    def agrees(self, params: Params) -> bool:
+        """Whether no output moves by more than the tolerance."""
+        pairs = zip(self._outputs(params), self._expected, strict=True)
+        return all(_distance(x, y) <= TOLERANCE * float(y.abs().max()) for x, y in pairs)
+
+    def _outputs(self, params: Params) -> list[Tensor]:
+        args, kwargs = self._call
+        with self._start.engine.constant():
+            output = self._start.engine.run_float(params, unchanged, args, kwargs)
+        return [y for y in tensors(output) if y.is_floating_point() and y.numel()]
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """The largest difference of two tensors; row by row, since logits of a large vocabulary are large."""
+    flat, other = x.reshape(-1, x.shape[-1] if x.ndim else 1), y.reshape(-1, y.shape[-1] if y.ndim else 1)
+    return max(float((one - two).abs().max()) for one, two in zip(flat, other, strict=True))
+
+
 def exact(start: Start, batch: Tree, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Skipped]]:
     """Those pairs of which a run of the model with random factors shows that they leave it as it is, and the others."""
-    named, generator = start.params, torch.Generator().manual_seed(0)
-    factors = [torch.exp(SPREAD * torch.randn(pair.channels, generator=generator)) for pair in pairs]
-    tried = [
-        (pair, pair.tied(factor).to(named[pair.readers[0].weight].device))
-        for pair, factor in zip(pairs, factors, strict=True)
-    ]
-    expected = _outputs(start, named, batch)
-    if _agree(start, batch, expected, tried):
+    generator = torch.Generator().manual_seed(0)
+    tried = []
+    for pair in pairs:
+        factors = torch.exp(SPREAD * torch.randn(pair.channels, generator=generator))
+        tried.append((pair, pair.tied(factors).to(start.params[pair.readers[0].weight].device)))
+    if not pairs:
+        return [], []
+    probe = Probe(start, batch)
+    if probe.agrees(_all_scaled(start.params, tried)):
         return list(pairs), []
     kept, skipped = [], []
-    for pair, factor in tried:
-        if _agree(start, batch, expected, [(pair, factor)]):
+    for pair, factors in tried:
+        if probe.agrees(_all_scaled(start.params, [(pair, factors)])):
             kept.append(pair)
         else:
             skipped.append(Skipped(pair.value, "a run shows that scaling it changes the model"))
     return kept, skipped
 
 
-def _agree(start: Start, batch: Tree, expected: Sequence[Tensor], tried: Sequence[tuple[Pair, Tensor]]) -> bool:
-    """Whether the float model computes the same with its values scaled."""
-    params = dict(start.params)
-    for pair, factor in tried:
-        params |= pair.scaled(params, factor)
-    actual = _outputs(start, params, batch)
-    limits = [TOLERANCE * float(y.abs().max()) for y in expected]
-    return all(float((x - y).abs().max()) <= limit for x, y, limit in zip(actual, expected, limits, strict=True))
-
-
-def _outputs(start: Start, params: Mapping[str, Tensor], batch: Tree) -> list[Tensor]:
-    args, kwargs = start.engine.call(batch, "pairs")
-    with start.engine.constant():
-        output = start.engine.run_float(params, unchanged, args, kwargs)
-    return [y for y in tensors(output) if y.is_floating_point() and y.numel()]
+def _all_scaled(params: Params, tried: Sequence[tuple[Pair, Tensor]]) -> dict[str, Tensor]:
+    """Params with the values of some pairs divided by factors."""
+    new = dict(params)
+    for pair, factors in tried:
+        new |= pair.scaled(new, factors)
+    return new
 
 
 def found_pairs(start: Start, batch: Tree) -> tuple[list[Pair], list[Skipped]]:
@@ -338,7 +361,7 @@ def found_pairs(start: Start, batch: Tree) -> tuple[list[Pair], list[Skipped]]:
     return kept, [*skipped, *inexact]
 
 
-def _parameters(node: Node) -> Iterator[str]:
+def parameters_of(node: Node) -> Iterator[str]:
     """The parameters that a call reads, once for each time."""
     yield from node.parameters.values()
     yield from (operand.parameter for operand in node.operands if operand.parameter)

@@ -16,6 +16,7 @@ from sophq_func.algorithms._folding import (
     report_skipped,
     scaled,
     touched,
+    values_of,
     with_values_observed,
 )
 from sophq_func.algorithms._pairs import Pair, found_pairs
@@ -74,7 +75,7 @@ def smooth(
     batches than before, nothing is changed, which the logger ``sophq_func.algorithms`` says.
 
     Args:
-      q: a quantized model in eval mode.
+      q: a quantized model; it is run in eval mode.
       params: as :func:`sophq_func.params_of` returns them.
       qparams: from ``q.calibrate``.
       batches: as of :meth:`Quantized.calibrate`; the first one also finds and checks what can be scaled.
@@ -87,7 +88,7 @@ def smooth(
 
     Raises:
       ConfigError: ``alpha`` outside of [0, 1]; ``where`` fits no weight.
-      StateError: names that are missing or unknown, no batches, a model in training mode or frozen.
+      StateError: names that are missing or unknown, no batches, a frozen model.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -104,6 +105,7 @@ def smooth(
     check_flags("smooth", {"progress": progress})
     check_share("smooth", alpha)
     start = begin("smooth", q, params, qparams)
+    q = start.q
     batches = as_batches("smooth", batches)
     pairs, skipped = found_pairs(start, batches[0])
     report_skipped("smooth", skipped)
@@ -118,5 +120,5 @@ def smooth(
             if first in setting.moments:
                 factors = migration(pair, setting.params, setting.moments[first].amax, alpha)
                 setting = scaled(start, setting, pair, factors)
-    new = start.result(setting.params, with_values_observed(start, setting, chosen, batches))
-    return rolled_back("smooth", start, new, batches)
+    ranges = with_values_observed(start, setting.params, setting.qparams, values_of(chosen), batches)
+    return rolled_back("smooth", start, start.result(setting.params, ranges), batches)

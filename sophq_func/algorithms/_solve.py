@@ -75,8 +75,8 @@ def gptq_solve(
       >>> scheme, qp = QScheme(bits=4), QParams(torch.tensor(1.0), torch.tensor(0), {})
       >>> x = torch.tensor([[1.0, 0.9], [1.0, 1.1]])
       >>> rounded, _ = gptq_solve(torch.tensor([[3.4, 2.3], [2.4, 3.0]]), x.T @ x / 2, scheme, qp)
-      >>> rounded
-      tensor([[3., 3.],
+      >>> rounded  # the second column makes up for the first one
+      tensor([[4., 2.],
               [2., 3.]])
     """
     check_options("gptq_solve", order, damping, sweeps)

@@ -36,7 +36,7 @@ class Start(NamedTuple):
     """What an algorithm starts from.
 
     Attributes:
-      q: the model.
+      q: the model, in eval mode.
       given: the params as the caller gave them.
       params: the same by name, detached.
       qparams: of every quantizer.
@@ -79,15 +79,13 @@ def begin(where_from: str, q: Quantized, params: Given, qparams: Mapping[str, QP
 
     Raises:
       ConfigError: ``where`` fits no weight.
-      StateError: names that are missing or unknown; a model in training mode, or one whose weights are frozen.
+      StateError: names that are missing or unknown; a model whose weights are frozen.
     """
     named = q.engine.check(params, qparams, where_from, "qparams")
     if q.frozen:
         because, fix = "its weights are quantized already", "use the q that was frozen"
         raise StateError(explain(where_from, "a frozen model cannot be improved", because=because, fix=fix))
-    if q.training:
-        because, fix = "its BatchNorms and dropouts would change with each batch", "q.eval()"
-        raise StateError(explain(where_from, "the model is in training mode", because=because, fix=fix))
+    q = q.eval()  # with the statistics and without the dropouts of inference, for which its result is
     quantizers = {weight.site.quantizer: weight for weight in q.engine.acting}
     chosen = {name: quantizers[name] for name in selected(where_from, q.plan, where) if name in quantizers}
     if where is not None and not chosen:
