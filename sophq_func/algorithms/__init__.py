@@ -4,6 +4,13 @@ from typing import TYPE_CHECKING
 
 from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
+from sophq_func.algorithms._awq import awq as awq
+from sophq_func.algorithms._clip import clip as clip
+from sophq_func.algorithms._clip import clip_solve as clip_solve
+from sophq_func.algorithms._gptq import gptq as gptq
+from sophq_func.algorithms._rotate import rotate as rotate
+from sophq_func.algorithms._smooth import smooth as smooth
+from sophq_func.algorithms._solve import gptq_solve as gptq_solve
 from sophq_func.algorithms.adam import adam as adam
 from sophq_func.algorithms.biases import correct_biases as correct_biases
 from sophq_func.algorithms.bits import BitSensitivity as BitSensitivity
@@ -18,6 +25,7 @@ from sophq_func.algorithms.choose import pareto as pareto
 from sophq_func.algorithms.equalize import equalizable as equalizable
 from sophq_func.algorithms.equalize import equalize as equalize
 from sophq_func.algorithms.norms import reestimate_norms as reestimate_norms
+from sophq_func.algorithms.ptq_config import from_ptq_config as from_ptq_config
 from sophq_func.algorithms.reconstruct import adaround as adaround
 from sophq_func.algorithms.reconstruct import brecq as brecq
 from sophq_func.algorithms.reconstruct import qdrop as qdrop
@@ -31,18 +39,26 @@ __all__ = [
     "adam",
     "adaround",
     "at_widths",
+    "awq",
     "bit_operations",
     "bit_sensitivity",
     "brecq",
     "choose_bits",
+    "clip",
+    "clip_solve",
     "correct_biases",
     "equalizable",
     "equalize",
+    "from_ptq_config",
+    "gptq",
+    "gptq_solve",
     "pareto",
     "qdrop",
     "reconstruct",
     "reestimate_norms",
+    "rotate",
     "sizes",
+    "smooth",
     "trace_sensitivity",
 ]
 

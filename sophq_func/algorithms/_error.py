@@ -83,5 +83,5 @@ def no_worse(
         ALGORITHMS.info("%s: the relative error of the outputs goes from %.4g to %.4g", where_from, before, after)
         return found
     text = "%s: nothing is changed, as the relative error of the outputs would go from %.4g to %.4g"
-    ALGORITHMS.info(text, where_from, before, after)
+    ALGORITHMS.warning(text, where_from, before, after)
     return start.result(start.params, start.qparams)

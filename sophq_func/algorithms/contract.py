@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import StateError, explain
+from sophq_func.algorithms._matrix import output_axis
+from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
+from sophq_func.core.logs import ALGORITHMS as LOG
+from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import sorted_dict, tensors
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.calibrate import weight_qparams
@@ -24,6 +27,9 @@ from sophq_func.model.settings import with_bits
 from sophq_func.model.tap import unchanged
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.moments import Moments
+from sophq_func.numerics.scheme import PerChannel
 from sophq_func.planning.plan import Plan
 
 
@@ -31,7 +37,7 @@ class Start(NamedTuple):
     """What an algorithm starts from.
 
     Attributes:
-      q: the model.
+      q: the model, in eval mode.
       given: the params as the caller gave them.
       params: the same by name, detached.
       qparams: of every quantizer.
@@ -50,6 +56,15 @@ class Start(NamedTuple):
         """That of the model."""
         return self.q.engine
 
+    def grid(self, name: str) -> QParams:
+        """The qparams of a weight, with the scale and zero point that are in force where learned extras decide them."""
+        weight = self.weights[name]
+        return weight.fake_quantize.grid(self.qparams[name], weight.scheme)
+
+    def is_on(self, name: str) -> bool:
+        """Whether a quantizer is on: ``extras["enabled"]`` does not switch it off, or mix."""
+        return bool(self.qparams[name].extras.get("enabled", torch.tensor(True)) == 1)
+
     def result(self, params: Mapping[str, Tensor], qparams: Mapping[str, QParams]) -> tuple[Given, QParamsDict]:
         """What the algorithm returns: params of the kind that was given, and qparams, sorted."""
         return self.engine.like(self.given, sorted_dict(params)), sorted_dict(qparams)
@@ -65,15 +80,13 @@ def begin(where_from: str, q: Quantized, params: Given, qparams: Mapping[str, QP
 
     Raises:
       ConfigError: ``where`` fits no weight.
-      StateError: names that are missing or unknown; a model in training mode, or one whose weights are frozen.
+      StateError: names that are missing or unknown; a model whose weights are frozen.
     """
     named = q.engine.check(params, qparams, where_from, "qparams")
     if q.frozen:
         because, fix = "its weights are quantized already", "use the q that was frozen"
         raise StateError(explain(where_from, "a frozen model cannot be improved", because=because, fix=fix))
-    if q.training:
-        because, fix = "its BatchNorms and dropouts would change with each batch", "q.eval()"
-        raise StateError(explain(where_from, "the model is in training mode", because=because, fix=fix))
+    q = q.eval()  # with the statistics and without the dropouts of inference, for which its result is
     quantizers = {weight.site.quantizer: weight for weight in q.engine.acting}
     chosen = {name: quantizers[name] for name in selected(where_from, q.plan, where) if name in quantizers}
     if where is not None and not chosen:
@@ -111,6 +124,63 @@ def reference_of(where_from: str, start: Start, reference: Given | None) -> dict
     return {name: tensor.detach() for name, tensor in named.items()}
 
 
+def check_rounding(where_from: str, start: Start) -> None:
+    """Raise a :class:`ConfigError` that names each weight which has no grid of integers that is known beforehand."""
+    problems = []
+    for name, weight in start.weights.items():
+        config = weight.config
+        if not weight.fake_quantize.integer:
+            because, fix = "its codes are no integers", "where=, to leave it out"
+            problems.append(
+                explain(f"{where_from}: {name}", f"{config.fake_quantize} cannot be solved for", because=because, fix=fix)
+            )
+        elif config.scheme.dynamic:
+            because, fix = "its grid is computed from the weight at each call", "dynamic=False, or where= to leave it out"
+            problems.append(
+                explain(f"{where_from}: {name}", "a dynamic scheme cannot be solved for", because=because, fix=fix)
+            )
+    raise_all(problems, ConfigError)
+
+
+def fits(moments: Moments, seen: Tensor, weight: WeightQuantizer) -> bool:
+    """Whether moments are those of the rows that a weight multiplies.
+
+    Calls that sum over other axes of the weight than its scales say have other ones.
+    """
+    axis = output_axis(weight.scheme, weight.output_axis)
+    if axis == ():
+        return False
+    channels = rows(seen, PerChannel(axis)).shape[:-1]
+    n = seen.numel() // max(1, math.prod(channels))
+    return moments.second.shape[-1] == n and math.prod(channels) % moments.parts == 0
+
+
+def settled(where_from: str, start: Start, name: str, solved: Tensor) -> Tensor:
+    """A solved weight as its quantizer returns it, bit for bit.
+
+    Args:
+      where_from: the algorithm, for errors.
+      start: with the quantizer and its qparams.
+      name: of the quantizer.
+      solved: the weight in its own layout, on its grid up to the rounding of floats.
+
+    Raises:
+      ConfigError: the quantizer moves it to other codes, as one does that does not round to the nearest.
+    """
+    weight = start.weights[name]
+    params = {**start.params, weight.site.parameter: solved}
+    rounded = weight.quantize(params, start.grid(name))
+    # codes differ by whole steps, floats by millionths of the largest
+    step = float(start.grid(name).scale.abs().min())
+    seen = weight.seen({**params, weight.site.parameter: rounded - solved})
+    if float(seen.abs().max()) > 0.5 * step:
+        because, fix = "it does not round to the nearest", "fake_quantize=sq.fake_quantize.fixed()"
+        raise ConfigError(
+            explain(f"{where_from}: {name}", f"{weight.config.fake_quantize} moves solved codes", because=because, fix=fix)
+        )
+    return rounded
+
+
 def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[str]) -> QParamsDict:
     """The qparams of some weights as their observers find them for other params, at the widths and switches that they have.
 
@@ -122,8 +192,7 @@ def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[s
     found = {}
     for name in names:
         weight, before = start.weights[name], start.qparams[name]
-        low, high = before.extras.get("qmin"), before.extras.get("qmax")
-        width = None if low is None or high is None else _width(low, high)
+        width = width_of(before)
         is_whole = width is not None and float(width).is_integer()
         fresh = weight_qparams(weight, params, int(width) if width is not None and is_whole else None)
         if width is not None and not is_whole:
@@ -142,16 +211,20 @@ def as_wide(before: QParams, found: QParams, name: str, plan: Plan) -> QParams:
       name: of the quantizer.
       plan: of the model.
     """
-    low, high = before.extras.get("qmin"), before.extras.get("qmax")
-    if low is not None and high is not None:
-        found = with_bits({name: found}, plan, {name: _width(low, high)})[name]
+    width = width_of(before)
+    if width is not None:
+        found = with_bits({name: found}, plan, {name: width})[name]
     switch = {extra: before.extras[extra] for extra in ("enabled",) if extra in before.extras}
     return found._replace(extras=sorted_dict({**found.extras, **switch}))
 
 
-def _width(low: Tensor, high: Tensor) -> float:
-    """The bit width of a grid with these outermost codes, one of which a symmetric range leaves out."""
+def width_of(qparams: QParams) -> float | None:
+    """The bit width that qparams have as data; ``None`` where they have that of their config."""
+    low, high = qparams.extras.get("qmin"), qparams.extras.get("qmax")
+    if low is None or high is None:
+        return None
     codes = float((high - low).max()) + 1
+    # a symmetric range leaves one code out
     return math.log2(codes + 1) if codes % 2 else math.log2(codes)
 
 
@@ -181,6 +254,21 @@ def output_distance(
                 error = error + (y.double() - target.double()).square().sum()
                 power = power + target.double().square().sum()
     return error / power.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def rolled_back(
+    where: str, start: Start, new: tuple[Given, QParamsDict], batches: Sequence[Tree]
+) -> tuple[Given, QParamsDict]:
+    """A result, or the start where that is nearer to the float model on the batches; a mapped result cannot be compared."""
+    params, qparams = new
+    if not is_plain([*tensors(params), *tensors(qparams)]):
+        return new
+    before = output_distance(start.q, start.given, start.given, start.qparams, batches)
+    after = output_distance(start.q, start.given, params, qparams, batches)
+    if bool(after <= before):
+        return new
+    LOG.warning("%s: nothing is changed: the distance to the float model would rise from %.3g to %.3g", where, before, after)
+    return start.result(start.params, start.qparams)
 
 
 def _floating(output: Output) -> list[Tensor]:

@@ -25,8 +25,8 @@ class Algorithm:
     """A function of a whole model that gives better numbers for the same plan, and what it promises.
 
     All promise: ``run(q, params, qparams, batches, **options)`` returns new params and qparams with the same names, shapes
-    and dtypes; its inputs and the model stay as they are; the same inputs give the same bits, with ``generator=`` in the same
-    state where there is chance; ``where=`` restricts the weights that it changes; ``progress=False`` shows nothing.
+    and dtypes; its inputs and the model stay as they are; the same inputs give the same bits (``generator=`` in the same
+    state where there is chance); ``where=`` restricts the weights that change; ``progress=False`` shows nothing.
 
     Attributes:
       run: the function.

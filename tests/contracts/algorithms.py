@@ -93,15 +93,16 @@ class Block(nn.Module):
 
 
 class Language(nn.Module):
-    """A language model of two such blocks; the head is tied to the embedding."""
+    """A language model of such blocks; the head may be tied to the embedding."""
 
-    def __init__(self, words: int = 16, width: int = 8, blocks: int = 2) -> None:
+    def __init__(self, words: int = 16, width: int = 8, blocks: int = 2, tied: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(words, width)
         self.layers = nn.ModuleList(Block(width) for _ in range(blocks))
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, words, bias=False)
-        self.head.weight = self.embed.weight
+        if tied:
+            self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -175,6 +176,15 @@ def tied() -> Subject:
     return _subject(Language(blocks=1).eval(), config, list(ids.split(2)))
 
 
+def untied() -> Subject:
+    """Strategy Transformer, everything of 8 bits but the weights; the head has a weight of its own."""
+    torch.manual_seed(4)
+    ids = torch.randint(0, 16, (6, 7))
+    weight = _weights(4, granularity=sq.PerChannel())
+    config = sq.QuantConfig(chip=None, strategy="Transformer", weight=weight, activation=_weights(8))
+    return _subject(Language(blocks=1, tied=False).eval(), config, list(ids.split(2)))
+
+
 def function() -> Subject:
     """A function of a tree of params, one scale for each tensor."""
     torch.manual_seed(3)
@@ -188,6 +198,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "convolutions": convolutions,
     "language": language,
     "tied": tied,
+    "untied": untied,
     "function": function,
 }
 """By name, what makes them: each call the same one."""

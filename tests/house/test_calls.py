@@ -63,6 +63,8 @@ def calls(folder: Path) -> dict[str, Call]:
     config = sq.QuantizerConfig(scheme=sq.QScheme(), observer="minmax", fake_quantize="fixed")
     loss = lambda params: params["weight"].square().sum()  # noqa: E731
     noise = {"weight": torch.ones(1, 3, 2)}
+    algorithm = (r.q, r.params, r.qparams, [r.x])
+    tensor_qparams = sq.QParams(torch.tensor(1.0), torch.tensor(0), {})
     return {
         "ChipSpec": ((), {"weight": config, "activation": config, "weight_bits": (8,)}),
         "FakeQuantize": (tuple(sq.fake_quantizer("fixed")[:2]), {}),
@@ -112,6 +114,16 @@ def calls(folder: Path) -> dict[str, Call]:
         "unpack": ((torch.ones(2, dtype=torch.uint8), 4, (4,), False), {}),
         "unstack": ((sq.stack([r.qparams, r.qparams]),), {}),
         "with_bits": ((r.qparams, r.q.plan, 4), {}),
+        "algorithms.awq": (algorithm, {"alpha": 0.5, "where": "weight_fake_quant", "progress": False}),
+        "algorithms.clip": (algorithm, {"where": "weight_fake_quant", "progress": False}),
+        "algorithms.clip_solve": ((torch.ones(3, 2), torch.eye(2), sq.QScheme(), tensor_qparams), {}),
+        "algorithms.gptq": (algorithm, {"order": "storage", "damping": 0.1, "sweeps": 1, "inputs": "float"}),
+        "algorithms.gptq_solve": (
+            (torch.ones(3, 2), torch.eye(2), sq.QScheme(), tensor_qparams),
+            {"order": "storage", "damping": 0.1, "sweeps": 1},
+        ),
+        "algorithms.rotate": (algorithm, {"generator": torch.Generator(), "progress": False}),
+        "algorithms.smooth": (algorithm, {"alpha": 0.5, "where": "weight_fake_quant", "progress": False}),
         "fake_quantize.fake_quantizer": (("fixed",), {}),
         "observers.observer": (("minmax",), {}),
         "fake_quantize.hessian_update": ((torch.zeros(2, 2), torch.tensor(0), torch.ones(3, 2)), {}),

@@ -1,0 +1,54 @@
+"""The error of all layers of a model, each on the inputs that it has in the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sophq_func.algorithms._matrix import output_axis
+from sophq_func.algorithms.contract import begin, fits
+from sophq_func.core.types import Given, Tree
+from sophq_func.model.quantized import Quantized
+from sophq_func.model.statistics import statistics
+from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.layout import rows
+from sophq_func.numerics.moments import output_error
+from sophq_func.numerics.scheme import PerChannel
+
+
+def layer_errors(
+    q: Quantized, float_params: Given, params: Given, qparams: Mapping[str, QParams], batches: Sequence[Tree]
+) -> Tensor:
+    """The sum over weights of ``mean |D x|**2 / mean |W x|**2``: how far each layer is from its output in the float model.
+
+    ``W`` is the weight in ``float_params``, ``D`` what becomes of it, ``x`` what it multiplies in the float model.
+
+    Args:
+      q: a quantized model in eval mode.
+      float_params: of the float model.
+      params, qparams: of the quantized model.
+      batches: a list.
+
+    Returns:
+      Shape ``()``.
+    """
+    start = begin("layer_errors", q, params, qparams)
+    original = begin("layer_errors", q, float_params, qparams).params
+    moments = statistics(q, float_params, batches, progress=False)
+    total = torch.zeros(())
+    for name, weight in start.weights.items():
+        seen = weight.seen(original)
+        if name not in moments or not fits(moments[name], seen, weight):
+            continue
+        rounded = weight.quantize(start.params, start.grid(name))
+        changed = weight.seen({**original, weight.site.parameter: rounded})
+        along = PerChannel(output_axis(weight.scheme, weight.output_axis))
+        power, error = (_power(rows(x, along), moments[name].second) for x in (seen, changed - seen))
+        total = total + error / power.clamp(min=torch.finfo(power.dtype).tiny)
+    return total
+
+
+def _power(x: Tensor, second: Tensor) -> Tensor:
+    return output_error(x.reshape(-1, x.shape[-1]), second).sum()
