@@ -16,7 +16,7 @@ from sophq_func.core.pytree import flatten
 from sophq_func.core.types import Args, Kwargs, Tree
 from sophq_func.model.engine import Engine, QParamsDict
 from sophq_func.model.runner import Effect
-from sophq_func.model.weight_quantizer import Params, arranged
+from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.affine import fake_quantize
 from sophq_func.numerics.contracts import QParams, as_stored
 
@@ -24,7 +24,7 @@ TINY = torch.finfo(torch.float32).tiny
 """Keeps the quotient finite where a target is 0 everywhere."""
 
 ALPHA, RATIO = ".alpha", ".ratio"
-"""What is learned of a quantizer, behind its name: the rounding of each element; the scale, as a multiple of the first one."""
+"""Behind a quantizer's name, what is learned: the rounding of each element; the scale, as a multiple of what it was."""
 
 Learned = dict[str, Tensor]
 
@@ -171,9 +171,9 @@ class Fit:
                 params[parameter] = rounding.soft(learned[name + ALPHA])
             elif name + RATIO in learned:
                 qparams = _times(self._qparams[name], learned[name + RATIO])
-                scheme, site = rounding.quantizer.scheme, rounding.quantizer.site
-                rounded = fake_quantize(rounding.weight, qparams, scheme, "quotient", factor=rounding.factor)
-                params[parameter] = arranged(rounded, site)
+                weight = rounding.quantizer
+                seen = fake_quantize(weight.seen(self._params), qparams, weight.scheme, "quotient")
+                params[parameter] = weight.unseen(seen, self._params)
         return params
 
     def _effect(self, learned: Learned) -> Effect:
@@ -223,7 +223,7 @@ def _ending(learned: Mapping[str, Tensor], ending: str) -> Learned:
 
 
 def _times(qparams: QParams, ratio: Tensor) -> QParams:
-    """Qparams with a multiple of the scale, at least the smallest there is."""
+    """Qparams with a multiple of the scale."""
     return qparams._replace(scale=qparams.scale * ratio)
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.model.weight_quantizer import LOOKUPS, Params, WeightQuantizer, arranged
+from sophq_func.model.weight_quantizer import LOOKUPS, Params, WeightQuantizer
 from sophq_func.numerics.affine import working
 from sophq_func.numerics.contracts import QParams, as_stored
 from sophq_func.numerics.layout import expand
-from sophq_func.numerics.ranges import Bound, clamp, expanded_bounds, guarded, positive
+from sophq_func.numerics.ranges import Bound, clamp, expanded_bounds, positive
 from sophq_func.numerics.rectified import inverse_rectified_sigmoid, rectified_sigmoid
 
 DECIDED = 10.0
@@ -38,23 +38,21 @@ class Rounding(NamedTuple):
 
     Attributes:
       quantizer: of the weight.
-      weight: as it is stored, arranged.
+      params: of the model.
       fraction: how far each element lies above the lower neighbour, from 0 to 1; float32.
       level: the lower neighbour's code.
       low, high: outermost codes.
       zero, scale: of the grid, shaped to broadcast.
-      factor: of the BatchNorm, shaped to broadcast; 1 without.
     """
 
     quantizer: WeightQuantizer
-    weight: Tensor
+    params: Params
     fraction: Tensor
     level: Tensor
     low: Bound
     high: Bound
     zero: Tensor | int
     scale: Tensor
-    factor: Tensor
 
     @staticmethod
     def of(quantizer: WeightQuantizer, params: Params, qparams: QParams) -> Rounding:
@@ -65,9 +63,7 @@ class Rounding(NamedTuple):
         ratio = working(seen) / scale
         lower = ratio.floor()
         low, high = expanded_bounds(qparams, scheme, seen)
-        weight = arranged(params[quantizer.site.parameter], quantizer.site)
-        factor = torch.ones(()) if quantizer.norm is None else quantizer.along(quantizer.norm.factor(params), seen)
-        return Rounding(quantizer, weight, (ratio - lower).float(), lower + zero, low, high, zero, scale, factor)
+        return Rounding(quantizer, params, (ratio - lower).float(), lower + zero, low, high, zero, scale)
 
     def start(self) -> Tensor:
         """The ``alpha`` that leaves the weight where it is."""
@@ -105,9 +101,8 @@ class Rounding(NamedTuple):
 
     def _stored(self, level: Tensor) -> Tensor:
         """The weight of these codes, in its own layout and dtype, with the BatchNorm divided out."""
-        dead, divisor = guarded(self.factor)
-        weight = torch.where(dead, self.weight, (level - self.zero) * self.scale / divisor)
-        return arranged(weight.to(self.weight.dtype), self.quantizer.site)
+        seen = (level - self.zero) * self.scale
+        return self.quantizer.unseen(seen, self.params).to(self.params[self.quantizer.site.parameter].dtype)
 
 
 def undecided(alphas: list[Tensor], beta: Tensor | float) -> Tensor:

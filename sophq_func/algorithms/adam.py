@@ -25,26 +25,29 @@ class Optimizer(Protocol):
       update: from gradients and a state, to what is added to what is learned, and the next state.
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+    @property
+    def init(self) -> Callable[[Any], Any]: ...
+
+    @property
+    def update(self) -> Callable[..., tuple[Any, Any]]: ...
 
 
 class Transformation(NamedTuple):
     """An :class:`Optimizer` as :func:`adam` returns it."""
 
     init: Callable[[Tensors], Moments]
-    update: Callable[[Tensors, Moments], tuple[dict[str, Tensor], Moments]]
+    update: Callable[..., tuple[dict[str, Tensor], Moments]]
 
 
 class Moments(NamedTuple):
     """State of :func:`adam`.
 
     Attributes:
-      count: number of steps so far, shape ``()``.
+      steps: number of steps so far, shape ``()``.
       first, second: running means of gradients and of their squares, by name.
     """
 
-    count: Tensor
+    steps: Tensor
     first: dict[str, Tensor]
     second: dict[str, Tensor]
 
@@ -78,8 +81,8 @@ def adam(rate: Rate, decay: tuple[float, float] = (0.9, 0.999), eps: float = 1e-
         return Moments(torch.zeros(()), zeros, dict(zeros))
 
     def update(gradients: Tensors, state: Moments, **_: object) -> tuple[dict[str, Tensor], Moments]:
-        step = rate(state.count) if callable(rate) else rate
-        count = state.count + 1
+        step = rate(state.steps) if callable(rate) else rate
+        count = state.steps + 1
         first = {name: a * state.first[name] + (1 - a) * g for name, g in gradients.items()}
         second = {name: b * state.second[name] + (1 - b) * g * g for name, g in gradients.items()}
         for_first, for_second = 1 - a**count, 1 - b**count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -112,21 +113,21 @@ def bit_sensitivity(
         args, kwargs = q.engine.call(batch, "bit_sensitivity")
         with q.engine.constant():
             target = q.engine.run_float(named, unchanged, args, kwargs)
-        found = q.sweep(
-            params, each, batch, reduce=lambda output, t=target: _scalar(loss(output, t)), how=how, progress=False
-        )
+        measure = partial(_measured, loss, target)
+        found = q.sweep(params, each, batch, reduce=measure, how=how, progress=False)
         total += found.double().cpu() / len(data)
     added = {key: float(value - total[0]) for key, value in zip(keys, total[1:], strict=True)}
     return BitSensitivity(_nested(added), _nested(dict.fromkeys(keys, 0.0)))
 
 
-def _scalar(loss: object) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.ndim:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise StateError(
-            explain("bit_sensitivity", "loss must return a scalar", got=got, allowed="a scalar tensor", fix="loss.mean()")
-        )
-    return loss
+def _measured(loss: Distance, target: Output, output: Output) -> Tensor:
+    """The loss of an output, which must be a scalar."""
+    found = loss(output, target)
+    if not isinstance(found, Tensor) or found.ndim:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        sentence, allowed, fix = "loss must return a scalar", "a scalar tensor", "loss.mean()"
+        raise StateError(explain("bit_sensitivity", sentence, got=got, allowed=allowed, fix=fix))
+    return found
 
 
 def _chosen(where: str, q: Quantized, params: Given, settings: Settings, names: Collection[str] | None) -> list[str]:

@@ -68,7 +68,7 @@ class Left(NamedTuple):
     because: str
 
 
-class Unscalable(Exception):
+class UnscalableError(Exception):
     """Why a chain ends somewhere else than at layers."""
 
 
@@ -85,7 +85,7 @@ def chains_of(graph: Graph, weights: Mapping[str, WeightQuantizer]) -> tuple[lis
     for weight in weights.values():
         try:
             chains.append(_chain(graph, weight, by_parameter, uses))
-        except Unscalable as reason:
+        except UnscalableError as reason:
             left.append(Left(weight.site.quantizer, str(reason)))
     return chains, left
 
@@ -108,34 +108,34 @@ def _chain(
     following = graph.users(value)
     is_normed = len(following) == 1 and following[0][0].operation == "batch_norm"
     if is_normed and first.norm is None:
-        raise Unscalable("the BatchNorm behind it is not folded into its weight, and takes any factor back")
+        raise UnscalableError("the BatchNorm behind it is not folded into its weight, and takes any factor back")
     if is_normed:
         node = following[0][0]
         nodes.add(node.name)
         value = _only_output(graph, node)
     readers = tuple(_readers(graph, value, 1, nodes, by_parameter, uses))
     if not readers:
-        raise Unscalable("nothing reads its output")
+        raise UnscalableError("nothing reads its output")
     return Chain(first, readers, frozenset(nodes))
 
 
 def _only_call(weight: WeightQuantizer, uses: Mapping[str, list[Node]]) -> Node:
     """The call of a layer that is called once, and whose tensors no other call reads."""
     if weight.site.operation not in SPATIAL or not isinstance(weight.site.axis, int):
-        raise Unscalable(f"{weight.site.operation or 'its operation'} is no linear layer or convolution")
+        raise UnscalableError(f"{weight.site.operation or 'its operation'} is no linear layer or convolution")
     own = [name for name in (weight.site.parameter, weight.site.bias) if name]
     calls = [node for name in own for node in uses.get(name, [])]
     if len({node.name for node in calls}) != 1:
-        raise Unscalable("several calls read its weight or bias" if calls else "this run does not call it")
+        raise UnscalableError("several calls read its weight or bias" if calls else "this run does not call it")
     return calls[0]
 
 
 def _only_output(graph: Graph, node: Node) -> str:
     """The value that a call makes, unless the model returns it."""
     if len(node.outputs) != 1:
-        raise Unscalable(f"{node.name} makes several tensors")
+        raise UnscalableError(f"{node.name} makes several tensors")
     if graph.values[node.outputs[0]].output:
-        raise Unscalable("the model returns its output")
+        raise UnscalableError("the model returns its output")
     return node.outputs[0]
 
 
@@ -156,7 +156,9 @@ def _readers(
         more = _flattened(graph, node, value)
         is_homogeneous = node.operation in HOMOGENEOUS or node.is_module(*HOMOGENEOUS_MODULES)
         if more is None and not is_homogeneous:
-            raise Unscalable(f"its output reaches {node.name} ({node.operation or node.kind}), which a factor does not pass")
+            raise UnscalableError(
+                f"its output reaches {node.name} ({node.operation or node.kind}), which a factor does not pass"
+            )
         nodes.add(node.name)
         yield from _readers(graph, _only_output(graph, node), places * (more or 1), nodes, by_parameter, uses)
 
@@ -170,7 +172,7 @@ def _reader(
     if weight is None or operand.slot != 0 or node.operation not in SPATIAL:
         return None
     if len({other.name for other in uses[weight.site.parameter]}) != 1 or not isinstance(weight.site.axis, int):
-        raise Unscalable(f"several calls read the weight of {node.name}, behind it")
+        raise UnscalableError(f"several calls read the weight of {node.name}, behind it")
     return Reader(weight, places)
 
 

@@ -41,7 +41,7 @@ class Statistics(NamedTuple):
 
 
 class Move(NamedTuple):
-    """How far statistics moved: ``shift`` is added to the mean, in units of the values; ``ratio`` multiplies the variance."""
+    """How far statistics move: ``shift`` is added to the mean, ``ratio`` multiplies the variance."""
 
     shift: Tensor
     ratio: Tensor

@@ -30,7 +30,7 @@ what a unit reads stays where the data is."""
 
 @public
 def from_ptq_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of :func:`sophq_func.algorithms.reconstruct` that a configuration of sophgo-mq's ``ptq_reconstruction`` means.
+    """What a config of sophgo-mq's ``ptq_reconstruction`` means, as options of :func:`sophq_func.algorithms.reconstruct`.
 
     ``pattern`` becomes ``units``, ``max_count`` ``steps``, ``prob`` (the probability to quantize) ``drop = 1 - prob``,
     ``b_range`` ``beta``; without ``scale_lr`` the rounding alone is learned. ``warm_up`` keeps its meaning.

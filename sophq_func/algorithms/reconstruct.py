@@ -63,8 +63,8 @@ def reconstruct(
 ) -> tuple[Given, dict[str, QParams]]:
     """Round each weight up or down, and choose scales, such that each unit of a model makes what it makes in float.
 
-    Without labels. Unit by unit in execution order, with the units before it done, Adam minimizes ``E |y - t|**2 / E |t|**2 +
-    weight mean(1 - |2 h - 1|**beta)``: ``t`` is what the unit makes in float, ``h`` in [0, 1] the rounding of each element
+    Without labels. Unit by unit in execution order, with the units before it done, Adam minimizes ``E |y - t|**2 / E |t|**2
+    + weight mean(1 - |2 h - 1|**beta)``: ``t`` is what the unit makes in float, ``h`` in [0, 1] the rounding of each element
     (AdaRound, Nagel et al., arXiv:2004.10568; by blocks BRECQ, Li et al., arXiv:2102.05426; with ``drop`` QDrop, Wei et
     al., arXiv:2203.05740). Both terms are free of units, so that one ``weight`` fits layers of every size. At the end of a
     unit ``h`` is 0 or 1. A unit whose error would be larger than with weights rounded to the nearest is rounded to the
@@ -254,5 +254,5 @@ def brecq(
 def qdrop(
     q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any
 ) -> tuple[Given, dict[str, QParams]]:
-    """:func:`brecq` in which half of the elements of values stay float while a block is learned (QDrop, arXiv:2203.05740)."""
+    """:func:`brecq` in which half of the elements of values stay float while a block is learned (QDrop, 2203.05740)."""
     return reconstruct(q, params, qparams, batches, **{"units": "block", "learn": "both", "drop": 0.5, **options})

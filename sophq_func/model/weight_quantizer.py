@@ -74,7 +74,7 @@ class WeightQuantizer:
     def seen(self, params: Params) -> Tensor:
         """The weight that is observed: with the BatchNorm folded in; of grouped deconvolutions, output channels first."""
         weight = arranged(params[self.site.parameter], self.site)
-        return weight if self.norm is None else weight * self.along(self.norm.factor(params), weight)
+        return weight if self.norm is None else weight * self._along(self.norm.factor(params), weight)
 
     def seen_part(
         self, params: Params, axis: int = 0, start: int = 0, length: int | None = None, dtype: torch.dtype | None = None
@@ -97,7 +97,7 @@ class WeightQuantizer:
             weight = weight.to(dtype)
         if self.norm is None:
             return weight
-        factor = self.along(self.norm.factor(params), weight)
+        factor = self._along(self.norm.factor(params), weight)
         if length is not None and factor.shape[axis] > 1:  # cut along the output channels
             factor = factor.narrow(axis, start, length)
         return weight * factor
@@ -108,7 +108,7 @@ class WeightQuantizer:
         Where a BatchNorm's factor is 0, the layer's output does not depend on the weight, which stays as it is.
         """
         if self.norm is not None:
-            dead, divisor = guarded(self.along(self.norm.factor(params), seen))
+            dead, divisor = guarded(self._along(self.norm.factor(params), seen))
             seen = torch.where(dead, arranged(params[self.site.parameter], self.site), seen / divisor)
         return arranged(seen, self.site)
 
@@ -135,7 +135,7 @@ class WeightQuantizer:
 
     def _rounded(self, weight: Tensor, params: Params, qparams: QParams) -> Callable[[], Tensor]:
         """A function that returns the arranged weight, rounded with the BatchNorm folded in and divided out again."""
-        factor = None if self.norm is None else self.along(self.norm.factor(params), weight)
+        factor = None if self.norm is None else self._along(self.norm.factor(params), weight)
         prepare = self.fake_quantize.prepare
         if prepare is not None and not self.scheme.dynamic:
             return prepare(weight, factor, qparams, self.scheme)
@@ -204,7 +204,7 @@ class WeightQuantizer:
         # a bias is rounded only where both quantizers are on
         return switched(none, switched(none, shift, qparams), source)
 
-    def along(self, factor: Tensor, weight: Tensor) -> Tensor:
+    def _along(self, factor: Tensor, weight: Tensor) -> Tensor:
         """A factor of shape ``(C,)``, shaped to broadcast along the output channels of the arranged weight."""
         axis = 0 if is_regrouped(self.site) else self.site.axis
         assert isinstance(axis, int), "a BatchNorm is folded into weights of layers alone, which have one output axis"
