@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sophq_func.capture.graph import Graph
 from sophq_func.core.types import Args, Kwargs
 from sophq_func.model.runner import Function
 from sophq_func.model.weight_quantizer import WeightQuantizer, arranged, is_regrouped
@@ -21,6 +22,20 @@ SPATIAL: Mapping[str, int] = {
     "conv_transpose3d": 3,
 }
 """By operation of a layer, how many axes a sample has behind its channels."""
+
+
+BIAS = ("2", "bias")
+"""Roles of the operand that a layer's function adds, given by position or by keyword."""
+
+
+def biases_of(graph: Graph) -> dict[str, str]:
+    """By weight of a function that the model calls outside of layers, the bias that the same call adds."""
+    found = {}
+    for node in graph:
+        if node.operation in SPATIAL and node.function:
+            biases = [operand.parameter for operand in node.operands if operand.role in BIAS and operand.parameter]
+            found.update({operand.parameter: bias for operand in node.operands for bias in biases if operand.parameter})
+    return found
 
 
 class Product(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.algorithms._error import no_worse
-from sophq_func.algorithms._layers import SPATIAL, Product
+from sophq_func.algorithms._layers import SPATIAL, Product, biases_of
 from sophq_func.algorithms.contract import Start, as_batches, begin, output_distance, reference_of
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import ConfigError, unknown
@@ -134,17 +134,24 @@ def correct_biases(
     start = begin("correct_biases", q, params, qparams, where)
     data = as_batches("correct_biases", batches)
     exact = reference_of("correct_biases", start, reference)
-    found = [_layer(weight) for weight in start.weights.values()]
+    args, kwargs = q.engine.call(data[0], "correct_biases")
+    added = biases_of(q.engine.retrace(start.params, args, kwargs))
+    found = [_layer(weight, added) for weight in start.weights.values()]
     layers = {layer.quantizer.site.parameter: layer for layer in found if layer is not None}
     measure = _local if order == "local" else _sequential
     new, targets = measure(start, exact, layers, shown(data, "correct_biases", progress))
     return no_worse("correct_biases", start, {**start.params, **new}, start.qparams, data, targets)
 
 
-def _layer(weight: WeightQuantizer) -> Layer | None:
-    """The layer of a weight; ``None`` where no bias shifts its output, or its operation has no one channel axis."""
+def _layer(weight: WeightQuantizer, added: Mapping[str, str]) -> Layer | None:
+    """The layer of a weight; ``None`` where no bias shifts its output, or its operation has no one channel axis.
+
+    Args:
+      weight: its quantizer.
+      added: by weight, the biases of functions, of which a plan does not know.
+    """
     site, norm = weight.site, weight.norm
-    bias = site.bias if norm is None else norm.bias
+    bias = norm.bias if norm is not None else site.bias or added.get(site.parameter, "")
     spatial = SPATIAL.get(site.operation)
     return None if not bias or spatial is None else Layer(weight, bias, spatial)
 
@@ -205,7 +212,8 @@ def _local(start: Start, exact: Params, layers: Layers, data: Iterable[Tree]) ->
 
     def visit(name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
         layer, call = layers[name], Product(func, args, kwargs)
-        bias = layer.quantizer.site.bias
+        # a layer that adds none has the bias of its BatchNorm
+        bias = layer.bias if layer.quantizer.norm is None else layer.quantizer.site.bias
         replaced = {"weight": baked[name], **({"bias": baked[bias]} if bias else {})}
         batched = layer.is_batched(call.x)
         for part in _parts(call.x, batched):

@@ -21,7 +21,6 @@ from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
 from sophq_func.model.tap import unchanged
 from sophq_func.numerics.contracts import QParams
-from sophq_func.planning.plan import Plan
 
 Settings: TypeAlias = Mapping[int, Mapping[str, QParams]]
 """By bit width, the qparams of every quantizer at that width."""
@@ -249,7 +248,14 @@ def at_widths(settings: Settings, bits: Mapping[str, int], qparams: Mapping[str,
     return sorted_dict({**qparams, **{name: settings[width][name] for name, width in bits.items()}})
 
 
-def sizes(plan: Plan) -> dict[str, float]:
-    """How many elements each quantized weight has: its size in bits, for each bit of its width."""
-    sites = [plan.site(name) for name in plan if not plan[name].observe_only]
-    return {site.quantizer: float(torch.Size(site.shape).numel()) for site in sites if site.role == "weight"}
+@public
+def sizes(q: Quantized) -> dict[str, float]:
+    """How many elements each quantized weight has: its size in bits, for each bit of its width.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> sizes(sq.quantize(torch.nn.Linear(4, 3), sq.QuantConfig(), example_args=(torch.ones(1, 4),)))
+      {'weight_fake_quant': 12.0}
+    """
+    shapes = {weight.site.quantizer: weight.site.shape for weight in q.engine.acting}
+    return {name: float(torch.Size(shape).numel()) for name, shape in sorted(shapes.items())}

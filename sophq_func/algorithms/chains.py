@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from sophq_func.algorithms._layers import SPATIAL
+from sophq_func.algorithms._layers import SPATIAL, biases_of
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.core.operations import DROPOUTS
 from sophq_func.model.weight_quantizer import WeightQuantizer
@@ -47,11 +47,13 @@ class Chain(NamedTuple):
 
     Attributes:
       first: quantizer of the layer's weight.
+      bias: canonical name of its bias; empty without.
       readers: the layers that read its output.
       nodes: names of the calls from the first layer to the last one before a reader.
     """
 
     first: WeightQuantizer
+    bias: str
     readers: tuple[Reader, ...]
     nodes: frozenset[str]
 
@@ -102,7 +104,8 @@ def _uses(graph: Graph) -> dict[str, list[Node]]:
 def _chain(
     graph: Graph, first: WeightQuantizer, by_parameter: Mapping[str, WeightQuantizer], uses: Mapping[str, list[Node]]
 ) -> Chain:
-    node = _only_call(first, uses)
+    bias = first.site.bias or biases_of(graph).get(first.site.parameter, "")
+    node = _only_call(first, bias, uses)
     value = _only_output(graph, node)
     nodes = {node.name}
     following = graph.users(value)
@@ -116,14 +119,14 @@ def _chain(
     readers = tuple(_readers(graph, value, 1, nodes, by_parameter, uses))
     if not readers:
         raise UnscalableError("nothing reads its output")
-    return Chain(first, readers, frozenset(nodes))
+    return Chain(first, bias, readers, frozenset(nodes))
 
 
-def _only_call(weight: WeightQuantizer, uses: Mapping[str, list[Node]]) -> Node:
+def _only_call(weight: WeightQuantizer, bias: str, uses: Mapping[str, list[Node]]) -> Node:
     """The call of a layer that is called once, and whose tensors no other call reads."""
     if weight.site.operation not in SPATIAL or not isinstance(weight.site.axis, int):
         raise UnscalableError(f"{weight.site.operation or 'its operation'} is no linear layer or convolution")
-    own = [name for name in (weight.site.parameter, weight.site.bias) if name]
+    own = [name for name in (weight.site.parameter, bias) if name]
     calls = [node for name in own for node in uses.get(name, [])]
     if len({node.name for node in calls}) != 1:
         raise UnscalableError("several calls read its weight or bias" if calls else "this run does not call it")

@@ -55,7 +55,7 @@ def choose_bits(
 
     Args:
       sensitivity: from :func:`sophq_func.algorithms.bit_sensitivity` or ``trace_sensitivity``; or ``{name: {bits: loss}}``.
-      costs: of each quantizer for each bit, such as the size of ``sq.algorithms.sizes(q.plan)``; or by width, ``{name:
+      costs: of each quantizer for each bit, such as the size of ``sq.algorithms.sizes(q)``; or by width, ``{name:
         {bits: cost}}``; or of a pair, for each product of bits, such as ``sq.algorithms.bit_operations(...)``. What is not
         named costs nothing.
       budget: the largest sum of costs, in their unit.

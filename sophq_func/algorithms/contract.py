@@ -30,7 +30,6 @@ from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.moments import Moments
 from sophq_func.numerics.scheme import PerChannel
-from sophq_func.planning.plan import Plan
 
 
 class Start(NamedTuple):
@@ -202,18 +201,18 @@ def observed_again(start: Start, params: Mapping[str, Tensor], names: Iterable[s
     return found
 
 
-def as_wide(before: QParams, found: QParams, name: str, plan: Plan) -> QParams:
+def as_wide(start: Start, name: str, found: QParams) -> QParams:
     """Newly calibrated qparams of a value at the width and with the switch that it had before.
 
     Args:
-      before: the qparams so far.
-      found: at the width of the plan.
+      start: with the qparams so far.
       name: of the quantizer.
-      plan: of the model.
+      found: at the width of the plan.
     """
+    before = start.qparams[name]
     width = width_of(before)
     if width is not None:
-        found = with_bits({name: found}, plan, {name: width})[name]
+        found = with_bits({name: found}, start.q.plan, {name: width})[name]
     switch = {extra: before.extras[extra] for extra in ("enabled",) if extra in before.extras}
     return found._replace(extras=sorted_dict({**found.extras, **switch}))
 

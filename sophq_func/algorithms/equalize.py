@@ -149,7 +149,7 @@ def _equalized(params: Params, chain: Chain) -> dict[str, Tensor]:
     alive = (first > 0) & (second > 0)
     ratio = torch.where(alive, first / torch.where(alive, second, 1), 1)
     factor = ratio.sqrt().clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
-    new = _scaled_outputs(params, chain.first, 1 / factor)
+    new = _scaled_outputs(params, chain, 1 / factor)
     for reader in chain.readers:
         new.update(_scaled_inputs(params, reader, factor))
     return new
@@ -171,15 +171,16 @@ def _inputs(rows: Tensor, reader: Reader) -> Tensor:
     return largest.reshape(-1, reader.places).amax(1)
 
 
-def _scaled_outputs(params: Params, quantizer: WeightQuantizer, factor: Tensor) -> dict[str, Tensor]:
-    """The tensors of a layer that makes each channel times a factor."""
+def _scaled_outputs(params: Params, chain: Chain, factor: Tensor) -> dict[str, Tensor]:
+    """The tensors of the first layer of a chain when it makes each channel times a factor."""
+    quantizer = chain.first
     site, norm = quantizer.site, quantizer.norm
     if norm is not None:
         return {name: params[name] * factor for name in (norm.weight, norm.bias)}
     rows = outputs_first(params[site.parameter], quantizer)
     new = {site.parameter: as_stored(rows * factor.reshape(-1, *[1] * (rows.ndim - 1)), quantizer).contiguous()}
-    if site.bias:
-        new[site.bias] = params[site.bias] * factor
+    if chain.bias:
+        new[chain.bias] = params[chain.bias] * factor
     return new
 
 
@@ -233,5 +234,5 @@ def _calibrated(start: Start, params: Params, chains: Sequence[Chain], data: lis
     sites = [start.q.plan.site(name) for name in start.q.plan]
     values = [site.quantizer for site in sites if site.value in passed or site.quantizer in read]
     found = start.q.calibrate(start.engine.like(start.given, params), data, progress=False)
-    again = {name: as_wide(start.qparams[name], found[name], name, start.q.plan) for name in values}
+    again = {name: as_wide(start, name, found[name]) for name in values}
     return {**start.qparams, **again, **observed_again(start._replace(weights=acting), params, sorted(weights))}
