@@ -51,7 +51,7 @@ def run(q: Any, params: Any, qparams: Any, data: Any, **options: Any) -> Any:
     return reconstruct(q, params, qparams, data, **{"steps": 40, "rows": 12, "progress": False, **options})
 
 
-@pytest.mark.parametrize("units", ["layer", "block", ["0", "1"]])
+@pytest.mark.parametrize("units", ["layer", "block", ["0", "1", "3"]])
 def test_units_of_every_kind_bring_outputs_closer(units: Any) -> None:
     _, q, params, qparams, data, error = setting()
     new, better = run(q, params, qparams, data, units=units)
