@@ -34,8 +34,6 @@ from sophq_func.config.algorithms import ALGORITHMS, Run
 from sophq_func.core.errors import near
 
 __all__ = [
-    "BitSensitivity",
-    "Choice",
     "adam",
     "adaround",
     "at_widths",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.public import public
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -74,6 +75,11 @@ def adam(rate: Rate, decay: tuple[float, float] = (0.9, 0.999), eps: float = 1e-
       >>> updates["x"]
       tensor(-0.1000)
     """
+    if not callable(rate) and not isinstance(rate, int | float | Tensor):
+        allowed = "a number, a tensor, or a function of the number of steps"
+        raise ConfigError(explain("adam", "rate is no learning rate", got=rate, allowed=allowed))
+    if not isinstance(eps, int | float | Tensor):
+        raise ConfigError(explain("adam", "eps must be a number", got=eps, allowed="a positive number"))
     a, b = decay
 
     def init(learned: Tensors) -> Moments:

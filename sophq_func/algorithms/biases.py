@@ -12,7 +12,7 @@ from sophq_func.algorithms._error import no_worse
 from sophq_func.algorithms._layers import SPATIAL, Product, biases_of
 from sophq_func.algorithms.contract import Start, as_batches, begin, output_distance, reference_of
 from sophq_func.config.register import algorithm
-from sophq_func.core.errors import ConfigError, unknown
+from sophq_func.core.errors import ConfigError, check_flags, unknown
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
@@ -129,6 +129,7 @@ def correct_biases(
       >>> error(better) < 1e-5 < error(params)
       True
     """
+    check_flags("correct_biases", {"progress": progress})
     if order not in get_args(Order):
         raise ConfigError(unknown("correct_biases", "order", order, get_args(Order)))
     start = begin("correct_biases", q, params, qparams, where)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sophq_func.algorithms.contract import as_batches, begin
 from sophq_func.algorithms.curvature import Loss, hessian_trace, rademacher
-from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
+from sophq_func.core.errors import ConfigError, StateError, check_flags, explain, raise_all, unknown
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict, tensors
@@ -100,6 +100,7 @@ def bit_sensitivity(
       >>> found[2] > found[4] > 0
       True
     """
+    check_flags("bit_sensitivity", {"progress": progress})
     chosen = _chosen("bit_sensitivity", q, params, settings, names)
     data = as_batches("bit_sensitivity", batches)
     first = next(iter(settings.values()))
@@ -134,6 +135,12 @@ def _chosen(where: str, q: Quantized, params: Given, settings: Settings, names: 
     if not isinstance(settings, Mapping) or not settings:
         fix = "{bits: q.qparams(params, ostate, bits=bits) for bits in (4, 8)}"
         raise ConfigError(explain(where, "there are no settings", got=settings, allowed="a dict {bits: qparams}", fix=fix))
+    problems = [
+        explain(where, "a setting is no bit width", got=bits, allowed="an int", fix="{4: qparams}")
+        for bits in settings
+        if not isinstance(bits, int)
+    ]
+    raise_all(problems, ConfigError)
     for setting in settings.values():
         start = begin(where, q, params, setting)
     if names is None:
@@ -232,13 +239,15 @@ def at_widths(settings: Settings, bits: Mapping[str, int], qparams: Mapping[str,
       qparams: of all others.
 
     Raises:
-      ConfigError: a width that there is not.
+      ConfigError: a name or a width that there is not.
 
     Example:
       >>> settings = {b: {"a": QParams(torch.tensor(1.0 / b), torch.tensor(0), {})} for b in (2, 4)}
       >>> at_widths(settings, {"a": 4}, settings[2])["a"].scale
       tensor(0.2500)
     """
+    unknown_names = [unknown("at_widths", "quantizer", name, list(qparams)) for name in bits if name not in qparams]
+    raise_all(unknown_names, ConfigError)
     problems = [
         explain("at_widths", f"{name} was not measured at this width", got=width, allowed=sorted(settings))
         for name, width in bits.items()

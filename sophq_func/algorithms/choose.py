@@ -98,6 +98,8 @@ def pareto(
       [(80.0, 0.8), (120.0, 0.4), (160.0, 0.3)]
     """
     program = Program.of(sensitivity, costs, tie)
+    if isinstance(budgets, int) and budgets < 1:
+        raise ConfigError(explain("pareto", "there are no budgets", got=budgets, allowed="an int >= 1, or a list"))
     if isinstance(budgets, int):
         low, high = program.least_cost(), program.largest_cost()
         budgets = [low + (high - low) * i / max(1, budgets - 1) for i in range(budgets)]

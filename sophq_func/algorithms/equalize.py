@@ -12,7 +12,7 @@ from sophq_func.algorithms._layers import as_stored, outputs_first
 from sophq_func.algorithms.chains import Chain, Reader, chains_of
 from sophq_func.algorithms.contract import Start, as_batches, as_wide, begin, observed_again, output_distance
 from sophq_func.config.register import algorithm
-from sophq_func.core.errors import StateError, explain
+from sophq_func.core.errors import StateError, check_flags, explain
 from sophq_func.core.logs import ALGORITHMS
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
@@ -90,6 +90,7 @@ def equalize(
       >>> error(*better) < error(params, qparams)
       True
     """
+    check_flags("equalize", {"progress": progress})
     start = begin("equalize", q, params, qparams, where)
     data = as_batches("equalize", batches)
     chains = _chains(start, data[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 from sophq_func.algorithms._error import no_worse
 from sophq_func.algorithms.contract import Start, as_batches, begin, output_distance, reference_of
 from sophq_func.config.register import algorithm
+from sophq_func.core.errors import check_flags
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
@@ -124,6 +125,7 @@ def reestimate_norms(
       >>> error(*better) < error(params, qparams)
       True
     """
+    check_flags("reestimate_norms", {"progress": progress})
     start = begin("reestimate_norms", q, params, qparams, where)
     data = as_batches("reestimate_norms", batches)
     exact = reference_of("reestimate_norms", start, reference)

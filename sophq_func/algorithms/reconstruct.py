@@ -16,7 +16,7 @@ from sophq_func.algorithms.contract import Start, as_batches, begin, reference_o
 from sophq_func.algorithms.resume import Resumed, StrPath
 from sophq_func.algorithms.units import Unit, samples_of, units_of
 from sophq_func.config.register import algorithm
-from sophq_func.core.errors import PlanError, explain, raise_all, unknown
+from sophq_func.core.errors import PlanError, check_flags, explain, raise_all, unknown
 from sophq_func.core.logs import ALGORITHMS
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
@@ -126,6 +126,7 @@ def reconstruct(
       >>> error(*better) < error(params, qparams)
       True
     """
+    check_flags("reconstruct", {"progress": progress})
     _check(learn, drop, steps, rows, weight, warm_up, beta)
     start = begin("reconstruct", q, params, qparams, where)
     data = as_batches("reconstruct", batches)
