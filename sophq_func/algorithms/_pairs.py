@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sophq_func.algorithms.contract import Start
 from sophq_func.core.operations import DROPOUTS, MOVES
@@ -199,7 +199,7 @@ class _Finder:
             return self._by_product(value, node, channels, head)
         if node.function == "add":
             return self._by_bias(value, node, channels, head)
-        if node.operation in PASSES:
+        if node.operation in PASSES or node.is_module(nn.Identity):
             return self._behind(value, node, 0, channels, head)
         if node.function in ATTENTION:
             return self._by_attention(value, node, channels)

@@ -18,7 +18,6 @@ from sophq_func.numerics.moments import merged, output_error
 from tests.contracts.algorithms import Language
 from tests.helpers import same
 
-
 # torch says of an even kernel that it copies the input
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
