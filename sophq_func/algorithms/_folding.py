@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.algorithms._matrix import output_axis
+from sophq_func.algorithms._measure import relative_error
 from sophq_func.algorithms._pairs import Linear, Pair, Skipped
 from sophq_func.algorithms._walk import Unit
 from sophq_func.algorithms.contract import Start, fits, observed_again, width_of
@@ -18,11 +18,8 @@ from sophq_func.core.modes import is_plain
 from sophq_func.core.types import Tree
 from sophq_func.model.engine import QParamsDict
 from sophq_func.model.settings import with_bits
-from sophq_func.model.weight_quantizer import Params, WeightQuantizer
-from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.layout import rows
-from sophq_func.numerics.moments import Moments, output_error
-from sophq_func.numerics.scheme import PerChannel
+from sophq_func.model.weight_quantizer import Params
+from sophq_func.numerics.moments import Moments
 
 
 class Setting(NamedTuple):
@@ -121,19 +118,6 @@ def touched(start: Start, pair: Pair) -> list[str]:
     return [name for name, weight in start.weights.items() if weight.site.parameter in parameters]
 
 
-def relative_error(weight: WeightQuantizer, params: Params, grid: QParams, moments: Moments) -> Tensor:
-    """The error of a quantized weight at its layer's output: ``mean |(Q(W) - W) x|**2 / mean |W x|**2``; shape ``()``."""
-    seen = weight.seen(params)
-    rounded = weight.seen({**params, weight.site.parameter: weight.quantize(params, grid)})
-    along = PerChannel(output_axis(weight.scheme, weight.output_axis))
-    power, error = (_power(rows(x, along), moments.second) for x in (seen, rounded - seen))
-    return error / power.clamp(min=torch.finfo(power.dtype).tiny)
-
-
-def _power(x: Tensor, second: Tensor) -> Tensor:
-    return output_error(x.reshape(-1, x.shape[-1]), second).sum()
-
-
 def values_of(pairs: Iterable[Pair]) -> set[str]:
     """The names of all values that are scaled where some pairs are."""
     return {value for pair in pairs for value in pair.values}
@@ -146,7 +130,7 @@ def error_of(start: Start, setting: Setting, names: Iterable[str]) -> Tensor:
         if name in setting.moments:
             weight = start.weights[name]
             grid = weight.fake_quantize.grid(setting.qparams[name], weight.scheme)
-            total = total + relative_error(weight, setting.params, grid, setting.moments[name])
+            total = total + relative_error(weight, setting.params, setting.params, grid, setting.moments[name])
     return total
 
 

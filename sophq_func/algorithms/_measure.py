@@ -12,9 +12,10 @@ from sophq_func.algorithms.contract import begin, fits
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.quantized import Quantized
 from sophq_func.model.statistics import statistics
+from sophq_func.model.weight_quantizer import Params, WeightQuantizer
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.layout import rows
-from sophq_func.numerics.moments import output_error
+from sophq_func.numerics.moments import Moments, output_error
 from sophq_func.numerics.scheme import PerChannel
 
 
@@ -39,15 +40,27 @@ def layer_errors(
     moments = statistics(q, float_params, batches, progress=False)
     total = torch.zeros(())
     for name, weight in start.weights.items():
-        seen = weight.seen(original)
-        if name not in moments or not fits(moments[name], seen, weight):
-            continue
-        rounded = weight.quantize(start.params, start.grid(name))
-        changed = weight.seen({**original, weight.site.parameter: rounded})
-        along = PerChannel(output_axis(weight.scheme, weight.output_axis))
-        power, error = (_power(rows(x, along), moments[name].second) for x in (seen, changed - seen))
-        total = total + error / power.clamp(min=torch.finfo(power.dtype).tiny)
+        if name in moments and fits(moments[name], weight.seen(original), weight):
+            total = total + relative_error(weight, original, start.params, start.grid(name), moments[name])
     return total
+
+
+def relative_error(weight: WeightQuantizer, original: Params, params: Params, grid: QParams, moments: Moments) -> Tensor:
+    """How far a quantized weight is from what its layer computes: ``mean |D x|**2 / mean |W x|**2``; shape ``()``.
+
+    Args:
+      weight: the quantizer.
+      original: with the weight ``W``.
+      params: with the weight that is quantized; ``D`` is what becomes of it, less ``W``.
+      grid: its qparams.
+      moments: of ``x``.
+    """
+    parameter = weight.site.parameter
+    seen = weight.seen(original)
+    rounded = weight.seen({**original, parameter: weight.quantize(params, grid)})
+    along = PerChannel(output_axis(weight.scheme, weight.output_axis))
+    power, error = (_power(rows(x, along), moments.second) for x in (seen, rounded - seen))
+    return error / power.clamp(min=torch.finfo(power.dtype).tiny)
 
 
 def _power(x: Tensor, second: Tensor) -> Tensor:

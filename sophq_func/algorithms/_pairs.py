@@ -4,7 +4,7 @@ A value ``x`` whose channels are divided by ``s``, and whose readers have their 
 as it is. The division is folded into what makes the value: the weight of a norm, or the rows of a linear layer before, be it
 behind a product with a gate or behind attention, whose values may be shared by several heads.
 
-The graph says which folds are likely to be exact. Whether they are is tried out: the model is run with random factors.
+The graph says which folds are likely to be exact. Whether they are is tried out: the model is run with other factors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sophq_func.algorithms.contract import Start
 from sophq_func.core.operations import DROPOUTS, MOVES
@@ -199,7 +199,7 @@ class _Finder:
             return self._by_product(value, node, channels, head)
         if node.function == "add":
             return self._by_bias(value, node, channels, head)
-        if node.operation in PASSES:
+        if node.operation in PASSES or node.is_module(nn.Identity):
             return self._behind(value, node, 0, channels, head)
         if node.function in ATTENTION:
             return self._by_attention(value, node, channels)
@@ -285,11 +285,25 @@ def linear_of(graph: Graph, node: Node) -> Linear | None:
     return Linear(node.name, weight.parameter, bias.parameter if bias else "", read.value, rows, columns, outputs[0])
 
 
-SPREAD = 0.5
-"""Standard deviation of the logarithm of the factors that are tried out: they lie between about 0.2 and 5."""
+SPREAD = 1.0
+"""Largest magnitude of the logarithm of the factors that are tried out: they lie between 0.37 and 2.7."""
+
+GOLDEN = 0.6180339887
+"""Multiples of it, modulo 1, repeat nowhere and have no pattern that channels could have, too."""
 
 TOLERANCE = 1e-4
 """How far the output may move, of its largest magnitude: far above the rounding of float32, far below any wrong fold."""
+
+
+def trial(channels: int, number: int) -> Tensor:
+    """Factors to try out, others for each number. Not random ones, which a transform around the algorithm may forbid.
+
+    Example:
+      >>> trial(3, 0)
+      tensor([0.3679, 1.2663, 0.5899])
+    """
+    places = torch.arange(channels, dtype=torch.float64) * GOLDEN + number * GOLDEN**2
+    return torch.exp(SPREAD * (2 * (places % 1) - 1)).float()
 
 
 class Probe:
@@ -324,12 +338,11 @@ def _distance(x: Tensor, y: Tensor) -> float:
 
 
 def exact(start: Start, batch: Tree, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Skipped]]:
-    """Those pairs of which a run of the model with random factors shows that they leave it as it is, and the others."""
-    generator = torch.Generator().manual_seed(0)
+    """Those pairs of which a run of the model with other factors shows that they leave it as it is, and the others."""
     tried = []
-    for pair in pairs:
-        factors = torch.exp(SPREAD * torch.randn(pair.channels, generator=generator))
-        tried.append((pair, pair.tied(factors).to(start.params[pair.readers[0].weight].device)))
+    for number, pair in enumerate(pairs):
+        device = start.params[pair.readers[0].weight].device
+        tried.append((pair, pair.tied(trial(pair.channels, number)).to(device)))
     if not pairs:
         return [], []
     probe = Probe(start, batch)

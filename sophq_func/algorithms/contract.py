@@ -27,7 +27,7 @@ from sophq_func.model.settings import with_bits
 from sophq_func.model.tap import unchanged
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.layout import rows
+from sophq_func.numerics.layout import expand, rows
 from sophq_func.numerics.moments import Moments
 from sophq_func.numerics.scheme import PerChannel
 
@@ -169,10 +169,9 @@ def settled(where_from: str, start: Start, name: str, solved: Tensor) -> Tensor:
     weight = start.weights[name]
     params = {**start.params, weight.site.parameter: solved}
     rounded = weight.quantize(params, start.grid(name))
-    # codes differ by whole steps, floats by millionths of the largest
-    step = float(start.grid(name).scale.abs().min())
-    seen = weight.seen({**params, weight.site.parameter: rounded - solved})
-    if float(seen.abs().max()) > 0.5 * step:
+    # codes differ by whole steps of their own scales, floats by far less
+    moved = weight.seen({**params, weight.site.parameter: rounded - solved}).abs()
+    if bool((moved > 0.5 * expand(start.grid(name).scale.abs(), moved, weight.scheme.granularity)).any()):
         because, fix = "it does not round to the nearest", "fake_quantize=sq.fake_quantize.fixed()"
         raise ConfigError(
             explain(f"{where_from}: {name}", f"{weight.config.fake_quantize} moves solved codes", because=because, fix=fix)

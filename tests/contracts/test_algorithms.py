@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(name: str, tmp_path: Path, monkey
         pytest.skip("it is short")
     kind, path = "language", tmp_path / "run.safetensors"
     subject, *expected = done(name, kind)
-    monkeypatch.setattr(resume.Resumed, "keep", _killed_after(2, resume.Resumed.keep))
+    monkeypatch.setattr(resume.Resumed, "keep", _killed_after(1, resume.Resumed.keep))
     with pytest.raises(Killed):
         run(name, subject, checkpoint=path)
     monkeypatch.undo()
