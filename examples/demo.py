@@ -1,4 +1,4 @@
-"""The main job: quantize a trained network for handwritten digits in seven ways, show what each costs, run one in integers.
+"""The main job: quantize a trained network for handwritten digits in eight ways, show what each costs, run one in integers.
 
 Writes ``demo_out/``: the plan of the fine-grained setting, a checkpoint of it, the W8A8 network and the float one as ONNX,
 the tables as JSON, and two pictures.
@@ -31,11 +31,12 @@ OUT = Path("demo_out")
 
 
 class Setting(NamedTuple):
-    """One way to quantize: its name, the function that plans it, and whether it is trained."""
+    """One way to quantize: its name, the function that plans it, and whether it is trained, or reconstructed."""
 
     name: str
     make: Callable[[Digits, Tensor], sq.Quantized]
     trains: bool = False
+    reconstructs: bool = False
 
 
 def uniform(weight_bits: int, activation_bits: int, observer: sq.Spec | None = None) -> Callable[..., sq.Quantized]:
@@ -91,6 +92,7 @@ SETTINGS = (
     Setting("W4A4 PTQ (MSE)", uniform(4, 4, sq.observers.mse())),
     Setting("W4A4 QAT (LSQ)", uniform(4, 4, sq.observers.mse()), trains=True),
     Setting("W2A4 PTQ (MSE)", uniform(2, 4, sq.observers.mse())),
+    Setting("W2A4 PTQ (BRECQ)", uniform(2, 4, sq.observers.mse()), reconstructs=True),
     Setting("W2A4 QAT (LSQ)", uniform(2, 4, sq.observers.mse()), trains=True),
     Setting("fine-grained QAT", fine_grained, trains=True),
 )
@@ -112,7 +114,7 @@ class Outcome(NamedTuple):
 
 
 def run(setting: Setting, model: Digits, seed: int, tick: Callable[[], object]) -> Outcome:
-    """Plan, calibrate, train if the setting says so, and test."""
+    """Plan, calibrate, train or reconstruct if the setting says so, and test."""
     x, y, test_x, test_y = load(seed)
     q, params = setting.make(model, x[:2]), sq.params_of(model)
     calibration = [images for images, _ in batches(x, y, seed)][:CALIBRATION_BATCHES]
@@ -120,6 +122,8 @@ def run(setting: Setting, model: Digits, seed: int, tick: Callable[[], object]) 
     if setting.trains:
         params, qparams = finetune(q, params, qparams, x, y, epochs=EPOCHS, seed=seed, tick=tick)
     else:
+        if setting.reconstructs:  # without labels
+            params, qparams = sq.algorithms.brecq(q, params, qparams, calibration, progress=False)
         tick()
     return Outcome(q, params, qparams, accuracy(lambda images: q.apply(params, qparams, images), test_x, test_y))
 

@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from sophq_func import algorithms as algorithms
 from sophq_func import export as export
 from sophq_func import fake_quantize as fake_quantize
 from sophq_func import numerics as numerics
@@ -59,6 +60,7 @@ from sophq_func.model.settings import enabled as enabled
 from sophq_func.model.settings import stack as stack
 from sophq_func.model.settings import unstack as unstack
 from sophq_func.model.settings import with_bits as with_bits
+from sophq_func.model.statistics import statistics as statistics
 from sophq_func.model.trees import cast as cast
 from sophq_func.model.trees import lerp as lerp
 from sophq_func.numerics import formats as formats
@@ -70,6 +72,7 @@ from sophq_func.numerics.granularity import PerChannel as PerChannel
 from sophq_func.numerics.granularity import PerGroup as PerGroup
 from sophq_func.numerics.granularity import PerTensor as PerTensor
 from sophq_func.numerics.granularity import PerToken as PerToken
+from sophq_func.numerics.moments import Moments as Moments
 from sophq_func.numerics.scheme import QScheme as QScheme
 from sophq_func.numerics.scheme import QuantizerConfig as QuantizerConfig
 from sophq_func.numerics.scheme import override as override
@@ -101,6 +104,7 @@ __all__ = [
     "Graph",
     "HessianTrace",
     "Left",
+    "Moments",
     "Observer",
     "PerBlock",
     "PerChannel",
@@ -124,6 +128,7 @@ __all__ = [
     "Spec",
     "StateError",
     "TopEigenvalue",
+    "algorithms",
     "build",
     "cast",
     "compare_chip",
@@ -160,6 +165,7 @@ __all__ = [
     "sensitivity",
     "split_params",
     "stack",
+    "statistics",
     "strategies",
     "testing",
     "top_eigenvalue",

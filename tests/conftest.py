@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sophq_func.config.algorithms import ALGORITHMS
 from sophq_func.config.chips import CHIPS
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.strategies import PLACEMENTS
@@ -107,7 +108,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 @pytest.fixture
 def scratch_registries() -> Iterator[None]:
     """For tests that register pieces: what they add is gone afterwards."""
-    registries = (OBSERVERS, FAKE_QUANTIZERS, FORMATS, CHIPS, PLACEMENTS, PATTERNS)
+    registries = (OBSERVERS, FAKE_QUANTIZERS, FORMATS, CHIPS, PLACEMENTS, PATTERNS, ALGORITHMS)
     tables = [
         (table, dict(table)) for registry in registries for table in vars(registry).values() if isinstance(table, dict)
     ]

@@ -1,4 +1,4 @@
-"""Pieces of your own: observers, fake quantizers, number formats, chips, strategies and fused patterns, by name.
+"""Pieces of your own, by name: observers, fake quantizers, number formats, chips, strategies, fused patterns, algorithms.
 
 What is registered is used like what the library has: by name in configs and in the three dictionaries, as a function of
 ``sq.observers`` and ``sq.fake_quantize``, in suggestions of error messages, in plans as JSON, and in checkpoints. Names are
@@ -14,9 +14,10 @@ A package registers when it is imported. To be found by name without that, it de
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import ParamSpec
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, TypeVar
 
+from sophq_func.config.algorithms import ALGORITHMS, Algorithm, Measure, Run, check_promises
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.patterns import Fused, Part, registered
 from sophq_func.config.strategies import PLACEMENTS, Strategy
@@ -28,12 +29,54 @@ from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuanti
 from sophq_func.numerics.formats import FORMATS, Format
 
 P = ParamSpec("P")
+F = TypeVar("F", bound=Run)
 
-__all__ = ["chip", "fake_quantizer", "format", "observer", "pattern", "strategy"]
+__all__ = ["algorithm", "chip", "fake_quantizer", "format", "observer", "pattern", "strategy"]
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+@public_as("register.algorithm")
+def algorithm(
+    name: str,
+    *aliases: str,
+    rounds: bool = False,
+    keeps_float: bool = False,
+    resumes: bool = False,
+    measure: Measure | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[[F], F]:
+    """Decorator that registers a whole-model algorithm, ``(q, params, qparams, batches, **options) -> (params, qparams)``.
+
+    It becomes ``sq.algorithms.<name>``. The function itself is returned unchanged.
+
+    Args:
+      name: by which ``sq.algorithms`` has it.
+      *aliases: other names for the same.
+      rounds, keeps_float, resumes, measure, options: what it promises, see :class:`~sophq_func.config.algorithms.Algorithm`.
+
+    Raises:
+      ConfigError: a name that is taken; no function.
+
+    Example:
+      >>> import sophq_func as sq
+      >>> @sq.register.algorithm("halve_weights", options={"by": 4.0})
+      ... def halve_weights(q, params, qparams, batches, by=2.0):
+      ...     return {name: tensor / by for name, tensor in params.items()}, dict(qparams)
+      >>> sq.algorithms.halve_weights is halve_weights
+      True
+    """
+    ALGORITHMS.check_new(name, *aliases)
+    promises = {"rounds": rounds, "keeps_float": keeps_float, "resumes": resumes}
+    check_promises("register.algorithm", promises, measure, options)
+
+    def decorate(run: F) -> F:
+        ALGORITHMS.add(name, Algorithm(run=run, measure=measure, options=options or {}, **promises), *aliases)
+        return run
+
+    return decorate
 
 
 @public_as("register.observer")

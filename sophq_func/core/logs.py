@@ -20,5 +20,8 @@ ROOT.addHandler(logging.NullHandler())
 PLANNING = ROOT.getChild("planning")
 """What a plan decides: INFO for the whole, DEBUG for each quantizer and for each layer that stays float."""
 
+ALGORITHMS = ROOT.getChild("algorithms")
+"""What algorithms of whole models leave as it is, and why: INFO; what they take back as it made the model worse: WARNING."""
+
 PROGRESS = ROOT.getChild("progress")
 """How far a long loop is, where there is neither a terminal nor a notebook: INFO."""

@@ -10,12 +10,13 @@ from sophq_func.fake_quantize._float import bf16, e4m3, e5m2, fp16
 from sophq_func.fake_quantize._gptq import gptq, gptqfp4, hessian_update
 from sophq_func.fake_quantize._integer import fixed, learnable, lsq_plus
 from sophq_func.fake_quantize._learned import pact, tqt
-from sophq_func.fake_quantize._rounding import adaround, qdrop, rectified_sigmoid
+from sophq_func.fake_quantize._rounding import adaround, qdrop
 from sophq_func.fake_quantize._soft import dorefa, dsq
 from sophq_func.fake_quantize._tables import fp4, fpxgroup, nnie
 from sophq_func.fake_quantize._tables import scaled as scaled
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize
 from sophq_func.numerics.pieces import build
+from sophq_func.numerics.rectified import rectified_sigmoid
 
 # The other names of the same functions: those of papers, and the classes of sophgo-mq.
 lsq = learnable

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.modes import as_constant
-from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.fake_quantize._noise import uniform
 from sophq_func.numerics import affine
@@ -15,27 +14,12 @@ from sophq_func.numerics.affine import fake_quantize, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import clamp, expanded_bounds, positive
+from sophq_func.numerics.rectified import inverse_rectified_sigmoid, rectified_sigmoid
 from sophq_func.numerics.scheme import QScheme
-
-GAMMA, ZETA = -0.1, 1.1
-"""The ends to which AdaRound stretches its sigmoid before clamping, as in the paper: 0 and 1 are reached exactly."""
 
 ROUNDINGS = ("soft", "hard")
 QUANT_TYPES = (None, "param", "input", "tensor")
 """What a tensor is to its layer: a weight for the first two, an activation for the others."""
-
-
-@public
-def rectified_sigmoid(alpha: Tensor) -> Tensor:
-    """AdaRound's rounding of each element, ``clamp(1.2 sigmoid(alpha) - 0.1, 0, 1)``: 0 down, 1 up.
-
-    Eq. (23) of arXiv:2004.10568. Its regularizer, eq. (24), is ``(1 - (2 h - 1).abs() ** beta).sum()``.
-
-    Example:
-      >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
-      tensor([0.0000, 0.5000, 1.0000])
-    """
-    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 @FAKE_QUANTIZERS.register("adaround", "AdaRoundFakeQuantize")
@@ -77,7 +61,7 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
     def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
         ratio = working(x).detach() / expand(positive(qparams.scale), x, scheme.granularity)
         fraction = (ratio - ratio.floor()).float()
-        alpha = -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)  # rectified_sigmoid(alpha) == fraction
+        alpha = inverse_rectified_sigmoid(fraction)
         return qparams._replace(extras=sorted_dict({**qparams.extras, "alpha": alpha}))
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:

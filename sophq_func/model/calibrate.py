@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.core.modes import is_distributed, outside_inference
 from sophq_func.core.progress import shown
 from sophq_func.core.public import is_absent
@@ -15,9 +16,16 @@ from sophq_func.core.pytree import sorted_dict, tree_map
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.finite import check_finite
+from sophq_func.model.settings import no_width
 from sophq_func.model.usage import refuse_absent
-from sophq_func.model.weight_quantizer import Params
+from sophq_func.model.value_quantizer import RunQuantizer
+from sophq_func.model.weight_quantizer import Params, WeightQuantizer
 from sophq_func.numerics.contracts import QParams, State
+from sophq_func.numerics.scheme import QScheme
+from sophq_func.planning.widths import Widths, widths_of
+
+Quantizer = WeightQuantizer | RunQuantizer
+"""The quantizer of a weight, or of a value."""
 
 
 def calibrate(
@@ -94,20 +102,56 @@ def observe_quantized(
     return output, sorted_dict(states)
 
 
-def resolve(engine: Engine, params: Given, ostate: Mapping[str, State]) -> QParamsDict:
+def resolve(engine: Engine, params: Given, ostate: Mapping[str, State], bits: int | Widths | None = None) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.qparams`."""
     named = engine.check(params, ostate, "qparams", "ostate")
     check_finite(engine.plan, engine.quantizers, ostate)
+    widths = {} if bits is None else _widths(engine, bits)
     resolved = {}
     for name, quantizer in engine.quantizers.items():
-        entry = quantizer.observer.qparams(ostate[name], quantizer.scheme)
-        if quantizer.scheme.dynamic:  # each tensor gives its own; NaN of an observer without data must not stay
-            entry = entry._replace(scale=torch.ones_like(entry.scale))
-        resolved[name] = quantizer.fake_quantize.init(entry, quantizer.seen(named), quantizer.scheme)
+        if name in widths:
+            resolved[name] = at_width(quantizer, named, ostate[name], widths[name])
+        else:
+            resolved[name] = _resolved(quantizer, named, ostate[name], quantizer.scheme)
     resolved = {name: engine.in_force(name, resolved) for name in resolved}
     # a calibration in torch.inference_mode gives scales that can still be learned
     learnable: QParamsDict = tree_map(outside_inference, sorted_dict(resolved))
     return learnable
+
+
+def _resolved(quantizer: Quantizer, params: Params, state: State, scheme: QScheme) -> QParams:
+    """The qparams of one quantizer from its state, for a scheme."""
+    entry = quantizer.observer.qparams(state, scheme)
+    if scheme.dynamic:  # each tensor gives its own; NaN of an observer without data must not stay
+        entry = entry._replace(scale=torch.ones_like(entry.scale))
+    return quantizer.fake_quantize.init(entry, quantizer.seen(params), scheme)
+
+
+def at_width(quantizer: Quantizer, params: Params, state: State, bits: int) -> QParams:
+    """The qparams of one quantizer at another width than that of its config, with the bounds of its codes as data."""
+    scheme = replace(quantizer.scheme, bits=bits)
+    if isinstance(quantizer, WeightQuantizer):
+        # its observer may have searched a range for the width of the plan
+        weight = quantizer.seen(params)
+        state = quantizer.observer.update(quantizer.observer.init(weight, scheme), weight, scheme)
+    resolved = _resolved(quantizer, params, state, scheme)
+    low, high = (resolved.scale.new_tensor(bound, dtype=torch.float32) for bound in (scheme.qmin, scheme.qmax))
+    return resolved._replace(extras=sorted_dict({**resolved.extras, "qmin": low, "qmax": high}))
+
+
+def weight_qparams(quantizer: WeightQuantizer, params: Params, bits: int | None = None) -> QParams:
+    """The qparams of a weight as its observer finds them now, at the width of its config or at another one."""
+    if bits is not None:
+        return at_width(quantizer, params, quantizer.observe(params), bits)
+    return _resolved(quantizer, params, quantizer.observe(params), quantizer.scheme)
+
+
+def _widths(engine: Engine, bits: int | Widths) -> dict[str, int]:
+    """The widths of the quantizers that are named, after a check that each can have another one."""
+    widths = widths_of("qparams", bits, {name: engine.plan.site(name) for name in engine.plan})
+    fixed = [name for name in widths if not engine.quantizers[name].fake_quantize.resizable]
+    raise_all([no_width("qparams", name, engine.plan[name]) for name in fixed])
+    return widths
 
 
 def _check_whole(engine: Engine, params: Params, where: str) -> None:

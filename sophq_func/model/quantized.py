@@ -167,21 +167,38 @@ class Quantized:
         return calibrate.observe_quantized(self.engine, params, ostate, qparams, args, kwargs)
 
     @in_loops
-    def qparams(self, params: Given, ostate: Mapping[str, State], /) -> QParamsDict:
+    def qparams(
+        self, params: Given, ostate: Mapping[str, State], /, *, bits: int | Mapping[str, int] | None = None
+    ) -> QParamsDict:
         """Scales and zero points from observer states.
 
         Args:
           params: as :func:`sophq_func.params_of` returns them.
           ostate: from :meth:`init` and :meth:`observe`.
+          bits: other widths than those of the plan, as in :meth:`Plan.with_bits`: the result has the ranges that each
+            observer finds for these widths, and the bounds of their codes in ``extras``, so that it serves this plan as well
+            as ``plan.with_bits(bits)``. Weights are observed anew. An observer of values that searched its range for one
+            width while it observed (``mse``, ``pot_mode``) keeps that range.
 
         Returns:
           ``{quantizer name: QParams}``, sorted.
 
         Raises:
+          ConfigError: ``bits`` of quantizers that there are not, or whose codes have no width to change.
           StateError: in eager on plain tensors, a quantizer that has seen nothing, or NaN or infinity. Inside a transform
             nothing is checked, and such a quantizer has a NaN scale.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
+          >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+          >>> params = sq.params_of(model)
+          >>> _, ostate = q.observe(params, q.init(params), x)
+          >>> narrow = q.qparams(params, ostate, bits={"weight_fake_quant": 3})
+          >>> q.apply(params, narrow, x).shape
+          torch.Size([4, 3])
         """
-        return calibrate.resolve(self.engine, params, ostate)
+        return calibrate.resolve(self.engine, params, ostate, bits)
 
     @public
     def calibrate(

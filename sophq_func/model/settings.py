@@ -76,7 +76,7 @@ def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[
             raise ConfigError(explain("with_bits", sentence, got=width, allowed=allowed, fix=fix))
         widths.update(dict.fromkeys(_fitting("with_bits", pattern, plan), width))
     fake_quantizers = {name: pieces.build(plan[name].fake_quantize) for name in widths}
-    raise_all([_no_width(name, plan[name]) for name in widths if not fake_quantizers[name].resizable])
+    raise_all([no_width("with_bits", name, plan[name]) for name in widths if not fake_quantizers[name].resizable])
     new = dict(qparams)
     for name, width in widths.items():
         if name in qparams:
@@ -106,9 +106,10 @@ def _is_width(width: object) -> bool:
     return NARROWEST <= width <= WIDEST
 
 
-def _no_width(name: str, config: QuantizerConfig) -> str:
+def no_width(where: str, name: str, config: QuantizerConfig) -> str:
+    """The message that a quantizer cannot change its bit width."""
     return explain(
-        f"with_bits: {name}",
+        f"{where}: {name}",
         f"{config.fake_quantize} cannot change its bit width",
         because="its codes, or what it has learned, belong to one width",
         fix="name only integer grids, or plan with another fake quantizer",

@@ -19,8 +19,8 @@ from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.modes import beside
 from sophq_func.numerics.affine import folded, switched
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
-from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
-from sophq_func.numerics.ranges import positive
+from sophq_func.numerics.granularity import Axis, Granularity, PerBlock, PerChannel, PerGroup, PerToken
+from sophq_func.numerics.ranges import guarded, positive
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
 Params = Mapping[str, Tensor]
@@ -104,6 +104,21 @@ class WeightQuantizer:
         if length is not None and factor.shape[axis] > 1:  # cut along the output channels
             factor = factor.narrow(axis, start, length)
         return weight * factor
+
+    def unseen(self, seen: Tensor, params: Params) -> Tensor:
+        """The inverse of :meth:`seen`: another weight as it is seen, in the layer's own layout.
+
+        Where a BatchNorm's factor is 0, the layer's output does not depend on the weight, which stays as it is.
+        """
+        if self.norm is not None:
+            dead, divisor = guarded(self._along(self.norm.factor(params), seen))
+            seen = torch.where(dead, arranged(params[self.site.parameter], self.site), seen / divisor)
+        return arranged(seen, self.site)
+
+    @property
+    def output_axis(self) -> Axis:
+        """The axes of the output channels of the weight as :meth:`seen` returns it."""
+        return 0 if is_regrouped(self.site) else self.site.axis
 
     def observe(self, params: Params) -> State:
         """The observer's state after one look at the weight."""

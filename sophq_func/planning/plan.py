@@ -12,7 +12,17 @@ from sophq_func.capture.graph import Graph
 from sophq_func.config.names import underscored
 from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import Data, Site
-from sophq_func.core.errors import ConfigError, PlanError, PlanWarning, StateError, explain, near, other_prefix, warn
+from sophq_func.core.errors import (
+    ConfigError,
+    PlanError,
+    PlanWarning,
+    StateError,
+    explain,
+    near,
+    other_prefix,
+    raise_all,
+    warn,
+)
 from sophq_func.core.tables import WIDTH, check_width, wrapped
 from sophq_func.numerics.scheme import QuantizerConfig, to_data
 from sophq_func.planning import diff, picture, text
@@ -27,6 +37,7 @@ from sophq_func.planning.runs import Run
 from sophq_func.planning.stored import VERSION, read
 from sophq_func.planning.text import Tree
 from sophq_func.planning.unite import Counts, unite
+from sophq_func.planning.widths import Widths, as_rules, problems, resized, widths_of
 
 
 class Origin(NamedTuple):
@@ -304,6 +315,58 @@ class Plan(Mapping[str, QuantizerConfig]):
             raise PlanError(explain("plan.override", "this plan cannot be made again", because=because, fix=fix))
         config = self.origin.config
         return Plan.of(self.origin._replace(config=replace(config, rules=(*config.rules, rule))))
+
+    def with_bits(self, bits: int | Widths) -> Plan:
+        """A new plan with other bit widths: the same quantizers at the same sites, nothing planned again.
+
+        Qparams of this plan at other widths come from :func:`sophq_func.with_bits`, with the ranges that they have, or from
+        ``q.qparams(params, ostate, bits=...)``, with those that the observers find for these widths. Both fit the new plan,
+        too, and give there the model that they give here. A later :meth:`override` keeps the widths.
+
+        Args:
+          bits: one width for all quantizers; or widths by name of a quantizer, by glob of names, or by path of a module,
+            which stands for the weights in it. A later entry overrides an earlier one.
+
+        Raises:
+          ConfigError: names that fit nothing; widths outside 2..16, or that the chip does not allow; a quantizer whose codes
+            are no integers. All problems in one message.
+
+        Example:
+          >>> import torch, sophq_func as sq
+          >>> plan = sq.plan(sq.trace(torch.nn.Linear(2, 3), (torch.ones(1, 2),)), sq.QuantConfig(chip=None))
+          >>> plan.with_bits({"weight_fake_quant": 4})["weight_fake_quant"].scheme.bits
+          4
+        """
+        widths = widths_of("plan.with_bits", bits, self._sites)
+        asked = None if self.origin is None else self.origin.config
+        changed = {name: resized(self._configs[name], width) for name, width in widths.items()}
+        raise_all(
+            [
+                problem
+                for name, config in changed.items()
+                for problem in problems("plan.with_bits", name, config, self._sites[name], asked)
+            ]
+        )
+        reasons = {name: {**of, "bits": "plan.with_bits"} if name in widths else of for name, of in self._reasons.items()}
+        origin = self.origin
+        if origin is not None:
+            rules = (*origin.config.rules, *as_rules(widths, self._sites))
+            origin = origin._replace(config=replace(origin.config, rules=rules))
+        return Plan(
+            {**self._configs, **changed},
+            self._sites,
+            self._counts,
+            reasons,
+            self.notes,
+            self.unused,
+            self.opaque,
+            self.written,
+            self.wiring,
+            self.runs,
+            self.excluded,
+            self.coverage,
+            origin,
+        )
 
     def to_dot(self) -> str:
         """The model's graph with its quantizers, in the DOT language; :func:`sophq_func.draw` draws it."""

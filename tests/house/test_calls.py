@@ -19,13 +19,13 @@ import sophq_func as sq
 
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
 OUTCOMES = frozenset(
-    "Artifact Checkpoint ChipComparison ChipRow Coverage Fidelity Graph HessianTrace Left Plan QParams Quantized Report "
-    "ReportRow Sensitivities Sensitivity Site TopEigenvalue".split()
+    "Artifact Checkpoint ChipComparison ChipRow Coverage Fidelity Graph HessianTrace Left Moments Plan QParams Quantized "
+    "Report ReportRow Sensitivities Sensitivity Site TopEigenvalue".split()
 )
 """Classes whose instances the library returns; ``QParams``, of which every run makes many, is a plain NamedTuple."""
 EXCEPTIONS = frozenset("CheckpointError ConfigError PlanError PlanWarning StateError".split())
 NAMESPACES = {"observers": sq.observers, "fake_quantize": sq.fake_quantize, "export": sq.export, "presets": sq.presets}
-NAMESPACES |= {"register": sq.register, "testing": sq.testing}
+NAMESPACES |= {"algorithms": sq.algorithms, "register": sq.register, "testing": sq.testing}
 SHORT = {"LawError", "Tables"}
 
 
@@ -63,6 +63,8 @@ def calls(folder: Path) -> dict[str, Call]:
     config = sq.QuantizerConfig(scheme=sq.QScheme(), observer="minmax", fake_quantize="fixed")
     loss = lambda params: params["weight"].square().sum()  # noqa: E731
     noise = {"weight": torch.ones(1, 3, 2)}
+    algorithm = (r.q, r.params, r.qparams, [r.x])
+    tensor_qparams = sq.QParams(torch.tensor(1.0), torch.tensor(0), {})
     return {
         "ChipSpec": ((), {"weight": config, "activation": config, "weight_bits": (8,)}),
         "FakeQuantize": (tuple(sq.fake_quantizer("fixed")[:2]), {}),
@@ -107,11 +109,42 @@ def calls(folder: Path) -> dict[str, Call]:
         "sensitivity": ((r.q, r.params, r.qparams, r.x, torch.sum), {"how": "auto", "progress": False}),
         "split_params": ((r.model,), {}),
         "stack": (([r.qparams, r.qparams],), {}),
+        "statistics": ((r.q, r.params, [r.x], r.qparams), {"where": "weight_fake_quant", "progress": False}),
         "top_eigenvalue": ((loss, r.params, {"weight": torch.ones(3, 2)}), {"steps": 1}),
         "trace": ((r.model, (r.x,)), {}),
         "unpack": ((torch.ones(2, dtype=torch.uint8), 4, (4,), False), {}),
         "unstack": ((sq.stack([r.qparams, r.qparams]),), {}),
         "with_bits": ((r.qparams, r.q.plan, 4), {}),
+        "algorithms.adam": ((0.1,), {"decay": (0.9, 0.999), "eps": 1e-8}),
+        "algorithms.adaround": (algorithm, {"steps": 1, "progress": False}),
+        "algorithms.at_widths": (({8: r.qparams}, {"weight_fake_quant": 8}, r.qparams), {}),
+        "algorithms.bit_operations": ((r.q, r.params, r.x), {"names": ()}),
+        "algorithms.bit_sensitivity": ((r.q, r.params, {8: r.qparams}, [r.x]), {"how": "loop", "progress": False}),
+        "algorithms.brecq": (algorithm, {"steps": 1, "progress": False}),
+        "algorithms.choose_bits": (({"a": {8: 0.1}}, {"a": 1.0}, 8.0), {"tie": ()}),
+        "algorithms.correct_biases": (algorithm, {"order": "local", "progress": False}),
+        "algorithms.equalizable": ((r.q, r.params, r.x), {}),
+        "algorithms.equalize": (algorithm, {"where": "weight_fake_quant", "progress": False}),
+        "algorithms.from_ptq_config": (({"pattern": "layer"},), {}),
+        "algorithms.pareto": (({"a": {8: 0.1}}, {"a": 1.0}), {"budgets": 2, "tie": ()}),
+        "algorithms.qdrop": (algorithm, {"steps": 1, "progress": False}),
+        "algorithms.reconstruct": (algorithm, {"units": "layer", "steps": 1, "learn": "both", "progress": False}),
+        "algorithms.reestimate_norms": (algorithm, {"where": "weight_fake_quant", "progress": False}),
+        "algorithms.sizes": ((r.q,), {}),
+        "algorithms.trace_sensitivity": (
+            (r.q, r.params, {8: r.qparams}, loss, torch.Generator()),
+            {"samples": 1, "chunk_size": 1},
+        ),
+        "algorithms.awq": (algorithm, {"alpha": 0.5, "where": "weight_fake_quant", "progress": False}),
+        "algorithms.clip": (algorithm, {"where": "weight_fake_quant", "progress": False}),
+        "algorithms.clip_solve": ((torch.ones(3, 2), torch.eye(2), sq.QScheme(), tensor_qparams), {}),
+        "algorithms.gptq": (algorithm, {"order": "storage", "damping": 0.1, "sweeps": 1, "inputs": "float"}),
+        "algorithms.gptq_solve": (
+            (torch.ones(3, 2), torch.eye(2), sq.QScheme(), tensor_qparams),
+            {"order": "storage", "damping": 0.1, "sweeps": 1},
+        ),
+        "algorithms.rotate": (algorithm, {"generator": torch.Generator(), "progress": False}),
+        "algorithms.smooth": (algorithm, {"alpha": 0.5, "where": "weight_fake_quant", "progress": False}),
         "fake_quantize.fake_quantizer": (("fixed",), {}),
         "observers.observer": (("minmax",), {}),
         "fake_quantize.hessian_update": ((torch.zeros(2, 2), torch.tensor(0), torch.ones(3, 2)), {}),
@@ -127,6 +160,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "presets.w8a8": ((), {"rules": ()}),
         "presets.w4a4_lsq": ((), {"rules": ()}),
         "presets.w8a8_per_token": ((), {"rules": ()}),
+        "register.algorithm": (("mine",), {"rounds": True, "keeps_float": False, "resumes": False, "options": {}}),
         "register.chip": (("mine", sq.CHIPS.get("BM1690")), {}),
         "register.fake_quantizer": (("mine",), {}),
         "register.format": (("mine", sq.formats.float_(3, 4)), {}),
@@ -246,6 +280,7 @@ FREE = {
     "Spec": "name: a piece may be registered later",
     "cast": "qparams: no plan says which names there are",
     "enabled": "qparams: no plan says which names there are",
+    "register.algorithm": "name: any text is one",
     "register.chip": "name: any text is one",
     "register.fake_quantizer": "name: any text is one",
     "register.format": "name: any text is one",

@@ -1,0 +1,263 @@
+"""Reconstruction: unit by unit, weights and scales are learned such that each unit makes what it makes in float."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from sophq_func.algorithms._fit import Fit, Options
+from sophq_func.algorithms._rounding import why_not
+from sophq_func.algorithms.adam import Optimizer, adam
+from sophq_func.algorithms.contract import Start, as_batches, begin, reference_of
+from sophq_func.algorithms.resume import Resumed, StrPath
+from sophq_func.algorithms.units import Unit, samples_of, units_of
+from sophq_func.config.register import algorithm
+from sophq_func.core.errors import PlanError, check_flags, explain, raise_all, unknown
+from sophq_func.core.logs import ALGORITHMS
+from sophq_func.core.progress import shown
+from sophq_func.core.public import public
+from sophq_func.core.types import Given, Tree
+from sophq_func.model.engine import QParamsDict
+from sophq_func.model.flat import flat, merge
+from sophq_func.model.quantized import Quantized
+from sophq_func.model.select import Where
+from sophq_func.numerics.contracts import QParams
+
+Learn: TypeAlias = Literal["rounding", "scales", "both"]
+"""What is learned."""
+
+ROUNDING_RATE = 0.1
+"""Adam's rate for the rounding: from one half, an ``alpha`` is decided after 24 steps in one direction.
+
+With it, and the defaults of ``weight`` and ``beta``, nearly all roundings are decided after 300 steps. With the paper's
+0.01 and (20, 2), made for 20,000 steps, half of them are not after 150, and what was learned is lost when they are rounded.
+"""
+
+SCALE_RATE = 0.002
+"""Adam's rate for scales, as a share of the scale in a step; it falls to 0 along a cosine."""
+
+
+@algorithm("reconstruct", rounds=True, resumes=True, options={"steps": 4, "rows": 2})
+@public
+def reconstruct(
+    q: Quantized,
+    params: Given,
+    qparams: Mapping[str, QParams],
+    batches: Iterable[Tree],
+    *,
+    units: str | Sequence[str] = "block",
+    learn: Learn = "both",
+    drop: float = 0.0,
+    steps: int = 300,
+    rows: int = 32,
+    weight: float = 1.0,
+    warm_up: float = 0.2,
+    beta: tuple[float, float] = (4.0, 2.0),
+    optimizer: Optimizer | None = None,
+    scale_optimizer: Optimizer | None = None,
+    generator: torch.Generator | None = None,
+    reference: Given | None = None,
+    where: Where = None,
+    checkpoint: StrPath | None = None,
+    progress: bool = True,
+) -> tuple[Given, dict[str, QParams]]:
+    """Round each weight up or down, and choose scales, such that each unit of a model makes what it makes in float.
+
+    Without labels. Unit by unit in execution order, with the units before it done, Adam minimizes ``E |y - t|**2 / E |t|**2
+    + weight mean(1 - |2 h - 1|**beta)``: ``t`` is what the unit makes in float, ``h`` in [0, 1] the rounding of each element
+    (AdaRound, Nagel et al., arXiv:2004.10568; by blocks BRECQ, Li et al., arXiv:2102.05426; with ``drop`` QDrop, Wei et
+    al., arXiv:2203.05740). Both terms are free of units, so that one ``weight`` fits layers of every size. At the end of a
+    unit ``h`` is 0 or 1. A unit whose error would be larger than with weights rounded to the nearest is rounded to the
+    nearest.
+
+    Weights whose rounding cannot be learned (embeddings, grids that a threshold decides) are rounded to the nearest.
+    Beyond the model, memory holds what one unit reads and makes for all batches. Per unit, each batch is run twice up to it.
+
+    Args:
+      q: a quantized model, in evaluation mode and not frozen.
+      params, qparams: see :meth:`Quantized.apply`.
+      batches: calls of the model, as for ``q.calibrate``.
+      units: ``"layer"``; ``"block"``, the blocks of ``q.blocks()`` and the layers outside of them; or paths of modules.
+        Weights that functions outside of modules multiply with are learned last, on the output of the model.
+      learn: ``"rounding"`` of weights; ``"scales"`` of weights and values; ``"both"``: the rounding, and the scales of
+        values.
+      drop: probability that an element of a value stays float while a unit is learned; 0.5 in QDrop.
+      steps: of the optimizer, for each unit.
+      rows: how many samples of a batch a step reads. Where the tensors of a batch do not all have the same first axis, it
+        reads the whole batch.
+      weight: factor of the regularizer.
+      warm_up: share of the steps without regularizer.
+      beta: exponent of the regularizer, at its start and at its end.
+      optimizer: of the rounding: a pair ``(init, update)``, such as one of torchopt's; by default
+        ``sq.algorithms.adam(0.1)``.
+      scale_optimizer: of scales, as multiples of what they are; by default Adam with a rate of 0.002 that falls to 0.
+      generator: chooses batches, rows, and what is dropped; by default one with the seed 0.
+      reference: params of the float model whose outputs are wanted, where an algorithm has changed ``params`` before; by
+        default ``params``.
+      where: which weights: names, globs, paths, types or predicates; by default all.
+      checkpoint: path of a file that keeps the units that are done; a later call with the same arguments goes on there. It
+        does not know an optimizer of your own.
+      progress: show how far it is.
+
+    Returns:
+      New params, with the weights on their grids; new qparams, with other scales of values.
+
+    Raises:
+      ConfigError: an option out of its range, or a ``where`` that fits nothing.
+      PlanError: none of the weights has a rounding that can be learned.
+      StateError: no batches, a frozen model or one in training mode, a checkpoint of another call.
+
+    Differs from sophgo-mq: any layer, with its BatchNorm folded in; quantizers outside of the units stay on; the loss and
+    the regularizer are means; seeded.
+
+    Example:
+      >>> import torch, sophq_func as sq
+      >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+      >>> x = torch.randn(64, 8)
+      >>> q = sq.quantize(model, sq.QuantConfig(weight=sq.override(bits=3)), example_args=(x,))
+      >>> params = sq.params_of(model)
+      >>> qparams = q.calibrate(params, [x], progress=False)
+      >>> better = reconstruct(q, params, qparams, [x], steps=100, progress=False)
+      >>> error = lambda p, qp: (q.apply(p, qp, x) - model(x)).square().mean().item()
+      >>> error(*better) < error(params, qparams)
+      True
+    """
+    check_flags("reconstruct", {"progress": progress})
+    _check(learn, drop, steps, rows, weight, warm_up, beta)
+    start = begin("reconstruct", q, params, qparams, where)
+    data = as_batches("reconstruct", batches)
+    exact = reference_of("reconstruct", start, reference)
+    weights = {name: quantizer for name, quantizer in start.weights.items() if not why_not(quantizer)}
+    _check_weights(start, weights.keys())
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    options = Options(
+        learn in ("rounding", "both"),
+        learn in ("scales", "both"),
+        drop,
+        steps,
+        rows,
+        weight,
+        warm_up,
+        beta,
+        optimizer or adam(ROUNDING_RATE),
+        scale_optimizer or adam(lambda count: SCALE_RATE * 0.5 * (1 + torch.cos(math.pi * count / steps))),
+    )
+    parts = units_of("reconstruct", start, units, weights)
+    numbers = (*options[:8], [unit.part.path for unit in parts], sorted(weights))
+    call = ("reconstruct", numbers, q.plan.digest(), start.params, flat(start.qparams), exact, data, generator.get_state())
+    done = Resumed("reconstruct", checkpoint, call)
+    new, new_qparams = _resumed(start, done, generator)
+    for place, unit in enumerate(shown(parts, "reconstruct", progress)):
+        if place < done.step:
+            continue
+        new, new_qparams = _improved(unit, start, exact, (new, new_qparams), data, options, generator)
+        done.keep(place + 1, _changed(start, new, new_qparams, generator))
+    return start.result(*_on_grids(start, new, new_qparams, weights.keys()))
+
+
+def _check(learn: str, drop: float, steps: int, rows: int, weight: float, warm_up: float, beta: tuple[float, float]) -> None:
+    """Raise a :class:`ConfigError` that names every option out of its range."""
+    problems = [] if learn in get_args(Learn) else [unknown("reconstruct", "learn", learn, get_args(Learn))]
+    ranges = {
+        "drop": (drop, 0 <= drop < 1, "a number from 0, less than 1"),
+        "steps": (steps, steps >= 1, "an int >= 1"),
+        "rows": (rows, rows >= 1, "an int >= 1"),
+        "weight": (weight, weight >= 0, "a number >= 0"),
+        "warm_up": (warm_up, 0 <= warm_up <= 1, "a number from 0 to 1"),
+        "beta": (beta, len(beta) == 2 and min(beta) > 0, "two positive numbers"),
+    }
+    problems += [
+        explain("reconstruct", f"{name} is out of its range", got=got, allowed=allowed)
+        for name, (got, fits, allowed) in ranges.items()
+        if not fits
+    ]
+    raise_all(problems)
+
+
+def _check_weights(start: Start, learned: Iterable[str]) -> None:
+    """Say which weights are rounded to the nearest; a :class:`PlanError` where all are."""
+    kept = {name: why_not(quantizer) for name, quantizer in start.weights.items() if name not in set(learned)}
+    for name, reason in kept.items():
+        ALGORITHMS.info("reconstruct: %s is rounded to the nearest, as %s", name, reason)
+    if len(kept) == len(start.weights):
+        name, reason = next(iter(kept.items()), ("no weight", "the plan has none"))
+        fix = 'weight=sq.override(fake_quantize="fixed")'
+        raise PlanError(explain("reconstruct", f"the rounding of {name} cannot be learned", because=reason, fix=fix))
+
+
+def _improved(
+    unit: Unit,
+    start: Start,
+    exact: Mapping[str, Tensor],
+    so_far: tuple[dict[str, Tensor], QParamsDict],
+    data: Sequence[Tree],
+    options: Options,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], QParamsDict]:
+    """Params and qparams with one more unit done."""
+    samples = samples_of(unit, start, exact, *so_far, data)
+    fit = Fit(unit, *so_far, exact, options, generator)
+    nearest = fit.settled(None)
+    found = fit.settled(fit.learn(samples))
+    before, after = fit.error(*nearest, samples), fit.error(*found, samples)
+    ALGORITHMS.info("reconstruct: %s: relative error %.4g to the nearest, %.4g", unit.part.path or "model", before, after)
+    return found if after <= before else nearest  # not where it is NaN
+
+
+def _changed(
+    start: Start, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What the units so far have made, as a file keeps it."""
+    before = flat(start.qparams)
+    tensors = {f"params/{name}": tensor for name, tensor in params.items() if tensor is not start.params[name]}
+    tensors.update({f"qparams/{name}": leaf for name, leaf in flat(qparams).items() if leaf is not before[name]})
+    return {**tensors, "generator": generator.get_state()}
+
+
+def _resumed(start: Start, done: Resumed, generator: torch.Generator) -> tuple[dict[str, Tensor], QParamsDict]:
+    """Params and qparams as a run that was ended left them; the generator is put where it was."""
+    if not done.step:
+        return dict(start.params), dict(start.qparams)
+    generator.set_state(done.tensors["generator"])
+    params = {name: done.tensors.get(f"params/{name}", tensor) for name, tensor in start.params.items()}
+    leaves = {name: done.tensors.get(f"qparams/{name}", leaf) for name, leaf in flat(start.qparams).items()}
+    return params, merge(leaves, {})
+
+
+def _on_grids(
+    start: Start, params: Mapping[str, Tensor], qparams: QParamsDict, learned: Iterable[str]
+) -> tuple[dict[str, Tensor], QParamsDict]:
+    """Params in which the other weights are rounded to the nearest, so that all lie on their grids."""
+    new = dict(params)
+    for name in start.weights.keys() - set(learned):
+        weight = start.weights[name]
+        new[weight.site.parameter] = weight.quantize(params, qparams[name]).detach()
+    return new, qparams
+
+
+@public
+def adaround(
+    q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any
+) -> tuple[Given, dict[str, QParams]]:
+    """:func:`reconstruct` layer by layer, the rounding alone (AdaRound, arXiv:2004.10568)."""
+    return reconstruct(q, params, qparams, batches, **{"units": "layer", "learn": "rounding", **options})
+
+
+@public
+def brecq(
+    q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any
+) -> tuple[Given, dict[str, QParams]]:
+    """:func:`reconstruct` block by block, rounding and scales of values (BRECQ, arXiv:2102.05426)."""
+    return reconstruct(q, params, qparams, batches, **{"units": "block", "learn": "both", **options})
+
+
+@public
+def qdrop(
+    q: Quantized, params: Given, qparams: Mapping[str, QParams], batches: Iterable[Tree], **options: Any
+) -> tuple[Given, dict[str, QParams]]:
+    """:func:`brecq` in which half of the elements of values stay float while a block is learned (QDrop, 2203.05740)."""
+    return reconstruct(q, params, qparams, batches, **{"units": "block", "learn": "both", "drop": 0.5, **options})
