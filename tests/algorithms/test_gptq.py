@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -100,15 +101,17 @@ def test_activations_are_quantized_as_the_plan_says() -> None:
     assert any(not torch.equal(solved[name], floating[name]) for name in params)
 
 
-def test_a_layer_that_multiplies_nothing_is_rounded_and_one_that_is_off_stays() -> None:
+def test_a_layer_that_multiplies_nothing_is_rounded_and_one_that_is_off_stays(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, ids = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4)).eval(), torch.randint(0, 9, (3, 5))
     config = sq.QuantConfig(chip=None, strategy="Layers", weight=WEIGHT, activation=None, weight_layers=(nn.Embedding,))
     q = sq.quantize(model, config, example_args=(ids,))
     params = sq.params_of(model)
     qparams = q.calibrate(params, [ids], progress=False)
-    solved, _ = sq.algorithms.gptq(q, params, qparams, [ids], progress=False)
+    with caplog.at_level(logging.INFO, "sophq_func.algorithms"):
+        solved, _ = sq.algorithms.gptq(q, params, qparams, [ids], progress=False)
     same(solved["0.weight"], q.freeze(params, qparams)[1]["0.weight"])
+    assert "0.weight_fake_quant is rounded to the nearest" in caplog.text
     off = sq.enabled(qparams, {"1.weight_fake_quant": False})
     solved, _ = sq.algorithms.gptq(q, params, off, [ids], progress=False)
     same(solved["1.weight"], params["1.weight"])
