@@ -7,9 +7,14 @@ mkdir -p "$1"
 home=$(cd "$1" && pwd)
 [[ ! -f $home/env.sh ]] || exit 0
 
-of_pyenv() { ls -d "$(pyenv root)"/versions/3.10.*/bin/python 2>/dev/null | sort -V | tail -1; }
-python=${CHIP_PYTHON:-$(command -v python3.10 || { command -v pyenv >/dev/null && of_pyenv; } || true)}
-if [[ -z $python ]] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null; then
+is_310() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null; }
+of_pyenv() { ls -d "$(pyenv root 2>/dev/null)"/versions/3.10.*/bin/python 2>/dev/null | sort -Vr; }
+python=
+# a python3.10 on the path may be one of pyenv's stand-ins, which fails where another version is chosen
+for candidate in ${CHIP_PYTHON:-python3.10 $(of_pyenv)}; do
+  if is_310 "$candidate"; then python=$candidate && break; fi
+done
+if [[ -z $python ]]; then
   echo "The compiler needs CPython 3.10, and there is none here: CHIP_PYTHON=/path/to/python3.10 names one." >&2
   exit 3
 fi

@@ -48,6 +48,7 @@ class Made(NamedTuple):
       named: operations of the compiler's float network.
       expected, actual: outputs of ``apply`` and of the chip.
       readme: the commands.
+      planned: how many products multiply a weight and a value that both have integer grids.
     """
 
     words: dict[str, str]
@@ -57,6 +58,7 @@ class Made(NamedTuple):
     expected: Tensor
     actual: Tensor
     readme: str
+    planned: int = 0
 
     @property
     def cosine(self) -> float:
@@ -79,7 +81,13 @@ def made(model: nn.Module, example: Any, config: sq.QuantConfig, folder: Path, b
         warnings.filterwarnings("ignore", "export.tables: on this chip linear layers")
         written = sq.export.tables(q, params, qparams, folder, example_args=example, name="net")
     expected = first(q.apply(params, qparams, *args, **kwargs)).detach()
-    return ran(written, example, expected, folder)
+    return ran(written, example, expected, folder)._replace(planned=planned_products(q.plan))
+
+
+def planned_products(plan: sq.Plan) -> int:
+    """How many convolutions and linear layers have a quantized weight, and read a quantized value."""
+    sites = [plan.site(name) for name in plan if plan.site(name).role == "weight"]
+    return sum(site.input.quantizer != "" and site.operation in ("linear", "conv2d") for site in sites)
 
 
 def ran(written: Tables, example: Any, expected: Tensor, folder: Path) -> Made:
@@ -169,8 +177,8 @@ def test_transformers_multiply_in_int8_where_planned(make: Any, chip: str, tmp_p
     found = made(model, example, sq.QuantConfig(chip=chip, strategy="Transformer"), tmp_path)
     check_words(found)
     assert found.cosine >= 0.999
-    planned = [name for name, word in found.words.items() if word == "INT8" and name in found.operations]
-    assert sum(found.operations[name].kind in PRODUCTS for name in planned) >= 2
+    assert found.planned >= 2
+    assert sum(operation.multiplies_in in TYPES["INT8"] for operation in products(found)) >= found.planned
 
 
 LAYER1: dict[str, tuple[str, Any, Any, set[str]]] = {
@@ -243,3 +251,44 @@ def test_each_switch_has_an_effect(switch: str, change: dict[str, Any], digits: 
     except RuntimeError:
         return
     assert not torch.equal(other.actual, found.actual)
+
+
+def test_high_precision_keeps_attention_in_parts(tmp_path: Path) -> None:
+    model, example = encoder()
+    found = made(model, example, sq.QuantConfig(chip="BM1684X", strategy="Transformer"), tmp_path)
+    other = without(" --high_precision", found, example, tmp_path)
+    assert "Softmax" in {operation.kind for operation in found.operations.values()}
+    assert "Softmax" not in {operation.kind for operation in other.operations.values()}
+
+
+def test_quantize_is_the_type_of_what_has_no_word(digits: Digits, tmp_path: Path) -> None:
+    model, x, test, _ = digits
+    config = sq.QuantConfig(chip="BM1684X", strategy="CNN")
+    found = made(model, test[:50], config, tmp_path, [x[:400]])
+    changes = {"--quantize INT8": "--quantize F16"}
+    other = without(" --quantize_table net_q_table", found, test[:50], tmp_path, changes)
+    assert {operation.multiplies_in for operation in products(found)} <= TYPES["INT8"]
+    assert {operation.multiplies_in for operation in products(other)} == TYPES["F16"]
+
+
+def test_processor_is_the_chip_whose_grids_are_taken(digits: Digits, tmp_path: Path) -> None:
+    model, x, test, _ = digits
+    found = made(model, test[:50], sq.QuantConfig(chip="BM1684X", strategy="CNN"), tmp_path, [x[:400]])
+    other = without("", found, test[:50], tmp_path, {"bm1684x": "cv183x", ".bmodel": ".cvimodel"})
+    assert "u8" in {operation.result for operation in found.operations.values()}
+    assert "u8" not in {operation.result for operation in other.operations.values()}
+
+
+def without(switch: str, found: Made, example: Any, folder: Path, changes: Mapping[str, str] | None = None) -> Made:
+    """The same files compiled by commands that lack a switch, or have other words."""
+    names = ("net_cali_table", "net_q_table", "net_clip_ranges.json", "net.onnx", "net_README.txt")
+    other = folder / "other"
+    other.mkdir()
+    for name in names:
+        shutil.copy(folder / name, other)
+    readme = found.readme.replace(switch, "") if switch else found.readme
+    for old, new in (changes or {}).items():
+        assert old in readme
+        readme = readme.replace(old, new)
+    (other / "net_README.txt").write_text(readme)
+    return ran(Tables(*(other / name for name in names)), example, found.expected, other)
