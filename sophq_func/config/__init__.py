@@ -8,6 +8,7 @@ from sophq_func.config import paths as paths
 from sophq_func.config import patterns as patterns
 from sophq_func.config import presets as presets
 from sophq_func.config import register as register
+from sophq_func.config import resolving as resolving
 from sophq_func.config import rules as rules
 from sophq_func.config import site as site
 from sophq_func.config import stored as stored

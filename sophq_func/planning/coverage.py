@@ -15,7 +15,8 @@ from torch import nn
 
 from sophq_func.capture.graph import Graph, Node, Operand
 from sophq_func.config.names import value_quantizer, weight_quantizer
-from sophq_func.config.rules import QuantConfig, requested
+from sophq_func.config.resolving import requested
+from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Data
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.tables import wrapped

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from sophq_func.config.rules import Decision, QuantConfig, resolve, resolve_without_rules
+from sophq_func.config.resolving import Decision, resolve, resolve_without_rules
+from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Preset
 from sophq_func.core.registry import Spec

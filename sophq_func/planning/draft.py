@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.matching import is_glob
-from sophq_func.config.rules import Decision, QuantConfig, Rule
+from sophq_func.config.resolving import Decision
+from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import EVERY_CALL, CallSite, ComputedSite, LayerInput, Site, ValueSite, WeightSite
 from sophq_func.config.strategies import PLACEMENTS
 from sophq_func.core.errors import PlanError, raise_all

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from sophq_func.capture.graph import REPARAMETRIZE, Graph, Node
 from sophq_func.config.matching import matches_type
 from sophq_func.config.names import input_quantizer
-from sophq_func.config.rules import QuantConfig, requested
+from sophq_func.config.resolving import requested
+from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Site
 from sophq_func.config.strategies import Placement, Requests, SharedInput, Strategy
 from sophq_func.planning.routing import read_apart

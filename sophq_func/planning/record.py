@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-from sophq_func.config.rules import Decision, QuantConfig, Rule
+from sophq_func.config.resolving import Decision
+from sophq_func.config.rules import QuantConfig, Rule
 from sophq_func.config.site import EVERY_CALL, Site
 from sophq_func.core.logs import PLANNING
 from sophq_func.planning.draft import Draft

@@ -6,7 +6,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from sophq_func.config.rules import QuantConfig, shared
+from sophq_func.config.resolving import shared
+from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import EVERY_CALL, ComputedSite, OperandSite, Site, ValueSite, WeightSite
 from sophq_func.core.errors import explain
 from sophq_func.planning.deciding import Outcome

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
-from sophq_func.config.rules import Decision
+from sophq_func.config.resolving import Decision
 from sophq_func.config.site import ComputedSite, Site, WeightSite
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.planning.coverage import Coverage, coverage
