@@ -1,6 +1,6 @@
 """Draws what ``benchmarks/algorithms.py`` measured: agreement against bits for each method, and what mixed widths buy.
 
-python benchmarks/algorithms_pictures.py benchmarks/algorithms.json docs/pictures/algorithms.png
+python benchmarks/algorithms_pictures.py benchmarks/algorithms.json docs/algorithms/figures.png
 """
 
 from __future__ import annotations
