@@ -15,6 +15,7 @@ from sophq_func.algorithms._walk import Walk, units_of, walked
 from sophq_func.algorithms.contract import Start, as_batches, begin, fits
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import ConfigError, check_flags, explain, raise_all
+from sophq_func.core.logs import ALGORITHMS as LOG
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
 from sophq_func.core.types import Given, Tree
@@ -219,7 +220,9 @@ def clip(
     new = dict(start.qparams)
     for unit, found in walked(walk, shown(units, "clip", progress)):
         for name in unit.names:
-            if name in found:
+            if name not in found:
+                LOG.info("clip: %s keeps its range: no run shows what it multiplies", name)
+            else:
                 new[name] = clipped(start.weights[name], start.params, start.qparams[name], found[name])
     return start.result(start.params, new)
 

@@ -13,6 +13,7 @@ from sophq_func.algorithms.contract import Start, as_batches, begin, check_round
 from sophq_func.algorithms.resume import Resumed, StrPath
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import ConfigError, StateError, check_flags, explain, unknown
+from sophq_func.core.logs import ALGORITHMS as LOG
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
 from sophq_func.core.types import Given, Tree
@@ -45,7 +46,8 @@ def gptq(
 
     The blocks of ``q.blocks()`` are taken in execution order. What the weights of a block multiply is measured where the
     blocks before are quantized already. Weights outside of blocks are solved in their turn, from runs of the whole model;
-    weights whose inputs no run shows (embeddings) are rounded to the nearest.
+    weights of which no run shows what they multiply (embeddings, an ``einsum``) are rounded to the nearest, which the logger
+    ``sophq_func.algorithms`` says.
 
     It takes one run of each block for the moments and one for the outputs, and ``O(out n**2 + n**3)`` operations for each
     weight ``(out, n)``. Beyond the model it keeps the inputs of one block for all batches, and ``4 n**2`` bytes for each
@@ -133,6 +135,7 @@ def _rounded(start: Start, name: str, moments: Moments | None, options: SolverOp
         return given
     seen = weight.seen(start.params)
     if moments is None or not fits(moments, seen, weight):
+        LOG.info("gptq: %s is rounded to the nearest: no run shows what it multiplies", name)
         return weight.quantize(start.params, grid)
     if not bool(moments.second.isfinite().all()):
         fix = "look for the batch with sq.statistics(q, params, [batch])"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 import sophq_func as sq
 from sophq_func.algorithms import _walk
 from sophq_func.algorithms._walk import Walk, by_input, units_of
+from sophq_func.algorithms.resume import Resumed
 from tests.contracts.algorithms import Language, mixed
 from tests.helpers import same
 
@@ -100,15 +103,17 @@ def test_activations_are_quantized_as_the_plan_says() -> None:
     assert any(not torch.equal(solved[name], floating[name]) for name in params)
 
 
-def test_a_layer_that_multiplies_nothing_is_rounded_and_one_that_is_off_stays() -> None:
+def test_a_layer_that_multiplies_nothing_is_rounded_and_one_that_is_off_stays(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, ids = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4)).eval(), torch.randint(0, 9, (3, 5))
     config = sq.QuantConfig(chip=None, strategy="Layers", weight=WEIGHT, activation=None, weight_layers=(nn.Embedding,))
     q = sq.quantize(model, config, example_args=(ids,))
     params = sq.params_of(model)
     qparams = q.calibrate(params, [ids], progress=False)
-    solved, _ = sq.algorithms.gptq(q, params, qparams, [ids], progress=False)
+    with caplog.at_level(logging.INFO, "sophq_func.algorithms"):
+        solved, _ = sq.algorithms.gptq(q, params, qparams, [ids], progress=False)
     same(solved["0.weight"], q.freeze(params, qparams)[1]["0.weight"])
+    assert "0.weight_fake_quant is rounded to the nearest" in caplog.text
     off = sq.enabled(qparams, {"1.weight_fake_quant": False})
     solved, _ = sq.algorithms.gptq(q, params, off, [ids], progress=False)
     same(solved["1.weight"], params["1.weight"])
@@ -181,3 +186,28 @@ def test_data_that_is_none_is_refused(batches: Any, match: str) -> None:
     params = sq.params_of(model)
     with pytest.raises(sq.StateError, match=match):
         sq.algorithms.gptq(q, params, q.calibrate(params, [x], progress=False), batches)
+
+
+def test_a_killed_run_on_float_inputs_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, params, qparams, batches = language()
+    expected, _ = sq.algorithms.gptq(q, params, qparams, batches, inputs="float", progress=False)
+    path = tmp_path / "run.safetensors"
+    keep = Resumed.keep
+
+    def killed(self: Resumed, step: int, tensors: Any) -> None:
+        keep(self, step, tensors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Resumed, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sq.algorithms.gptq(q, params, qparams, batches, inputs="float", checkpoint=path, progress=False)
+    monkeypatch.undo()
+    again, _ = sq.algorithms.gptq(q, params, qparams, batches, inputs="float", checkpoint=path, progress=False)
+    same(again, expected)
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    q, params, qparams, batches = language(activation=None)
+    params = {**params, "layers.1.before_mlp.weight": torch.full((8,), torch.inf)}
+    with pytest.raises(sq.StateError, match=r"layers\.1\.gate_proj\.weight_fake_quant: what it multiplies is not finite"):
+        sq.algorithms.gptq(q, params, qparams, batches, progress=False)
