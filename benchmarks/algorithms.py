@@ -139,9 +139,12 @@ class Lite0:
         moved, seconds = timed(lambda: sq.algorithms.reestimate_norms(q, given, qparams, data))
         both, more = timed(lambda: sq.algorithms.correct_biases(q, *moved, data, reference=given))
         local, alone = timed(lambda: sq.algorithms.correct_biases(q, given, qparams, data))
+        every = partial(sq.algorithms.correct_biases, q, given, qparams, self.calibration, order="sequential")
+        in_order, each = timed(every)
         rows = {
             "rounding": ((given, qparams), 0.0),
             "correct_biases, local": (local, alone),
+            "correct_biases, sequential, 128 images": (in_order, each),
             "reestimate_norms": (moved, seconds),
             "reestimate_norms, correct_biases": (both, seconds + more),
         }
