@@ -122,24 +122,29 @@ class Lite0:
         same = self.choices(lambda x: frozen.apply(baked, setting[1], x)) == self.wanted
         return float(same.float().mean()) * 100
 
-    def planned(self, bits: int, granularity: str, observer: str, rules: tuple[sq.Rule, ...] = ()) -> sq.Quantized:
-        """The network with weights of a width, and affine values of 8 bits."""
+    def planned(
+        self, bits: int, granularity: str, observer: str, values: str, rules: tuple[sq.Rule, ...] = ()
+    ) -> sq.Quantized:
+        """The network with weights of a width, and affine values of 8 bits; ``values`` is their observer."""
         weight = sq.override(bits=bits, granularity=granularity, observer=observer, fake_quantize="fixed")
-        activation = sq.override(bits=8, symmetric=False, observer=observer, fake_quantize="fixed")
+        activation = sq.override(bits=8, symmetric=False, observer=values, fake_quantize="fixed")
         config = sq.QuantConfig(chip=None, strategy="Layers", weight=weight, activation=activation, rules=rules)
         return sq.quantize(self.model, config, example_args=(self.calibration[0][:2],))
 
     def cheap(self, grid: str, bits: int, granularity: str, observer: str) -> list[Row]:
         """Corrections, alone and together, from the first 64 images."""
-        q, given = self.planned(bits, granularity, observer), self.params
+        q, given = self.planned(bits, granularity, observer, observer), self.params
         qparams = q.calibrate(given, self.calibration, progress=False)
         data = self.calibration[:2]
         moved, seconds = timed(lambda: sq.algorithms.reestimate_norms(q, given, qparams, data))
         both, more = timed(lambda: sq.algorithms.correct_biases(q, *moved, data, reference=given))
         local, alone = timed(lambda: sq.algorithms.correct_biases(q, given, qparams, data))
+        every = partial(sq.algorithms.correct_biases, q, given, qparams, self.calibration, order="sequential")
+        in_order, each = timed(every)
         rows = {
             "rounding": ((given, qparams), 0.0),
             "correct_biases, local": (local, alone),
+            "correct_biases, sequential, 128 images": (in_order, each),
             "reestimate_norms": (moved, seconds),
             "reestimate_norms, correct_biases": (both, seconds + more),
         }
@@ -148,7 +153,7 @@ class Lite0:
     def reconstructed(self) -> list[Row]:
         """Blocks, W4A8, the first and last layer with 8 bits; 64 images."""
         wide = tuple(sq.Rule(name=name, weight=sq.override(bits=8)) for name in ("stem", "fc"))
-        q = self.planned(4, "per_channel", "mse", wide)
+        q = self.planned(4, "per_channel", "mse", "mse", wide)
         qparams = q.calibrate(self.params, self.calibration, progress=False)
         data = self.calibration[:2]
         found, seconds = timed(lambda: sq.algorithms.brecq(q, self.params, qparams, data, **FEW_STEPS))
@@ -158,7 +163,7 @@ class Lite0:
 
     def mixed(self) -> list[Row]:
         """Widths of weights, measured on 16 images, beside those that HAWQ-V2 gives, and one width for all."""
-        q, x = self.planned(8, "per_channel", "mse"), self.calibration[0][:16]
+        q, x = self.planned(8, "per_channel", "mse", "minmax"), self.calibration[0][:16]
         ostate = q.init(self.params)
         for batch in self.calibration:
             _, ostate = q.observe(self.params, ostate, batch)

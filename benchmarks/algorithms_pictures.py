@@ -1,6 +1,6 @@
 """Draws what ``benchmarks/algorithms.py`` measured: agreement against bits for each method, and what mixed widths buy.
 
-python benchmarks/algorithms_pictures.py benchmarks/algorithms.json docs/pictures/algorithms.png
+python benchmarks/algorithms_pictures.py benchmarks/algorithms.json docs/algorithms/figures.png
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def mixed_widths(axes: Any, rows: list[dict[str, Any]]) -> None:
         points = sorted((bits_of(row), row["percent"]) for row in rows if row["method"] == method)
         axes.plot(*zip(*points, strict=True), marker="o", color=color, label=method)
     axes.set(xlabel="mean bits of a weight", ylabel="agreement with float, %", title="EfficientNet-Lite0, widths of weights")
+    axes.set(ylim=(0, 100), xticks=range(3, 9), xlim=(2.8, 8.2))
     axes.legend(loc="lower right", frameon=False)
 
 
@@ -53,7 +54,11 @@ def main() -> None:
     network = [row for row in rows if row["network"] == "EfficientNet-Lite0"]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     methods(left, [row for row in rows if row["network"] == "digits"], "digits, W2A4: accuracy")
-    methods(middle, [row for row in network if row["grid"].startswith("W4A8")], "EfficientNet-Lite0, W4A8: agreement")
+    methods(
+        middle,
+        [row for row in network if row["grid"].startswith("W4A8") and row["method"] not in COLORS],
+        "EfficientNet-Lite0, W4A8: agreement",
+    )
     mixed_widths(right, [row for row in network if row["method"] in COLORS])
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
