@@ -4,14 +4,20 @@ from typing import TYPE_CHECKING
 
 from sophq_func.algorithms import curvature as curvature
 from sophq_func.algorithms import sensitivity as sensitivity
+from sophq_func.algorithms._adam import adam as adam
 from sophq_func.algorithms._awq import awq as awq
 from sophq_func.algorithms._clip import clip as clip
 from sophq_func.algorithms._clip import clip_solve as clip_solve
+from sophq_func.algorithms._equalize import equalizable as equalizable
+from sophq_func.algorithms._equalize import equalize as equalize
 from sophq_func.algorithms._gptq import gptq as gptq
+from sophq_func.algorithms._reconstruct import adaround as adaround
+from sophq_func.algorithms._reconstruct import brecq as brecq
+from sophq_func.algorithms._reconstruct import qdrop as qdrop
+from sophq_func.algorithms._reconstruct import reconstruct as reconstruct
 from sophq_func.algorithms._rotate import rotate as rotate
 from sophq_func.algorithms._smooth import smooth as smooth
 from sophq_func.algorithms._solve import gptq_solve as gptq_solve
-from sophq_func.algorithms.adam import adam as adam
 from sophq_func.algorithms.biases import correct_biases as correct_biases
 from sophq_func.algorithms.bits import BitSensitivity as BitSensitivity
 from sophq_func.algorithms.bits import at_widths as at_widths
@@ -22,14 +28,8 @@ from sophq_func.algorithms.choose import Choice as Choice
 from sophq_func.algorithms.choose import bit_operations as bit_operations
 from sophq_func.algorithms.choose import choose_bits as choose_bits
 from sophq_func.algorithms.choose import pareto as pareto
-from sophq_func.algorithms.equalize import equalizable as equalizable
-from sophq_func.algorithms.equalize import equalize as equalize
 from sophq_func.algorithms.norms import reestimate_norms as reestimate_norms
 from sophq_func.algorithms.ptq_config import from_ptq_config as from_ptq_config
-from sophq_func.algorithms.reconstruct import adaround as adaround
-from sophq_func.algorithms.reconstruct import brecq as brecq
-from sophq_func.algorithms.reconstruct import qdrop as qdrop
-from sophq_func.algorithms.reconstruct import reconstruct as reconstruct
 from sophq_func.config.algorithms import ALGORITHMS, Run
 from sophq_func.core.errors import near
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.algorithms._adam import Optimizer
 from sophq_func.algorithms._error import Error, floating
 from sophq_func.algorithms._rounding import Rounding, undecided
-from sophq_func.algorithms.adam import Optimizer
 from sophq_func.algorithms.units import Sample, Unit, rows_of
 from sophq_func.core.pytree import flatten
 from sophq_func.core.types import Args, Kwargs, Tree

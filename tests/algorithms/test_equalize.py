@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.algorithms import equalizable, equalize
+from sophq_func.algorithms._equalize import _equalized
 from sophq_func.algorithms.chains import chains_of
-from sophq_func.algorithms.equalize import _equalized
 from tests.contracts.algorithms import convolutions, trained
 from tests.helpers import same
 

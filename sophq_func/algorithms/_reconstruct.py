@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from sophq_func.algorithms._adam import Optimizer, adam
 from sophq_func.algorithms._fit import Fit, Options
 from sophq_func.algorithms._rounding import why_not
-from sophq_func.algorithms.adam import Optimizer, adam
 from sophq_func.algorithms.contract import Start, as_batches, begin, reference_of
 from sophq_func.algorithms.resume import Resumed, StrPath
 from sophq_func.algorithms.units import Unit, samples_of, units_of
