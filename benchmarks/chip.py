@@ -89,13 +89,10 @@ def row(way: Way, chip: str, q: sq.Quantized, params: dict[str, Tensor], qparams
         there = torch.from_numpy(values[next(name for name in reversed(values.files) if name.startswith("output"))])
     with torch.no_grad():
         here = q.apply(params, qparams, x)
-    elements = sum(one.elements for one in found.rows)
-    equal = sum(one.elements * one.equal for one in found.rows) / elements
-    within = sum(one.elements * one.within_one for one in found.rows) / elements
     worst = min(one.equal for one in found.rows)
     cosine = float(nn.functional.cosine_similarity(here.flatten().double(), there.flatten().double(), 0))
     same = float((here.argmax(1) == there.argmax(1)).double().mean())
-    shares = (f"{100 * share:.2f}" for share in (equal, within, worst))
+    shares = (f"{100 * share:.2f}" for share in (found.equal, found.within_one, worst))
     return f"| {way.name} | {chip} | {' | '.join(shares)} | {cosine:.6f} | {100 * same:.2f} |"
 
 

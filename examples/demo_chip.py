@@ -51,6 +51,7 @@ class Result(NamedTuple):
       accuracy: of the chip on the test images, in percent.
       same: share of predictions that are those of ``apply``, in percent.
       codes: by value, the share of codes that are equal, in percent.
+      equal: share of all codes that are equal, in percent.
       within: share of all codes that differ by one at most, in percent.
       types: how many operations have a result of each type in the lowered network.
       size: of the compiled model, in KiB.
@@ -60,6 +61,7 @@ class Result(NamedTuple):
     accuracy: float
     same: float
     codes: dict[str, float]
+    equal: float
     within: float
     types: dict[str, int]
     size: float
@@ -79,7 +81,6 @@ def measured(model: nn.Module, chip: str, strategy: str, folder: Path) -> tuple[
         expected = q.apply(params, qparams, x).argmax(1)
     actual = torch.from_numpy(values[next(name for name in reversed(values.files) if name.startswith("output"))]).argmax(1)
     comparison = sq.compare_chip(q, params, qparams, folder, x)
-    elements = sum(row.elements for row in comparison.rows)
     (built,) = [path for path in folder.iterdir() if path.suffix in (".bmodel", ".cvimodel")]
     (network,) = folder.glob("*_tpu.mlir")
     words = {line.split()[0] for line in files.q_table.read_text().splitlines() if line and line[0] != "#"}
@@ -89,7 +90,8 @@ def measured(model: nn.Module, chip: str, strategy: str, folder: Path) -> tuple[
         percent(actual == labels),
         percent(actual == expected),
         {row.quantizer.removesuffix(".post_act_fake_quantizer"): 100 * row.equal for row in comparison.rows},
-        100 * sum(row.elements * row.within_one for row in comparison.rows) / elements,
+        100 * comparison.equal,
+        100 * comparison.within_one,
         dict(Counter(operation.result for operation in lowered(network) if operation.name in words)),
         built.stat().st_size / 1024,
         int(cycles[-1]) if cycles else None,
@@ -108,10 +110,9 @@ def table(results: dict[tuple[str, str], Result]) -> Table:
     for column in ("chip", "plan", "accuracy %", "as apply %", "codes equal %", "within one %", "types", "KiB", "cycles"):
         shown.add_column(column, justify="left" if column in ("chip", "plan", "types") else "right")
     for (chip, strategy), found in results.items():
-        equal = sum(found.codes.values()) / len(found.codes)
         types = ", ".join(f"{count} {word}" for word, count in found.types.items())
         cycles = "" if found.cycles is None else f"{found.cycles:,}"
-        figures = [f"{value:.2f}" for value in (found.accuracy, found.same, equal, found.within)]
+        figures = [f"{value:.2f}" for value in (found.accuracy, found.same, found.equal, found.within)]
         shown.add_row(chip, strategy, *figures, types, f"{found.size:.0f}", cycles)
     return shown
 

@@ -60,6 +60,7 @@ class QScheme:
       dynamic: scale and zero point are computed from the tensor at hand instead of from observed statistics.
 
     Example:
+      >>> from sophq_func.numerics.granularity import PerChannel
       >>> s = QScheme(bits=4, granularity=PerChannel(0))
       >>> s.qmin, s.qmax, QScheme(bits=4, symmetric=False).qmax
       (-8, 7, 15)

@@ -102,11 +102,24 @@ class ChipComparison:
     @property
     def summary(self) -> str:
         """The figures of all values, in one line."""
-        elements = sum(row.elements for row in self.rows)
-        equal = sum(row.elements * row.equal for row in self.rows) / elements
-        within = sum(row.elements * row.within_one for row in self.rows) / elements
         absent = f"; {len(self.missing)} not in the file" if self.missing else ""
-        return f"{len(self.rows)} values: {_percent(equal)} of codes equal, {_percent(within)} within one{absent}"
+        return (
+            f"{len(self.rows)} values: {_percent(self.equal)} of codes equal, {_percent(self.within_one)} within one{absent}"
+        )
+
+    @property
+    def equal(self) -> float:
+        """The share of all codes that are equal."""
+        return sum(row.elements * row.equal for row in self.rows) / self._elements
+
+    @property
+    def within_one(self) -> float:
+        """The share of all codes that differ by 1 at most."""
+        return sum(row.elements * row.within_one for row in self.rows) / self._elements
+
+    @property
+    def _elements(self) -> int:
+        return sum(row.elements for row in self.rows)
 
     def table(self, columns: str | Sequence[str] | None = None, width: int = WIDTH) -> str:
         """The comparison as text. Columns that do not fit beside each other follow below their row.
