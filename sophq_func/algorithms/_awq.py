@@ -115,6 +115,7 @@ def awq(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
       >>> x = torch.randn(32, 8) * torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1])
       >>> config = sq.QuantConfig(chip=None, weight=sq.override(bits=3), activation=None)

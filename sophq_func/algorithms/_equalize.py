@@ -76,6 +76,7 @@ def equalize(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
       >>> x = torch.randn(64, 4)
       >>> with torch.no_grad():
@@ -119,6 +120,7 @@ def equalizable(q: Quantized, params: Given, batch: Tree) -> dict[str, str]:
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU6(), torch.nn.Linear(8, 4)), torch.randn(2, 4)
       >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
       >>> equalizable(q, sq.params_of(model), x)["0.weight_fake_quant"]

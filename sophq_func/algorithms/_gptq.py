@@ -80,6 +80,7 @@ def gptq(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model, x = torch.nn.Linear(8, 3), torch.randn(32, 8) @ torch.randn(8, 8)
       >>> config = sq.QuantConfig(chip=None, weight=sq.override(bits=3), activation=None)
       >>> q = sq.quantize(model, config, example_args=(x,))

@@ -65,6 +65,7 @@ def rotate(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> class Residual(torch.nn.Module):
       ...     def __init__(self):
       ...         super().__init__()

@@ -92,6 +92,7 @@ def smooth(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
       >>> x = torch.randn(32, 8)
       >>> params = sq.params_of(model)

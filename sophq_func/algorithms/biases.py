@@ -120,6 +120,7 @@ def correct_biases(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model, x = torch.nn.Linear(8, 3).eval(), torch.rand(64, 8)
       >>> q = sq.quantize(model, sq.QuantConfig(weight=sq.override(bits=2), activation=None), example_args=(x,))
       >>> params = sq.params_of(model)

@@ -91,6 +91,7 @@ def bit_sensitivity(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model, x = torch.nn.Linear(4, 3).eval(), torch.randn(16, 4)
       >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
       >>> params = sq.params_of(model)
@@ -263,6 +264,7 @@ def sizes(q: Quantized) -> dict[str, float]:
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> sizes(sq.quantize(torch.nn.Linear(4, 3), sq.QuantConfig(), example_args=(torch.ones(1, 4),)))
       {'weight_fake_quant': 12.0}
     """

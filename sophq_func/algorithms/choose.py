@@ -131,6 +131,7 @@ def bit_operations(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model, x = torch.nn.Linear(4, 3), torch.randn(1, 4)
       >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
       >>> bit_operations(q, sq.params_of(model), x)

@@ -115,6 +115,7 @@ def reestimate_norms(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
       >>> x = torch.randn(16, 3, 8, 8)
       >>> q = sq.quantize(model, sq.QuantConfig(weight=sq.override(bits=2)), example_args=(x,))

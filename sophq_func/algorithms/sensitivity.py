@@ -50,6 +50,7 @@ def fidelity(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
       >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
       >>> params = sq.params_of(model)
@@ -187,6 +188,7 @@ def sensitivity(
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> _ = torch.manual_seed(0)
       >>> model, x = torch.nn.Linear(2, 3), torch.randn(4, 2)
       >>> q = sq.quantize(model, sq.QuantConfig(weight=sq.override(bits=2)), example_args=(x,))
       >>> params = sq.params_of(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.algorithms import correct_biases, reestimate_norms
-from tests.contracts.algorithms import trained
+from sophq_func.testing.models import trained
 from tests.helpers import same
 
 

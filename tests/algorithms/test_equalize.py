@@ -13,7 +13,7 @@ import sophq_func as sq
 from sophq_func.algorithms import equalizable, equalize
 from sophq_func.algorithms._equalize import _equalized
 from sophq_func.algorithms.chains import chains_of
-from tests.contracts.algorithms import convolutions, trained
+from sophq_func.testing.models import convolutions, trained
 from tests.helpers import same
 
 PER_TENSOR = sq.QuantConfig(

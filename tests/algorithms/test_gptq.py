@@ -14,7 +14,7 @@ import sophq_func as sq
 from sophq_func.algorithms import _walk
 from sophq_func.algorithms._walk import Walk, by_input, units_of
 from sophq_func.algorithms.resume import Resumed
-from tests.contracts.algorithms import Language, mixed
+from sophq_func.testing.models import Language, mixed
 from tests.helpers import same
 
 WEIGHT = sq.override(bits=3, granularity="per_channel", fake_quantize="fixed")

@@ -13,7 +13,7 @@ import sophq_func as sq
 from sophq_func.algorithms._hadamard import hadamard, rotation
 from sophq_func.algorithms._pairs import Fold, found_pairs
 from sophq_func.algorithms.contract import begin
-from tests.contracts.algorithms import Language, RMSNorm
+from sophq_func.testing.models import Language, RMSNorm
 from tests.helpers import same
 
 

@@ -167,6 +167,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "register.observer": (("mine",), {}),
         "register.pattern": (("Mine", nn.Linear, nn.Softsign), {}),
         "register.strategy": (("mine", sq.strategies.PLACEMENTS.get("CNN")), {}),
+        "testing.check_algorithm": (("equalize",), {"without": ()}),
         "testing.check_chip": (("BM1690",), {}),
         "testing.check_fake_quantizer": (("fixed",), {"slow": False}),
         "testing.check_format": (("e4m3",), {}),

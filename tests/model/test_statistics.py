@@ -15,7 +15,7 @@ from sophq_func.config.site import WeightSite
 from sophq_func.model.weight_quantizer import arranged
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.moments import merged, output_error
-from tests.contracts.algorithms import Language
+from sophq_func.testing.models import Language
 from tests.helpers import same
 
 # torch says of an even kernel that it copies the input

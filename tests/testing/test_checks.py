@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sophq_func as sq
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import no_range
-from sophq_func.testing import fake_quantizers, observers, plans
+from sophq_func.testing import algorithms, fake_quantizers, observers, plans
 from sophq_func.testing.subjects import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("scratch_registries")
@@ -160,8 +160,30 @@ def test_a_broken_strategy_is_told_which_law_it_breaks() -> None:
     assert "a_strategy_plans_every_network" in report(sq.testing.check_strategy, "Weightless")
 
 
+def test_a_broken_algorithm_is_told_which_laws_it_breaks() -> None:
+    @sq.register.algorithm("careless", rounds=True)
+    def careless(q: sq.Quantized, params: Any, qparams: Any, batches: Any) -> Any:
+        if isinstance(params, dict) and "head.bias" in params:
+            params["head.bias"].add_(1)
+        return params, {name: entry._replace(scale=entry.scale.double()) for name, entry in qparams.items()}
+
+    text = report(sq.testing.check_algorithm, careless)
+    assert "inputs_and_the_model_stay_as_they_are" in text and "names_shapes_and_dtypes_are_kept" in text
+    assert "rounded_weights_lie_on_their_grids" in text and "frozen_models_and_missing_qparams_are_refused" in text
+    with pytest.raises(sq.ConfigError, match="not registered"):
+        sq.testing.check_algorithm(lambda q, params, qparams, batches: (params, qparams))
+
+
+def test_an_algorithm_that_does_nothing_obeys_the_laws_that_it_claims() -> None:
+    @sq.register.algorithm("idle", keeps_float=True)
+    def idle(q: sq.Quantized, params: Any, qparams: Any, batches: Any) -> Any:
+        return params, qparams
+
+    sq.testing.check_algorithm("idle", without=("frozen_models_and_missing_qparams_are_refused",))
+
+
 def test_every_law_says_what_it_demands() -> None:
-    for laws in (observers.LAWS, fake_quantizers.LAWS, plans.CHIP_LAWS, plans.STRATEGY_LAWS):
+    for laws in (algorithms.LAWS, observers.LAWS, fake_quantizers.LAWS, plans.CHIP_LAWS, plans.STRATEGY_LAWS):
         assert len(laws) >= 4
         assert all(law.says.endswith(".") for law in laws)
 

@@ -1,4 +1,4 @@
-"""Models on which every algorithm runs: small ones of each kind that the laws speak of."""
+"""Models on which the laws of algorithms are tried: small ones of each kind that the laws speak of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sophq_func as sq
+from sophq_func.capture.contents import params_of
+from sophq_func.config.rules import QuantConfig, Rule
+from sophq_func.core.types import Given, Tree
+from sophq_func.model.build import quantize
+from sophq_func.model.quantized import Quantized
+from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.granularity import PerChannel, PerGroup, PerTensor
+from sophq_func.numerics.scheme import Override, override
 
 
 class Subject(NamedTuple):
@@ -22,10 +29,10 @@ class Subject(NamedTuple):
     """
 
     model: Any
-    q: sq.Quantized
-    params: Any
-    qparams: dict[str, sq.QParams]
-    batches: list[Any]
+    q: Quantized
+    params: Given
+    qparams: dict[str, QParams]
+    batches: list[Tree]
 
 
 class Convolutions(nn.Module):
@@ -46,7 +53,7 @@ class Convolutions(nn.Module):
         x = F.relu(self.norm(self.stem(x)))
         x = x + F.relu(self.depth_norm(self.depth(x)))
         x = F.relu(self.up_norm(self.up(self.group(x))))
-        return self.head(x.mean((2, 3)))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class RMSNorm(nn.Module):
@@ -84,12 +91,12 @@ class Block(nn.Module):
         v = self.v_proj(x).view(b, t, self.shared, self.size).transpose(1, 2)
         k, v = (y.repeat_interleave(self.heads // self.shared, 1) for y in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(b, t, -1))
+        return self.o_proj(mixed.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.before_attention(x))
         h = self.before_mlp(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))  # type: ignore[no-any-return]
 
 
 class Language(nn.Module):
@@ -108,7 +115,7 @@ class Language(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
 
 
 def mixed(x: Tensor, outliers: bool = True) -> Tensor:
@@ -122,7 +129,7 @@ def mixed(x: Tensor, outliers: bool = True) -> Tensor:
 def perceptron(params: dict[str, Any], x: Tensor) -> Tensor:
     """A function as model."""
     hidden = F.relu(x @ params["first"]["w"] + params["first"]["b"])
-    return hidden @ params["second"]
+    return hidden @ params["second"]  # type: ignore[no-any-return]
 
 
 def trained(model: nn.Module, x: Tensor) -> nn.Module:
@@ -133,65 +140,63 @@ def trained(model: nn.Module, x: Tensor) -> nn.Module:
     return model.eval()
 
 
-def _subject(model: Any, config: sq.QuantConfig, batches: list[Any], params: Any = None) -> Subject:
+def _subject(model: Any, config: QuantConfig, batches: list[Any], params: Any = None) -> Subject:
     args = (batches[0],)
     if params is None:
-        q = sq.quantize(model, config, example_args=args)
-        params = sq.params_of(model)
+        q = quantize(model, config, example_args=args)
+        params = params_of(model)
     else:
-        q = sq.quantize(model, config, params=params, example_args=args)
+        q = quantize(model, config, params=params, example_args=args)
     return Subject(model, q, params, q.calibrate(params, batches, progress=False), batches)
 
 
-def _weights(bits: int, **fields: Any) -> Any:
-    return sq.override(bits=bits, fake_quantize="fixed", **fields)
+def _weights(bits: int, **fields: Any) -> Override:
+    return override(bits=bits, fake_quantize="fixed", **fields)
 
 
 def convolutions() -> Subject:
     """Strategy CNN, folded BatchNorms, symmetric channels, quantized activations and biases."""
     torch.manual_seed(0)
     x = mixed(torch.randn(6, 2, 8, 8))
-    config = sq.QuantConfig(
-        chip=None, strategy="CNN", weight=_weights(3, granularity=sq.PerChannel()), activation=_weights(8)
-    )
-    return _subject(trained(Convolutions(), x), config, list(x.split(2)))
+    config = QuantConfig(chip=None, strategy="CNN", weight=_weights(3, granularity=PerChannel()), activation=_weights(8))
+    return _subject(trained(Convolutions(), x), config, list(x.chunk(3)))
 
 
 def language() -> Subject:
     """Strategy Layers, weights alone, in groups; the head is tied to the embedding and stays float."""
     torch.manual_seed(1)
     ids = torch.randint(0, 16, (6, 7))
-    head = sq.Rule(name="head", weight=None, requests=False)
-    weight = _weights(3, granularity=sq.PerGroup(4), symmetric=False)
-    config = sq.QuantConfig(chip=None, strategy="Layers", weight=weight, activation=None, rules=(head,))
-    return _subject(Language().eval(), config, list(ids.split(2)))
+    head = Rule(name="head", weight=None, requests=False)
+    weight = _weights(3, granularity=PerGroup(4), symmetric=False)
+    config = QuantConfig(chip=None, strategy="Layers", weight=weight, activation=None, rules=(head,))
+    return _subject(Language().eval(), config, list(ids.chunk(3)))
 
 
 def tied() -> Subject:
     """Strategy Dataflow: the table of the embedding, which is the head, is quantized, too, and so are all operands."""
     torch.manual_seed(2)
     ids = torch.randint(0, 16, (6, 7))
-    weight = _weights(4, granularity=sq.PerChannel(), symmetric=False)
-    config = sq.QuantConfig(chip=None, strategy="Dataflow", weight=weight, activation=_weights(8))
-    return _subject(Language(blocks=1).eval(), config, list(ids.split(2)))
+    weight = _weights(4, granularity=PerChannel(), symmetric=False)
+    config = QuantConfig(chip=None, strategy="Dataflow", weight=weight, activation=_weights(8))
+    return _subject(Language(blocks=1).eval(), config, list(ids.chunk(3)))
 
 
 def untied() -> Subject:
     """Strategy Transformer, everything of 8 bits but the weights; the head has a weight of its own."""
     torch.manual_seed(4)
     ids = torch.randint(0, 16, (6, 7))
-    weight = _weights(4, granularity=sq.PerChannel())
-    config = sq.QuantConfig(chip=None, strategy="Transformer", weight=weight, activation=_weights(8))
-    return _subject(Language(blocks=1, tied=False).eval(), config, list(ids.split(2)))
+    weight = _weights(4, granularity=PerChannel())
+    config = QuantConfig(chip=None, strategy="Transformer", weight=weight, activation=_weights(8))
+    return _subject(Language(blocks=1, tied=False).eval(), config, list(ids.chunk(3)))
 
 
 def function() -> Subject:
     """A function of a tree of params, one scale for each tensor."""
     torch.manual_seed(3)
     params = {"first": {"w": torch.randn(6, 8), "b": torch.randn(8)}, "second": torch.randn(8, 4)}
-    config = sq.QuantConfig(chip=None, weight=_weights(3, granularity=sq.PerTensor()), activation=_weights(8))
+    config = QuantConfig(chip=None, weight=_weights(3, granularity=PerTensor()), activation=_weights(8))
     x = mixed(torch.randn(12, 6))
-    return _subject(perceptron, config, list(x.split(4)), params)
+    return _subject(perceptron, config, list(x.chunk(3)), params)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
@@ -202,3 +207,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "function": function,
 }
 """By name, what makes them: each call the same one."""
+
+
+def subject(kind: str) -> Subject:
+    """A new one of a kind, without a trace in torch's generator."""
+    with torch.random.fork_rng(devices=[]):
+        return SUBJECTS[kind]()
