@@ -201,7 +201,7 @@ LAWS = tuple(one for one in list(globals().values()) if isinstance(one, Law))
 def _entry(given: str | Algorithm | Run) -> str | Algorithm:
     """What is registered with this function; what is no such function stays itself."""
     found = (one for one in map(ALGORITHMS.get, ALGORITHMS.names()) if one.run is given)
-    return next(found, given)  # type: ignore[arg-type]
+    return next(found, given)  # type: ignore[return-value]
 
 
 @public_as("testing.check_algorithm")
