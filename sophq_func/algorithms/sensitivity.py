@@ -184,7 +184,8 @@ def sensitivity(
       ``print`` shows it as a table.
 
     Raises:
-      StateError: frozen weights, a loss that is no tensor; see :meth:`Quantized.sweep`.
+      StateError: frozen weights, a loss that is no tensor, or not finite for the float model, as the mean over an empty batch;
+        see :meth:`Quantized.sweep`.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -217,6 +218,10 @@ def sensitivity(
     losses = q.sweep(params, settings, batch, reduce=checked_loss, how=how, progress=progress)
     count = len(names)
     loss_off, losses_alone = losses[0], losses[1 : count + 1]
+    if is_plain([loss_off]) and not bool(loss_off.isfinite().all()):
+        sentence, because = "the loss of the float model is not finite", "every cost is a difference to it"
+        fix = "a batch with examples, and a loss that is finite for it"
+        raise StateError(explain("sensitivity", sentence, got=loss_off.tolist(), because=because, fix=fix))
     loss_on, losses_without = losses[count + 1], losses[count + 2 :]
     measured = Sensitivities()
     for name, alone_loss, without_loss in zip(names, losses_alone, losses_without, strict=True):

@@ -119,6 +119,12 @@ def costs(**added: float) -> sq.Sensitivities:
     return made
 
 
+def test_a_batch_without_examples_has_no_costs() -> None:
+    _, all_on, x = prepared()
+    with pytest.raises(sq.StateError, match="loss of the float model is not finite"):
+        sq.sensitivity(*all_on, x[:0], lambda y: y.square().mean(), progress=False)
+
+
 def test_the_costs_print_as_a_table_with_the_largest_first() -> None:
     found = costs(a=0.0, b=0.5, c=-0.25)
     assert repr(found).splitlines() == [
