@@ -184,8 +184,8 @@ def sensitivity(
       ``print`` shows it as a table.
 
     Raises:
-      StateError: frozen weights, a loss that is no tensor, or not finite for the float model, as the mean over an empty batch;
-        see :meth:`Quantized.sweep`.
+      StateError: frozen weights, a loss that is no tensor, or not finite for the float model, as the mean over an empty
+        batch; see :meth:`Quantized.sweep`.
 
     Example:
       >>> import torch, sophq_func as sq
