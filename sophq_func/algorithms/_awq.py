@@ -8,23 +8,21 @@ import torch
 from torch import Tensor
 
 from sophq_func.algorithms._folding import (
-    Queue,
     Setting,
     check_share,
-    chosen_pairs,
     error_of,
     quantized_readers,
-    report_skipped,
     scaled,
+    scaling,
     touched,
     values_of,
     with_values_observed,
 )
 from sophq_func.algorithms._matrix import output_axis
 from sophq_func.algorithms._measure import layer_errors
-from sophq_func.algorithms._pairs import Linear, Pair, found_pairs
-from sophq_func.algorithms._walk import Walk, units_of, walked
-from sophq_func.algorithms.contract import Start, as_batches, begin
+from sophq_func.algorithms._pairs import Linear, Pair
+from sophq_func.algorithms._walk import walked
+from sophq_func.algorithms.contract import Start
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import check_flags
 from sophq_func.core.progress import shown
@@ -32,7 +30,7 @@ from sophq_func.core.public import public
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.engine import QParamsDict
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.select import Where, selected
+from sophq_func.model.select import Where
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.affine import fake_quantize
 from sophq_func.numerics.contracts import QParams
@@ -133,16 +131,10 @@ def awq(
     check_flags("awq", {"progress": progress})
     if alpha is not None:
         check_share("awq", alpha)
-    start = begin("awq", q, params, qparams)
-    q = start.q
-    batches = as_batches("awq", batches)
-    pairs, skipped = found_pairs(start, batches[0])
-    report_skipped("awq", skipped)
-    chosen = chosen_pairs(start, pairs, selected("awq", q.plan, where))
-    units = units_of(q, [name for pair in chosen for name in touched(start, pair)], blocks)
-    walk = Walk(q, start.params, batches, units, None)
-    setting, queue, done = Setting(dict(start.params), dict(start.qparams), {}), Queue(start, chosen), []
-    for unit, moments in walked(walk, shown(units, "awq", progress)):
+    begun = scaling("awq", q, params, qparams, batches, where, blocks)
+    start, setting, queue = begun.start, begun.setting, begun.queue
+    done: list[Pair] = []
+    for unit, moments in walked(begun.walk, shown(begun.units, "awq", progress)):
         setting = queue.needed(setting, moments)
         for pair in queue.take(unit):
             new = _with_pair(start, setting, pair, alpha)
@@ -150,7 +142,7 @@ def awq(
                 done.append(pair)
             setting = new
     return start.result(
-        setting.params, with_values_observed(start, setting.params, setting.qparams, values_of(done), batches)
+        setting.params, with_values_observed(start, setting.params, setting.qparams, values_of(done), begun.batches)
     )
 
 

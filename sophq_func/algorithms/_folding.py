@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from sophq_func.algorithms._measure import relative_error
-from sophq_func.algorithms._pairs import Linear, Pair, Skipped
-from sophq_func.algorithms._walk import Unit
-from sophq_func.algorithms.contract import Start, fits, observed_again, width_of
+from sophq_func.algorithms._pairs import Linear, Pair, Skipped, found_pairs
+from sophq_func.algorithms._walk import Unit, Walk, units_of
+from sophq_func.algorithms.contract import Start, as_batches, begin, fits, observed_again, width_of
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.logs import ALGORITHMS as LOG
 from sophq_func.core.modes import is_plain
-from sophq_func.core.types import Tree
+from sophq_func.core.types import Given, Tree
 from sophq_func.model.engine import QParamsDict
+from sophq_func.model.quantized import Quantized
+from sophq_func.model.select import Where, selected
 from sophq_func.model.settings import with_bits
 from sophq_func.model.weight_quantizer import Params
+from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.moments import Moments
 
 
@@ -72,6 +75,53 @@ class Queue:
         later = {name for pair in self._left for name in touched(self._start, pair)}
         kept = {name: own for name, own in setting.moments.items() if name in later}
         return setting._replace(moments={**kept, **fitting(self._start, new)})
+
+
+class Scaling(NamedTuple):
+    """What an algorithm that scales pairs begins with.
+
+    Attributes:
+      start: the model, params and qparams.
+      batches: a list.
+      pairs: those that are chosen, in execution order.
+      units: in which the weights of the pairs lie.
+      walk: through these, in float.
+      setting: nothing scaled yet.
+      queue: of the pairs.
+    """
+
+    start: Start
+    batches: Sequence[Tree]
+    pairs: list[Pair]
+    units: list[Unit]
+    walk: Walk
+    setting: Setting
+    queue: Queue
+
+
+def scaling(
+    caller: str,
+    q: Quantized,
+    params: Given,
+    qparams: Mapping[str, QParams],
+    batches: Iterable[Tree],
+    where: Where,
+    blocks: str | None,
+) -> Scaling:
+    """Check the arguments, find the pairs, and say which values have none.
+
+    Args:
+      caller: the algorithm, for errors and the log.
+      q, params, qparams, batches, where, blocks: see :func:`sophq_func.algorithms.awq`.
+    """
+    start, batches = begin(caller, q, params, qparams), as_batches(caller, batches)
+    pairs, skipped = found_pairs(start, batches[0])
+    report_skipped(caller, skipped)
+    chosen = chosen_pairs(start, pairs, selected(caller, start.q.plan, where))
+    units = units_of(start.q, [name for pair in chosen for name in touched(start, pair)], blocks)
+    walk = Walk(start.q, start.params, batches, units, None)
+    setting = Setting(dict(start.params), dict(start.qparams), {})
+    return Scaling(start, batches, chosen, units, walk, setting, Queue(start, chosen))
 
 
 def quantized_readers(start: Start, pair: Pair) -> dict[str, Linear]:

@@ -8,20 +8,16 @@ import torch
 from torch import Tensor
 
 from sophq_func.algorithms._folding import (
-    Queue,
-    Setting,
     check_share,
-    chosen_pairs,
     quantized_readers,
-    report_skipped,
     scaled,
-    touched,
+    scaling,
     values_of,
     with_values_observed,
 )
-from sophq_func.algorithms._pairs import Pair, found_pairs
-from sophq_func.algorithms._walk import Walk, units_of, walked
-from sophq_func.algorithms.contract import as_batches, begin, output_distance, rolled_back
+from sophq_func.algorithms._pairs import Pair
+from sophq_func.algorithms._walk import walked
+from sophq_func.algorithms.contract import output_distance, rolled_back
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import check_flags
 from sophq_func.core.progress import shown
@@ -29,7 +25,7 @@ from sophq_func.core.public import public
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.engine import QParamsDict
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.select import Where, selected
+from sophq_func.model.select import Where
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams
 
@@ -105,21 +101,14 @@ def smooth(
     """
     check_flags("smooth", {"progress": progress})
     check_share("smooth", alpha)
-    start = begin("smooth", q, params, qparams)
-    q = start.q
-    batches = as_batches("smooth", batches)
-    pairs, skipped = found_pairs(start, batches[0])
-    report_skipped("smooth", skipped)
-    chosen = chosen_pairs(start, pairs, selected("smooth", q.plan, where))
-    units = units_of(q, [name for pair in chosen for name in touched(start, pair)], blocks)
-    walk = Walk(q, start.params, batches, units, None)
-    setting, queue = Setting(dict(start.params), dict(start.qparams), {}), Queue(start, chosen)
-    for unit, moments in walked(walk, shown(units, "smooth", progress)):
+    begun = scaling("smooth", q, params, qparams, batches, where, blocks)
+    start, setting, queue = begun.start, begun.setting, begun.queue
+    for unit, moments in walked(begun.walk, shown(begun.units, "smooth", progress)):
         setting = queue.needed(setting, moments)
         for pair in queue.take(unit):
             first = next(iter(quantized_readers(start, pair)))
             if first in setting.moments:
                 factors = migration(pair, setting.params, setting.moments[first].amax, alpha)
                 setting = scaled(start, setting, pair, factors)
-    ranges = with_values_observed(start, setting.params, setting.qparams, values_of(chosen), batches)
-    return rolled_back("smooth", start, start.result(setting.params, ranges), batches)
+    ranges = with_values_observed(start, setting.params, setting.qparams, values_of(begun.pairs), begun.batches)
+    return rolled_back("smooth", start, start.result(setting.params, ranges), begun.batches)
