@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from sophq_func.config.chips import CHIPS
 from sophq_func.core.errors import ConfigError, explain, raise_all
 from sophq_func.export._calls import PROBABILITIES, SCORES
 from sophq_func.export._names import FileNames
@@ -76,19 +77,26 @@ class Processor(NamedTuple):
     """
 
     word: str
-    symmetric: bool = False
-    float8: bool = False
-    linear_channels: bool = False
-    ending: str = "bmodel"
+    symmetric: bool
+    float8: bool
+    linear_channels: bool
+    ending: str
+
+
+def _processor(chip: str, word: str, *, float8: bool = False, ending: str = "bmodel") -> Processor:
+    """What the compiler can do for one of the library's chips, whose arithmetic is known."""
+    arithmetic = CHIPS.get(chip).arithmetic
+    assert arithmetic is not None, chip
+    return Processor(word, not arithmetic.unsigned, float8, arithmetic.linear_channels, ending)
 
 
 PROCESSORS: Mapping[str, Processor] = {
-    "BM1684X": Processor("bm1684x", linear_channels=True),
-    "BM1688": Processor("bm1688", linear_channels=True),
-    "BM1690": Processor("bm1690", float8=True),
-    "MARS3": Processor("cv184x"),
-    "CV186X": Processor("cv186x"),
-    **{f"CV18{n}X": Processor(f"cv18{n}x", symmetric=True, ending="cvimodel") for n in (0, 1, 2, 3)},
+    "BM1684X": _processor("BM1684X", "bm1684x"),
+    "BM1688": _processor("BM1688", "bm1688"),
+    "BM1690": _processor("BM1690", "bm1690", float8=True),
+    "MARS3": _processor("MARS3", "cv184x"),
+    "CV186X": _processor("CV186X", "cv186x"),
+    **{f"CV18{n}X": _processor(f"CV18{n}X", f"cv18{n}x", ending="cvimodel") for n in (0, 1, 2, 3)},
 }
 """By name of the chip."""
 
