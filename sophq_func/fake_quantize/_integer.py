@@ -46,10 +46,15 @@ def fixed(*, rounding: str = "nearest") -> FakeQuantize:
         constant = constants(qparams)
         return prepared(x, constant, scheme, "kernel", factor=factor, noise=draw(x, qparams))
 
+    def many(qparams: QParams, scheme: QScheme) -> list[Callable[[Tensor], Tensor]]:
+        return affine.many(constants(qparams), scheme, "kernel")
+
     fake = FakeQuantize(
         kept,
         apply,
         prepare=prepare,
+        rowwise=True,
+        many=many,
         encode=partial(affine.encode, order="kernel"),
         decode=affine.decode,
         uncoded=affine.uncoded,
@@ -102,6 +107,10 @@ def learnable(use_grad_scaling: bool = True, *, rounding: str = "nearest") -> Fa
         current = in_force(x, qparams, scheme)
         return fake_quantize(x, current, scheme, order_of(scheme), noise=draw(x, qparams, noise))
 
+    def many(qparams: QParams, scheme: QScheme) -> list[Callable[[Tensor], Tensor]]:
+        scales = QParams(positive(qparams.scale), qparams.zero_point, {})
+        return affine.many(scales, scheme, "kernel", share=_grad_share if use_grad_scaling else None)
+
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(x, in_force(x, qparams, scheme), scheme, order_of(scheme))
 
@@ -113,6 +122,8 @@ def learnable(use_grad_scaling: bool = True, *, rounding: str = "nearest") -> Fa
         apply,
         ("scale", "zero_point"),
         prepare=prepare,
+        rowwise=True,
+        many=many,
         encode=encode,
         decode=decode,
         uncoded=affine.uncoded,
@@ -197,6 +208,11 @@ def _grad_factor(x: Tensor, qparams: QParams, scheme: QScheme) -> Tensor | float
     if isinstance(factor, float) and not may_differentiate():
         return factor
     return torch.full((), factor, dtype=qparams.scale.dtype, device=x.device)
+
+
+def _grad_share(x: Tensor, scheme: QScheme) -> float:
+    """:func:`_grad_factor` of a tensor that has one scale, and no bounds of its own."""
+    return 1 / math.sqrt(max(x.numel(), 1) * scheme.qmax)
 
 
 def _scale_grad(value: Tensor, factor: Tensor | float) -> Tensor:

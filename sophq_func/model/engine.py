@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from sophq_func.model.requantizing import Requantizer
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
 from sophq_func.model.shapes import check_kinds, kind_of
+from sophq_func.model.together import values_together, weights_together
 from sophq_func.model.usage import refuse_absent
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_weights, round_biases
@@ -88,7 +90,12 @@ class Engine:
             # a derivative wraps the parameter itself, where no mode sees it
             if not self.differentiates and _is_read_by_its_layer(weight, skeleton)
         )
+        shapes = {name: tensor.shape for name, tensor in skeleton.registered().items()}
+        self._weights_together = weights_together(self.acting, shapes)
+        self._values_together = values_together(self.running, self.unsigned | self.requantizers.keys())
         self.sources = _sources_outside(self.weights, self.requantizers.values(), self.quantizers, whole)
+        scales = [name for weight in self.acting for name in (weight.site.quantizer, weight.site.source) if name]
+        self._read_by_weights = tuple(dict.fromkeys(scales))
         self._needing = tuple(
             name for name, own in self.quantizers.items() if own.fake_quantize.needs and not own.config.observe_only
         )
@@ -206,6 +213,12 @@ class Engine:
     def quantizing(self, qparams: Mapping[str, QParams]) -> Effect:
         """The effect of a run that quantizes: values are rounded to their grids."""
         outer, compiling = depth(), is_compiling()
+        # a compiler sees the whole program, in which calls cost nothing
+        together = () if compiling else self._values_together
+        ready = {name: rounded for group in together for name, rounded in group.rounded(qparams).items()}
+
+        def quantized(name: str, x: Tensor) -> Tensor:
+            return ready[name](x) if name in ready else self.quantized(name, x, qparams)
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
@@ -217,8 +230,8 @@ class Engine:
             if compiling:
                 quantizer.check_members(x)
             elif is_inside(x, outer) and not quantizer.is_inner:
-                return on_whole(lambda x: self.quantized(name, x, qparams), x, outer)
-            return self.quantized(name, x, qparams)
+                return on_whole(partial(quantized, name), x, outer)
+            return quantized(name, x)
 
         return effect
 
@@ -271,27 +284,42 @@ class Engine:
           The model's output, and its buffers afterwards.
         """
         given = self.skeleton.detached(params)
-        effective = self.effective(qparams) if self.acting else {}
+        effective = self.effective(qparams, self._read_by_weights)
         # without a schedule the loop runs without a frame, which is what defers parameters
         deferrable = frozenset() if is_compiling() or not self.loop.schedule else self.deferrable
-        at_once = [weight for weight in self.acting if weight.site.parameter not in deferrable]
-        deferred = [weight for weight in self.acting if weight.site.parameter in deferrable]
-        new = quantize_weights(at_once, given, effective)
-        new = round_biases(deferred, new, effective)
+        rounded = self._rounded_together(given, effective)
+        alone = [weight for weight in self.acting if weight.site.parameter not in rounded]
+        at_once = [weight for weight in alone if weight.site.parameter not in deferrable]
+        deferred = [weight for weight in alone if weight.site.parameter in deferrable]
+        new = round_biases(self.acting, given, effective) | rounded
+        for weight in at_once:
+            new[weight.site.parameter] = weight.quantize(given, effective[weight.site.quantizer])
         later = {weight.site.parameter: weight.thunk(given, effective[weight.site.quantizer]) for weight in deferred}
         return self.loop.run(new, effect, args, kwargs, later, watch)
+
+    def _rounded_together(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
+        """The weights that are rounded as one with others, in eager; a compiler makes one loop of many anyway."""
+        groups = () if is_compiling() else self._weights_together
+        fitting = (group for group in groups if group.fit(params, qparams))
+        return {name: weight for group in fitting for name, weight in group.quantized(params, qparams)}
 
     def quantized_params(self, params: Params, qparams: Mapping[str, QParams]) -> dict[str, Tensor]:
         """The params with weights quantized and biases rounded; a new dict."""
         return quantize_weights(self.acting, self.skeleton.detached(params), self.effective(qparams))
 
-    def effective(self, qparams: Mapping[str, QParams]) -> QParamsDict:
+    def effective(self, qparams: Mapping[str, QParams], names: Collection[str] | None = None) -> QParamsDict:
         """The qparams whose scale and zero point are those in force, where learned extras decide them.
 
         A scale that its quantizer does not learn is a constant, for weights and for the biases that it rounds.
+
+        Args:
+          qparams: of every quantizer.
+          names: of those that are wanted; ``None``: all.
         """
+        everyone = {**self.quantizers, **self.sources}
         effective = {}
-        for name, quantizer in (*self.quantizers.items(), *self.sources.items()):
+        for name in everyone if names is None else names:
+            quantizer = everyone[name]
             given = self.in_force(name, qparams)
             if "scale" not in quantizer.fake_quantize.learnable:
                 given = given._replace(scale=as_constant(given.scale))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,6 +143,59 @@ def prepared(
     return lambda: keeping_layout(y().to(x.dtype), granularity)
 
 
+def many(
+    qparams: QParams,
+    scheme: QScheme,
+    order: Order,
+    *,
+    whole: bool = True,
+    share: Callable[[Tensor, QScheme], float] | None = None,
+) -> list[Callable[[Tensor], Tensor]]:
+    """For each of some tensors, a function that returns its :func:`fake_quantize`: see :class:`~..contracts.Many`.
+
+    Args:
+      qparams, scheme: see there.
+      order, whole: as of :func:`fake_quantize`.
+      share: of a tensor, by what the derivatives of its scale and zero point are multiplied; by default 1.
+    """
+    scale = qparams.scale
+    zero = None if scheme.symmetric else _zero_point(qparams, scheme, whole)
+    given = _constants_of(scale, scale, zero, order)
+    parts = [[None] * len(scale) if field is None else field.unbind() for field in given]
+    return [partial(_one_of_many, _Constants(*own), scheme, order, whole, share) for own in zip(*parts, strict=True)]
+
+
+def _one_of_many(
+    given: _Constants,
+    scheme: QScheme,
+    order: Order,
+    whole: bool,
+    share: Callable[[Tensor, QScheme], float] | None,
+    x: Tensor,
+) -> Tensor:
+    """One function of :func:`many`."""
+    work = working(x)
+    low, high = scheme.qmin, scheme.qmax
+    own = 1.0 if share is None or not modes.may_differentiate() else share(x, scheme)
+    if whole and eager.fits(work, given.step, low, high):
+        scale, zero = _with_derivative(given, own)
+        reciprocal, shifted = order == "kernel", order == "expression"
+        y = eager.prepared(work, scale, zero, (low, high), reciprocal=reciprocal, shifted=shifted)()
+    else:
+        y = _evaluated(work, work, given, low, high, order, None, own)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _with_derivative(given: _Constants, share: float) -> tuple[Tensor, Tensor | None]:
+    """Step and zero point, with a share of their derivatives."""
+    step, zero = given.step, given.zero
+    if given.moved_step is not None:
+        step = torch.add(step, given.moved_step, alpha=share)
+    if zero is not None and given.moved_zero is not None:
+        zero = torch.add(zero, given.moved_zero, alpha=share)
+    return step, zero
+
+
 def encode(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole: bool = True) -> Codes:
     """The codes, int32, of ``fake_quantize(x, ...)``; ``x`` must be finite. The inverse of :func:`decode`.
 
@@ -157,7 +210,7 @@ def encode(x: Tensor, qparams: QParams, scheme: QScheme, order: Order, *, whole:
     zero = None
     if not scheme.symmetric:
         zero = expand(_zero_point(qparams, scheme, whole).detach(), x, scheme.granularity)
-    ratio = _ratio(work, scale, order)
+    ratio = _quotient(work, _divisor(scale, order), order)
     code = clamp(_rounded(ratio, zero, order), low, high)
     return Codes(code.to(torch.int32), {})
 
@@ -256,24 +309,78 @@ def _composed(
       order: in which order the code is computed.
       noise: uniform numbers to round by; ``None``: to the nearest.
     """
+    return _evaluated(x, scaled, _constants_of(scale, step, zero, order), low, high, order, noise)
+
+
+class _Constants(NamedTuple):
+    """What a composition reads beside the tensor itself; scale-shaped, so that it can be computed for many tensors at once.
+
+    Attributes:
+      divisor: the scale, or in kernel order its reciprocal.
+      step, zero: distance of two neighbouring outputs, and zero point, ``None`` for 0; without derivatives.
+      moved_step, moved_zero: 0, with the derivatives of these; ``None`` where they have none.
+    """
+
+    divisor: Tensor
+    step: Tensor
+    zero: Tensor | None
+    moved_step: Tensor | None
+    moved_zero: Tensor | None
+
+
+def _constants_of(scale: Tensor, step: Tensor, zero: Tensor | None, order: Order) -> _Constants:
+    """See :class:`_Constants`; arguments as of :func:`_composed`."""
+    divisor = _divisor(modes.as_constant(scale), order)
+    fixed_step, moved_step = _parted(step)
+    fixed_zero, moved_zero = (None, None) if zero is None else _parted(zero)
+    return _Constants(divisor, fixed_step, fixed_zero, moved_step, moved_zero)
+
+
+def _parted(value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A tensor without its derivative, and 0 with its derivative; ``None`` where it has none."""
+    # a compiler sees no derivative that is none of its program's
+    if not modes.may_differentiate() or not (modes.is_compiling() or modes.may_have_derivative(value)):
+        return value, None
+    fixed = modes.beside(modes.as_constant(value), value)
+    return fixed, value - fixed
+
+
+def _divisor(scale: Tensor, order: Order) -> Tensor:
+    return scale.reciprocal() if order == "kernel" else scale
+
+
+def _evaluated(
+    x: Tensor,
+    scaled: Tensor,
+    given: _Constants,
+    low: Bound,
+    high: Bound,
+    order: Order,
+    noise: Tensor | None,
+    share: float = 1.0,
+) -> Tensor:
+    """The rest of :func:`_composed`, with the derivatives of step and zero point multiplied by ``share``."""
+    zero = given.zero
     if not modes.may_differentiate():
-        _, clamped = _codes(_ratio(scaled, scale, order), zero, low, high, order, noise)
-        return step * (clamped if zero is None else clamped - zero)
-    fixed_step = modes.as_constant(step)
-    fixed_zero = None if zero is None else modes.as_constant(zero)
-    ratio = _ratio(modes.as_constant(scaled), modes.as_constant(scale), order)
-    inside, clamped = _codes(ratio, fixed_zero, low, high, order, noise)
-    level = clamped if fixed_zero is None else clamped - fixed_zero
-    if zero is not None and fixed_zero is not None:
+        _, clamped = _codes(_quotient(scaled, given.divisor, order), zero, low, high, order, noise)
+        return given.step * (clamped if zero is None else clamped - zero)
+    ratio = _quotient(modes.as_constant(scaled), given.divisor, order)
+    inside, clamped = _codes(ratio, zero, low, high, order, noise)
+    level = clamped if zero is None else clamped - zero
+    if given.moved_zero is not None:
         # dy/dz = -s outside: the zero point moves the outermost values; inside it cancels
-        level = modes.beside(level, x) - torch.where(inside, 0, zero - modes.beside(fixed_zero, zero))
+        moved = given.moved_zero if share == 1 else given.moved_zero * share
+        level = modes.beside(level, x) - torch.where(inside, 0, moved)
     # y = step L + (x - const(x)) + (step - const(step)) slope: the last two terms are 0, and give dy/dx = 1 inside and
     # dy/ds = slope, which is L - x / s inside and L outside. addcmul(a, b, c) is a + b c; the inner one is the first two
     within = torch.where(inside, x, 0)
-    level, fixed_step = modes.beside(level, x), modes.beside(fixed_step, step)
-    slope = level - modes.beside(torch.where(inside, ratio, 0), x)
+    level = modes.beside(level, x)
     passed = within - modes.beside(within.detach(), within)
-    return torch.addcmul(torch.addcmul(passed, fixed_step, level), step - fixed_step, slope)
+    y = torch.addcmul(passed, given.step, level)
+    if given.moved_step is None:
+        return y
+    slope = level - modes.beside(torch.where(inside, ratio, 0), x)
+    return torch.addcmul(y, given.moved_step, slope, value=share)
 
 
 def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:
@@ -287,9 +394,9 @@ def switched(x: Tensor, y: Tensor, qparams: QParams) -> Tensor:
     return torch.where(mask, y, x) if mask.dtype == torch.bool else torch.lerp(x, y, mask.to(x.dtype))
 
 
-def _ratio(x: Tensor, scale: Tensor, order: Order) -> Tensor:
+def _quotient(x: Tensor, divisor: Tensor, order: Order) -> Tensor:
     """The quotient that is rounded, without a zero point."""
-    return x * scale.reciprocal() if order == "kernel" else x / scale
+    return x * divisor if order == "kernel" else x / divisor
 
 
 def _codes(

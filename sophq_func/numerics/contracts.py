@@ -127,6 +127,19 @@ class Prepare(Protocol):
     def __call__(self, x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]: ...
 
 
+class Many(Protocol):
+    """For each of some tensors, a function that returns ``apply(x, qparams, scheme)`` of its own qparams.
+
+    Work that does not touch the tensors is done once for all of them.
+
+    Args:
+      qparams: without extras; scale and zero point, of shape ``(N,)``, are those of N tensors that have one scale each.
+      scheme: the same for all tensors.
+    """
+
+    def __call__(self, qparams: QParams, scheme: QScheme) -> list[Callable[[Tensor], Tensor]]: ...
+
+
 class GridInForce(Protocol):
     """The qparams with the scale and zero point that ``apply`` rounds by, where learned extras determine these."""
 
@@ -218,6 +231,9 @@ class FakeQuantize(NamedTuple):
       block_size: how many elements along ``block_axis`` share one entry of ``Codes.parts``; 0 where none do.
       block_axis: the axis along which blocks lie, counted from the end.
       local: the result for an element depends on the elements of its scale or block alone.
+      rowwise: weights of one scheme whose channels lie along the first axis, and have equally many elements, may be
+        quantized as one: their channels as the rows of one matrix, with their qparams side by side.
+      many: see :class:`Many`; ``None`` where each tensor is prepared alone.
       needs: names of extras that ``init`` does not make and a model must not do without: it raises a ``StateError`` where
         they are missing. Alone, ``apply`` says what it computes then.
     """
@@ -240,6 +256,8 @@ class FakeQuantize(NamedTuple):
     block_size: int = 0
     block_axis: int = -1
     local: bool = True
+    rowwise: bool = False
+    many: Many | None = None
     needs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
