@@ -19,13 +19,11 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import (
     TorchFunctionMode,
-    _get_current_function_mode,
-    _pop_mode,
     _pop_mode_temporarily,
-    _push_mode,
 )
 
 from sophq_func.core.pytree import tree_map
@@ -34,24 +32,30 @@ from sophq_func.core.types import Tree
 READS_ITS_OWN = (_ConvNd, nn.Linear, nn.Embedding)
 """Layers whose parameters only their own forward reads. ``_ConvNd`` is the base of all convolutions."""
 
+
+def keeps_buffers(module: nn.Module) -> bool:
+    """Whether a module of torch's own writes into none of its buffers: a norm in eval mode."""
+    return isinstance(module, _NormBase) and not module.training
+
+
 Store = dict[str, Tensor]
 """A dict in which a module holds tensors, by attribute."""
 
 
 def innermost_mode() -> TorchFunctionMode | None:
     """The function mode that sees the next call first."""
-    mode: TorchFunctionMode | None = _get_current_function_mode()  # type: ignore[no-untyped-call]
-    return mode
+    depth = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(depth - 1) if depth else None
 
 
 def pop_mode() -> None:
     """Take the innermost function mode off the stack."""
-    _pop_mode()  # type: ignore[no-untyped-call]
+    torch._C._pop_torch_function_stack()
 
 
 def push_mode(mode: TorchFunctionMode) -> None:
     """Put a function mode back on the stack."""
-    _push_mode(mode)  # type: ignore[no-untyped-call]
+    torch._C._push_on_torch_function_stack(mode)
 
 
 def mode_depth() -> int:

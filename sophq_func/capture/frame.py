@@ -6,12 +6,14 @@ mode is active for the time of the run, and pauses while torch's own layers comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from sophq_func.capture._torch import (
@@ -55,7 +57,11 @@ class Frame:
         and hooks before the forward. They belong to the module.
       given: while a hook before a forward runs, the tensors that depend on what the module is given; else ``None``.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
+      paused: whether the mode is off the stack.
+      is_outermost: whether no other function mode lay on the stack when the run began.
       idle: builtin functions whose calls, in eager, may go unreported, since the frame does nothing there.
+      acts_at: paths of the leaves at which the frame does something, in eager; ``None``: at any.
+      sees_leaves_alone: whether it may miss all functions in a model that calls none outside of leaves.
       sees_functions: whether calls of an ``autograd.Function`` are reported, which makes each of them one call.
     """
 
@@ -69,7 +75,10 @@ class Frame:
         self.computing = 0
         self.given: list[Tensor] | None = None
         self.deferred: Deferred | None = None
+        self.paused = self.is_outermost = False
         self.idle: frozenset[Function] = frozenset()
+        self.acts_at: Collection[str] | None = None
+        self.sees_leaves_alone = False
 
     @property
     def scope(self) -> str:
@@ -167,44 +176,42 @@ class ModuleInfo:
       leaf: whether it is a leaf.
       computes: whether it is a parametrization: a module that computes a parameter of another one.
       marks: whether calls around it are told apart by it, see :attr:`Frame.before`: it has parameters.
+      reads_its_own: whether it is a leaf that runs code of torch alone, which reads no parameters but its own.
       slot: that of its skeleton.
     """
 
-    def __init__(self, path: str, leaf: bool, computes: bool, marks: bool, slot: Slot) -> None:
-        self.path, self.leaf, self.computes, self.marks, self.slot = path, leaf, computes, marks, slot
-
-    def watch(self) -> Watch | None:
-        """The mode that this module's calls are reported to; ``None`` between runs, and for a scope inside a leaf."""
-        watch = self.slot.watch
-        return None if watch is None or (watch.frame.leaf_depth and not self.leaf) else watch
+    def __init__(self, path: str, leaf: bool, module: nn.Module, slot: Slot) -> None:
+        self.path, self.leaf, self.slot = path, leaf, slot
+        self.computes = isinstance(module, ParametrizationList)
+        self.marks = not self.computes and next(module.parameters(), None) is not None
+        is_of_torch = type(module).__module__.startswith("torch.nn.modules.")
+        self.reads_its_own = leaf and is_of_torch and not is_parametrized(module)
 
 
 def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """The hook before a module's forward; returns the operands of a leaf, ``None`` for others."""
     info: ModuleInfo = module._sophq_info  # type: ignore[assignment]
-    watch = info.watch()
+    watch = info.slot.watch
     if watch is None:
-        if info.path in info.slot.closed and info.slot.watch is None and not is_compiling():
+        if info.path in info.slot.closed and not is_compiling():
             raise StateError(info.slot.closed[info.path])
         return None
     frame = watch.frame
     if not info.leaf:
-        if info.marks:
-            frame.before[-1] = info.path
-        frame.scopes.append(info.path)
-        frame.before.append("")
-        frame.enter_scope(info.path, args, kwargs)
+        if not frame.leaf_depth:
+            _enter_scope(frame, info, args, kwargs)
         return None
     frame.leaf_depth += 1
     frame.computing += info.computes
     watch.pause()
     if frame.deferred is not None:
         frame.deferred.enter(module)
-    if frame.leaf_depth == 1:  # a leaf inside another is a part of it
-        args, kwargs = frame.before_module(info.path, args, kwargs)
-    if frame.looks_inside() or not _reads_its_own(module):
+    replaced = None
+    if frame.leaf_depth == 1 and (frame.acts_at is None or info.path in frame.acts_at):  # a leaf in a leaf is a part of it
+        replaced = frame.before_module(info.path, args, kwargs)
+    if frame.looks_inside() or not (info.reads_its_own and has_only_our_hooks(module)):
         watch.resume()
-    return args, kwargs
+    return replaced
 
 
 def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Output:
@@ -213,14 +220,13 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
     Torch calls it with ``None`` when the module raised an error, which the model may catch and go on.
     """
     info: ModuleInfo = module._sophq_info  # type: ignore[assignment]
-    watch = info.watch()
+    watch = info.slot.watch
     if watch is None:
         return None
     frame = watch.frame
     if not info.leaf:
-        frame.scopes.pop()
-        frame.before.pop()
-        frame.leave_scope(info.path, args, kwargs, output)
+        if not frame.leaf_depth:
+            _leave_scope(frame, info, args, kwargs, output)
         return None
     frame.leaf_depth -= 1
     frame.computing -= info.computes
@@ -228,12 +234,52 @@ def leave(module: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> Outp
     if frame.deferred is not None:
         frame.deferred.leave(module)
     if not frame.leaf_depth:
-        if output is not None:
+        if output is not None and (frame.acts_at is None or info.path in frame.acts_at):
             output = frame.after_module(info.path, module, args, kwargs, output)
         if info.marks:
             frame.before[-1] = info.path
     watch.resume()
     return output
+
+
+def _enter_scope(frame: Frame, info: ModuleInfo, args: Args, kwargs: Kwargs) -> None:
+    if info.marks:
+        frame.before[-1] = info.path
+    frame.scopes.append(info.path)
+    frame.before.append("")
+    frame.enter_scope(info.path, args, kwargs)
+
+
+def _leave_scope(frame: Frame, info: ModuleInfo, args: Args, kwargs: Kwargs, output: Output) -> None:
+    frame.scopes.pop()
+    frame.before.pop()
+    frame.leave_scope(info.path, args, kwargs, output)
+
+
+def report_by_forward(module: nn.Module) -> None:
+    """Let a module without hooks report its calls by a forward of its own, which torch calls faster than hooks.
+
+    Only for modules whose forward nothing but torch calls: a model may call that of another module itself.
+    """
+    module.forward = MethodType(_reported, module)
+
+
+def _reported(module: nn.Module, *args: Tree, **kwargs: Tree) -> Output:
+    """The forward of a module's class, between what its hooks would do."""
+    given, named = enter(module, args, kwargs) or (args, kwargs)
+    output = None
+    try:
+        output = type(module).forward(module, *given, **named)
+    finally:
+        replaced = leave(module, given, named, output)
+    return output if replaced is None else replaced
+
+
+def calls_leaves_alone(module: nn.Module) -> bool:
+    """Whether a module with hooks calls no function outside of leaves: it is a leaf of torch's, or a chain of modules."""
+    info: ModuleInfo = module._sophq_info  # type: ignore[assignment]
+    is_chain = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    return (info.reads_its_own or is_chain) and has_only_our_hooks(module)
 
 
 def unhook(module: nn.Module) -> None:
@@ -285,12 +331,6 @@ class OwnHook:
         return result
 
 
-def _reads_its_own(module: nn.Module) -> bool:
-    """Whether a leaf runs code of torch alone, which reads no parameters but those of the module."""
-    is_of_torch = type(module).__module__.startswith("torch.nn.modules.") and not is_parametrized(module)
-    return is_of_torch and has_only_our_hooks(module)
-
-
 def unwatched() -> AbstractContextManager[object]:
     """A context for what a frame computes itself, in eager: the mode does not see the functions that it calls.
 
@@ -311,13 +351,14 @@ class Watch(TorchFunctionMode):
     Args:
       frame: what sees the calls.
       rerun: computes a part of the run once more, watched by another frame.
+      stays_away: the mode never comes on the stack; only hooks report to the frame.
     """
 
-    def __init__(self, frame: Frame, rerun: Rerun) -> None:
+    def __init__(self, frame: Frame, rerun: Rerun, stays_away: bool = False) -> None:
         super().__init__()
+        self.stays_away = frame.paused = stays_away
         self.frame = frame
         self.rerun = rerun
-        self.paused = False
 
     def __exit__(self, *error: object) -> None:
         self.resume()
@@ -325,17 +366,17 @@ class Watch(TorchFunctionMode):
 
     def pause(self) -> None:
         """See nothing until :meth:`resume`, where that is possible."""
-        if not self.paused and not is_compiling() and innermost_mode() is self:
+        if not self.frame.paused and not is_compiling() and innermost_mode() is self:
             # in this order, an interrupt in between leaves the mode on the stack once too often, and the end of the run
             # takes it off; in the other order, one of the caller's would be taken off
-            self.paused = True
+            self.frame.paused = True
             pop_mode()
 
     def resume(self) -> None:
         """See every function again."""
-        if self.paused:
+        if self.frame.paused and not self.stays_away:
             push_mode(self)
-            self.paused = False  # after the line above, for the same reason
+            self.frame.paused = False  # after the line above, for the same reason
 
     def again(self, fn: Function) -> Function:
         """A function of the model that may be called after the run, and sees then what it would see now."""

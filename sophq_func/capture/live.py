@@ -56,7 +56,7 @@ class Live(Skeleton):
         self._turn = Turn()
         alone = {name: holders[0][0] for name, holders in self._holders.items() if len(holders) == 1}
         layers = {name for name, path in alone.items() if self.deferrable(path, name)}
-        self._read_by_layers = [place for place in self._places() if place[2] in layers]
+        self._read_by_layers = [place[:3] for place in self._stored() if place.name in layers]
 
     def close(self, errors: Mapping[str, str]) -> None:
         """Let modules refuse to be called outside of a run: by path, what their errors say."""
@@ -80,7 +80,7 @@ class Live(Skeleton):
             if children.get(name) is not child:
                 raise _changed(name, "this module was replaced or removed after the model was bound")
         found: dict[str, Tensor] = {}
-        for store, attribute, name in self._places():
+        for store, attribute, name in self._stores():
             tensor = store.get(attribute)
             if tensor is None:
                 raise _changed(name, "this parameter was removed after the model was bound")
@@ -90,7 +90,7 @@ class Live(Skeleton):
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors into the modules, and into attributes that hold them a second time."""
-        for store, attribute, name in self._places():
+        for store, attribute, name in self._stores():
             store[attribute] = tensors[name]
         for path, attribute, template in self._aliases:
             self._module_at[path].__dict__[attribute] = filled(template, tensors)
@@ -100,7 +100,7 @@ class Live(Skeleton):
         if not buffers:
             return
         with torch.no_grad():
-            for store, attribute, name in self._places():
+            for store, attribute, name in self._stores():
                 if name not in buffers:
                     continue
                 # of a buffer that a program writes into, its backward pass takes the new numbers for the old ones
@@ -165,14 +165,14 @@ class Live(Skeleton):
         return output
 
     def _call_bound(self, fn: Callable[..., Output], now: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Result:
-        held = [(store, attribute, store[attribute]) for store, attribute, _ in self._places()]
+        held = list(self._stored())
         try:
             output, buffers = super()._call_bound(fn, now, args, kwargs)
         finally:
             bind(held)
         rebound = {name: tensor.detach() for name, tensor in buffers.items() if tensor is not now[name]}
         if rebound:
-            for store, attribute, name in self._places():
+            for store, attribute, name in self._stores():
                 store[attribute] = rebound.get(name, store[attribute])
         return output, {name: now[name] for name in buffers.keys() - rebound.keys() if self._may_be_written(name, now[name])}
 

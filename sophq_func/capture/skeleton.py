@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sophq_func.capture._torch import (
     has_only_one_hook_before,
     is_hooked,
     is_parameter,
+    keeps_buffers,
     mode_depth,
     own_tensors,
     pop_modes,
@@ -33,7 +34,18 @@ from sophq_func.capture._torch import (
 )
 from sophq_func.capture.aliases import aliases, filled, names_in
 from sophq_func.capture.contents import all_paths, copied_without_weights, is_leaf, registered_tensors
-from sophq_func.capture.frame import Frame, ModuleInfo, OwnHook, Slot, Watch, enter, leave
+from sophq_func.capture.frame import (
+    Frame,
+    ModuleInfo,
+    OwnHook,
+    Slot,
+    Watch,
+    calls_leaves_alone,
+    enter,
+    leave,
+    report_by_forward,
+    unhook,
+)
 from sophq_func.capture.functions import FunctionModule
 from sophq_func.capture.hidden import report
 from sophq_func.capture.lazy import Deferred
@@ -54,6 +66,15 @@ UNWRAP = (
 """What to do about names that have a prefix."""
 
 
+class Place(NamedTuple):
+    """Where a module holds a parameter or buffer, and what it holds there."""
+
+    store: Store
+    attribute: str
+    name: str
+    tensor: Tensor
+
+
 class Skeleton:
     """A private copy of a model without its weights, whose runs are pure functions.
 
@@ -67,6 +88,7 @@ class Skeleton:
       paths: every path of each module, by its first.
       constants: copies of the tensors that are plain attributes of modules.
       structure: where the model is a function, the tree of its params.
+      calls_leaves_alone: whether no code of the model's own lies between its leaves, but chains of modules.
       keeps_state: whether what a run changes in modules and arguments stays, as in a module; else each run is pure.
     """
 
@@ -77,7 +99,7 @@ class Skeleton:
         by_id = {id(tensor): name for name, tensor in registered.items()}
         self.root = ""
         self.names = self.all_names = frozenset(registered)
-        self.buffers = frozenset(name for name, _ in model.named_buffers())
+        self.buffers = self._cloned = frozenset(name for name, _ in model.named_buffers())
         self.owned = {
             path: {attribute: by_id[id(t)] for attribute, t in own_tensors(module)} for path, module in model.named_modules()
         }
@@ -93,17 +115,21 @@ class Skeleton:
         self._rebound: list[Binding] = []  # what the model bound anew in an eager run
         self._slot = Slot()
         self._turn = Turn()
+        self._memory: Memory | None = None
+        self._places: list[Place] | None = None
         for path, module in self._module_at.items():
             self._hook(path, module, path in opaque or is_leaf(module))
+        self.calls_leaves_alone = all(calls_leaves_alone(module) for module in self._module_at.values())
 
-    # copied without the turn, whose lock cannot be copied: a copy has its own
+    # copied without the turn, whose lock cannot be copied, and without what is remembered of the modules: a copy has its own
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_turn"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_turn", "_memory", "_places")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._turn = Turn()
+        self._memory = self._places = None
         # a ScriptModule copies nothing of what Python has added to it, and its parts are other objects then
         self._module_at = dict(self.module.named_modules())
         for path, module in self._module_at.items():
@@ -112,9 +138,7 @@ class Skeleton:
 
     def _hook(self, path: str, module: nn.Module, leaf: bool) -> None:
         """Let a module report its calls to the run in progress."""
-        computes = isinstance(module, ParametrizationList)
-        marks = not computes and next(module.parameters(), None) is not None
-        info = ModuleInfo(path, leaf, computes, marks, self._slot)
+        info = ModuleInfo(path, leaf, module, self._slot)
         module._sophq_info = info  # type: ignore[assignment]
         wrap_hooks_before(module, partial(OwnHook, info=info))
         # by the class, since a ScriptModule has methods of these names that refuse
@@ -168,7 +192,7 @@ class Skeleton:
         in_modules = {name for names in other.owned.values() for name in names.values()}
         in_aliases = {name for alias in other._aliases for name in names_in(alias.template)}
         other.names = frozenset(in_modules | in_aliases | set(also))
-        other.buffers = self.buffers & other.names
+        other.buffers = other._cloned = self.buffers & other.names
         other._tensors = other._named_tensors()
         other._holders = other._holders_by_name()
         return other
@@ -197,6 +221,17 @@ class Skeleton:
             other.owned[path]["bias"] = name
         other._tensors = other._named_tensors()
         other._holders = other._holders_by_name()
+        return other
+
+    def bare(self, reporting: Collection[str]) -> Skeleton:
+        """A copy for eager runs that report calls only of layers that read parameters, and of modules at some paths."""
+        other = copy.deepcopy(self, {id(constant): constant for constant in self.constants})
+        for path, module in other._module_at.items():
+            unhook(module)
+            if path in reporting or isinstance(module, READS_ITS_OWN):
+                report_by_forward(module)
+        held_by = {name: [other._module_at[path] for path, _ in places] for name, places in self._holders.items()}
+        other._cloned = frozenset(name for name in self.buffers if not all(map(keeps_buffers, held_by[name])))
         return other
 
     def holders(self, name: str) -> list[tuple[str, str]]:
@@ -308,10 +343,21 @@ class Skeleton:
         """A run of the model, or of a part ``fn`` of it, in eager: alone, and with nothing left of it."""
 
         def run() -> Result:
-            self._turn.note(partial(self._restore, Memory(self.entry.modules())))
+            self._turn.note(partial(self._restore, self._remembered()))
             return self._run(partial(self._call_bound, fn), frame, params, args, kwargs)
 
         return self._turn.take(run)
+
+    def _remembered(self) -> Memory:
+        """The attributes of the modules, to be restored after a run.
+
+        Between runs nobody changes a private copy, so that what was remembered once stays true. Another run around this one
+        may have changed some.
+        """
+        if self._turn.is_nested():
+            return Memory(self.entry.modules())
+        self._memory = self._memory or Memory(self.entry.modules())
+        return self._memory
 
     def _note(self, undo: Undo) -> None:
         """Note what takes back a change of the run; a compiler does not trace this, and its program makes no such change."""
@@ -333,12 +379,12 @@ class Skeleton:
         kwargs: Kwargs,
     ) -> Result:
         """A run by one of the two ways to call the model: with aliases filled in, and with the frame's mode active."""
-        now = {**params, **{name: params[name].clone() for name in self.buffers}}
+        now = {**params, **{name: params[name].clone() for name in self._cloned}}
         for path, attribute, template in self._aliases:
             self._module_at[path].__dict__[attribute] = filled(template, now)
         if frame is not None:
             frame.begin(now)
-        watch = None if frame is None else Watch(frame, partial(self._rerun, now))
+        watch = None if frame is None else self._watch(frame, now)
         outer = self._slot.watch  # of the run around this one
         self._note(partial(setattr, self._slot, "watch", outer))
         self._slot.watch = watch
@@ -355,9 +401,17 @@ class Skeleton:
             self._slot.watch = outer
         return output, sorted_dict(buffers)
 
+    def _watch(self, frame: Frame, now: Mapping[str, Tensor]) -> Watch:
+        """What reports the calls of a run to a frame."""
+        needless = frame.sees_leaves_alone and self.calls_leaves_alone and not frame.mode.compiling
+        return Watch(frame, partial(self._rerun, now), needless)
+
     def _watched(self, watch: Watch, call: Callable[[], Result]) -> Result:
-        """A call with a function mode on the stack."""
+        """A call with a function mode on the stack, where it has something to see."""
         depth = mode_depth()
+        watch.frame.is_outermost = depth == 0
+        if watch.stays_away:
+            return call()
         try:
             try:
                 push_mode(watch)
@@ -392,14 +446,25 @@ class Skeleton:
 
         Faster than :meth:`_call`: ``functional_call`` takes longer to find the modules than a small model to run.
         """
-        places = list(self._places())
-        self._note(partial(bind, [(store, attribute, store[attribute]) for store, attribute, _ in places]))
-        for store, attribute, name in places:
+        places = self._places_now()
+        self._note(partial(bind, places))
+        for store, attribute, name, _ in places:
             store[attribute] = now[name]
         output = fn(*args, **kwargs)
-        return output, {name: store[attribute] for store, attribute, name in places if name in self.buffers}
+        return output, {name: store[attribute] for store, attribute, name, _ in places if name in self.buffers}
 
-    def _places(self) -> Iterator[tuple[Store, str, str]]:
+    def _places_now(self) -> list[Place]:
+        """Where each parameter and buffer is held, and what is there before a run: between runs always the same."""
+        if self.keeps_state or self._turn.is_nested():
+            return list(self._stored())
+        self._places = self._places or list(self._stored())
+        return self._places
+
+    def _stored(self) -> Iterator[Place]:
+        """Where each parameter and buffer is held, and what is there now."""
+        return (Place(*place, place[0][place[1]]) for place in self._stores())
+
+    def _stores(self) -> Iterator[tuple[Store, str, str]]:
         """Where each parameter and buffer is held: the dict, the attribute, and the canonical name."""
         for path, attributes in self.owned.items():
             module = self._module_at[path]
@@ -424,9 +489,9 @@ class Skeleton:
         return holders
 
 
-def bind(tensors: Collection[tuple[Store, str, Tensor]]) -> None:
+def bind(places: Collection[Place]) -> None:
     """Put tensors where modules hold them."""
-    for store, attribute, tensor in tensors:
+    for store, attribute, _, tensor in places:
         store[attribute] = tensor
 
 

@@ -23,10 +23,12 @@ class Turn:
 
     Attributes:
       lock: held during a run; reentrant, since a run may start another of the same skeleton.
+      depth: how many runs are in progress, one inside the other. After an interrupt it may be too high, never too low.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.depth = 0
         self._undo: list[Undo] = []
         TURNS.add(self)
 
@@ -34,17 +36,23 @@ class Turn:
         """Note what takes back a change that the run is about to make."""
         self._undo.append(undo)
 
+    def is_nested(self) -> bool:
+        """Whether the run that has the turn may be inside another one."""
+        return self.depth > 1
+
     def take(self, run: Callable[[], T]) -> T:
         """What ``run`` returns. No other thread runs meanwhile, and at the end all that it noted is taken back."""
         with self.lock:
-            noted = len(self._undo)
+            noted, outer = len(self._undo), self.depth
             try:
                 try:
+                    self.depth = outer + 1
                     return run()
                 finally:
                     self.settle(noted)
             finally:  # again, since an interrupt may have cut it short
                 self.settle(noted)
+                self.depth = outer
 
     def settle(self, noted: int) -> None:
         """Take back all changes, the last one first, until ``noted`` are left.
@@ -59,7 +67,7 @@ class Turn:
         """End the run of a thread that was not copied when the process was forked, and make the lock free."""
         if not self.lock.acquire(blocking=False):
             self.settle(0)
-            self.lock = threading.RLock()
+            self.lock, self.depth = threading.RLock(), 0
             return
         self.lock.release()
 

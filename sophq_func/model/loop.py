@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from sophq_func.capture.arguments import Arguments, map_inputs
 from sophq_func.capture.skeleton import Skeleton
+from sophq_func.core.modes import is_compiling
 from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.runner import Effect, Runner
 from sophq_func.model.schedule import Schedule
@@ -73,15 +75,26 @@ class Loop:
         only = self.schedule.arguments if self.skeleton.keeps_state else None
         if watch is None and not self.schedule:  # nothing to do at any call: run without a frame, which is faster
             args, kwargs = map_inputs(self.arguments, args, kwargs, own, only)
-            return self.skeleton.run(None, params, args, kwargs)
+            return self._bare.run(None, params, args, kwargs)
         runner = Runner.of(self.schedule, effect) if watch is None else watch(self.schedule)
+        skeleton = self._bare if runner.sees_leaves_alone else self.skeleton
         takes = (lambda name, x: runner.input(name, own(name, x))) if runner.takes_inputs else own
         args, kwargs = map_inputs(self.arguments, args, kwargs, takes, only)
         if self.schedule.same:  # only now, as these arguments become what the effect made of the first one
             args, kwargs = map_inputs(self.arguments, args, kwargs, runner.repeated_input, only)
-        output, buffers = self.skeleton.run(runner, params, args, kwargs, later)
+        output, buffers = skeleton.run(runner, params, args, kwargs, later)
         runner.check()
         return output, buffers
+
+    @property
+    def _bare(self) -> Skeleton:
+        """The skeleton for runs that only apply an effect: without hooks where these would have nothing to report."""
+        is_chain = self.skeleton.calls_leaves_alone and not self.skeleton.keeps_state
+        return self._without_hooks if is_chain and not self.schedule.tells_apart and not is_compiling() else self.skeleton
+
+    @cached_property
+    def _without_hooks(self) -> Skeleton:
+        return self.skeleton.bare(self.schedule.acting_leaves)
 
 
 class _Own:

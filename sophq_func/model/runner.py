@@ -56,7 +56,8 @@ class Runner(Frame):
         """A runner that applies an effect and does nothing else, so that it need not see most functions."""
         runner = Runner(schedule, effect)
         if not runner.mode.compiling:
-            runner.idle = schedule.idle
+            runner.idle, runner.acts_at = schedule.idle, schedule.acting_leaves
+            runner.sees_leaves_alone = not schedule.looks_inside
         return runner
 
     @property
@@ -91,7 +92,7 @@ class Runner(Frame):
     def again(self) -> Frame:
         self.shared_results.clear()
         other = Runner(self.schedule, self.effect)
-        other.counts, other.items, other.idle = dict(self.counts), self.items, self.idle
+        other.counts, other.items, other.idle, other.acts_at = dict(self.counts), self.items, self.idle, self.acts_at
         self.begin_again(other)
         return other
 
@@ -262,20 +263,22 @@ class Runner(Frame):
         """
         if not names:
             return tree
+        if self.paused and self.is_outermost:
+            return self._acted(names, tree)  # it is not watched anyway
         with self.aside(), unwatched():
-            result: T = self._acted(names, tree)
-        return result
+            return self._acted(names, tree)
 
-    def _acted(self, names: Mapping[int, str], tree: Tree) -> Tree:
+    def _acted(self, names: Mapping[int, str], tree: T) -> T:
         """:meth:`_on_tensors`, while nothing is watched."""
         if isinstance(tree, Tensor):
-            return self._act(names[0], tree)
+            return self._act(names[0], tree)  # type: ignore[return-value]
         leaves, rebuild = flatten(tree)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for index, name in names.items():
             place = places[index]
             leaves[place] = self._act(name, leaves[place])
-        return rebuild(leaves)
+        changed: T = rebuild(leaves)
+        return changed
 
     def _act(self, name: str, tensor: Tensor) -> Tensor:
         """The effect on one tensor, computed once where several calls read the same tensor."""

@@ -156,6 +156,21 @@ class Schedule:
         items = {"getitem"} if self.known.items else set()
         return without_names(acting | items | CONTRACTIONS.keys() | LAYERS.keys() | DECOMPOSED.keys())
 
+    @cached_property
+    def acting_leaves(self) -> frozenset[str]:
+        """Paths of the leaves at whose calls quantizers act, or that are counted, or that no run may reach."""
+        return self.unreached | {path for path, step in (*self.actions, *self.known.told_apart) if not step}
+
+    @cached_property
+    def looks_inside(self) -> bool:
+        """Whether a quantizer acts on a weight that is computed inside a leaf."""
+        return any(actions.inner for calls in self.actions.values() for actions in calls.values())
+
+    @cached_property
+    def tells_apart(self) -> bool:
+        """Whether it matters to a call which module was called before it."""
+        return bool(self.known.told_apart or self.known.after)
+
     def may_lack(self, argument: str) -> bool:
         """Whether an example runs without an argument."""
         return any(self._values[argument] not in given for given in self.known.inputs)

@@ -21,6 +21,9 @@ from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.eager import LARGE
 from sophq_func.numerics.granularity import PerChannel, PerGroup, PerTensor
 
+NO_ZERO_POINT = torch.zeros((), dtype=torch.int32)
+"""In the place of zero points that a symmetric scheme does not read."""
+
 Rounded = Mapping[str, Callable[[Tensor], Tensor]]
 """By name of a quantizer, the function that quantizes its value."""
 
@@ -48,7 +51,9 @@ class Weights(NamedTuple):
         weights = [params[quantizer.site.parameter] for quantizer in self.quantizers]
         own = [qparams[quantizer.site.quantizer] for quantizer in self.quantizers]
         matrix = torch.cat([weight.reshape(-1, self.length) for weight in weights])
-        scales = QParams(torch.cat([one.scale for one in own]), torch.cat([one.zero_point for one in own]), {})
+        scale = torch.cat([one.scale for one in own])
+        zero_point = NO_ZERO_POINT if first.scheme.symmetric else torch.cat([one.zero_point for one in own])
+        scales = QParams(scale, zero_point, {})
         factor = self._factor(params)
         if first.fake_quantize.prepare is None or factor is None:
             rounded = first.fake_quantize.apply(matrix, scales, first.scheme)
@@ -87,10 +92,10 @@ class Values(NamedTuple):
         scales, zero_points = [one.scale for one in own], [one.zero_point for one in own]
         if any(one.extras for one in own) or not _are_alike(scales) or not _are_alike(zero_points):
             return {}
-        many = self.first.fake_quantize.many
+        scheme, many = self.first.scheme, self.first.fake_quantize.many
         assert many is not None, "only quantizers that have it are put together"
-        both = QParams(torch.stack(scales), torch.stack(zero_points), {})
-        return dict(zip(self.names, many(both, self.first.scheme), strict=True))
+        side_by_side = QParams(torch.stack(scales), NO_ZERO_POINT if scheme.symmetric else torch.stack(zero_points), {})
+        return dict(zip(self.names, many(side_by_side, scheme), strict=True))
 
 
 def weights_together(quantizers: Iterable[WeightQuantizer], shapes: Mapping[str, torch.Size]) -> list[Weights]:

@@ -362,7 +362,7 @@ def _evaluated(
     """The rest of :func:`_composed`, with the derivatives of step and zero point multiplied by ``share``."""
     zero = given.zero
     if not modes.may_differentiate():
-        _, clamped = _codes(_quotient(scaled, given.divisor, order), zero, low, high, order, noise)
+        clamped = _clamped(_quotient(scaled, given.divisor, order), zero, low, high, order, noise)
         return given.step * (clamped if zero is None else clamped - zero)
     ratio = _quotient(modes.as_constant(scaled), given.divisor, order)
     inside, clamped = _codes(ratio, zero, low, high, order, noise)
@@ -413,6 +413,13 @@ def _codes(
         return inside, clamped
     drawn = clamp(_rounded(ratio, zero, order, noise), low, high)
     return inside, torch.where(inside, drawn.detach(), clamped)
+
+
+def _clamped(ratio: Tensor, zero: Tensor | None, low: Bound, high: Bound, order: Order, noise: Tensor | None) -> Tensor:
+    """The second of :func:`_codes`; without noise nothing needs to know what is inside."""
+    if noise is None:
+        return clamp(_rounded(ratio, zero, order), low, high)
+    return _codes(ratio, zero, low, high, order, noise)[1]
 
 
 def _rounded(ratio: Tensor, zero: Tensor | None, order: Order, noise: Tensor | None = None) -> Tensor:

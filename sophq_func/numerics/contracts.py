@@ -134,6 +134,7 @@ class Many(Protocol):
 
     Args:
       qparams: without extras; scale and zero point, of shape ``(N,)``, are those of N tensors that have one scale each.
+        The zero point of a symmetric scheme is not read, and may have any shape.
       scheme: the same for all tensors.
     """
 
@@ -232,7 +233,8 @@ class FakeQuantize(NamedTuple):
       block_axis: the axis along which blocks lie, counted from the end.
       local: the result for an element depends on the elements of its scale or block alone.
       rowwise: weights of one scheme whose channels lie along the first axis, and have equally many elements, may be
-        quantized as one: their channels as the rows of one matrix, with their qparams side by side.
+        quantized as one: their channels as the rows of one matrix, with their qparams side by side. The zero point of a
+        symmetric scheme is not read then, and may have any shape.
       many: see :class:`Many`; ``None`` where each tensor is prepared alone.
       needs: names of extras that ``init`` does not make and a model must not do without: it raises a ``StateError`` where
         they are missing. Alone, ``apply`` says what it computes then.

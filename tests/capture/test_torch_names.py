@@ -49,7 +49,7 @@ class Counting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@without("_get_current_function_mode")
+@without("_get_function_stack_at")
 def the_mode_of_a_run_would_not_know_whether_one_of_the_models_own_stands_before_it() -> None:
     assert _torch.innermost_mode() is None
     with Counting() as outer, Counting() as inner:
@@ -77,8 +77,8 @@ def a_model_of_fake_tensors_could_not_be_planned_where_it_transposes_a_weight() 
     assert not _torch.is_empty_shell(torch.ones(2))
 
 
-@without("_pop_mode")
-@without("_push_mode")
+@without("_pop_torch_function_stack")
+@without("_push_on_torch_function_stack")
 def every_function_inside_a_layer_of_torch_would_be_watched() -> None:
     with Counting() as mode:
         _torch.pop_mode()
