@@ -278,7 +278,7 @@ def _reported(module: nn.Module, *args: Tree, **kwargs: Tree) -> Output:
 def calls_leaves_alone(module: nn.Module) -> bool:
     """Whether a module with hooks calls no function outside of leaves: it is a leaf of torch's, or a chain of modules."""
     info: ModuleInfo = module._sophq_info  # type: ignore[assignment]
-    is_chain = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    is_chain = getattr(type(module), "forward", None) is nn.Sequential.forward and "forward" not in vars(module)
     return (info.reads_its_own or is_chain) and has_only_our_hooks(module)
 
 
