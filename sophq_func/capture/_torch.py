@@ -19,7 +19,6 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import (
     TorchFunctionMode,
@@ -33,9 +32,13 @@ READS_ITS_OWN = (_ConvNd, nn.Linear, nn.Embedding)
 """Layers whose parameters only their own forward reads. ``_ConvNd`` is the base of all convolutions."""
 
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Layers that write into their buffers in training mode alone."""
+
+
 def keeps_buffers(module: nn.Module) -> bool:
-    """Whether a module of torch's own writes into none of its buffers: a norm in eval mode."""
-    return isinstance(module, _NormBase) and not module.training
+    """Whether a layer of torch's own writes into none of its buffers."""
+    return isinstance(module, NORMS) and not module.training
 
 
 Store = dict[str, Tensor]

@@ -214,6 +214,7 @@ class Skeleton:
           biases: for the path of each layer, the canonical name of its bias, and a tensor of the bias's shape.
         """
         other = copy.deepcopy(self)
+        other.calls_leaves_alone = False  # what it calls instead is not torch's
         for path in skipped:
             other._module_at[path].forward = _first_argument  # type: ignore[method-assign]
         for path, (name, like) in biases.items():

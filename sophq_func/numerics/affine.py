@@ -369,8 +369,7 @@ def _evaluated(
     level = clamped if zero is None else clamped - zero
     if given.moved_zero is not None:
         # dy/dz = -s outside: the zero point moves the outermost values; inside it cancels
-        moved = given.moved_zero if share == 1 else given.moved_zero * share
-        level = modes.beside(level, x) - torch.where(inside, 0, moved)
+        level = torch.sub(modes.beside(level, x), torch.where(inside, 0, given.moved_zero), alpha=share)
     # y = step L + (x - const(x)) + (step - const(step)) slope: the last two terms are 0, and give dy/dx = 1 inside and
     # dy/ds = slope, which is L - x / s inside and L outside. addcmul(a, b, c) is a + b c; the inner one is the first two
     within = torch.where(inside, x, 0)

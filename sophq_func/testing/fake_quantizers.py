@@ -20,6 +20,7 @@ from sophq_func.numerics.scheme import QScheme
 from sophq_func.testing.laws import Law, check_all, hold, law
 from sophq_func.testing.pieces import Piece, named, piece_of
 from sophq_func.testing.subjects import (
+    KINDS,
     NARROW,
     SHAPE,
     STATIC_AFFINE,
@@ -30,6 +31,7 @@ from sophq_func.testing.subjects import (
     observed,
     pick,
     sample,
+    scheme_of,
     stack,
     unchanged,
 )
@@ -457,6 +459,71 @@ def hessian_vector_products_keep_float32(piece: Piece, scheme: QScheme) -> None:
     for tree in (found, product):
         assert tree[0].dtype == torch.float32
         assert all(leaf.dtype == torch.float32 and leaf.isfinite().all() for leaf in (tree[0], *tree[1].values()))
+
+
+def is_rowwise(piece: Piece) -> bool:
+    """Whether a fake quantizer claims ``rowwise``."""
+    return made(piece).rowwise
+
+
+def has_many(piece: Piece) -> bool:
+    """Whether a fake quantizer has ``many``."""
+    return made(piece).many is not None
+
+
+Rounds = Callable[[list[Tensor], list[QParams]], Tensor]
+
+
+@law({kind: scheme_of(kind, PerChannel(0)) for kind in KINDS}, only=is_rowwise)
+def channels_of_several_weights_may_be_rounded_as_one(piece: Piece, scheme: QScheme) -> None:
+    """The channels of two weights may be rounded as the rows of one matrix, with the same gradients."""
+    fq = made(piece)
+
+    def as_one(weights: list[Tensor], own: list[QParams]) -> Tensor:
+        zero_point = UNREAD if scheme.symmetric else torch.cat([one.zero_point for one in own])
+        rows = torch.cat([x.reshape(len(x), -1) for x in weights])
+        return fq.apply(rows, QParams(torch.cat([one.scale for one in own]), zero_point, {}), scheme).reshape(2, *SHAPE)
+
+    _agrees_with_apply(piece, scheme, as_one, [sample(1), sample(3)])
+
+
+@law({kind: scheme_of(kind, PerTensor()) for kind in KINDS}, {"small": 1, "large": 1000}, only=has_many)
+def many_tensors_may_be_prepared_together(piece: Piece, scheme: QScheme, copies: int) -> None:
+    """``many`` gives for each tensor what ``apply`` gives, with the same gradients."""
+    many = made(piece).many
+    assert many is not None
+
+    def together(values: list[Tensor], own: list[QParams]) -> Tensor:
+        zero_points = UNREAD if scheme.symmetric else torch.stack([one.zero_point for one in own])
+        functions = many(QParams(torch.stack([one.scale for one in own]), zero_points, {}), scheme)
+        return torch.stack([function(x) for function, x in zip(functions, values, strict=True)])
+
+    _agrees_with_apply(piece, scheme, together, [sample(1).repeat(copies, 1, 1), sample(3).repeat(copies, 1, 1)])
+
+
+UNREAD = torch.zeros((), dtype=torch.int32)
+"""In the place of zero points that a symmetric scheme does not read."""
+
+
+def _agrees_with_apply(piece: Piece, scheme: QScheme, f: Rounds, tensors: list[Tensor]) -> None:
+    """A function that rounds two tensors gives what ``apply`` gives for each, and the gradients."""
+    fq, first = ready(piece, scheme)
+    own = [first, ready(piece, scheme, seed=2)[1]]
+
+    def alone(tensors: list[Tensor], own: list[QParams]) -> Tensor:
+        return torch.stack([fq.apply(x, one, scheme) for x, one in zip(tensors, own, strict=True)])
+
+    def loss(rounds: Rounds) -> Callable[..., Tensor]:
+        return lambda tensors, leaves: rounds(tensors, [put(*pair) for pair in zip(own, leaves, strict=True)]).square().sum()
+
+    assert_same(f(tensors, own), alone(tensors, own))
+    given = (tensors, [floating(one) for one in own])
+    (to_x, to_leaves), (x_alone, leaves_alone) = (torch.func.grad(loss(g), (0, 1))(*given) for g in (f, alone))
+    assert_same(to_x, x_alone)
+    # the same terms in another order: their sum differs by their count times eps times the sum of their sizes
+    bound = tensors[0].numel() * torch.finfo(torch.float32).eps
+    for leaf, expected in zip(leaves(to_leaves), leaves(leaves_alone), strict=True):
+        torch.testing.assert_close(leaf, expected, rtol=bound, atol=bound * float(expected.abs().max() + 1))
 
 
 @law({str(item): item for item in (PerTensor(), PerChannel(1))}, slow=True)
