@@ -50,6 +50,7 @@ over_some_schemes = each("scheme", SOME)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that leave a rest, and no tensor too small."""
     monkeypatch.setattr(eager, "LARGE", 0)
+    monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", 0)
     monkeypatch.setattr(eager_forward, "BLOCK", 10)
     monkeypatch.setattr(eager_gradients, "BACKWARD_BLOCK", 10)
 
