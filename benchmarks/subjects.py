@@ -1,12 +1,17 @@
-"""The models that are measured: ResNet-18 at 224 x 224, a BERT shaped like MiniLM at 8 x 128, a tiny one. Random weights."""
+"""The models that are measured: ResNet-18 at 224 x 224, a BERT shaped like MiniLM at 8 x 128, and smaller ones.
+
+Weights are random.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -90,6 +95,97 @@ def tiny(layers: int = 20, width: int = 8) -> Subject:
     return Subject(seeded(make), (torch.randn(4, width, 8, 8, generator=generator()),), lambda output: output)
 
 
+class CifarBlock(nn.Module):
+    """The basic block of the small ResNets (arXiv:1512.03385, section 4.2)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        projection = (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.downsample = nn.Identity() if same else nn.Sequential(*projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for images of 32 x 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        widths = [(16, 16, 1)] * 3 + [(16, 32, 2), (32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1)]
+        self.blocks = nn.Sequential(*[CifarBlock(*width) for width in widths])
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class MLP(nn.Module):
+    """Three linear layers for digits of 28 x 28."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(784, 256), nn.Linear(256, 256), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+
+class GPTBlock(nn.Module):
+    """A pre-norm transformer block whose attention is written out."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // self.heads) + mask, -1)
+        x = x + self.out((scores @ v).transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A language model of 4 layers and 128 features."""
+
+    def __init__(self, layers: int = 4, width: int = 128, vocabulary: int = 256, length: int = 64) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(vocabulary, width), nn.Parameter(torch.randn(length, width) * 0.02)
+        self.blocks = nn.ModuleList([GPTBlock(width, 4) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.register_buffer("mask", torch.full((length, length), -1e9).triu(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.places
+        for block in self.blocks:
+            x = block(x, self.mask)
+        return self.head(self.norm(x))
+
+
+def resnet20() -> Subject:
+    """ResNet-20 on 32 random images."""
+    return Subject(seeded(ResNet20), (torch.randn(32, 3, 32, 32, generator=generator()),), lambda output: output)
+
+
+def mlp() -> Subject:
+    """784-256-256-10, batch 64."""
+    return Subject(seeded(MLP), (torch.randn(64, 784, generator=generator()),), lambda output: output)
+
+
+def gpt() -> Subject:
+    """The language model on 8 random texts of 64 tokens."""
+    return Subject(seeded(GPT), (torch.randint(0, 256, (8, 64), generator=generator()),), lambda output: output)
+
+
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """The same weights at every call, eval mode."""
 
@@ -106,3 +202,6 @@ def generator() -> torch.Generator:
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"resnet18": resnet18, "minilm": minilm, "tiny": tiny}
+
+RESEARCH: dict[str, Callable[[], Subject]] = {"tiny": tiny, "mlp": mlp, "gpt": gpt, "resnet20": resnet20}
+"""The small ones of :mod:`research_speed`, which measures the others, too."""
