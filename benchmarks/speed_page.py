@@ -1,6 +1,6 @@
-"""Write ``docs/speed.md`` and its picture from what ``benchmarks/speed.py`` measured.
+"""Write ``docs/speed.md`` and its picture from what ``benchmarks/speed.py`` and ``research_speed.py`` measured.
 
-``python benchmarks/speed_page.py [--json benchmarks/speed.json] [--out docs]``
+``python benchmarks/speed_page.py [--json benchmarks/speed.json] [--research benchmarks/research_speed.json] [--out docs]``
 """
 
 from __future__ import annotations
@@ -92,7 +92,46 @@ def sweep(row: Mapping[str, float]) -> Iterator[str]:
         yield f"| {name} | {1000 * row[name]:.0f} | {row[f'{name} ratio']:.1f} | {row[f'{name} difference']:.0e} |"
 
 
-def page(data: Mapping[str, Any]) -> str:
+RESEARCH = """
+## Research
+
+Made by `python benchmarks/research_speed.py`: an MLP 784-256-256-10 (batch 64), ResNet-20 (32 images of 32 x 32), a GPT of 4
+layers and 128 features (8 x 64), and the networks above, in seconds of the processor as ratios to float; *by hand* is LSQ in
+ten lines, which folds no BatchNorm. *step* and *autograd.grad* are plain backward passes, of modules and of a function of
+params; *func.grad* is `torch.func.grad` of that function: its tape costs more calls, which small networks notice and large
+ones do not. *vmap(grad)* is the gradient of each of 32 examples. **Bold**: a row where this library, with and without
+kernels, loses to another column. Peers that are missing fail, or have no such thing.
+"""
+
+OURS = ("sophq_func", "sophq_func, kernels")
+"""Columns of this library."""
+
+
+def research(rows: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of ``research_speed.json``."""
+    yield RESEARCH
+    for model, measured in rows.items():
+        ratios = measured["ratios"]
+        names = list(dict.fromkeys(name for row in ratios.values() for name in row if name != "float"))
+        yield f"\n### {model}\n"
+        yield f"| | {' | '.join(names)} |"
+        yield "|---" * (len(names) + 1) + "|"
+        for row, values in ratios.items():
+            yield f"| {_marked(row, values)} | {' | '.join(_cell(values, name) for name in names)} |"
+
+
+def _cell(values: Mapping[str, float], name: str) -> str:
+    return f"{values[name]:.2f}" if name in values else "-"
+
+
+def _marked(row: str, values: Mapping[str, float]) -> str:
+    """The name of a row, bold where another candidate is faster by more than two measurements of one differ."""
+    own = min(values[name] for name in OURS if name in values)
+    others = [value for name, value in values.items() if name not in (*OURS, "float")]
+    return f"**{row}**" if min(others, default=own) < 0.97 * own else row
+
+
+def page(data: Mapping[str, Any], of_research: Mapping[str, Any]) -> str:
     """The page."""
     rows, machine = data["rows"], data["machine"]
     parts = [
@@ -100,7 +139,7 @@ def page(data: Mapping[str, Any]) -> str:
     ]
     for label, row in rows.items():
         parts += sweep(row) if label == "sweep" else table(label, row)
-    return "\n".join([*parts, TAIL])
+    return "\n".join([*parts, *research(of_research["rows"]), TAIL])
 
 
 def draw(rows: Mapping[str, Any], path: Path) -> None:
@@ -132,10 +171,11 @@ def main() -> None:
     """Write both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/speed.json"))
+    parser.add_argument("--research", type=Path, default=Path("benchmarks/research_speed.json"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
     data = json.loads(options.json.read_text())
-    write_text(options.out / "speed.md", page(data))
+    write_text(options.out / "speed.md", page(data, json.loads(options.research.read_text())))
     draw(data["rows"], options.out / "speed.png")
 
 
