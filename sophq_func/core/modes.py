@@ -55,6 +55,16 @@ def is_compiled_for_training() -> bool:
     return compiling and torch.is_grad_enabled() and not is_mapped()
 
 
+def is_recorded() -> bool:
+    """Whether ``make_fx`` records what is computed now as a flat program, in which no number can be read."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def is_plain_eager() -> bool:
+    """Whether nothing looks at what is computed now: no compiler, recorder, transform of ``torch.func``, or forward mode."""
+    return not (is_mapped() or forward_ad._current_level >= 0 or torch.compiler.is_compiling() or is_recorded())
+
+
 def is_mapped() -> bool:
     """Whether a transform of ``torch.func`` is active."""
     return torch._C._are_functorch_transforms_active()
@@ -132,7 +142,7 @@ def may_have_derivative(tensor: Tensor) -> bool:
 
 def is_plain(values: Iterable[Tensor]) -> bool:
     """Whether the numbers in all tensors can be read: in eager, and none is batched, traced, fake or on ``meta``."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_recorded():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for value in values:
