@@ -388,6 +388,11 @@ def is_operator(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
+def has_tag(target: object, tag: torch.Tag) -> bool:
+    """Whether the target of a graph's node is an operator that torch has given a tag."""
+    return isinstance(target, torch._ops.OpOverload) and tag in target.tags
+
+
 def schema(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
     """The arguments of an operator, and which of them it writes into or returns views of."""
     return overload._schema
@@ -403,7 +408,9 @@ def compiled_by_inductor(module: torch.fx.GraphModule, inputs: list[Tensor]) -> 
     """A flat program as a function that inductor has compiled for inputs of these shapes, without guards of Dynamo."""
     from torch._inductor import compile as compiled
 
-    function: Callable[..., list[Tensor]] = compiled(module, inputs)  # type: ignore[assignment]
+    # who calls it has compared sizes and strides already
+    options = {"size_asserts": False, "alignment_asserts": False}
+    function: Callable[..., list[Tensor]] = compiled(module, [*inputs], options)  # type: ignore[assignment]
     return function
 
 
@@ -419,7 +426,7 @@ def metadata_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     # without fixed sizes and strides it would read past the end of a list
     sizes = [list(tensor.shape) for tensor in tensors]
     strides = [list(tensor.stride()) for tensor in tensors]
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
     check: Callable[..., bool] = guards.check
     return check
 

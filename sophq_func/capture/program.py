@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from sophq_func.capture._torch import is_operator, kernel, operator_name, schema
+from sophq_func.capture._torch import has_tag, is_operator, kernel, operator_name, schema
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.types import Args, Kwargs, Tree
 
@@ -44,12 +44,15 @@ class Recorded(NamedTuple):
     """What was recorded.
 
     Attributes:
-      module: a graph, and the constants that it holds. Its placeholders are the inputs, and then the tensors of ``outside``.
+      module: a graph, and the constants that it holds. Its placeholders are the inputs, and then the tensors of
+        ``outside``, without those that no operator reads.
       outside: tensors that the function read and that are no inputs.
+      read: which of the inputs and then of ``outside`` the placeholders are.
     """
 
     module: GraphModule
     outside: list[Tensor]
+    read: list[int]
 
 
 def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded:
@@ -89,8 +92,9 @@ def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded
             raise PlanError(_depends(f"the shape of what {operator_name(node.target)} returns depends on one"))
     outside = _lift(module)
     _tidy(module.graph)
+    read = _drop_unread(module.graph)
     module.recompile()
-    return Recorded(module, outside)
+    return Recorded(module, outside, read)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -158,7 +162,7 @@ def _line(error: Exception) -> str:
 
 def _has_other_shapes(node: Node) -> bool:
     """Whether the shape of a node's result depends on numbers."""
-    if not is_operator(node.target) or torch.Tag.dynamic_output_shape not in node.target.tags:
+    if not has_tag(node.target, torch.Tag.dynamic_output_shape):
         return False
     # an index by numbers has the shape of the numbers; by a mask it has not
     is_index = operator_name(node.target) == "index"
@@ -210,6 +214,17 @@ def _tidy(graph: Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def _drop_unread(graph: Graph) -> list[int]:
+    """Take out the placeholders that nothing reads, and return the numbers of the others."""
+    read = []
+    for number, node in enumerate(graph.find_nodes(op="placeholder")):
+        if node.users:
+            read.append(number)
+        else:
+            graph.erase_node(node)
+    return read
+
+
 def _memory(graph: Graph) -> dict[Node, set[Node]]:
     """For each node, the nodes that have made the memory in which its result may lie."""
     memory: dict[Node, set[Node]] = {}
@@ -254,7 +269,7 @@ def _nodes(value: Tree) -> list[Node]:
 
 def _changes_shape(node: Node) -> bool:
     """Whether a node gives its argument another shape, in place."""
-    return is_operator(node.target) and torch.Tag.inplace_view in node.target.tags
+    return has_tag(node.target, torch.Tag.inplace_view)
 
 
 def _call(node: Node) -> object:

@@ -138,9 +138,10 @@ def stage(f: Callable[P, R], backend: Backend = "eager") -> Staged[P, R]:
       A function that is called as ``f`` is, with ``lower(*args).text()``, ``cache_info()`` and ``cache_clear()``.
 
     Raises:
-      PlanError: at a call, if what ``f`` computes depends on numbers in tensors (``.item()``, ``if x > 0``, ``x[x > 0]``), if
-        it draws random numbers of Python or numpy, if its output requires a gradient, or if it reads a tensor that is
-        neither an argument nor found in its closure.
+      PlanError: at a call, if what ``f`` computes depends on numbers in tensors (``.item()``, ``if x > 0``,
+        ``x[x > 0]``), if it draws random numbers of Python or numpy or from a generator, if its output requires a
+        gradient, if it writes into an argument, or if it reads a tensor that is neither an argument nor found in its
+        closure.
 
     Example:
       >>> def loss(w, x):
@@ -199,8 +200,9 @@ class _Program(NamedTuple):
       tensors: where the tensors are among the leaves of the arguments.
       others: where the other leaves are, and what they were.
       outside: where the tensors are held that are no arguments.
-      guard: whether tensors have the metadata of those of the recording.
-      function: the program: from the tensors of the arguments and from outside to those of the output.
+      guard: whether the tensors of the arguments and from outside have the metadata of those of the recording.
+      read: which of these the program reads: of others it may need no more than the shape.
+      function: the program.
       outputs: what is made of these.
       text: the program, to look at.
     """
@@ -211,12 +213,13 @@ class _Program(NamedTuple):
     others: list[tuple[int, object]]
     outside: Places
     guard: Callable[..., bool]
+    read: list[int]
     function: Callable[..., Sequence[Tensor]]
     outputs: _Outputs
     text: str
 
     def inputs(self, leaves: list[Tree], structure: Structure, around: tuple[object, ...]) -> list[Tensor] | None:
-        """What the program computes from; ``None`` if it was recorded for another kind of arguments."""
+        """The tensors of the arguments and from outside; ``None`` if it was recorded for another kind of arguments."""
         if structure != self.structure or around != self.around:
             return None
         if not all(type(leaves[i]) is type(other) and leaves[i] == other for i, other in self.others):
@@ -236,7 +239,7 @@ class _Program(NamedTuple):
             for device, (is_cast, _) in zip(AUTOCAST, self.around[-1], strict=True):  # type: ignore[call-overload]
                 if is_cast:
                     stack.enter_context(torch.autocast(device, enabled=False))
-            return self.outputs.filled(self.function(*inputs))
+            return self.outputs.filled(self.function(*[inputs[i] for i in self.read]))
 
 
 def _around() -> tuple[object, ...]:
@@ -263,14 +266,16 @@ def _recorded(
         return found
 
     given = [leaves[i] for i in tensors]
-    module, outside = record(flat, given)
+    module, outside, read = record(flat, given)
     held, lost = places(f, outside)
     _check_outside(lost)
     inputs = [*given, *outside]
     steps = steps_to_leaves(structure)
     names = [*(_argument(steps[i]) for i in tensors), *held.names]
-    program = source(module, [f"{name}, {_described(x)}" for name, x in zip(names, inputs, strict=True)])
-    compiled = compiled_by_inductor(module, inputs) if backend == "inductor" else program.function
+    program = source(module, [f"{names[i]}, {_described(inputs[i])}" for i in read])
+    function: Callable[..., Sequence[Tensor]] = program.function
+    if backend == "inductor":
+        function = compiled_by_inductor(module, [inputs[i].detach() for i in read])
     made = _Program(
         structure=structure,
         around=_around(),
@@ -278,7 +283,8 @@ def _recorded(
         others=[(i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)],
         outside=held,
         guard=metadata_guard(inputs),
-        function=compiled,
+        read=read,
+        function=function,
         outputs=outputs[-1],
         text=program.text,
     )
