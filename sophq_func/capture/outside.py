@@ -75,10 +75,12 @@ def places(root: object, wanted: list[Tensor]) -> tuple[Places, list[Tensor]]:
     """Where each tensor is held; and those that are held nowhere, which have no place.
 
     Example:
-      >>> scale = torch.tensor(2.0)
-      >>> found, lost = places(lambda x: x * scale, [scale])
-      >>> found.read()[0] is scale, lost
-      (True, [])
+      >>> def scaled_by(scale):
+      ...     return lambda x: x * scale
+      >>> two = torch.tensor(2.0)
+      >>> found, lost = places(scaled_by(two), [two])
+      >>> found.names, found.read()[0] is two, lost
+      (('scale',), True, [])
     """
     missing = {id(tensor) for tensor in wanted}
     walked: list[Step] = []

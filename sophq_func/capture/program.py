@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from sophq_func.capture._torch import has_tag, is_operator, kernel, operator_name, schema
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.core.randomness import kept_generators
 from sophq_func.core.types import Args, Kwargs, Tree
 
 WHERE = "torch.where(condition, a, b), or stage the parts before and behind it"
@@ -78,8 +79,7 @@ def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded
 
     # copies, since the function may write into them, and since a tensor that is given twice is two inputs
     copies = [_copied(tensor) for tensor in inputs]
-    devices = {tensor.device.index for tensor in inputs if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)), _Readers():
+    with kept_generators(inputs), _Readers():
         try:
             module = make_fx(recorded)(*copies)
         except (RuntimeError, NotImplementedError) as error:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -58,6 +60,21 @@ def is_compiled_for_training() -> bool:
 def is_recorded() -> bool:
     """Whether ``make_fx`` records what is computed now as a flat program, in which no number can be read."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def makes_numbers() -> bool:
+    """Whether a tensor that is made now holds numbers, and becomes no part of a program of a compiler or recorder."""
+    if torch.compiler.is_compiling() or is_recorded():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
+def outside_of_everything() -> AbstractContextManager[object]:
+    """A context in which tensors are made as if no transform of ``torch.func`` and no inference mode were active."""
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(temporarily_clear_interpreter_stack())
+    return stack
 
 
 def is_plain_eager() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
-from sophq_func.core.pytree import flatten, leaves
+from sophq_func.core.pytree import flatten, leaves, tensors
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.apply import apply
 from sophq_func.model.engine import Engine
@@ -25,6 +25,9 @@ Setting = Mapping[str, QParams]
 
 Reduce = Callable[[Output], Tree]
 """What to keep of an output."""
+
+Key = Mapping[str, list[Tensor]]
+"""For each quantizer, what tells whether two settings of it agree."""
 
 Run = Callable[[Setting], Tree]
 """Runs the model under a setting, and returns what is kept of its output."""
@@ -71,9 +74,9 @@ def sweep(
         """Share nothing with other settings: may be mapped and compiled."""
         return keep(apply(engine, named, setting, args, kwargs))
 
-    def run_sharing(setting: Setting) -> Tree:
+    def run_sharing(setting: Setting, key: Key) -> Tree:
         """Share quantized weights with the settings before."""
-        quantized = versions(engine.effective(setting))
+        quantized = versions(engine.effective(setting), key)
         return keep(apply(frozen, quantized, setting, args, kwargs))
 
     with engine.constant():
@@ -86,8 +89,13 @@ def sweep(
                 why = str(error).strip().partition("\n")[0]
                 # level 3 is the line that called Quantized.sweep
                 warnings.warn(f"sweep: settings run one by one, as vmap fails: {why}", RuntimeWarning, stacklevel=3)
-        run = torch.compile(run_alone) if how == "compile" else run_sharing
-        return _joined([run(setting) for setting in shown(each, "sweep", progress)])
+        if how == "compile":
+            run = torch.compile(run_alone)
+            return _joined([run(setting) for setting in shown(each, "sweep", progress)])
+        weights = [weight.site.quantizer for weight in engine.acting]
+        keys = on_host(each, weights, copy=not all(tensor.is_cpu for tensor in tensors(each[0])))
+        pairs = shown(list(zip(each, keys, strict=True)), "sweep", progress)
+        return _joined([run_sharing(setting, key) for setting, key in pairs])
 
 
 class Versions:
@@ -103,17 +111,22 @@ class Versions:
         self.params = params
         self._kept: dict[str, list[tuple[list[Tensor], Tensor]]] = {}
 
-    def __call__(self, effective: Setting) -> dict[str, Tensor]:
-        """The params with weights quantized and biases rounded by effective qparams, see :meth:`Engine.effective`."""
+    def __call__(self, effective: Setting, key: Key) -> dict[str, Tensor]:
+        """The params with weights quantized and biases rounded.
+
+        Args:
+          effective: qparams, see :meth:`Engine.effective`.
+          key: what tells whether two settings of a weight agree, see :func:`on_host`.
+        """
         new = dict(self.params)
         for quantizer in self.quantizers:
-            new[quantizer.site.parameter] = self._weight(quantizer, effective[quantizer.site.quantizer])
+            name = quantizer.site.quantizer
+            new[quantizer.site.parameter] = self._weight(quantizer, effective[name], key[name])
             new.update(quantizer.rounded_bias(self.params, effective))
         return new
 
-    def _weight(self, quantizer: WeightQuantizer, qparams: QParams) -> Tensor:
+    def _weight(self, quantizer: WeightQuantizer, qparams: QParams, key: list[Tensor]) -> Tensor:
         kept = self._kept.setdefault(quantizer.site.quantizer, [])
-        key = leaves(qparams)
         for known_key, weight in kept:
             if _are_equal(known_key, key):
                 return weight
@@ -121,6 +134,25 @@ class Versions:
         kept.append((key, weight))
         del kept[:-KEPT]
         return weight
+
+
+def on_host(each: Sequence[Setting], names: Sequence[str], copy: bool) -> list[Key]:
+    """The leaves of some quantizers in each setting, to be compared.
+
+    Args:
+      each: the settings.
+      names: of the quantizers.
+      copy: whether the leaves lie on an accelerator. All are copied from there at once, so that it is waited for once, and
+        not at each comparison; in float64, which holds every number of a float32 or int32.
+    """
+    found: list[Key] = [{name: leaves(setting[name]) for name in names} for setting in each]
+    if not copy:
+        return found
+    every = {id(leaf): leaf for key in found for own in key.values() for leaf in own}
+    flat = torch.cat([leaf.detach().reshape(-1).double() for leaf in every.values()]).cpu()
+    parts = torch.split(flat, [leaf.numel() for leaf in every.values()])
+    copies = dict(zip(every, parts, strict=True))
+    return [{name: [copies[id(leaf)] for leaf in own] for name, own in key.items()} for key in found]
 
 
 def size_of(plan: Plan, params: Params) -> int:
@@ -149,7 +181,7 @@ def _everything(output: Output) -> Tree:
 def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     if len(some) != len(others):
         return False
-    # "is" first: settings of one calibration share most leaves, and comparing numbers waits for an accelerator
+    # "is" first: settings of one calibration share most leaves
     return all(one is other or torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
@@ -159,13 +191,13 @@ def _mapped(run: Run, each: Sequence[Setting], size: int) -> Tree:
     chunks = [each[start : start + length] for start in range(0, len(each), length)]
     structures = []
 
-    def tensors(setting: Setting) -> list[Tensor]:
+    def kept_tensors(setting: Setting) -> list[Tensor]:
         # vmap returns tensors only; the rest of the tree is remembered on the way
         tree_leaves, rebuild = flatten(run(setting))
         structures.append((tree_leaves, rebuild))
         return _tensors(tree_leaves)
 
-    outputs = [torch.vmap(tensors)(stack(chunk)) for chunk in chunks]
+    outputs = [torch.vmap(kept_tensors)(stack(chunk)) for chunk in chunks]
     batches = [torch.cat(column) for column in zip(*outputs, strict=True)]
     return _with_tensors(*structures[0], batches)
 

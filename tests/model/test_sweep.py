@@ -16,7 +16,7 @@ from torch.func import vmap
 
 import sophq_func as sq
 from sophq_func.core.pytree import tree_map
-from sophq_func.model.sweep import SMALL, Versions
+from sophq_func.model.sweep import SMALL, Versions, on_host
 from tests.golden.models import ResidualConvNet
 
 WAYS = ("auto", "loop", "vmap", pytest.param("compile", marks=pytest.mark.slow))
@@ -70,7 +70,7 @@ def test_a_weight_is_quantized_once_for_settings_that_agree() -> None:
     settings = [sq.enabled(qparams, mask) for mask in torch.eye(len(names), dtype=torch.bool)]
     versions, changes = Versions(q.engine.acting, params), []
     for setting in settings:
-        new = versions(setting)
+        new = versions(setting, on_host([setting], [w.site.quantizer for w in q.engine.acting], copy=False)[0])
         changes.append({w.site.parameter: new[w.site.parameter] for w in q.engine.acting})
     for parameter in changes[0]:
         assert len({id(step[parameter]) for step in changes}) <= 2
