@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
-from sophq_func.core.pytree import flatten, leaves, tensors
+from sophq_func.core.pytree import flatten, leaves, taken_apart, tensors
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.apply import apply
 from sophq_func.model.engine import Engine
@@ -34,12 +34,29 @@ Run = Callable[[Setting], Tree]
 
 WAYS = ("auto", "loop", "vmap", "compile")
 
-SMALL = 2**15
-"""Up to how many elements of weights and values ``"auto"`` maps: what costs then is calling torch, not its arithmetic.
+SMALL = 2**13
+"""Up to how many elements a quantizer ``"auto"`` maps: what costs then is calling torch, not its arithmetic.
 
-Measured with three linear layers and 16 settings on one core: vmap takes 0.3 of the loop's time at 5,000 elements, 0.7 at
-this size, and 1.6 at 200,000.
+A rule, and not a measurement in each sweep: the two ways round differently, so that a choice by the clock would give other
+numbers on another day. Time of vmap in that of the loop, 16 settings, one core, by elements of weights and values:
+
+==========================================  ===========  ==========
+network                                     a quantizer  vmap, loop
+==========================================  ===========  ==========
+20 convolutions of 8 channels, 4x8x8x8            1,300        0.31
+3 linear layers of 64 features, batch 16          2,600        0.45
+8 convolutions of 16 channels, 4x16x8x8           3,200        0.36
+8 convolutions of 32 channels, 4x32x8x8           8,700        0.46
+8 convolutions of 8 channels, 4x8x32x32          16,700        0.83
+MLP 784-256-256-10, batch 64                     58,600        0.83
+a language model of 4 layers, 8x64x128           80,000        2.05
+==========================================  ===========  ==========
+
+Above some 10,000 elements the two hardly differ, and the loop is ahead where settings agree on most weights.
 """
+
+FEWEST = 4
+"""From how many settings on ``"auto"`` maps: a vmap takes as long as four to six settings of the loop, however few it has."""
 
 ROOM = 2**22
 """How many elements of weights and values a chunk of mapped settings may hold: 16 MiB in float32, so that memory does not
@@ -82,7 +99,8 @@ def sweep(
     with engine.constant():
         if how == "vmap":
             return _mapped(run_alone, each, size)
-        if how == "auto" and len(each) > 1 and size <= SMALL:
+        is_small = len(each) >= FEWEST and size <= SMALL * len(engine.plan)
+        if how == "auto" and is_small and _are_alike(each):
             try:
                 return _mapped(run_alone, each, size)
             except RuntimeError as error:  # such as Python that branches on a value
@@ -171,6 +189,12 @@ def _check(how: str, each: Sequence[Setting]) -> None:
     if not each:
         fix = "pass a list of qparams, or sq.stack of one"
         raise StateError(explain("sweep", "there are no settings to run", fix=fix))
+
+
+def _are_alike(each: Sequence[Setting]) -> bool:
+    """Whether all settings have the same leaves, so that they can be stacked."""
+    kinds = [(structure, [(leaf.shape, leaf.dtype) for leaf in own]) for own, structure in map(taken_apart, each)]
+    return all(kind == kinds[0] for kind in kinds)
 
 
 def _everything(output: Output) -> Tree:
