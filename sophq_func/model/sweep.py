@@ -56,7 +56,7 @@ Above some 10,000 elements the two hardly differ, and the loop is ahead where se
 """
 
 FEWEST = 4
-"""From how many settings on ``"auto"`` maps: a vmap takes as long as four to six settings of the loop, however few it has."""
+"""From how many settings on ``"auto"`` maps: a vmap takes as long as four to six settings of the loop, even for one."""
 
 ROOM = 2**22
 """How many elements of weights and values a chunk of mapped settings may hold: 16 MiB in float32, so that memory does not
@@ -193,7 +193,8 @@ def _check(how: str, each: Sequence[Setting]) -> None:
 
 def _are_alike(each: Sequence[Setting]) -> bool:
     """Whether all settings have the same leaves, so that they can be stacked."""
-    kinds = [(structure, [(leaf.shape, leaf.dtype) for leaf in own]) for own, structure in map(taken_apart, each)]
+    parts = [taken_apart(dict(setting)) for setting in each]
+    kinds = [(structure, [(leaf.shape, leaf.dtype) for leaf in own]) for own, structure in parts]
     return all(kind == kinds[0] for kind in kinds)
 
 
