@@ -62,11 +62,11 @@ set by the script), as it does with jemalloc or tcmalloc; without that, page fau
 
 ## On a GPU
 
-`python benchmarks/gpu.py` compares every piece and two networks with the CPU, runs them where waiting for the device is an error
-(`torch.cuda.set_sync_debug_mode("error")`), captures forward and gradient in a CUDA graph, and measures time and memory as
-ratios to float in bfloat16 at a batch of 256, eager, staged and compiled: in under six minutes on one card. No card was at
-hand when this page was made, so there are no figures here; the script has run with `--device cpu --small` alone. On a CPU the
-tests count the operators that would wait: a run calls none.
+`python benchmarks/gpu.py` compares every piece and two networks with the CPU, runs them where waiting for the device is an
+error (`torch.cuda.set_sync_debug_mode("error")`), captures forward and gradient in a CUDA graph, and measures time and
+memory as ratios to float in bfloat16 at a batch of 256, eager, staged and compiled: in under six minutes on one card. No
+card was at hand when this page was made, so there are no figures here; the script has run with `--device cpu --small`
+alone. On a CPU the tests count the operators that would wait: a run calls none.
 """
 
 COLUMNS = ("forward", "step", "inner", "calibrate", "frozen", "empty", "memory")

@@ -14,7 +14,7 @@ from sophq_func.capture._torch import compiled_by_inductor, metadata_guard
 from sophq_func.capture.outside import GONE, Places, places
 from sophq_func.capture.program import record, source
 from sophq_func.core.errors import ConfigError, PlanError, explain, raise_all, unknown
-from sophq_func.core.modes import is_plain_eager
+from sophq_func.core.modes import is_plain_eager, recording_for_compiler
 from sophq_func.core.public import public
 from sophq_func.core.pytree import Structure, flatten, node_of, refilled, steps_to_leaves, taken_apart
 from sophq_func.core.types import Output, Tree
@@ -266,7 +266,8 @@ def _recorded(
         return found
 
     given = [leaves[i] for i in tensors]
-    module, outside, read = record(flat, given)
+    with recording_for_compiler(backend == "inductor"):
+        module, outside, read = record(flat, given)
     held, lost = places(f, outside)
     _check_outside(lost)
     inputs = [*given, *outside]

@@ -7,8 +7,9 @@ itself, call the single predicates, since there the answer may differ from that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,9 @@ def is_compiling() -> bool:
 
 def is_compiled_for_use() -> bool:
     """Whether a compiler, not an exporter, makes a program that no derivative is taken of."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not may_differentiate()
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting() and not may_differentiate()
+    return is_recorded_for_compiler() and not may_differentiate()
 
 
 def is_compiled_for_training() -> bool:
@@ -60,6 +63,24 @@ def is_compiled_for_training() -> bool:
 def is_recorded() -> bool:
     """Whether ``make_fx`` records what is computed now as a flat program, in which no number can be read."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+_for_compiler: ContextVar[bool] = ContextVar("for_compiler", default=False)
+
+
+@contextmanager
+def recording_for_compiler(is_compiled: bool) -> Iterator[None]:
+    """A context in which what is recorded will be compiled, if it ``is_compiled``, and not run operator by operator."""
+    token = _for_compiler.set(is_compiled)
+    try:
+        yield
+    finally:
+        _for_compiler.reset(token)
+
+
+def is_recorded_for_compiler() -> bool:
+    """Whether what is recorded now will be compiled: then many small operators cost nothing, and work in blocks much."""
+    return _for_compiler.get() and is_recorded()
 
 
 def makes_numbers() -> bool:
