@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import write
-from subjects import ResNet18
+from subjects import ResNet18, tiny
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -92,11 +92,10 @@ def subject(name: str, batch: int, small: bool) -> tuple[nn.Module, Tensor]:
     """A model with random weights and a batch, both on the CPU in float32."""
     torch.manual_seed(0)
     if name == "resnet18":
-        side = 32 if small else 224
-        return ResNet18().eval(), torch.randn(batch, 3, side, side)
-    if small:
-        return GPT(2, 32, 2, 64, 16).eval(), torch.randint(0, 64, (batch, 16))
-    return GPT(6, 512, 8, 1024, 256).eval(), torch.randint(0, 1024, (batch, 256))
+        model, shape = (tiny(4).make(), (8, 8, 8)) if small else (ResNet18().eval(), (3, 224, 224))
+        return model, torch.randn(batch, *shape)
+    layers, width, vocabulary, length = (1, 32, 64, 16) if small else (6, 512, 1024, 256)
+    return GPT(layers, width, 8, vocabulary, length).eval(), torch.randint(0, vocabulary, (batch, length))
 
 
 def moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -330,7 +329,7 @@ def rounded(name: str, scheme: sq.QScheme, x: Tensor, noise: Tensor) -> tuple[Te
 
 def pieces(check: Check) -> None:
     """Every observer and fake quantizer on two devices, in float32 and bfloat16."""
-    x = sample(8, 128) if check.small else sample()
+    x = sample(4, 32) if check.small else sample()
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
     compared = 0
     for name in OBSERVERS.names():
@@ -368,7 +367,7 @@ def waits(check: Check) -> None:
     calls = {name: ours for name, (ours, _) in network.calls().items()}
     calls |= {name: ours for name, (ours, _) in network.staged().items()}
     calls["with_bits"] = lambda: sq.with_bits(network.qparams, network.q.plan, 4)
-    x, scheme = sample().to(check.device), sq.QScheme(bits=4)
+    x, scheme = (sample(4, 32) if check.small else sample()).to(check.device), sq.QScheme(bits=4)
     noise = torch.rand_like(x)
     for name in FAKE_QUANTIZERS.names():
         calls[f"fake quantizer {name}"] = lambda name=name: rounded(name, scheme, x, noise)

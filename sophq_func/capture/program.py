@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from sophq_func.capture._torch import has_tag, is_operator, kernel, operator_name, schema
+from sophq_func.capture.turns import Turn
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.randomness import kept_generators
 from sophq_func.core.types import Args, Kwargs, Tree
@@ -31,8 +33,11 @@ WHERE = "torch.where(condition, a, b), or stage the parts before and behind it"
 HIDDEN = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 """Operators that write into their running statistics, which their schemas do not say."""
 
-STATISTICS = (3, 4)
-"""Where the running statistics are among the arguments of these."""
+STATISTICS, TRAINING = (3, 4), 5
+"""Where the running statistics are among the arguments of these, and the flag that says whether they are written."""
+
+RECORDING = Turn()
+"""One thread at a time records: a recorder replaces functions of torch, and puts them back at its end."""
 
 SAME = ("detach", "alias")
 """Operators whose result is their argument, where autograd is off."""
@@ -81,7 +86,7 @@ def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded
     copies = [_copied(tensor) for tensor in inputs]
     with kept_generators(inputs), _Readers():
         try:
-            module = make_fx(recorded)(*copies)
+            module = RECORDING.take(partial(make_fx(recorded), *copies))
         except (RuntimeError, NotImplementedError) as error:
             if _reads_a_number(error):
                 raise PlanError(_depends(f"{_line(error)} reads one")) from error
@@ -248,6 +253,8 @@ def _written(node: Node) -> list[Node]:
     if not is_operator(node.target):
         return []
     if operator_name(node.target) in HIDDEN:
+        if not node.args[TRAINING]:
+            return []
         return [one for index in STATISTICS for one in _nodes(node.args[index])]
     arguments = ((value, argument.alias_info) for value, argument in _arguments(node))
     return [one for value, alias in arguments if alias is not None and alias.is_write for one in _nodes(value)]

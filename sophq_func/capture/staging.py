@@ -61,7 +61,7 @@ class Staged(Generic[P, R]):
     """A function that runs as flat programs, see :func:`sophq_func.stage`."""
 
     def __init__(self, f: Callable[P, R], backend: Backend) -> None:
-        functools.update_wrapper(self, f)
+        functools.update_wrapper(self, f, updated=())
         self._function = f
         self._backend: Backend = backend
         self._programs: list[_Program] = []
@@ -96,6 +96,10 @@ class Staged(Generic[P, R]):
         """Forget all programs."""
         self._programs = []
         self._hits = self._misses = 0
+
+    def __reduce__(self) -> tuple[type[Staged], tuple[Callable[P, R], Backend]]:
+        """A copy records its own programs, which cannot be pickled."""
+        return Staged, (self._function, self._backend)
 
     def __repr__(self) -> str:
         name = getattr(self._function, "__qualname__", type(self._function).__name__)

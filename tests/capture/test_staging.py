@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -384,6 +387,13 @@ def test_autocast_is_recorded_and_not_applied_again() -> None:
     assert staged.cache_info().size == 2
 
 
+def test_a_float_model_writes_into_nothing_in_eval() -> None:
+    model, x = nn.BatchNorm1d(2).eval(), torch.rand(3, 2)
+    f = lambda params, x: functional_call(model, params, (x,))  # noqa: E731
+    with torch.no_grad():
+        assert_same_bits(sq.stage(f)(sq.params_of(model), x), model(x))
+
+
 def test_a_float_model_in_training_names_what_it_writes_into() -> None:
     model = nn.BatchNorm1d(2)
     params = sq.params_of(model)
@@ -392,6 +402,54 @@ def test_a_float_model_in_training_names_what_it_writes_into() -> None:
     with torch.no_grad(), pytest.raises(sq.PlanError, match="writes into an argument"):
         sq.stage(f)(params, torch.rand(3, 2))
     assert_same_bits(params, before)
+
+
+def test_a_bound_model_is_staged_and_follows_its_parameters() -> None:
+    m = made()
+    bound = m.q.bind(m.params, m.qparams, learn="params")
+    staged = sq.stage(bound)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same_bits(staged(m.x), bound(m.x))
+            for parameter in bound.parameters():
+                parameter.mul_(0.5)
+    assert staged.cache_info().size == 1
+
+
+def test_inference_mode_has_a_program_of_its_own() -> None:
+    m = made()
+    staged = sq.stage(m.q.apply)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                found = staged(m.params, m.qparams, m.x)
+                assert found.is_inference() == (mode is torch.inference_mode)
+                assert_same_bits(found, m.q.apply(m.params, m.qparams, m.x))
+    assert staged.cache_info()[1:] == (2, 2)
+
+
+def test_threads_may_share_a_staged_function() -> None:
+    staged, xs = sq.stage(lambda x: (x * 2).sin()), [torch.rand(n % 3 + 1) for n in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(staged, xs))
+    assert_same_bits(found, [(x * 2).sin() for x in xs])
+
+
+def test_a_copy_records_its_own_programs() -> None:
+    staged, x = sq.stage(torch.sin), torch.ones(2)
+    staged(x)
+    for other in (copy.deepcopy(staged), pickle.loads(pickle.dumps(staged))):
+        assert other.cache_info().size == 0
+        assert_same_bits(other(x), x.sin())
+
+
+def test_tensors_of_any_strides_and_sizes_are_inputs() -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    f = lambda x: (x + 1, x.sum(), x.reshape(-1))  # noqa: E731
+    staged = sq.stage(f)
+    for x in (base, base.T, base[::2, 1::2], base[:1].expand(3, 6), base[:0], base[0, 0], base.to(torch.int8)):
+        for _ in range(2):
+            assert_same_bits(staged(x), f(x))
 
 
 def test_a_staged_function_says_what_it_is() -> None:
