@@ -20,6 +20,8 @@ from sophq_func.algorithms.sensitivity import fidelity as fidelity
 from sophq_func.algorithms.sensitivity import sensitivity as sensitivity
 from sophq_func.capture.contents import params_of as params_of
 from sophq_func.capture.graph import Graph as Graph
+from sophq_func.capture.staging import Staged as Staged
+from sophq_func.capture.staging import stage as stage
 from sophq_func.capture.trace import trace as trace
 from sophq_func.checkpoint.io import Checkpoint as Checkpoint
 from sophq_func.checkpoint.io import load as load
@@ -126,6 +128,7 @@ __all__ = [
     "Sensitivity",
     "Site",
     "Spec",
+    "Staged",
     "StateError",
     "TopEigenvalue",
     "algorithms",
@@ -165,6 +168,7 @@ __all__ = [
     "sensitivity",
     "split_params",
     "stack",
+    "stage",
     "statistics",
     "strategies",
     "testing",

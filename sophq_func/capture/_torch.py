@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
@@ -388,3 +388,55 @@ def dequantize_per_channel(
     shape = [-1 if i == axis % input.ndim else 1 for i in range(input.ndim)]
     zeros = 0 if zero_points is None else zero_points.reshape(shape)
     return ((input - zeros) * scales.reshape(shape)).to(out_dtype or torch.float32)
+
+
+def is_operator(target: object) -> bool:
+    """Whether the target of a graph's node is an operator of torch, and no other function."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def has_tag(target: object, tag: torch.Tag) -> bool:
+    """Whether the target of a graph's node is an operator that torch has given a tag."""
+    return isinstance(target, torch._ops.OpOverload) and tag in target.tags
+
+
+def schema(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
+    """The arguments of an operator, and which of them it writes into or returns views of."""
+    return overload._schema
+
+
+def kernel(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """An operator without the Python around it, which takes a fifth of the time of a call on a small tensor."""
+    function: Callable[..., Any] = overload._op
+    return function
+
+
+def compiled_by_inductor(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """A flat program as a function that inductor has compiled for inputs of these shapes, without guards of Dynamo."""
+    from torch._inductor import compile as compiled
+
+    # who calls it has compared sizes and strides already
+    options = {"size_asserts": False, "alignment_asserts": False}
+    function: Callable[..., list[Tensor]] = compiled(module, [*inputs], options)  # type: ignore[assignment]
+    return function
+
+
+def metadata_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function that tells whether other tensors have the class, dtype, device, shape, strides and gradient flag of these.
+
+    One call in C++ for all of them: in Python it takes a tenth of the time of a small network.
+    """
+    if not tensors:
+        return _no_tensors
+    from torch._C._dynamo.guards import TensorGuards
+
+    # without fixed sizes and strides it would read past the end of a list
+    sizes = [list(tensor.shape) for tensor in tensors]
+    strides = [list(tensor.stride()) for tensor in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
+    check: Callable[..., bool] = guards.check
+    return check
+
+
+def _no_tensors(*tensors: Tensor) -> bool:
+    return not tensors

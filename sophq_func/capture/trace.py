@@ -17,6 +17,7 @@ from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.modes import writes_into
 from sophq_func.core.public import public
 from sophq_func.core.pytree import flatten, tensors
+from sophq_func.core.randomness import kept_generators
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 
@@ -68,7 +69,7 @@ def trace(
     frame = Recorder(skeleton, {id(tensor): name for name, tensor in registered_tensors(model).items()})
     versions = [writes_into(constant) for constant in skeleton.constants]
     versions_of_params = {name: writes_into(tensor) for name, tensor in given.items()}
-    with torch.random.fork_rng():
+    with kept_generators([*given.values(), *tensors((args, kwargs))]):
         args, kwargs = map_inputs(arguments(model), args, kwargs, frame.input)
         try:
             output, _ = skeleton.run(frame, given, args, kwargs)
@@ -127,7 +128,7 @@ def _offloaded(model: nn.Module, params: Mapping[str, Tensor]) -> PlanError:
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:
     """Like :func:`trace`, for a skeleton and given parameters; ``names`` are the names of the model's arguments."""
     frame = Recorder(skeleton)
-    with torch.random.fork_rng():
+    with kept_generators([*params.values(), *tensors((args, kwargs))]):
         args, kwargs = map_inputs(names, args, kwargs, frame.input)
         output, _ = skeleton.run(frame, params, args, kwargs)
     return frame.graph(output, skeleton.module, ())

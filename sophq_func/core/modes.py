@@ -7,11 +7,14 @@ itself, call the single predicates, since there the answer may differ from that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -43,7 +46,9 @@ def is_compiling() -> bool:
 
 def is_compiled_for_use() -> bool:
     """Whether a compiler, not an exporter, makes a program that no derivative is taken of."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not may_differentiate()
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting() and not may_differentiate()
+    return is_recorded_for_compiler() and not may_differentiate()
 
 
 def is_compiled_for_training() -> bool:
@@ -53,6 +58,49 @@ def is_compiled_for_training() -> bool:
     """
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return compiling and torch.is_grad_enabled() and not is_mapped()
+
+
+def is_recorded() -> bool:
+    """Whether ``make_fx`` records what is computed now as a flat program, in which no number can be read."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+_for_compiler: ContextVar[bool] = ContextVar("for_compiler", default=False)
+
+
+@contextmanager
+def recording_for_compiler(is_compiled: bool) -> Iterator[None]:
+    """A context in which what is recorded will be compiled, if it ``is_compiled``, and not run operator by operator."""
+    token = _for_compiler.set(is_compiled)
+    try:
+        yield
+    finally:
+        _for_compiler.reset(token)
+
+
+def is_recorded_for_compiler() -> bool:
+    """Whether what is recorded now will be compiled: then many small operators cost nothing, and work in blocks much."""
+    return _for_compiler.get() and is_recorded()
+
+
+def makes_numbers() -> bool:
+    """Whether a tensor that is made now holds numbers, and becomes no part of a program of a compiler or recorder."""
+    if torch.compiler.is_compiling() or is_recorded():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+
+
+def outside_of_everything() -> AbstractContextManager[object]:
+    """A context in which tensors are made as if no transform of ``torch.func`` and no inference mode were active."""
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(temporarily_clear_interpreter_stack())
+    return stack
+
+
+def is_plain_eager() -> bool:
+    """Whether nothing looks at what is computed now: no compiler, recorder, transform of ``torch.func``, or forward mode."""
+    return not (is_mapped() or forward_ad._current_level >= 0 or torch.compiler.is_compiling() or is_recorded())
 
 
 def is_mapped() -> bool:
@@ -132,7 +180,7 @@ def may_have_derivative(tensor: Tensor) -> bool:
 
 def is_plain(values: Iterable[Tensor]) -> bool:
     """Whether the numbers in all tensors can be read: in eager, and none is batched, traced, fake or on ``meta``."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_recorded():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for value in values:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sophq_func.core.constants import table
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics.affine import ste, working
@@ -24,6 +25,9 @@ It is so far below the values of a model that it changes no other scale.
 
 OCTAVE = 16
 """Values for each power of two on the logarithmic grid of NNIE."""
+
+POWERS = tuple(2 ** (i / OCTAVE) for i in range(OCTAVE))
+"""The values from one power of two up to the next."""
 
 LARGEST_TABLE = 8
 """Bits of the longest code of a table: codes are bytes."""
@@ -226,9 +230,8 @@ def _sixteenths(exponent: Tensor) -> Tensor:
     """
     whole = torch.where(exponent.isfinite(), exponent, 0)
     octave = (whole / OCTAVE).floor()
-    powers = [2 ** (i / OCTAVE) for i in range(OCTAVE)]
-    table = torch.tensor(powers, dtype=exponent.dtype, device=exponent.device)
-    return torch.ldexp(table[(whole - OCTAVE * octave).long()], octave)
+    powers = table(POWERS, exponent.dtype, exponent.device)
+    return torch.ldexp(powers[(whole - OCTAVE * octave).long()], octave)
 
 
 def check_quantile(where: str, quantile: object) -> None:

@@ -16,6 +16,7 @@ from sophq_func.capture import imagined
 from sophq_func.capture.graph import Graph, Node
 from sophq_func.config.site import ComputedSite, WeightSite
 from sophq_func.core.modes import is_plain
+from sophq_func.core.randomness import kept_generators
 from sophq_func.core.types import Args, Kwargs
 from sophq_func.model.engine import Engine, QParamsDict
 from sophq_func.model.value_quantizer import RunQuantizer
@@ -128,7 +129,7 @@ def _evaluated(
             seen.setdefault(name, []).append(x.detach().clone())
         return quantize(name, x)
 
-    with torch.random.fork_rng(), torch.no_grad():
+    with kept_generators(params.values()), torch.no_grad():
         engine.run_quantized(params, qparams, effect, *call)
     return {name: first for name, (first, *more) in seen.items() if all(torch.equal(first, other) for other in more)}
 
@@ -201,7 +202,7 @@ def _that_may_be_missing(
     """``parents``, if the model runs without their numbers; else none, as where a decomposition refuses NaN."""
     placed = {**params, **{name: absent(params[name]) for name in parents}}
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with kept_generators(params.values()), torch.no_grad():
             for _, call in _examples(engine, params, example):
                 engine.run_float(placed, lambda name, x: weights.get(name, x), *call)
     except (RuntimeError, ValueError):

@@ -11,6 +11,7 @@ from sophq_func.capture.transforms import depth, is_inside, whole
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.randomness import kept_generators
 from sophq_func.core.types import Args, Given, Kwargs
 from sophq_func.model.engine import Engine, QParamsDict
 from sophq_func.model.weight_quantizer import Params
@@ -66,6 +67,6 @@ def _values_with_noise(engine: Engine, params: Params, args: Args, kwargs: Kwarg
         return x
 
     # the run must not move the global generator: its dropout, say, is none of the caller's
-    with torch.random.fork_rng(), engine.constant():
+    with kept_generators(params.values()), engine.constant():
         engine.run_float(params, effect, args, kwargs)
     return seen

@@ -556,8 +556,9 @@ class Quantized:
           reduce: what to keep of an output, such as a loss; by default all of it.
           how: ``"loop"`` runs one setting after the other, and quantizes a weight once for settings that agree on it.
             ``"vmap"`` runs chunks of the settings, each chunk as one batch. ``"compile"`` is a loop over one compiled
-            function; compiling pays where settings are many. ``"auto"`` is ``"vmap"`` for a model so small that calling
-            torch costs more than arithmetic, if torch can map it, else ``"loop"``.
+            function; compiling pays where settings are many. ``"auto"`` is ``"vmap"`` for four or more settings of a model
+            whose weights and values are so small that calling torch costs more than arithmetic, if torch can map it, else
+            ``"loop"``. It depends on sizes alone: the ways round differently, and the same sweep has the same numbers.
           progress: show how far it is: a line in a notebook, a bar in a terminal where the package ``rich`` is installed.
 
         Returns:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.core.constants import number
 from sophq_func.core.errors import ConfigError, StateError, explain, near, raise_all
 from sophq_func.core.modes import is_plain, outside_inference
 from sophq_func.core.public import public
@@ -118,7 +119,7 @@ def no_width(where: str, name: str, config: QuantizerConfig) -> str:
 
 def _resized(qparams: QParams, scheme: QScheme, fake_quantize: FakeQuantize, bits: Width) -> QParams:
     """One quantizer at another width."""
-    width = torch.as_tensor(bits, dtype=qparams.scale.dtype, device=qparams.scale.device)
+    width = number(bits, qparams.scale.device, qparams.scale.dtype)
     low, high = _bounds(width, scheme)
     lower, upper = qparams_to_range(qparams, scheme)
     extras = sorted_dict({**qparams.extras, "qmin": low, "qmax": high})
@@ -168,7 +169,7 @@ def enabled(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> 
             sentence, allowed = f"{name!r} cannot have this mask", "True, False, or a boolean or floating scalar"
             fix = "sq.enabled(qparams, False)"
             raise ConfigError(explain("enabled", sentence, got=value, allowed=allowed, fix=fix))
-        switch = outside_inference(torch.as_tensor(value, device=qparams[name].scale.device))
+        switch = outside_inference(number(value, qparams[name].scale.device))
         extras = sorted_dict({**new[name].extras, "enabled": switch})
         new[name] = new[name]._replace(extras=extras)
     return sorted_dict(new)

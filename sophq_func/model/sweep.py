@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
-from sophq_func.core.pytree import flatten, leaves
+from sophq_func.core.pytree import flatten, leaves, taken_apart, tensors
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model.apply import apply
 from sophq_func.model.engine import Engine
@@ -26,17 +26,37 @@ Setting = Mapping[str, QParams]
 Reduce = Callable[[Output], Tree]
 """What to keep of an output."""
 
+Key = Mapping[str, list[Tensor]]
+"""For each quantizer, what tells whether two settings of it agree."""
+
 Run = Callable[[Setting], Tree]
 """Runs the model under a setting, and returns what is kept of its output."""
 
 WAYS = ("auto", "loop", "vmap", "compile")
 
-SMALL = 2**15
-"""Up to how many elements of weights and values ``"auto"`` maps: what costs then is calling torch, not its arithmetic.
+SMALL = 2**13
+"""Up to how many elements a quantizer ``"auto"`` maps: what costs then is calling torch, not its arithmetic.
 
-Measured with three linear layers and 16 settings on one core: vmap takes 0.3 of the loop's time at 5,000 elements, 0.7 at
-this size, and 1.6 at 200,000.
+A rule, and not a measurement in each sweep: the two ways round differently, so that a choice by the clock would give other
+numbers on another day. Time of vmap in that of the loop, 16 settings, one core, by elements of weights and values:
+
+==========================================  ===========  ==========
+network                                     a quantizer  vmap, loop
+==========================================  ===========  ==========
+20 convolutions of 8 channels, 4x8x8x8            1,300        0.31
+3 linear layers of 64 features, batch 16          2,600        0.45
+8 convolutions of 16 channels, 4x16x8x8           3,200        0.36
+8 convolutions of 32 channels, 4x32x8x8           8,700        0.46
+8 convolutions of 8 channels, 4x8x32x32          16,700        0.83
+MLP 784-256-256-10, batch 64                     58,600        0.83
+a language model of 4 layers, 8x64x128           80,000        2.05
+==========================================  ===========  ==========
+
+Above some 10,000 elements the two hardly differ, and the loop is ahead where settings agree on most weights.
 """
+
+FEWEST = 4
+"""From how many settings on ``"auto"`` maps: a vmap takes as long as four to six settings of the loop, even for one."""
 
 ROOM = 2**22
 """How many elements of weights and values a chunk of mapped settings may hold: 16 MiB in float32, so that memory does not
@@ -71,23 +91,29 @@ def sweep(
         """Share nothing with other settings: may be mapped and compiled."""
         return keep(apply(engine, named, setting, args, kwargs))
 
-    def run_sharing(setting: Setting) -> Tree:
+    def run_sharing(setting: Setting, key: Key) -> Tree:
         """Share quantized weights with the settings before."""
-        quantized = versions(engine.effective(setting))
+        quantized = versions(engine.effective(setting), key)
         return keep(apply(frozen, quantized, setting, args, kwargs))
 
     with engine.constant():
         if how == "vmap":
             return _mapped(run_alone, each, size)
-        if how == "auto" and len(each) > 1 and size <= SMALL:
+        is_small = len(each) >= FEWEST and size <= SMALL * len(engine.plan)
+        if how == "auto" and is_small and _are_alike(each):
             try:
                 return _mapped(run_alone, each, size)
             except RuntimeError as error:  # such as Python that branches on a value
                 why = str(error).strip().partition("\n")[0]
                 # level 3 is the line that called Quantized.sweep
                 warnings.warn(f"sweep: settings run one by one, as vmap fails: {why}", RuntimeWarning, stacklevel=3)
-        run = torch.compile(run_alone) if how == "compile" else run_sharing
-        return _joined([run(setting) for setting in shown(each, "sweep", progress)])
+        if how == "compile":
+            run = torch.compile(run_alone)
+            return _joined([run(setting) for setting in shown(each, "sweep", progress)])
+        weights = [weight.site.quantizer for weight in engine.acting]
+        keys = on_host(each, weights, copy=not all(tensor.is_cpu for tensor in tensors(each[0])))
+        pairs = shown(list(zip(each, keys, strict=True)), "sweep", progress)
+        return _joined([run_sharing(setting, key) for setting, key in pairs])
 
 
 class Versions:
@@ -103,17 +129,22 @@ class Versions:
         self.params = params
         self._kept: dict[str, list[tuple[list[Tensor], Tensor]]] = {}
 
-    def __call__(self, effective: Setting) -> dict[str, Tensor]:
-        """The params with weights quantized and biases rounded by effective qparams, see :meth:`Engine.effective`."""
+    def __call__(self, effective: Setting, key: Key) -> dict[str, Tensor]:
+        """The params with weights quantized and biases rounded.
+
+        Args:
+          effective: qparams, see :meth:`Engine.effective`.
+          key: what tells whether two settings of a weight agree, see :func:`on_host`.
+        """
         new = dict(self.params)
         for quantizer in self.quantizers:
-            new[quantizer.site.parameter] = self._weight(quantizer, effective[quantizer.site.quantizer])
+            name = quantizer.site.quantizer
+            new[quantizer.site.parameter] = self._weight(quantizer, effective[name], key[name])
             new.update(quantizer.rounded_bias(self.params, effective))
         return new
 
-    def _weight(self, quantizer: WeightQuantizer, qparams: QParams) -> Tensor:
+    def _weight(self, quantizer: WeightQuantizer, qparams: QParams, key: list[Tensor]) -> Tensor:
         kept = self._kept.setdefault(quantizer.site.quantizer, [])
-        key = leaves(qparams)
         for known_key, weight in kept:
             if _are_equal(known_key, key):
                 return weight
@@ -121,6 +152,25 @@ class Versions:
         kept.append((key, weight))
         del kept[:-KEPT]
         return weight
+
+
+def on_host(each: Sequence[Setting], names: Sequence[str], copy: bool) -> list[Key]:
+    """The leaves of some quantizers in each setting, to be compared.
+
+    Args:
+      each: the settings.
+      names: of the quantizers.
+      copy: whether the leaves lie on an accelerator. All are copied from there at once, so that it is waited for once, and
+        not at each comparison; in float64, which holds every number of a float32 or int32.
+    """
+    found: list[Key] = [{name: leaves(setting[name]) for name in names} for setting in each]
+    if not copy:
+        return found
+    every = {id(leaf): leaf for key in found for own in key.values() for leaf in own}
+    flat = torch.cat([leaf.detach().reshape(-1).double() for leaf in every.values()]).cpu()
+    parts = torch.split(flat, [leaf.numel() for leaf in every.values()])
+    copies = dict(zip(every, parts, strict=True))
+    return [{name: [copies[id(leaf)] for leaf in own] for name, own in key.items()} for key in found]
 
 
 def size_of(plan: Plan, params: Params) -> int:
@@ -141,6 +191,13 @@ def _check(how: str, each: Sequence[Setting]) -> None:
         raise StateError(explain("sweep", "there are no settings to run", fix=fix))
 
 
+def _are_alike(each: Sequence[Setting]) -> bool:
+    """Whether all settings have the same leaves, so that they can be stacked."""
+    parts = [taken_apart(dict(setting)) for setting in each]
+    kinds = [(structure, [(leaf.shape, leaf.dtype) for leaf in own]) for own, structure in parts]
+    return all(kind == kinds[0] for kind in kinds)
+
+
 def _everything(output: Output) -> Tree:
     """What is kept of an output by default."""
     return output
@@ -149,7 +206,7 @@ def _everything(output: Output) -> Tree:
 def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     if len(some) != len(others):
         return False
-    # "is" first: settings of one calibration share most leaves, and comparing numbers waits for an accelerator
+    # "is" first: settings of one calibration share most leaves
     return all(one is other or torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
@@ -159,13 +216,13 @@ def _mapped(run: Run, each: Sequence[Setting], size: int) -> Tree:
     chunks = [each[start : start + length] for start in range(0, len(each), length)]
     structures = []
 
-    def tensors(setting: Setting) -> list[Tensor]:
+    def kept_tensors(setting: Setting) -> list[Tensor]:
         # vmap returns tensors only; the rest of the tree is remembered on the way
         tree_leaves, rebuild = flatten(run(setting))
         structures.append((tree_leaves, rebuild))
         return _tensors(tree_leaves)
 
-    outputs = [torch.vmap(tensors)(stack(chunk)) for chunk in chunks]
+    outputs = [torch.vmap(kept_tensors)(stack(chunk)) for chunk in chunks]
     batches = [torch.cat(column) for column in zip(*outputs, strict=True)]
     return _with_tensors(*structures[0], batches)
 

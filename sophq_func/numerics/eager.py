@@ -19,7 +19,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sophq_func.core.modes import has_derivative, is_compiling, is_recording, is_wrapped, may_have_derivative
+from sophq_func.core.modes import (
+    has_derivative,
+    is_compiling,
+    is_recorded_for_compiler,
+    is_recording,
+    is_wrapped,
+    may_have_derivative,
+)
 from sophq_func.core.types import Args
 from sophq_func.numerics.eager_forward import Point, Rounding, aligned, aligned_to, value
 from sophq_func.numerics.eager_gradients import gradient, mask_and_slope, sum_like
@@ -61,6 +68,7 @@ def fits(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, factor
     return (
         not is_compiling()
         and x.numel() >= (LARGE_IN_TRANSFORMS if is_wrapped(x, scale) else LARGE)
+        and not is_recorded_for_compiler()
         and all(t.dtype == x.dtype and type(t) in (Tensor, torch.nn.Parameter) for t in floats)
         and type(low) is type(high)
         and _is_constant(low)

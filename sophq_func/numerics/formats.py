@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sophq_func.core.constants import table
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.public import public
 from sophq_func.core.registry import Registry
@@ -186,8 +187,8 @@ class Codebook:
         Entries and the midpoints between them are float32, as in sophgo-mq.
         """
         work = _wide(x).contiguous()  # ``bucketize`` warns of strided tensors
-        table = torch.tensor(self.entries, dtype=torch.float32, device=x.device)
-        rounded = self._nearest(work, table) if noise is None else self._stochastic(work, table.to(work.dtype), noise)
+        entries = table(self.entries, torch.float32, x.device)
+        rounded = self._nearest(work, entries) if noise is None else self._stochastic(work, entries.to(work.dtype), noise)
         # ``bucketize`` puts NaN behind the last entry
         return torch.where(work.isnan(), work, rounded).to(x.dtype)
 

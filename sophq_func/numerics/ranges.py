@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core import modes
+from sophq_func.core.constants import number
 from sophq_func.core.errors import StateError, explain
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.granularity import Granularity, PerTensor
@@ -139,7 +140,7 @@ def clamp(code: Tensor, low: Bound, high: Bound) -> Tensor:
     A bound that is a tensor has the gradient of the codes beyond it, and none of codes that equal it.
     """
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        low, high = (torch.as_tensor(b, dtype=code.dtype, device=code.device) for b in (low, high))
+        low, high = (number(b, code.device, code.dtype) for b in (low, high))
         return torch.where(code > high, high, torch.where(code < low, low, code))
     return code.clamp(low, high)
 

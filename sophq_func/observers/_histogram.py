@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,9 @@ values in a bin.
 
 STEPS = 100_000
 """One step of the search leaves out one of so many equal parts of all counts: 1e-5, as in PyTorch's observer."""
+
+SCALES_AT_ONCE = 16
+"""How many scales are searched at a time on an accelerator: a search holds a dozen tensors of STEPS numbers, 10 MB."""
 
 BINS_AT_ONCE = 2**16
 """How many bins of candidate ranges are scored at a time.
@@ -89,10 +94,10 @@ def histogram(bins: int = 2048, levels: int = 256) -> Observer:
         return HistogramState(lo, hi, added + stretch(state, lo, hi))
 
     def qparams(state: HistogramState, scheme: QScheme) -> QParams:
-        # one scale at a time: a search holds about a dozen tensors of STEPS numbers, 10 MB
-        each_scale = zip(state.lo.reshape(-1), state.hi.reshape(-1), state.counts.reshape(-1, bins), strict=True)
-        ranges = [torch.stack(least_error(lo, hi, counts, levels)) for lo, hi, counts in each_scale]
-        lo, hi = torch.stack(ranges).T.reshape(2, *state.lo.shape)
+        each_scale = state.lo.reshape(-1), state.hi.reshape(-1), state.counts.reshape(-1, bins)
+        # on an accelerator a search is some hundred launches, whether of one scale or of several
+        search = one_by_one if state.lo.is_cpu else several_at_once
+        lo, hi = (side.reshape(state.lo.shape) for side in search(*each_scale, levels))
         finite = torch.isfinite(state.lo) & torch.isfinite(state.hi)
         return range_to_qparams(torch.where(finite, lo, torch.nan), torch.where(finite, hi, torch.nan), scheme)
 
@@ -129,6 +134,18 @@ def stretch(state: HistogramState, lo: Tensor, hi: Tensor) -> Tensor:
     moved = torch.zeros_like(state.counts).scatter_add(-1, bin_index(middle, lo, hi, bins), parts)
     same_range = (lo == state.lo) & (hi == state.hi)
     return torch.where(same_range.unsqueeze(-1), state.counts, moved)
+
+
+def one_by_one(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> Sequence[Tensor]:
+    """:func:`least_error` of each scale."""
+    each_scale = zip(lo, hi, counts, strict=True)
+    return torch.stack([torch.stack(least_error(*one, levels)) for one in each_scale]).unbind(1)
+
+
+def several_at_once(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> Sequence[Tensor]:
+    """The same, by a vmap over :data:`SCALES_AT_ONCE` scales at a time."""
+    found: Sequence[Tensor] = torch.vmap(partial(least_error, levels=levels), chunk_size=SCALES_AT_ONCE)(lo, hi, counts)
+    return found
 
 
 def least_error(lo: Tensor, hi: Tensor, counts: Tensor, levels: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.core.constants import table
 from sophq_func.core.modes import is_compiling
 from sophq_func.numerics.contracts import OBSERVERS, Observer
 from sophq_func.numerics.granularity import PerTensor
@@ -167,8 +168,8 @@ def search_range(x: Tensor, scheme: QScheme, p: float) -> tuple[Tensor, Tensor]:
     per_tensor = isinstance(scheme.granularity, PerTensor)
     count = CANDIDATES_PER_TENSOR if per_tensor else CANDIDATES_PER_CHANNEL
     # in Python's float64, as sophgo-mq computes them
-    factors = [1.0 - SHRINK_STEP * i for i in range(count)]
-    shrink = torch.tensor(factors, dtype=torch.float32, device=x.device).unsqueeze(-1).expand(-1, len(flat))
+    factors = tuple(1.0 - SHRINK_STEP * i for i in range(count))
+    shrink = table(factors, torch.float32, x.device).unsqueeze(-1).expand(-1, len(flat))
     bins = bins_for(flat, scheme)
     if bins:
         shrink = preselect(flat, lo, hi, shrink, scheme, p, bins)

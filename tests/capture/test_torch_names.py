@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
@@ -255,6 +256,50 @@ def a_size_that_a_model_cannot_take_would_be_an_error_of_torch() -> None:
 @without("_registration")
 def an_export_would_warn_of_packages_that_it_does_not_need() -> None:
     assert importlib.util.find_spec(_torch.LOGGER_OF_ONNX) is not None
+
+
+@without("_get_dispatch_mode")
+@without("_TorchDispatchModeKey")
+def checks_of_numbers_would_fail_while_a_program_is_recorded() -> None:
+    seen: list[bool] = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.extend([modes.is_recorded(), modes.is_plain([x]), modes.is_plain_eager()])
+        return x + 1
+
+    make_fx(f)(torch.ones(1))
+    f(torch.ones(1))
+    assert seen == [True, False, False, False, True, True]
+
+
+@without("_ops")
+@without("_schema")
+def a_program_would_merge_what_is_written_into_later() -> None:
+    assert not _torch.is_operator(torch.add)
+    writes = [argument.alias_info for argument in _torch.schema(torch.ops.aten.add_.Tensor).arguments]
+    assert writes[0].is_write
+    assert writes[1] is None
+    assert _torch.has_tag(torch.ops.aten.nonzero.default, torch.Tag.dynamic_output_shape)
+
+
+@without("_op")
+def a_program_would_be_a_fourth_slower() -> None:
+    assert torch.equal(_torch.kernel(torch.ops.aten.add.Tensor)(torch.ones(1), 2, alpha=3), torch.full((1,), 7.0))
+
+
+@without("_inductor")
+def a_program_could_be_compiled_only_with_guards() -> None:
+    assert importlib.util.find_spec("torch._inductor") is not None
+    assert callable(torch._inductor.compile)
+
+
+def test_a_guard_knows_the_kind_of_tensors() -> None:
+    x = torch.ones(2, 3)
+    fits = _torch.metadata_guard([x, torch.ones(())])
+    others = [torch.ones(2, 4), torch.ones(3, 2).T, x.double(), x.clone().requires_grad_(), nn.Parameter(x), x.to("meta")]
+    assert fits(torch.zeros(2, 3), torch.zeros(()))
+    assert not any(fits(other, torch.zeros(())) for other in others)
+    assert _torch.metadata_guard([])()
 
 
 WITHOUT_TORCH_AO = """

@@ -16,7 +16,7 @@ from torch.func import vmap
 
 import sophq_func as sq
 from sophq_func.core.pytree import tree_map
-from sophq_func.model.sweep import SMALL, Versions
+from sophq_func.model.sweep import FEWEST, SMALL, Versions, on_host
 from tests.golden.models import ResidualConvNet
 
 WAYS = ("auto", "loop", "vmap", pytest.param("compile", marks=pytest.mark.slow))
@@ -70,7 +70,7 @@ def test_a_weight_is_quantized_once_for_settings_that_agree() -> None:
     settings = [sq.enabled(qparams, mask) for mask in torch.eye(len(names), dtype=torch.bool)]
     versions, changes = Versions(q.engine.acting, params), []
     for setting in settings:
-        new = versions(setting)
+        new = versions(setting, on_host([setting], [w.site.quantizer for w in q.engine.acting], copy=False)[0])
         changes.append({w.site.parameter: new[w.site.parameter] for w in q.engine.acting})
     for parameter in changes[0]:
         assert len({id(step[parameter]) for step in changes}) <= 2
@@ -93,7 +93,8 @@ def test_a_small_model_is_mapped_and_a_model_that_cannot_be_is_looped(how: str) 
     q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
     assert sum(torch.Size(q.plan.site(name).shape).numel() for name in q.plan) < SMALL
     qparams = q.calibrate(params, [x], progress=False)
-    each = settings_of(q, qparams)
+    each = settings_of(q, qparams) * 2
+    assert len(each) >= FEWEST
     expected = torch.stack([q.apply(params, setting, x) for setting in each])
     if how == "vmap":
         with pytest.raises(RuntimeError, match="vmap"):
@@ -103,6 +104,32 @@ def test_a_small_model_is_mapped_and_a_model_that_cannot_be_is_looped(how: str) 
             torch.testing.assert_close(q.sweep(params, each, x, progress=False), expected)
     else:
         torch.testing.assert_close(q.sweep(params, each, x, how=how, progress=False), expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "batch", "settings", "mapped"),
+    [(8, 2, FEWEST, True), (8, 2, FEWEST - 1, False), (8, SMALL, FEWEST, False)],
+    ids=["small", "few", "large"],
+)
+def test_the_way_depends_on_sizes_alone(
+    width: int, batch: int, settings: int, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Linear(width, width), torch.randn(batch, width)
+    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    calls = []
+    monkeypatch.setattr(torch, "vmap", lambda f, vmap=torch.vmap: (calls.append(f), vmap(f))[1])
+    q.sweep(params, [qparams] * settings, x, progress=False)
+    assert bool(calls) == mapped
+
+
+def test_settings_that_cannot_be_stacked_are_looped() -> None:
+    q, params, qparams, x = prepared()
+    each = [qparams, sq.enabled(qparams, False)] * FEWEST
+    found = q.sweep(params, each, x, progress=False)
+    assert torch.equal(found[1], q.apply(params, each[1], x))
+    with pytest.raises(sq.StateError, match="settings differ"):
+        q.sweep(params, each, x, how="vmap", progress=False)
 
 
 @pytest.mark.parametrize(
