@@ -34,9 +34,9 @@ class Error:
             self._power = self._power + t.double().square().sum()
 
     @property
-    def value(self) -> float:
-        """The quotient so far."""
-        return float(self._error / self._power.clamp(min=TINY))
+    def value(self) -> Tensor:
+        """The quotient so far, of shape ``()``."""
+        return self._error / self._power.clamp(min=TINY)
 
 
 def floating(output: Output) -> list[Tensor]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import grad
 
 from sophq_func.algorithms._adam import Optimizer
 from sophq_func.algorithms._error import Error, floating
 from sophq_func.algorithms._rounding import Rounding, undecided
 from sophq_func.algorithms.units import Sample, Unit, rows_of
+from sophq_func.capture.transforms import depth, outside
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import flatten
 from sophq_func.core.types import Args, Kwargs, Tree
@@ -163,7 +166,13 @@ class Fit:
         return error + weight * undecided(list(shares.values()), beta) if shares and weight else error
 
     def _gradients(self, learned: Learned, sample: Sample, beta: float, weight: float) -> Learned:
-        """Those of the loss; by autograd's own tape, which takes a third of the time of ``torch.func.grad``."""
+        """Those of the loss; by autograd's own tape, which takes a third of the time of ``torch.func.grad``.
+
+        Under a transform, as a ``vmap`` over learning rates, the tape does not see what the transform wraps.
+        """
+        if depth():
+            slopes: Learned = grad(self.loss)(learned, sample, beta, weight)
+            return slopes
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in learned.items()}
             loss = self.loss(leaves, sample, beta, weight)
@@ -192,8 +201,8 @@ class Fit:
             qparams[name] = rounding.decided(params, qparams[name])
         return params, qparams
 
-    def error(self, params: Params, qparams: Mapping[str, QParams], samples: Sequence[Sample]) -> float:
-        """The relative error of the unit's outputs, as the plan computes them."""
+    def error(self, params: Params, qparams: Mapping[str, QParams], samples: Sequence[Sample]) -> Tensor:
+        """The relative error of the unit's outputs, as the plan computes them; shape ``()``."""
         frozen, baked = self._unit.part.freeze(params, qparams)
         error = Error()
         with frozen.engine.constant():
@@ -229,16 +238,21 @@ class Fit:
 
     def _dropped(self, rounded: Tensor, x: Tensor) -> Tensor:
         """QDrop (arXiv:2203.05740): each element stays float with a probability."""
-        noise = torch.rand(x.shape, generator=self._generator, device=self._generator.device).to(x.device)
+        noise = self._random(partial(torch.rand, x.shape)).to(x.device)
         return torch.where(noise < self._options.drop, x, rounded)
 
     def _drawn(self, samples: Sequence[Sample]) -> Sample:
         """Some rows of one batch."""
-        index = int(torch.randint(len(samples), (), generator=self._generator, device=self._generator.device))
+        index = int(self._random(partial(torch.randint, len(samples), ())))
         return rows_of(samples[index], self._rows)
 
     def _rows(self, count: int) -> Tensor:
-        return torch.randperm(count, generator=self._generator, device=self._generator.device)[: self._options.rows]
+        return self._random(partial(torch.randperm, count))[: self._options.rows]
+
+    def _random(self, draw: Callable[..., Tensor]) -> Tensor:
+        """Random numbers, the same for all members of a ``vmap`` around the algorithm."""
+        with outside(0):
+            return draw(generator=self._generator, device=self._generator.device)
 
     def _mixed(self, sample: Sample) -> Sample:
         """A sample whose elements are those of the float model with the probability of dropping."""

@@ -18,8 +18,10 @@ from sophq_func.algorithms.units import Stream, Unit, units_of
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import PlanError, check_flags, explain, raise_all, unknown
 from sophq_func.core.logs import ALGORITHMS
+from sophq_func.core.modes import is_plain
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
+from sophq_func.core.pytree import tree_map
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.engine import QParamsDict
 from sophq_func.model.flat import flat, merge
@@ -29,6 +31,9 @@ from sophq_func.numerics.contracts import QParams
 
 Learn: TypeAlias = Literal["rounding", "scales", "both"]
 """What is learned."""
+
+Settled: TypeAlias = tuple[dict[str, Tensor], QParamsDict]
+"""Params and qparams of the whole model, as the units so far leave them."""
 
 ROUNDING_RATE = 0.1
 """Adam's rate for the rounding: from one half, an ``alpha`` is decided after 24 steps in one direction.
@@ -195,20 +200,29 @@ def _improved(
     unit: Unit,
     stream: Stream,
     exact: Mapping[str, Tensor],
-    so_far: tuple[dict[str, Tensor], QParamsDict],
+    so_far: Settled,
     options: Options,
     generator: torch.Generator,
-) -> tuple[dict[str, Tensor], QParamsDict]:
+) -> Settled:
     """Params and qparams with one more unit done."""
     samples = stream.samples(unit, *so_far)
     fit = Fit(unit, *so_far, exact, options, generator)
     nearest = fit.settled(None)
     found = fit.settled(fit.learn(samples))
     before, after = fit.error(*nearest, samples), fit.error(*found, samples)
-    ALGORITHMS.info("reconstruct: %s: relative error %.4g to the nearest, %.4g", unit.part.path or "model", before, after)
-    best = found if after <= before else nearest  # not where it is NaN
+    path, errors = unit.part.path or "model", [float(e) if is_plain([e]) else math.nan for e in (before, after)]
+    ALGORITHMS.info("reconstruct: %s: relative error %.4g to the nearest, %.4g", path, *errors)
+    best = _chosen(after <= before, found, nearest)  # not where it is NaN
     stream.leave(unit, *best)
     return best
+
+
+def _chosen(which: Tensor, found: Settled, nearest: Settled) -> Settled:
+    """The first setting where a condition of shape ``()`` holds, else the second; under a ``vmap`` member by member."""
+    if is_plain([which]):
+        return found if which else nearest
+    chosen: Settled = tree_map(lambda one, other: one if one is other else torch.where(which, one, other), found, nearest)
+    return chosen
 
 
 def _changed(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sophq_func.capture.frame import unwatched
 from sophq_func.config.site import Site
+from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import named_leaves, refilled
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.model.quantized import Quantized
@@ -272,7 +273,7 @@ class Wiring(Runner):
         if path not in self._paths:
             return
         with self.aside(), unwatched():
-            is_untouched = all(torch.equal(tensor, copy) for tensor, copy in self._copies)
+            is_untouched = all(is_plain(pair) and torch.equal(*pair) for pair in self._copies)
         self._copies = []
         self._entered = named_leaves((args, dict(kwargs)))
         self._note(leaf for _, leaf in self._entered)
