@@ -195,8 +195,10 @@ class Stream:
 
 
 def _calls_of_modules(q: Quantized) -> Counter[str]:
-    """How often the example calls each module, by path."""
-    run = q.plan.runs[0]
+    """How often a run calls each module, by path; empty where runs may differ, or the plan does not know them."""
+    if len(q.plan.runs) != 1:
+        return Counter()
+    (run,) = q.plan.runs
     return Counter([made.path for made in run.calls if not made.function] + [scope.path for scope in run.scopes])
 
 
