@@ -29,7 +29,7 @@ from digits import accuracy, batches, load, trained
 
 SEEDS = (0, 1, 2)
 WIDTHS = (3, 4, 5, 6, 8)
-MEAN_BITS = (4.5, 5.0, 6.0)
+MEAN_BITS = (3.5, 4.0, 4.5, 5.0, 6.0, 7.0)
 
 FEW_STEPS: dict[str, Any] = {"steps": 150, "rows": 8, "weight": 3.0, "optimizer": sq.algorithms.adam(0.2)}
 """Half of the default's steps, which decide within them what to round up."""
@@ -132,21 +132,22 @@ class Lite0:
         return sq.quantize(self.model, config, example_args=(self.calibration[0][:2],))
 
     def cheap(self, grid: str, bits: int, granularity: str, observer: str) -> list[Row]:
-        """Corrections, alone and together, from the first 64 images."""
+        """Corrections, alone from the first 64 images, and together from the first 32."""
         q, given = self.planned(bits, granularity, observer, observer), self.params
         qparams = q.calibrate(given, self.calibration, progress=False)
-        data = self.calibration[:2]
-        moved, seconds = timed(lambda: sq.algorithms.reestimate_norms(q, given, qparams, data))
-        both, more = timed(lambda: sq.algorithms.correct_biases(q, *moved, data, reference=given))
-        local, alone = timed(lambda: sq.algorithms.correct_biases(q, given, qparams, data))
+        data, few = self.calibration[:2], self.calibration[:1]
+
+        def together() -> Setting:
+            moved = sq.algorithms.reestimate_norms(q, given, qparams, few)
+            return sq.algorithms.correct_biases(q, *moved, few, reference=given)
+
         every = partial(sq.algorithms.correct_biases, q, given, qparams, self.calibration, order="sequential")
-        in_order, each = timed(every)
         rows = {
             "rounding": ((given, qparams), 0.0),
-            "correct_biases, local": (local, alone),
-            "correct_biases, sequential, 128 images": (in_order, each),
-            "reestimate_norms": (moved, seconds),
-            "reestimate_norms, correct_biases": (both, seconds + more),
+            "correct_biases, local": timed(lambda: sq.algorithms.correct_biases(q, given, qparams, data)),
+            "correct_biases, sequential, 128 images": timed(every),
+            "reestimate_norms": timed(lambda: sq.algorithms.reestimate_norms(q, given, qparams, data)),
+            "reestimate_norms, correct_biases, 32 images": timed(together),
         }
         return [Row("EfficientNet-Lite0", grid, name, self.agreement(q, s), t) for name, (s, t) in rows.items()]
 
@@ -183,9 +184,11 @@ class Lite0:
         curved = timed(lambda: sq.algorithms.trace_sensitivity(q, self.params, settings, loss, generator))
         rows = []
         for name, (sensitivity, seconds) in (("choose_bits, measured", measured), ("choose_bits, HAWQ-V2", curved)):
-            for mean in MEAN_BITS:
-                bits = sq.algorithms.choose_bits(sensitivity, size, mean * sum(size.values()))
-                setting = self.params, sq.algorithms.at_widths(settings, bits, settings[8])
+            total = sum(size.values())
+            front = sq.algorithms.pareto(sensitivity, size, [mean * total for mean in MEAN_BITS])
+            for choice in front:
+                mean = next(mean for mean in MEAN_BITS if choice.cost <= mean * total)
+                setting = self.params, sq.algorithms.at_widths(settings, choice.bits, settings[8])
                 rows.append(Row("EfficientNet-Lite0", f"W{mean}A8", name, self.agreement(q, setting), seconds))
         rows += [
             Row("EfficientNet-Lite0", f"W{b}A8", "one width", self.agreement(q, (self.params, settings[b])), 0)
@@ -212,7 +215,7 @@ def main() -> None:
         parts |= {"reconstructed": network.reconstructed, "mixed": network.mixed}
     rows = [row for name, part in parts.items() if options.only in (None, name) for row in part()]
     for row in rows:
-        sys.stdout.write(f"{row.network:20} {row.grid:26} {row.method:36} {row.percent:6.1f} % {row.seconds:7.1f} s\n")
+        sys.stdout.write(f"{row.network:20} {row.grid:26} {row.method:44} {row.percent:6.1f} % {row.seconds:7.1f} s\n")
     if options.json is not None:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
 

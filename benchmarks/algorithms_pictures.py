@@ -1,6 +1,6 @@
-"""Draws what ``benchmarks/algorithms.py`` measured: agreement against bits for each method, and what mixed widths buy.
+"""Draws what ``benchmarks/algorithms.py`` measured: what each method reaches, and agreement against mean bits.
 
-python benchmarks/algorithms_pictures.py benchmarks/algorithms.json docs/algorithms/figures.png
+python benchmarks/algorithms_pictures.py benchmarks/algorithms.json docs/algorithms
 """
 
 from __future__ import annotations
@@ -47,22 +47,29 @@ def methods(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
     axes.invert_yaxis()
 
 
+def save(figure: Any, target: Path) -> None:
+    """Write a picture, with open frames."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, dpi=120)
+
+
 def main() -> None:
     """Read the figures, and draw."""
-    source, target = map(Path, sys.argv[1:3])
+    source, folder = map(Path, sys.argv[1:3])
     rows = json.loads(source.read_text())
     network = [row for row in rows if row["network"] == "EfficientNet-Lite0"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    figure, (left, middle) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     methods(left, [row for row in rows if row["network"] == "digits"], "digits, W2A4: accuracy")
     methods(
         middle,
         [row for row in network if row["grid"].startswith("W4A8") and row["method"] not in COLORS],
         "EfficientNet-Lite0, W4A8: agreement",
     )
-    mixed_widths(right, [row for row in network if row["method"] in COLORS])
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=120)
+    save(figure, folder / "figures.png")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    mixed_widths(axes, [row for row in network if row["method"] in COLORS])
+    save(figure, folder / "pareto.png")
 
 
 if __name__ == "__main__":

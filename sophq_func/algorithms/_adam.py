@@ -89,12 +89,12 @@ def adam(rate: Rate, decay: tuple[float, float] = (0.9, 0.999), eps: float = 1e-
     def update(gradients: Tensors, state: Moments, **_: object) -> tuple[dict[str, Tensor], Moments]:
         step = rate(state.steps) if callable(rate) else rate
         count = state.steps + 1
-        first = {name: a * state.first[name] + (1 - a) * g for name, g in gradients.items()}
-        second = {name: b * state.second[name] + (1 - b) * g * g for name, g in gradients.items()}
+        # in few passes over memory: a weight may have millions of elements
+        first = {name: torch.lerp(state.first[name], g, 1 - a) for name, g in gradients.items()}
+        second = {name: torch.addcmul(b * state.second[name], g, g, value=1 - b) for name, g in gradients.items()}
         for_first, for_second = 1 - a**count, 1 - b**count
-        updates = {
-            name: -step * (first[name] / for_first) / ((second[name] / for_second).sqrt() + eps) for name in gradients
-        }
+        root, factor = for_second.sqrt(), -step / for_first
+        updates = {name: first[name] / (second[name].sqrt() / root + eps) * factor for name in gradients}
         return updates, Moments(count, first, second)
 
     return Transformation(init, update)

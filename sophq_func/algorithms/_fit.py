@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import grad
 
 from sophq_func.algorithms._adam import Optimizer
 from sophq_func.algorithms._error import Error, floating
 from sophq_func.algorithms._rounding import Rounding, undecided
 from sophq_func.algorithms.units import Sample, Unit, rows_of
+from sophq_func.capture.transforms import depth, outside
+from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import flatten
 from sophq_func.core.types import Args, Kwargs, Tree
 from sophq_func.model.engine import Engine, QParamsDict
 from sophq_func.model.runner import Effect
 from sophq_func.model.weight_quantizer import Params
+from sophq_func.numerics import eager
 from sophq_func.numerics.affine import fake_quantize
 from sophq_func.numerics.contracts import QParams, as_stored
+from sophq_func.numerics.ranges import bounds
+from sophq_func.numerics.rectified import rectified_sigmoid
+from sophq_func.numerics.scheme import QScheme
 
 TINY = torch.finfo(torch.float32).tiny
 """Keeps the quotient finite where a target is 0 everywhere."""
@@ -54,6 +62,40 @@ class Options(NamedTuple):
         return 0.0 if step < self.warm_up * self.steps else self.weight
 
 
+class _ValueGrid(NamedTuple):
+    """The grid of a value whose scale is learned.
+
+    Attributes:
+      scheme, qparams: of the quantizer.
+      bounds: where they are two numbers, the outermost codes less the zero point: a grid without zero point, whose gradient
+        takes half of the passes over memory.
+    """
+
+    scheme: QScheme
+    qparams: QParams
+    bounds: tuple[int, int] | None
+
+    @staticmethod
+    def of(scheme: QScheme, qparams: QParams) -> _ValueGrid:
+        """That of a quantizer with its qparams."""
+        limits = bounds(qparams, scheme)
+        numbers = [qparams.zero_point, *(limit for limit in limits if isinstance(limit, Tensor))]
+        if qparams.zero_point.is_floating_point() or any(t.numel() != 1 for t in numbers) or not is_plain(numbers):
+            return _ValueGrid(scheme, qparams, None)
+        low, high, zero = (float(number) for number in (*limits, qparams.zero_point))
+        zero = 0.0 if scheme.symmetric else min(max(zero, low), high)
+        whole = all(number.is_integer() for number in (low, high, zero))
+        return _ValueGrid(scheme, qparams, (int(low - zero), int(high - zero)) if whole else None)
+
+    def rounded(self, x: Tensor, ratio: Tensor) -> Tensor:
+        """A value on the grid whose scale is a multiple of what it was; differentiable."""
+        qparams = _times(self.qparams, ratio)
+        scale = qparams.scale
+        if self.bounds is None or not eager.fits(x, scale, *self.bounds):
+            return fake_quantize(x, qparams, self.scheme, "quotient")
+        return eager.prepared(x, scale, None, self.bounds, reciprocal=False, shifted=False)()
+
+
 class Fit:
     """One unit while it is learned.
 
@@ -80,13 +122,14 @@ class Fit:
         frozen, baked = unit.part.freeze(self._params, self._qparams)
         self._engine, self._baked = frozen.engine, dict(baked)
         self._roundings = {name: Rounding.of(weight, params, qparams[name]) for name, weight in unit.weights.items()}
-        self._values = _scaled_values(frozen.engine) if options.scales else frozenset()
+        values = _scaled_values(frozen.engine) if options.scales else ()
+        self._values = {name: _ValueGrid.of(frozen.engine.running[name].scheme, self._qparams[name]) for name in values}
         self._comparable = unit.comparable(exact)
 
     def start(self) -> Learned:
         """What is learned, at its start: every weight where it is in float, and every scale what it is."""
         learned: Learned = {}
-        scaled = set(self._values)
+        scaled = set(self._values.keys())
         if self._options.rounding:
             learned.update({name + ALPHA: rounding.start() for name, rounding in self._roundings.items()})
         elif self._options.scales:
@@ -113,17 +156,23 @@ class Fit:
 
     def loss(self, learned: Learned, sample: Sample, beta: float, weight: float) -> Tensor:
         """The relative error of the unit's outputs, and the regularizer of roundings that are not decided."""
+        shares = {name: rectified_sigmoid(alpha) for name, alpha in _ending(learned, ALPHA).items()}
         output, _ = self._engine.run_quantized(
-            self._weights(learned), self._qparams, self._effect(learned), sample.args, sample.kwargs
+            self._weights(learned, shares), self._qparams, self._effect(learned), sample.args, sample.kwargs
         )
         pairs = zip(floating(self._comparable(output)), floating(self._comparable(sample.target)), strict=True)
         errors = [(y - t).float().square().mean() / t.float().square().mean().clamp(min=TINY) for y, t in pairs]
         error = torch.stack(errors).mean()
-        alphas = [value for name, value in learned.items() if name.endswith(ALPHA)]
-        return error + weight * undecided(alphas, beta) if alphas and weight else error
+        return error + weight * undecided(list(shares.values()), beta) if shares and weight else error
 
     def _gradients(self, learned: Learned, sample: Sample, beta: float, weight: float) -> Learned:
-        """Those of the loss; by autograd's own tape, which takes a third of the time of ``torch.func.grad``."""
+        """Those of the loss; by autograd's own tape, which takes a third of the time of ``torch.func.grad``.
+
+        Under a transform, as a ``vmap`` over learning rates, the tape does not see what the transform wraps.
+        """
+        if depth():
+            slopes: Learned = grad(self.loss)(learned, sample, beta, weight)
+            return slopes
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in learned.items()}
             loss = self.loss(leaves, sample, beta, weight)
@@ -152,8 +201,8 @@ class Fit:
             qparams[name] = rounding.decided(params, qparams[name])
         return params, qparams
 
-    def error(self, params: Params, qparams: Mapping[str, QParams], samples: Sequence[Sample]) -> float:
-        """The relative error of the unit's outputs, as the plan computes them."""
+    def error(self, params: Params, qparams: Mapping[str, QParams], samples: Sequence[Sample]) -> Tensor:
+        """The relative error of the unit's outputs, as the plan computes them; shape ``()``."""
         frozen, baked = self._unit.part.freeze(params, qparams)
         error = Error()
         with frozen.engine.constant():
@@ -162,13 +211,13 @@ class Fit:
                 error.add(self._comparable(output), self._comparable(sample.target))
         return error.value
 
-    def _weights(self, learned: Learned) -> dict[str, Tensor]:
-        """The params with weights between two neighbours of their grids, or with scales that are learned."""
+    def _weights(self, learned: Learned, shares: Learned) -> dict[str, Tensor]:
+        """The params with weights between two neighbours of their grids, by shares, or with scales that are learned."""
         params = dict(self._baked)
         for name, rounding in self._roundings.items():
             parameter = rounding.quantizer.site.parameter
-            if name + ALPHA in learned:
-                params[parameter] = rounding.soft(learned[name + ALPHA])
+            if name + ALPHA in shares:
+                params[parameter] = rounding.soft(shares[name + ALPHA])
             elif name + RATIO in learned:
                 qparams = _times(self._qparams[name], learned[name + RATIO])
                 weight = rounding.quantizer
@@ -182,27 +231,28 @@ class Fit:
 
         def effect(name: str, x: Tensor) -> Tensor:
             ratio = learned.get(name + RATIO)
-            if ratio is None:
-                rounded = others(name, x)
-            else:
-                scheme = self._engine.running[name].scheme
-                rounded = fake_quantize(x, _times(self._qparams[name], ratio), scheme, "quotient")
+            rounded = others(name, x) if ratio is None else self._values[name].rounded(x, ratio)
             return self._dropped(rounded, x) if drop else rounded
 
         return effect
 
     def _dropped(self, rounded: Tensor, x: Tensor) -> Tensor:
         """QDrop (arXiv:2203.05740): each element stays float with a probability."""
-        noise = torch.rand(x.shape, generator=self._generator, device=self._generator.device).to(x.device)
+        noise = self._random(partial(torch.rand, x.shape)).to(x.device)
         return torch.where(noise < self._options.drop, x, rounded)
 
     def _drawn(self, samples: Sequence[Sample]) -> Sample:
         """Some rows of one batch."""
-        index = int(torch.randint(len(samples), (), generator=self._generator, device=self._generator.device))
+        index = int(self._random(partial(torch.randint, len(samples), ())))
         return rows_of(samples[index], self._rows)
 
     def _rows(self, count: int) -> Tensor:
-        return torch.randperm(count, generator=self._generator, device=self._generator.device)[: self._options.rows]
+        return self._random(partial(torch.randperm, count))[: self._options.rows]
+
+    def _random(self, draw: Callable[..., Tensor]) -> Tensor:
+        """Random numbers, the same for all members of a ``vmap`` around the algorithm."""
+        with outside(0):
+            return draw(generator=self._generator, device=self._generator.device)
 
     def _mixed(self, sample: Sample) -> Sample:
         """A sample whose elements are those of the float model with the probability of dropping."""

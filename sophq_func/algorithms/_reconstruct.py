@@ -14,12 +14,14 @@ from sophq_func.algorithms._fit import Fit, Options
 from sophq_func.algorithms._rounding import why_not
 from sophq_func.algorithms.contract import Start, as_batches, begin, reference_of
 from sophq_func.algorithms.resume import Resumed, StrPath
-from sophq_func.algorithms.units import Unit, samples_of, units_of
+from sophq_func.algorithms.units import Stream, Unit, units_of
 from sophq_func.config.register import algorithm
 from sophq_func.core.errors import PlanError, check_flags, explain, raise_all, unknown
 from sophq_func.core.logs import ALGORITHMS
+from sophq_func.core.modes import is_plain
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
+from sophq_func.core.pytree import tree_map
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.engine import QParamsDict
 from sophq_func.model.flat import flat, merge
@@ -29,6 +31,9 @@ from sophq_func.numerics.contracts import QParams
 
 Learn: TypeAlias = Literal["rounding", "scales", "both"]
 """What is learned."""
+
+Settled: TypeAlias = tuple[dict[str, Tensor], QParamsDict]
+"""Params and qparams of the whole model, as the units so far leave them."""
 
 ROUNDING_RATE = 0.1
 """Adam's rate for the rounding: from one half, an ``alpha`` is decided after 24 steps in one direction.
@@ -75,7 +80,8 @@ def reconstruct(
     nearest.
 
     Weights whose rounding cannot be learned (embeddings, grids that a threshold decides) are rounded to the nearest.
-    Beyond the model, memory holds what one unit reads and makes for all batches. Per unit, each batch is run twice up to it.
+    Beyond the model, memory holds what one unit reads and makes for all batches. Where a unit reads what the unit before
+    returns, only units are run; elsewhere each batch is run twice up to it.
 
     Args:
       q: a quantized model, in evaluation mode and not frozen.
@@ -151,10 +157,11 @@ def reconstruct(
     call = ("reconstruct", numbers, q.plan.digest(), start.params, flat(start.qparams), exact, data, generator.get_state())
     done = Resumed("reconstruct", checkpoint, call)
     new, new_qparams = _resumed(start, done, generator)
+    stream = Stream(start, exact, data, parts)
     for place, unit in enumerate(shown(parts, "reconstruct", progress)):
         if place < done.step:
             continue
-        new, new_qparams = _improved(unit, start, exact, (new, new_qparams), data, options, generator)
+        new, new_qparams = _improved(unit, stream, exact, (new, new_qparams), options, generator)
         done.keep(place + 1, _changed(start, new, new_qparams, generator))
     return start.result(*_on_grids(start, new, new_qparams, weights.keys()))
 
@@ -191,21 +198,31 @@ def _check_weights(start: Start, learned: Iterable[str]) -> None:
 
 def _improved(
     unit: Unit,
-    start: Start,
+    stream: Stream,
     exact: Mapping[str, Tensor],
-    so_far: tuple[dict[str, Tensor], QParamsDict],
-    data: Sequence[Tree],
+    so_far: Settled,
     options: Options,
     generator: torch.Generator,
-) -> tuple[dict[str, Tensor], QParamsDict]:
+) -> Settled:
     """Params and qparams with one more unit done."""
-    samples = samples_of(unit, start, exact, *so_far, data)
+    samples = stream.samples(unit, *so_far)
     fit = Fit(unit, *so_far, exact, options, generator)
     nearest = fit.settled(None)
     found = fit.settled(fit.learn(samples))
     before, after = fit.error(*nearest, samples), fit.error(*found, samples)
-    ALGORITHMS.info("reconstruct: %s: relative error %.4g to the nearest, %.4g", unit.part.path or "model", before, after)
-    return found if after <= before else nearest  # not where it is NaN
+    path, errors = unit.part.path or "model", [float(e) if is_plain([e]) else math.nan for e in (before, after)]
+    ALGORITHMS.info("reconstruct: %s: relative error %.4g to the nearest, %.4g", path, *errors)
+    best = _chosen(after <= before, found, nearest)  # not where it is NaN
+    stream.leave(unit, *best)
+    return best
+
+
+def _chosen(which: Tensor, found: Settled, nearest: Settled) -> Settled:
+    """The first setting where a condition of shape ``()`` holds, else the second; under a ``vmap`` member by member."""
+    if is_plain([which]):
+        return found if which else nearest
+    chosen: Settled = tree_map(lambda one, other: one if one is other else torch.where(which, one, other), found, nearest)
+    return chosen
 
 
 def _changed(

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.model.weight_quantizer import LOOKUPS, Params, WeightQuantizer
+from sophq_func.model.weight_quantizer import LOOKUPS, Params, WeightQuantizer, arranged
 from sophq_func.numerics.affine import working
 from sophq_func.numerics.contracts import QParams, as_stored
 from sophq_func.numerics.layout import expand
-from sophq_func.numerics.ranges import Bound, clamp, expanded_bounds, positive
-from sophq_func.numerics.rectified import inverse_rectified_sigmoid, rectified_sigmoid
+from sophq_func.numerics.ranges import clamp, expanded_bounds, positive
+from sophq_func.numerics.rectified import inverse_rectified_sigmoid
 
 DECIDED = 10.0
 """An ``alpha`` of this size rounds all the way, up where it is positive and down where it is negative."""
@@ -34,25 +34,21 @@ def why_not(quantizer: WeightQuantizer) -> str:
 
 
 class Rounding(NamedTuple):
-    """A weight between two neighbours of its grid: in the layout, and with the BatchNorm folded in, as it is quantized.
+    """A weight between two neighbours of its grid.
 
     Attributes:
       quantizer: of the weight.
-      params: of the model.
-      fraction: how far each element lies above the lower neighbour, from 0 to 1; float32.
-      level: the lower neighbour's code.
-      low, high: outermost codes.
-      zero, scale: of the grid, shaped to broadcast.
+      fraction: how far each element lies above the lower neighbour, from 0 to 1; as the weight is seen, float32.
+      lower: the lower neighbour, as it is stored.
+      step: from there to the upper one; 0 where the range of the grid ends.
+      dtype: of the weight.
     """
 
     quantizer: WeightQuantizer
-    params: Params
     fraction: Tensor
-    level: Tensor
-    low: Bound
-    high: Bound
-    zero: Tensor | int
-    scale: Tensor
+    lower: Tensor
+    step: Tensor
+    dtype: torch.dtype
 
     @staticmethod
     def of(quantizer: WeightQuantizer, params: Params, qparams: QParams) -> Rounding:
@@ -61,21 +57,27 @@ class Rounding(NamedTuple):
         scale = expand(positive(qparams.scale), seen, scheme.granularity)
         zero = 0 if scheme.symmetric else expand(qparams.zero_point.to(scale.dtype), seen, scheme.granularity)
         ratio = working(seen) / scale
-        lower = ratio.floor()
+        level = ratio.floor()
         low, high = expanded_bounds(qparams, scheme, seen)
-        return Rounding(quantizer, params, (ratio - lower).float(), lower + zero, low, high, zero, scale)
+
+        def stored(code: Tensor) -> Tensor:
+            return quantizer.unseen((clamp(code, low, high) - zero) * scale, params)
+
+        lower = stored(level + zero)
+        step = stored(level + zero + 1) - lower
+        return Rounding(quantizer, (ratio - level).float(), lower, step, params[quantizer.site.parameter].dtype)
 
     def start(self) -> Tensor:
         """The ``alpha`` that leaves the weight where it is."""
         return inverse_rectified_sigmoid(self.fraction)
 
-    def soft(self, alpha: Tensor) -> Tensor:
-        """The weight, as it is stored, while its rounding is learned; differentiable in ``alpha``."""
-        return self._stored(self._clamped(self.level + rectified_sigmoid(alpha)))
+    def soft(self, share: Tensor) -> Tensor:
+        """The weight, as it is stored, a share of each step above the lower neighbour; differentiable."""
+        return torch.addcmul(self.lower, self.step, arranged(share, self.quantizer.site)).to(self.dtype)
 
     def hard(self, alpha: Tensor) -> Tensor:
         """The weight, as it is stored, rounded up where ``alpha`` is not negative."""
-        return self._stored(self._clamped(self.level + (alpha >= 0).to(self.level.dtype)))
+        return self.soft((alpha >= 0).to(self.step.dtype))
 
     def nearest(self) -> Tensor:
         """The ``alpha`` that rounds to the nearest."""
@@ -94,22 +96,11 @@ class Rounding(NamedTuple):
         alpha = Rounding.of(self.quantizer, params, qparams).nearest()
         return qparams._replace(extras={**qparams.extras, "alpha": alpha})
 
-    def _clamped(self, level: Tensor) -> Tensor:
-        """Codes within bounds; no gradient beyond them."""
-        inside = (level >= self.low) & (level <= self.high)
-        return torch.where(inside, level, clamp(level.detach(), self.low, self.high))
 
-    def _stored(self, level: Tensor) -> Tensor:
-        """The weight of these codes, in its own layout and dtype, with the BatchNorm divided out."""
-        seen = (level - self.zero) * self.scale
-        return self.quantizer.unseen(seen, self.params).to(self.params[self.quantizer.site.parameter].dtype)
-
-
-def undecided(alphas: list[Tensor], beta: Tensor | float) -> Tensor:
+def undecided(shares: list[Tensor], beta: Tensor | float) -> Tensor:
     """The mean over elements of ``1 - |2 h - 1| ** beta``: 1 for a rounding of one half, 0 for one that is decided.
 
     A mean, not a sum, so that one factor fits layers of every size.
     """
-    terms = [1 - (2 * rectified_sigmoid(alpha) - 1).abs().pow(beta) for alpha in alphas]
-    total = torch.stack([term.sum() for term in terms]).sum()
-    return total / sum(term.numel() for term in terms)
+    decided = torch.stack([(2 * share - 1).abs().pow(beta).sum() for share in shares]).sum()
+    return 1 - decided / sum(share.numel() for share in shares)

@@ -12,9 +12,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from sophq_func.capture.frame import unwatched
 from sophq_func.config.site import Site
+from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import named_leaves, refilled
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 from sophq_func.model.quantized import Quantized
@@ -141,7 +144,7 @@ class Walk:
         if self._at == unit.path:
             return self._given
         if self._wires is None:
-            self._wires = self._find_wires()
+            self._wires = wires_of(self._q, self._params, self._paths, *self._calls[0])
         wire = self._wires.get(unit.path)
         if wire is not None and wire.block == self._at and self._returned:
             pairs = zip(self._given, self._returned, strict=True)
@@ -168,18 +171,25 @@ class Walk:
                 return q.engine.run_float(self._params, unchanged, args, kwargs)
             return q.apply(self._params, self._qparams, *args, **kwargs)
 
-    def _find_wires(self) -> dict[str, Wire]:
-        """For each block, where its arguments come from, in a run of the float model on the first batch."""
-        found: list[Wiring] = []
 
-        def watch(schedule: Schedule) -> Wiring:
-            found.append(Wiring(schedule, unchanged, self._paths))
-            return found[0]
+def wires_of(q: Quantized, params: Params, paths: Collection[str], args: Args, kwargs: Kwargs) -> dict[str, Wire]:
+    """For each block, where its arguments come from, in a run of the float model.
 
-        args, kwargs = self._calls[0]
-        with self._q.engine.constant():
-            self._q.engine.run_float(self._params, unchanged, args, kwargs, watch)
-        return found[0].wires
+    Args:
+      q: the model.
+      params: of the float model.
+      paths: of the blocks.
+      args, kwargs: of the model.
+    """
+    found: list[Wiring] = []
+
+    def watch(schedule: Schedule) -> Wiring:
+        found.append(Wiring(schedule, unchanged, paths))
+        return found[0]
+
+    with q.engine.constant():
+        q.engine.run_float(params, unchanged, args, kwargs, watch)
+    return found[0].wires
 
 
 def _as_given(q: Quantized) -> Quantized:
@@ -224,6 +234,8 @@ PLAIN = (type(None), bool, int, float, str)
 class Wiring(Runner):
     """A runner that finds out where the arguments of each block come from: whether they are the very same tensors.
 
+    A tensor that is written into after the block before has returned it is another one.
+
     Args:
       schedule, effect: see :class:`Runner`.
       paths: of the blocks.
@@ -237,6 +249,7 @@ class Wiring(Runner):
         self._paths = frozenset(paths)
         self._before: tuple[str, list[tuple[str, Tree]], list[Tree]] | None = None
         self._entered: list[tuple[str, Tree]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self.wires: dict[str, Wire] = {}
 
     def enter_scope(self, path: str, args: Args, kwargs: Kwargs) -> None:
@@ -259,8 +272,12 @@ class Wiring(Runner):
     def _enter(self, path: str, args: Args, kwargs: Kwargs) -> None:
         if path not in self._paths:
             return
+        with self.aside(), unwatched():
+            is_untouched = all(is_plain(pair) and torch.equal(*pair) for pair in self._copies)
+        self._copies = []
         self._entered = named_leaves((args, dict(kwargs)))
-        if self._before is None:
+        self._note(leaf for _, leaf in self._entered)
+        if self._before is None or not is_untouched:
             return
         block, given, returned = self._before
         if [name for name, _ in given] != [name for name, _ in self._entered]:
@@ -273,6 +290,12 @@ class Wiring(Runner):
     def _leave(self, path: str, output: Output) -> None:
         if path in self._paths:
             self._before = path, self._entered, [leaf for _, leaf in named_leaves(output)]
+            self._note(self._before[2])
+
+    def _note(self, leaves: Iterable[Tree]) -> None:
+        """Copy tensors as they are now: one that is written into later is still the same object."""
+        with self.aside(), unwatched():
+            self._copies += [(leaf, leaf.clone()) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _source(index: int, leaf: Tree, given: Sequence[Tree], returned: Sequence[Tree]) -> Source | None:

@@ -96,7 +96,7 @@ def correct_biases(
 
     A layer is corrected only where the correction that some samples show makes the error of others smaller. If the relative
     error of the model's outputs does not fall, everything stays as it was. The data is run once, or twice in
-    ``"sequential"``, and twice more to compare. Beyond the model, memory holds the activations of one batch.
+    ``"sequential"``, and at most twice more to compare. Beyond the model, memory holds the activations of one batch.
 
     Left as they are: layers without bias and BatchNorm, weights that are computed in the forward, and what is no convolution
     or linear layer.
@@ -136,13 +136,20 @@ def correct_biases(
     start = begin("correct_biases", q, params, qparams, where)
     data = as_batches("correct_biases", batches)
     exact = reference_of("correct_biases", start, reference)
-    args, kwargs = q.engine.call(data[0], "correct_biases")
-    added = biases_of(q.engine.retrace(start.params, args, kwargs))
+    added = _added(start, data[0])
     found = [_layer(weight, added) for weight in start.weights.values()]
     layers = {layer.quantizer.site.parameter: layer for layer in found if layer is not None}
     measure = _local if order == "local" else _sequential
     new, targets = measure(start, exact, layers, shown(data, "correct_biases", progress))
     return no_worse("correct_biases", start, {**start.params, **new}, start.qparams, data, targets)
+
+
+def _added(start: Start, batch: Tree) -> dict[str, str]:
+    """By weight, the biases of functions, of which a plan does not know; a run tells them, where one may be needed."""
+    if all(weight.norm is not None or weight.site.bias for weight in start.weights.values()):
+        return {}
+    args, kwargs = start.engine.call(batch, "correct_biases")
+    return biases_of(start.engine.retrace(start.params, args, kwargs))
 
 
 def _layer(weight: WeightQuantizer, added: Mapping[str, str]) -> Layer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from sophq_func.algorithms._layers import SPATIAL
+from sophq_func.algorithms._walk import Wire, wires_of
 from sophq_func.algorithms.contract import Start
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.pytree import flatten, tensors
-from sophq_func.core.types import Args, Kwargs, Output, Tree
+from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.tap import Call
+from sophq_func.model.tap import Call, unchanged
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer
 from sophq_func.numerics.contracts import QParams
 
@@ -121,35 +123,83 @@ class Sample(NamedTuple):
     target: Output
 
 
-def samples_of(
-    unit: Unit, start: Start, exact: Params, params: Params, qparams: Mapping[str, QParams], data: Sequence[Tree]
-) -> list[Sample]:
-    """The call of a unit for each batch.
+class Stream:
+    """What each unit reads and makes, in float and behind the units that are done; kept for one unit at a time.
 
-    Two runs up to the unit for each batch: one in float, one quantized.
+    Where a unit reads what the unit before was given or returned, as in a chain of blocks, only the two units are run;
+    elsewhere the model is run up to the unit, in float and quantized.
 
     Args:
-      unit: to run.
       start: with the model.
       exact: params of the float model.
-      params, qparams: as the units before left them.
       data: the batches.
+      units: in the order in which they are asked for.
     """
-    q = start.q
-    frozen, baked = q.freeze(start.engine.like(start.given, params), qparams)
-    found = []
-    with start.engine.constant():
-        for batch in data:
-            args, kwargs = q.engine.call(batch, "batches")
-            if unit.is_whole:
-                output, _ = q.tap([], stop=False)(exact, None, *args, **kwargs)
-                found.append(Sample(args, kwargs, (args, kwargs), output))
-                continue
-            path = unit.part.path
-            wanted: Call = q.tap(path, stop=True)(exact, None, *args, **kwargs)[1][path][0]
-            given: Call = frozen.tap(path, stop=True)(baked, qparams, *args, **kwargs)[1][path][0]
-            found.append(Sample(given.args, given.kwargs, (wanted.args, wanted.kwargs), wanted.output))
-    return found
+
+    def __init__(self, start: Start, exact: Params, data: Sequence[Tree], units: Sequence[Unit]) -> None:
+        self._start, self._exact = start, exact
+        self._calls = [start.q.engine.call(batch, "batches") for batch in data]
+        calls = _calls_of_modules(start.q)
+        # the samples are those of a module's first call: what its last one returned goes to others
+        self._wires = self._wired([unit.part.path for unit in units if calls[unit.part.path] == 1])
+        self._at = ""
+        self._samples: list[Sample] = []
+        self._returned: list[Output] = []
+
+    def samples(self, unit: Unit, params: Params, qparams: Mapping[str, QParams]) -> list[Sample]:
+        """The call of a unit for each batch.
+
+        Args:
+          unit: to run.
+          params, qparams: as the units before left them.
+        """
+        wire = self._wires.get(unit.part.path)
+        with self._start.engine.constant():
+            if wire is not None and wire.block == self._at and self._returned:
+                pairs = zip(self._samples, self._returned, strict=True)
+                self._samples = [self._carried(unit, wire, before, returned) for before, returned in pairs]
+            else:
+                frozen = self._start.q.freeze(self._start.engine.like(self._start.given, params), qparams)
+                self._samples = [self._tapped(unit, *frozen, qparams, args, kwargs) for args, kwargs in self._calls]
+        self._at, self._returned = unit.part.path, []
+        return self._samples
+
+    def leave(self, unit: Unit, params: Params, qparams: Mapping[str, QParams]) -> None:
+        """Go on behind a unit, with its params and qparams as they are final."""
+        if any(wire.block == unit.part.path for wire in self._wires.values()):
+            frozen, baked = unit.part.freeze(params, qparams)
+            with self._start.engine.constant():
+                self._returned = [frozen.apply(baked, qparams, *call.args, **call.kwargs) for call in self._samples]
+
+    def _wired(self, paths: Sequence[str]) -> Mapping[str, Wire]:
+        """Where the arguments of the units come from, as a run of the float model shows."""
+        args, kwargs = self._calls[0]
+        return wires_of(self._start.q, self._exact, paths, args, kwargs) if len(paths) > 1 else {}
+
+    def _carried(self, unit: Unit, wire: Wire, before: Sample, returned: Output) -> Sample:
+        """The call of a unit, from that of the unit before and what this returned."""
+        args, kwargs = wire.carried((before.args, before.kwargs), returned)
+        exact = wire.carried(before.exact, before.target)
+        return Sample(args, kwargs, exact, unit.part.engine.run_float(self._exact, unchanged, *exact))
+
+    def _tapped(
+        self, unit: Unit, frozen: Quantized, baked: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
+    ) -> Sample:
+        """The call of a unit in two runs of the model, which end there."""
+        q, path = self._start.q, unit.part.path
+        if unit.is_whole:
+            return Sample(args, kwargs, (args, kwargs), q.engine.run_float(self._exact, unchanged, args, kwargs))
+        wanted: Call = q.tap(path, stop=True)(self._exact, None, *args, **kwargs)[1][path][0]
+        given: Call = frozen.tap(path, stop=True)(baked, qparams, *args, **kwargs)[1][path][0]
+        return Sample(given.args, given.kwargs, (wanted.args, wanted.kwargs), wanted.output)
+
+
+def _calls_of_modules(q: Quantized) -> Counter[str]:
+    """How often a run calls each module, by path; empty where runs may differ, or the plan does not know them."""
+    if len(q.plan.runs) != 1:
+        return Counter()
+    (run,) = q.plan.runs
+    return Counter([made.path for made in run.calls if not made.function] + [scope.path for scope in run.scopes])
 
 
 def rows_of(sample: Sample, choose: Callable[[int], Tensor]) -> Sample:

@@ -21,7 +21,9 @@ def rectified_sigmoid(alpha: Tensor) -> Tensor:
       >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
       tensor([0.0000, 0.5000, 1.0000])
     """
-    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+    stretched = torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA
+    # clamp(0, 1), with a gradient in one pass over memory instead of four
+    return torch.nn.functional.hardtanh(stretched, 0, 1)
 
 
 def inverse_rectified_sigmoid(share: Tensor) -> Tensor:

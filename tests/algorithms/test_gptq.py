@@ -39,6 +39,39 @@ def distance(q: sq.Quantized, params: Any, qparams: Any, given: Any, batches: li
     return float(sq.algorithms.contract.output_distance(q, given, params, qparams, batches))
 
 
+def test_a_block_reads_what_was_written_into_after_the_block_before() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x).relu()
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Block(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x)
+            y += 1
+            return self.two(y)
+
+    torch.manual_seed(0)
+    model, batches = Shifted().eval(), list(torch.randn(32, 4).split(8))
+    q = sq.quantize(model, CONFIG, example_args=(batches[0],))
+    params = sq.params_of(model)
+    first, second = units_of(q, list(q.plan), None)
+    walk = Walk(q, params, batches, [first, second], None)
+    walk.moments(first, first.names)
+    walk.leave(first)
+    expected = sq.statistics(q, params, batches, progress=False)
+    torch.testing.assert_close(
+        walk.moments(second, second.names)["two.inner.weight_fake_quant"].mean, expected["two.inner.weight_fake_quant"].mean
+    )
+
+
 def test_units_are_blocks_and_weights_outside_of_them_by_what_they_read() -> None:
     q, *_ = language()
     names = [name for name in q.plan if q.plan.site(name).role == "weight"]
