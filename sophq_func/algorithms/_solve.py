@@ -166,11 +166,16 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
     With rows and columns in reverse order, ``matrix`` has the lower factor ``L``; in the first order again, ``L`` is an
     upper factor ``R`` with ``matrix = R R^T``, and ``U = R^-1``: no inverse of the matrix itself is needed.
     """
-    result = torch.linalg.cholesky_ex(matrix.flip((-2, -1)))
-    lower = torch.where(result.info[..., None, None] == 0, result.L, torch.nan)
+    upper = _cholesky(matrix.flip((-2, -1))).flip((-2, -1))
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    inverse: Tensor = torch.linalg.solve_triangular(lower.flip((-2, -1)), identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return inverse
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """The lower Cholesky factor; NaN where there is none."""
+    result = torch.linalg.cholesky_ex(matrix)
+    return torch.where(result.info[..., None, None] == 0, result.L, torch.nan)
 
 
 def _compensated(weight: Tensor, problem: _Problem, grid: Grid, order: Order) -> Tensor:
@@ -179,10 +184,14 @@ def _compensated(weight: Tensor, problem: _Problem, grid: Grid, order: Order) ->
     if order == "storage":
         return _in_order(weight, _inverse_factor(matrix), grid)
     by_size = torch.argsort(matrix.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    sorted_rows = _taken(matrix, by_size)
-    factor = _inverse_factor(_taken(sorted_rows.mT, by_size))
+    factor = _inverse_factor(_sorted(matrix, by_size))
     found = _in_order(_taken(weight, by_size), factor, grid.map(lambda field: _taken(field, by_size)))
     return _taken(found, torch.argsort(by_size, dim=-1))
+
+
+def _sorted(matrix: Tensor, index: Tensor) -> Tensor:
+    """A symmetric matrix with rows and columns in another order."""
+    return _taken(_taken(matrix, index).mT, index)
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:

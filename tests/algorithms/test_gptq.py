@@ -191,11 +191,11 @@ def test_data_that_is_none_is_refused(batches: Any, match: str) -> None:
 def test_a_killed_run_on_float_inputs_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     q, params, qparams, batches = language()
     expected, _ = sq.algorithms.gptq(q, params, qparams, batches, inputs="float", progress=False)
-    path = tmp_path / "run.safetensors"
+    path = tmp_path / "run.steps"
     keep = Resumed.keep
 
-    def killed(self: Resumed, step: int, tensors: Any) -> None:
-        keep(self, step, tensors)
+    def killed(self: Resumed, made: Any) -> None:
+        keep(self, made)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Resumed, "keep", killed)
