@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
@@ -117,6 +118,30 @@ def test_a_layer_that_multiplies_nothing_is_rounded_and_one_that_is_off_stays(ca
     off = sq.enabled(qparams, {"1.weight_fake_quant": False})
     solved, _ = sq.algorithms.gptq(q, params, off, [ids], progress=False)
     same(solved["1.weight"], params["1.weight"])
+
+
+class Products(nn.Module):
+    """Heads and experts, in products that no layer makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.experts = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.randn(2, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("bthd,hdo->bto", x.unflatten(-1, (3, 8)), self.heads).flatten(0, 1)
+        return F.grouped_mm(x, self.experts, offs=torch.tensor([len(x) // 4, len(x)], dtype=torch.int32))
+
+
+def test_weights_of_einsum_and_of_experts_are_solved_for(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = Products().eval(), mixed(torch.randn(4, 16, 24))
+    q = sq.quantize(model, sq.QuantConfig(chip=None, weight=WEIGHT, activation=None), example_args=(x,))
+    params = sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    with caplog.at_level(logging.INFO, "sophq_func.algorithms"):
+        solved, _ = sq.algorithms.gptq(q, params, qparams, [x], progress=False)
+    assert "rounded to the nearest" not in caplog.text
+    assert distance(q, solved, qparams, params, [x]) < 0.7 * distance(q, params, qparams, params, [x])
 
 
 @pytest.mark.parametrize("kind", ["fixed", "learnable", "lsq_plus", "tqt"])
