@@ -46,8 +46,8 @@ def gptq(
 
     The blocks of ``q.blocks()`` are taken in execution order. What the weights of a block multiply is measured where the
     blocks before are quantized already. Weights outside of blocks are solved in their turn, from runs of the whole model;
-    weights of which no run shows what they multiply (embeddings, recurrent layers) are rounded to the nearest, which the logger
-    ``sophq_func.algorithms`` says.
+    weights of which no run shows what they multiply (embeddings, recurrent layers) are rounded to the nearest, which the
+    logger ``sophq_func.algorithms`` says.
 
     It takes one run of each block for the moments and one for the outputs, and ``O(out n**2 + n**3)`` operations for each
     weight ``(out, n)``. Beyond the model it keeps the new weights, what one block is given and returns for all batches, and

@@ -56,10 +56,10 @@ def statistics(
       progress: see :meth:`Quantized.calibrate`.
 
     Returns:
-      ``{weight quantizer: Moments}``, sorted. Without weights that multiply nothing (embeddings look rows up), that no batch
-      reaches, or that are multiplied by a function of which it is not known how: products of matrices and vectors, ``einsum``
-      and ``tensordot``, the experts of a ``grouped_mm``, linear layers, convolutions and transposed convolutions are. Moments
-      of two data sets are joined by :func:`sophq_func.numerics.moments.merged`.
+      ``{weight quantizer: Moments}``, sorted. Without weights that multiply nothing (embeddings look rows up), that no
+      batch reaches, or that are multiplied by a function of which it is not known how: products of matrices and vectors,
+      ``einsum`` and ``tensordot``, the experts of a ``grouped_mm``, linear layers, convolutions and transposed convolutions
+      are. Moments of two data sets are joined by :func:`sophq_func.numerics.moments.merged`.
 
     Raises:
       ConfigError: ``where`` fits no weight.
