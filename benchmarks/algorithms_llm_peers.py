@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -86,10 +85,12 @@ def ours(subject: Subject, bits: int, observer: str, names: tuple[str, ...]) -> 
     """Some of ``sq.algorithms``, one after the other."""
     import sophq_func as sq
 
-    granularity = sq.PerGroup(GROUP)
-    weight = sq.override(bits=bits, symmetric=False, granularity=granularity, observer=observer, fake_quantize="fixed")
-    head = sq.Rule(name=HEAD, weight=None, requests=False)
-    config = sq.QuantConfig(chip=None, strategy="Layers", weight=weight, activation=None, rules=(head,))
+    weight = sq.override(
+        bits=bits, symmetric=False, granularity=sq.PerGroup(GROUP), observer=observer, fake_quantize="fixed"
+    )
+    # frequencies of positions: some versions of transformers multiply them as a matrix, which makes them a weight
+    left = [sq.Rule(name=name, weight=None, requests=False) for name in (HEAD, "*inv_freq*")]
+    config = sq.QuantConfig(chip=None, strategy="Layers", weight=weight, activation=None, rules=tuple(left))
     batches = [{"input_ids": ids} for ids in subject.calibrate.split(1)]
     q = sq.quantize(subject.model, config, example_kwargs={"input_ids": subject.calibrate[:1, :8]})
     params = sq.params_of(subject.model)
@@ -97,8 +98,9 @@ def ours(subject: Subject, bits: int, observer: str, names: tuple[str, ...]) -> 
     for name in names:
         kept = {"checkpoint": subject.folder / f"{'+'.join(names)}-{bits}.steps"} if name == "gptq" else {}
         params, qparams = getattr(sq.algorithms, name)(q, params, qparams, batches, progress=False, **kept)
-    _, baked = q.freeze(params, qparams)
-    return {name: baked[name] for name in linear_weights(subject.model)}
+    if "gptq" not in names:  # whose weights lie on their grids already
+        _, params = q.freeze(params, qparams)
+    return {name: params[name] for name in linear_weights(subject.model)}
 
 
 def llm_compressor(subject: Subject, bits: int) -> Weights:
@@ -191,10 +193,15 @@ def work(folder: Path, method: str, bits: int, out: Path) -> None:
     subject = Subject(load(folder), folder, text[:: len(text) // CALIBRATE][:CALIBRATE])
     start = time.process_time()
     weights = METHODS[method].make(subject, bits)
-    # before anything is written: what is only read from a checkpoint would count
-    seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds, peak = time.process_time() - start, peak_gib()  # before weights are read from a checkpoint, to be written
     save_file({name: weight.contiguous() for name, weight in weights.items()}, out)
     out.with_suffix(".json").write_text(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held so far. Not ``ru_maxrss``, which starts with that of its parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def load(folder: Path) -> Any:
