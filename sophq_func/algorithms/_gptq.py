@@ -51,8 +51,8 @@ def gptq(
 
     It takes one run of each block for the moments and one for the outputs, and ``O(out n**2 + n**3)`` operations for each
     weight ``(out, n)``. Beyond the model it keeps the new weights, what one block is given and returns for all batches, and
-    ``4 n**2`` bytes for each value that weights of the block read; a weight takes four times as much while it is solved. With
-    a checkpoint, the new weights lie in its file, and take memory only when they are read.
+    ``4 n**2`` bytes for each value that weights of the block read; a weight takes four times as much while it is solved.
+    With a checkpoint, the new weights lie in its file, and take memory only when they are read.
 
     Args:
       q: a quantized model, whose weights are integers; it is run in eval mode.
