@@ -120,6 +120,15 @@ def test_a_layer_that_multiplies_nothing_is_rounded_and_one_that_is_off_stays(ca
     same(solved["1.weight"], params["1.weight"])
 
 
+def test_blocks_of_the_float_model_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, params, qparams, batches = language(activation=None)
+    expected = sq.algorithms.clip(q, params, qparams, batches, progress=False)
+    runs: list[object] = []
+    monkeypatch.setattr(Walk, "_run", lambda self, *args: runs.append(args))
+    same(sq.algorithms.clip(q, params, qparams, batches, progress=False), expected)
+    assert not runs
+
+
 class Products(nn.Module):
     """Heads and experts, in products that no layer makes."""
 
