@@ -18,6 +18,7 @@ from sophq_func.algorithms._reconstruct import reconstruct as reconstruct
 from sophq_func.algorithms._rotate import rotate as rotate
 from sophq_func.algorithms._smooth import smooth as smooth
 from sophq_func.algorithms._solve import gptq_solve as gptq_solve
+from sophq_func.algorithms._untie import untie as untie
 from sophq_func.algorithms.biases import correct_biases as correct_biases
 from sophq_func.algorithms.bits import BitSensitivity as BitSensitivity
 from sophq_func.algorithms.bits import at_widths as at_widths
@@ -58,6 +59,7 @@ __all__ = [
     "sizes",
     "smooth",
     "trace_sensitivity",
+    "untie",
 ]
 
 

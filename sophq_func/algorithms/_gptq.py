@@ -46,12 +46,13 @@ def gptq(
 
     The blocks of ``q.blocks()`` are taken in execution order. What the weights of a block multiply is measured where the
     blocks before are quantized already. Weights outside of blocks are solved in their turn, from runs of the whole model;
-    weights of which no run shows what they multiply (embeddings, an ``einsum``) are rounded to the nearest, which the logger
-    ``sophq_func.algorithms`` says.
+    weights of which no run shows what they multiply (embeddings, recurrent layers) are rounded to the nearest, which the
+    logger ``sophq_func.algorithms`` says.
 
     It takes one run of each block for the moments and one for the outputs, and ``O(out n**2 + n**3)`` operations for each
-    weight ``(out, n)``. Beyond the model it keeps the inputs of one block for all batches, and ``4 n**2`` bytes for each
-    value that weights of the block read.
+    weight ``(out, n)``. Beyond the model it keeps the new weights, what one block is given and returns for all batches, and
+    ``4 n**2`` bytes for each value that weights of the block read; a weight takes four times as much while it is solved.
+    With a checkpoint, the new weights lie in its file, and take memory only when they are read.
 
     Args:
       q: a quantized model, whose weights are integers; it is run in eval mode.
@@ -67,7 +68,8 @@ def gptq(
       true_sequential: within a block, too, measure behind the weights that are quantized already: one run for each value
         that weights read.
       blocks: a glob of module paths, see :meth:`Quantized.blocks`.
-      checkpoint: path of a file in which each block that is done is kept; a run that was killed goes on there.
+      checkpoint: path of a file in which each block that is done is kept; a run that was killed goes on there. The new
+        weights are read from it, also later: it may be deleted, but not be written to, while they are used.
       progress: see :meth:`Quantized.calibrate`.
 
     Returns:
@@ -103,21 +105,22 @@ def gptq(
     units = units_of(q, start.weights, blocks)
     chosen = (options, inputs, true_sequential, [unit.names for unit in units])
     done = Resumed("gptq", checkpoint, (q.plan.digest(), chosen, start.params, start.qparams, batches))
-    solved = dict(done.tensors)
     if inputs == "quantized":
-        walk = Walk(q, {**start.params, **solved}, batches, units, start.qparams)
+        walk = Walk(q, {**start.params, **done.tensors}, batches, units, start.qparams)
     else:
         walk = Walk(q, start.params, batches, units, None)
     for unit in shown(units[done.step :], "gptq", progress):
+        made: dict[str, Tensor] = {}
         for names in by_input(q, unit) if true_sequential else [unit.names]:
             found = walk.moments(unit, names)
-            new = {start.weights[name].site.parameter: _rounded(start, name, found.get(name), options) for name in names}
-            solved |= new
+            made |= {start.weights[name].site.parameter: _rounded(start, name, found.get(name), options) for name in names}
             if inputs == "quantized":
-                walk.replace(new)
+                walk.replace(made)
         walk.leave(unit)
-        done.keep(done.step + 1, solved)
-    return start.result({**start.params, **solved}, start.qparams)
+        kept = done.keep(made)
+        if inputs == "quantized":
+            walk.replace(kept)
+    return start.result({**start.params, **done.tensors}, start.qparams)
 
 
 class SolverOptions(NamedTuple):

@@ -29,6 +29,9 @@ from sophq_func.model.quantized import Quantized
 from sophq_func.model.select import Where
 from sophq_func.numerics.contracts import QParams
 
+Setting: TypeAlias = tuple[dict[str, Tensor], QParamsDict]
+"""Params by name, and qparams."""
+
 Learn: TypeAlias = Literal["rounding", "scales", "both"]
 """What is learned."""
 
@@ -156,13 +159,16 @@ def reconstruct(
     numbers = (*options[:8], [unit.part.path for unit in parts], sorted(weights))
     call = ("reconstruct", numbers, q.plan.digest(), start.params, flat(start.qparams), exact, data, generator.get_state())
     done = Resumed("reconstruct", checkpoint, call)
-    new, new_qparams = _resumed(start, done, generator)
+    new, new_qparams = _with(start.params, start.qparams, done.tensors)
+    if done.step:
+        generator.set_state(done.tensors["generator"])
     stream = Stream(start, exact, data, parts)
     for place, unit in enumerate(shown(parts, "reconstruct", progress)):
         if place < done.step:
             continue
-        new, new_qparams = _improved(unit, stream, exact, (new, new_qparams), options, generator)
-        done.keep(place + 1, _changed(start, new, new_qparams, generator))
+        improved = _improved(unit, stream, exact, (new, new_qparams), options, generator)
+        kept = done.keep({**_changed((new, new_qparams), improved), "generator": generator.get_state()})
+        new, new_qparams = _with(*improved, kept)
     return start.result(*_on_grids(start, new, new_qparams, weights.keys()))
 
 
@@ -225,24 +231,19 @@ def _chosen(which: Tensor, found: Settled, nearest: Settled) -> Settled:
     return chosen
 
 
-def _changed(
-    start: Start, params: Mapping[str, Tensor], qparams: Mapping[str, QParams], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """What the units so far have made, as a file keeps it."""
-    before = flat(start.qparams)
-    tensors = {f"params/{name}": tensor for name, tensor in params.items() if tensor is not start.params[name]}
-    tensors.update({f"qparams/{name}": leaf for name, leaf in flat(qparams).items() if leaf is not before[name]})
-    return {**tensors, "generator": generator.get_state()}
+def _changed(before: Setting, after: Setting) -> dict[str, Tensor]:
+    """What a step has made, as a file keeps it."""
+    (old, old_qparams), (new, new_qparams) = before, after
+    leaves = flat(old_qparams)
+    tensors = {f"params/{name}": tensor for name, tensor in new.items() if tensor is not old[name]}
+    return tensors | {f"qparams/{name}": leaf for name, leaf in flat(new_qparams).items() if leaf is not leaves[name]}
 
 
-def _resumed(start: Start, done: Resumed, generator: torch.Generator) -> tuple[dict[str, Tensor], QParamsDict]:
-    """Params and qparams as a run that was ended left them; the generator is put where it was."""
-    if not done.step:
-        return dict(start.params), dict(start.qparams)
-    generator.set_state(done.tensors["generator"])
-    params = {name: done.tensors.get(f"params/{name}", tensor) for name, tensor in start.params.items()}
-    leaves = {name: done.tensors.get(f"qparams/{name}", leaf) for name, leaf in flat(start.qparams).items()}
-    return params, merge(leaves, {})
+def _with(params: Mapping[str, Tensor], qparams: Mapping[str, QParams], kept: Mapping[str, Tensor]) -> Setting:
+    """Params and qparams, of which some are those that a file keeps."""
+    new = {name: kept.get(f"params/{name}", tensor) for name, tensor in params.items()}
+    leaves = {name: kept.get(f"qparams/{name}", leaf) for name, leaf in flat(qparams).items()}
+    return new, merge(leaves, {})
 
 
 def _on_grids(

@@ -44,9 +44,9 @@ def rotate(
 
     It helps activations of 4 to 8 bits with outliers, and weights with large columns; alone, 3-bit weights in groups gain
     little. LayerNorm subtracts a mean and is not turned. A head that is tied to the embedding would need both turned alike,
-    which its norm prevents: untie it before planning, ``model.head.weight = nn.Parameter(model.head.weight.clone())``. What
-    stays as it is, and why, is said by the logger ``sophq_func.algorithms``; where the quantized model would be farther from
-    the float model on the batches, nothing is changed.
+    which its norm prevents: plan what :func:`untie` returns. What stays as it is, and why, is said by the logger
+    ``sophq_func.algorithms``; where the quantized model would be farther from the float model on the batches, nothing is
+    changed.
 
     Args:
       q: a quantized model; it is run in eval mode.

@@ -113,12 +113,14 @@ def _check_second(where: str, weight: Tensor, second: Tensor) -> None:
 
 def _solved(columns: Columns, second: Tensor, order: Order, damping: float | Tensor, sweeps: int) -> Tensor:
     """The weight on its grid, as :class:`Columns` has it."""
-    problem = _damped(second, damping)
     nearest = columns.grid.round(columns.weight)
-    found = _compensated(columns.weight, problem, columns.grid, order)
+    found = _compensated(columns.weight, _factored(second, damping, order), columns.grid)
     found = _better(columns.weight, found, nearest, second)
+    if not sweeps:
+        return found
+    matrix = _damped(second, damping)
     for _ in range(sweeps):
-        swept = _swept(columns.weight, found, problem.matrix, columns.grid)
+        swept = _swept(columns.weight, found, matrix, columns.grid)
         found = _better(columns.weight, swept, found, second)
     return found
 
@@ -133,14 +135,7 @@ def _error(change: Tensor, second: Tensor) -> Tensor:
     return ((second @ change) * change).sum(-2)
 
 
-class _Problem(NamedTuple):
-    """A damped matrix ``H``, and ``U``, upper triangular, with ``H^-1 = U^T U``, whose columns may be in another order."""
-
-    matrix: Tensor
-    damping: Tensor
-
-
-def _damped(second: Tensor, damping: float | Tensor) -> _Problem:
+def _damped(second: Tensor, damping: float | Tensor) -> Tensor:
     """Second moments with a share of their mean diagonal on the diagonal; 1 for inputs that were always 0.
 
     On plain tensors the share grows until there is a Cholesky factor.
@@ -151,43 +146,77 @@ def _damped(second: Tensor, damping: float | Tensor) -> _Problem:
     share = torch.as_tensor(damping, dtype=second.dtype, device=second.device)
     matrix = second + torch.diag_embed(share * mean + dead)
     if not is_plain([matrix]):
-        return _Problem(matrix, share)
+        return matrix
     for _ in range(TRIES):
         if not bool(torch.linalg.cholesky_ex(matrix).info.any()):
             break
         share = (share * HARDER).clamp(min=1e-6)
         matrix = second + torch.diag_embed(share * mean + dead)
-    return _Problem(matrix, share)
+    return matrix
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor:
-    """``U``, upper triangular, with ``matrix^-1 = U^T U``; NaN where there is none.
+class _Factor(NamedTuple):
+    """``U``, upper triangular, with ``H^-1 = U^T U`` for a damped matrix ``H``; NaN where there is none.
 
-    With rows and columns in reverse order, ``matrix`` has the lower factor ``L``; in the first order again, ``L`` is an
-    upper factor ``R`` with ``matrix = R R^T``, and ``U = R^-1``: no inverse of the matrix itself is needed.
+    Attributes:
+      order: in which its rows and columns are, as indices of those of ``H``; ``None`` for their own.
+      upper: the factor.
     """
-    result = torch.linalg.cholesky_ex(matrix.flip((-2, -1)))
-    lower = torch.where(result.info[..., None, None] == 0, result.L, torch.nan)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    inverse: Tensor = torch.linalg.solve_triangular(lower.flip((-2, -1)), identity, upper=True)
+
+    order: Tensor | None
+    upper: Tensor
+
+
+def _factored(second: Tensor, damping: float | Tensor, order: Order) -> _Factor:
+    """The factor of damped second moments. Each step is a call, so that its matrices are freed behind it."""
+    by_size, upper = _in_upper(_damped(second, damping), order)
+    return _Factor(by_size, _inverse(upper))
+
+
+def _in_upper(matrix: Tensor, order: Order) -> tuple[Tensor | None, Tensor]:
+    """The order of rows and columns, and upper triangular ``R`` with ``matrix = R R^T`` in that order.
+
+    With rows and columns in reverse order, ``matrix`` has the lower factor ``L``; in the first order again, that is ``R``.
+    Then ``U = R^-1``: no inverse of the matrix itself is needed.
+    """
+    if order == "storage":
+        return None, _cholesky(matrix.flip((-2, -1))).flip((-2, -1))
+    by_size = torch.argsort(matrix.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
+    return by_size, _cholesky(_sorted(matrix, by_size).flip((-2, -1))).flip((-2, -1))
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """The lower Cholesky factor; NaN where there is none."""
+    result = torch.linalg.cholesky_ex(matrix)
+    return torch.where(result.info[..., None, None] == 0, result.L, torch.nan)
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix."""
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return inverse
 
 
-def _compensated(weight: Tensor, problem: _Problem, grid: Grid, order: Order) -> Tensor:
+def _compensated(weight: Tensor, factor: _Factor, grid: Grid) -> Tensor:
     """GPTQ: columns are rounded in order, each after the error of those before is made up for."""
-    matrix = problem.matrix
-    if order == "storage":
-        return _in_order(weight, _inverse_factor(matrix), grid)
-    by_size = torch.argsort(matrix.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    sorted_rows = _taken(matrix, by_size)
-    factor = _inverse_factor(_taken(sorted_rows.mT, by_size))
-    found = _in_order(_taken(weight, by_size), factor, grid.map(lambda field: _taken(field, by_size)))
-    return _taken(found, torch.argsort(by_size, dim=-1))
+    order = factor.order
+    if order is None:
+        return _in_order(weight, factor.upper, grid)
+    found = _in_order(_taken(weight, order), factor.upper, grid.map(lambda field: _taken(field, order)))
+    return _taken(found, torch.argsort(order, dim=-1))
+
+
+def _sorted(matrix: Tensor, index: Tensor) -> Tensor:
+    """A symmetric matrix with rows and columns in another order."""
+    return _taken(_taken(matrix, index).mT, index)
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``(..., n, m)`` in another order."""
-    return torch.take_along_dim(x, index[..., None], dim=-2)
+    if index.ndim == 1:
+        return x[index]
+    return torch.take_along_dim(x, index[..., None], dim=-2)  # makes an index for each element
 
 
 def _in_order(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:

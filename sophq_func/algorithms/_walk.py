@@ -128,13 +128,18 @@ class Walk:
         if unit.part is not None:
             model, calls = _as_given(unit.part), self._inputs(unit)
         gathering = Gathering(model.engine, self._params, self._qparams, names)
+        is_float_block = unit.part is not None and self._qparams is None and self._goes_on(unit)
+        returned = []
         for args, kwargs in calls:
-            gathering.run(args, kwargs)
+            output = gathering.run(args, kwargs)
+            if is_float_block:  # it would return the same once more when the walk leaves it
+                returned.append(output)
+        self._returned = returned
         return gathering.moments()
 
     def leave(self, unit: Unit) -> None:
         """Go on behind a unit, whose weights are final: the next block reads what it returns now."""
-        if unit.part is None or not self._goes_on(unit):
+        if unit.part is None or self._returned or not self._goes_on(unit):
             return
         part = _as_given(unit.part)
         self._returned = [self._run(part, args, kwargs) for args, kwargs in self._inputs(unit)]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from sophq_func.algorithms._steps import append, read
 from sophq_func.core.errors import StateError, explain
-from sophq_func.core.files import write_bytes
 from sophq_func.core.pytree import named_leaves
 from sophq_func.core.types import Tree
 
@@ -25,12 +22,13 @@ StrPath = str | os.PathLike[str]
 class Resumed:
     """Where a run of an algorithm stands, kept in a file; without a path it is kept nowhere.
 
-    The file belongs to one call: to the same algorithm with the same options, plan, params, qparams and batches. After each
-    step it is replaced as a whole, so that a kill at any moment leaves the step before.
+    The file belongs to one call: to the same algorithm with the same options, plan, params, qparams and batches. Each step
+    appends what it has made, so that a kill at any moment leaves the steps before. Tensors that are in the file take no
+    memory until they are read.
 
     Attributes:
-      step: how many steps were done when the run began.
-      tensors: what the steps so far have made, by name.
+      step: how many steps are done.
+      tensors: what they have made, by name; the last one's where several have made the same.
 
     Args:
       where: the algorithm, for errors.
@@ -45,6 +43,7 @@ class Resumed:
         self.step = 0
         self.tensors: dict[str, Tensor] = {}
         self._path = None if path is None else Path(path)
+        self._end = 0
         if self._path is None:
             return
         if not self._path.parent.is_dir():
@@ -57,24 +56,34 @@ class Resumed:
     def _read(self, where: str, path: Path) -> None:
         fix = f"delete {str(path)!r}, or name another file"
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        except (SafetensorError, OSError) as error:
+            steps = read(path)
+        except (ValueError, OSError) as error:
             raise StateError(explain(where, "the checkpoint cannot be read", got=str(error), fix=fix)) from error
-        if metadata.get("call") != self._call:
+        if any(step.call != self._call for step in steps):
             because = "its options, plan, params, qparams or batches are others"
             raise StateError(explain(where, "the checkpoint is that of another call", because=because, fix=fix))
-        self.step, self.tensors = json.loads(metadata["step"]), tensors
+        for step in steps:
+            self._go_on(step.tensors, step.end)
 
-    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Note that a number of steps are done, and what all of them have made."""
-        self.step, self.tensors = step, dict(tensors)
+    def keep(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Note that one more step is done.
+
+        Args:
+          made: what it has made, by name.
+
+        Returns:
+          The same, read from the file where there is one: who goes on with these frees the memory of those given.
+        """
         if self._path is None:
-            return
-        # contiguous and apart: the format stores each tensor as one piece of memory
-        pieces = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        write_bytes(self._path, save(pieces, {"call": self._call, "step": json.dumps(step)}))
+            return self._go_on(dict(made), 0)
+        step = append(self._path, self._end, self._call, made)
+        return self._go_on(step.tensors, step.end)
+
+    def _go_on(self, tensors: dict[str, Tensor], end: int) -> dict[str, Tensor]:
+        self.step += 1
+        self.tensors.update(tensors)
+        self._end = end
+        return tensors
 
 
 def fingerprint(tree: Tree) -> str:

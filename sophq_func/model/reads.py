@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sophq_func.core.types import Args, Kwargs
+from sophq_func.model.equations import named, product_of, rows_of
 
-Read: TypeAlias = Callable[[Args, Kwargs, int], Tensor]
-"""From the arguments of a call and the slot of the weight among its tensors to rows ``(T, n)`` or ``(G, T, n)``."""
+Rows: TypeAlias = Tensor | list[Tensor]
+"""``(T, n)``, or ``(G, T, n)`` for ``G`` parts of a weight; or a list of ``(T, n)``, where each part has another number."""
+
+Read: TypeAlias = Callable[[Args, Kwargs, int], Rows | None]
+"""From the arguments of a call and the slot of the weight among its tensors to rows; ``None`` where they do not tell."""
 
 
 def _linear(args: Args, kwargs: Kwargs, slot: int) -> Tensor:
     """Of ``linear(input, weight)``."""
-    x: Tensor = _given(args, kwargs, ("input",))["input"]
+    x: Tensor = named(args, kwargs, ("input",))["input"]
     return x.reshape(-1, x.shape[-1])
 
 
@@ -35,7 +39,7 @@ def _product(names: tuple[str, str], first: int = 0) -> Read:
     """
 
     def read(args: Args, kwargs: Kwargs, slot: int) -> Tensor:
-        given = _given(args[first:], kwargs, names)
+        given = named(args[first:], kwargs, names)
         is_right = slot == first + 1
         weight: Tensor = given[names[is_right]]
         x: Tensor = given[names[not is_right]]
@@ -66,7 +70,7 @@ def _convolution(axes: int) -> Read:
     """Of a convolution over a number of axes: each place of the output reads a patch of the input."""
 
     def read(args: Args, kwargs: Kwargs, slot: int) -> Tensor:
-        given = _given(args, kwargs, CONVOLUTION)
+        given = named(args, kwargs, CONVOLUTION)
         kernel = given["weight"].shape[2:]
         dilation = _each(given.get("dilation", 1), axes)
         around = _padding(given.get("padding", 0), kernel, dilation)
@@ -81,7 +85,7 @@ def _deconvolution(axes: int) -> Read:
     """Of a transposed convolution: a convolution of the input with zeros between its places, and the kernel turned round."""
 
     def read(args: Args, kwargs: Kwargs, slot: int) -> Tensor:
-        given = _given(args, kwargs, DECONVOLUTION)
+        given = named(args, kwargs, DECONVOLUTION)
         kernel = given["weight"].shape[2:]
         dilation = _each(given.get("dilation", 1), axes)
         x = _spread(_batched(given["input"], axes), _each(given.get("stride", 1), axes))
@@ -153,10 +157,20 @@ def _each(value: Any, axes: int) -> tuple[int, ...]:
     return tuple(value) * axes if len(value) == 1 else tuple(value)
 
 
-def _given(args: Args, kwargs: Kwargs, names: Sequence[str]) -> dict[str, Any]:
-    """Arguments by name."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _grouped(args: Args, kwargs: Kwargs, slot: int) -> Rows | None:
+    """Of ``grouped_mm``: each matrix of the weight multiplies rows of its own, of which ``offs`` has the ends."""
+    given = named(args, kwargs, ("mat_a", "mat_b"))
+    is_right, ends = slot == 1, given.get("offs")
+    x = given["mat_a"] if is_right else given["mat_b"].mT
+    if ends is None:
+        return GROUPED(args, kwargs, slot)
+    if x.ndim != 2 or (given["mat_b"] if is_right else given["mat_a"]).ndim != 3:
+        return None  # the ends cut the sums
+    return [x[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
+
+GROUPED = _product(("mat_a", "mat_b"))
+"""Without ends it is a product of matrices."""
 
 READS: Mapping[str, Read] = {
     "addmm": _product(("mat1", "mat2"), first=1),
@@ -168,6 +182,7 @@ READS: Mapping[str, Read] = {
     "conv_transpose1d": _deconvolution(1),
     "conv_transpose2d": _deconvolution(2),
     "conv_transpose3d": _deconvolution(3),
+    "grouped_mm": _grouped,
     "linear": _linear,
     "matmul": _product(("input", "other")),
     "mm": _product(("input", "mat2")),
@@ -175,7 +190,7 @@ READS: Mapping[str, Read] = {
 """By canonical name of a function, how the rows are read."""
 
 
-def rows_read(function: str, args: Args, kwargs: Kwargs, slot: int) -> Tensor | None:
+def rows_read(function: str, args: Args, kwargs: Kwargs, slot: int) -> Rows | None:
     """The rows that a call multiplies its weight with; ``None`` for a function of which that is not known.
 
     Args:
@@ -188,5 +203,7 @@ def rows_read(function: str, args: Args, kwargs: Kwargs, slot: int) -> Tensor | 
       >>> rows_read("linear", (torch.ones(2, 3, 4), torch.ones(5, 4)), {}, 1).shape
       torch.Size([6, 4])
     """
-    read = READS.get(function)
-    return None if read is None else read(args, kwargs, slot)
+    if function in READS:
+        return READS[function](args, kwargs, slot)
+    product = product_of(function, args, kwargs)
+    return None if product is None else rows_of(product, slot)

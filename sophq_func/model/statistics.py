@@ -56,10 +56,10 @@ def statistics(
       progress: see :meth:`Quantized.calibrate`.
 
     Returns:
-      ``{weight quantizer: Moments}``, sorted. Without weights that multiply nothing (embeddings look rows up), that no batch
-      reaches, or that are multiplied by a function of which it is not known how: products of matrices, linear layers,
-      convolutions and transposed convolutions are. Moments of two data sets are joined by
-      :func:`sophq_func.numerics.moments.merged`.
+      ``{weight quantizer: Moments}``, sorted. Without weights that multiply nothing (embeddings look rows up), that no
+      batch reaches, or that are multiplied by a function of which it is not known how: products of matrices and vectors,
+      ``einsum`` and ``tensordot``, the experts of a ``grouped_mm``, linear layers, convolutions and transposed convolutions
+      are. Moments of two data sets are joined by :func:`sophq_func.numerics.moments.merged`.
 
     Raises:
       ConfigError: ``where`` fits no weight.
@@ -226,8 +226,13 @@ class Reader(Runner):
         for slot, operand in multiplied(function, args, kwargs):
             place = self._place(operand)
             rows = None if place is None else rows_read(function, args, kwargs, slot)
-            if place is not None and rows is not None:
+            if place is None or rows is None:
+                continue
+            if isinstance(rows, Tensor):
                 self._add(place, rows)
+            elif place.item < 0:
+                for item, own in enumerate(rows):
+                    self._add(Place(place.name, item, len(rows)), own)
 
     def _place(self, operand: Tensor) -> Place | None:
         """The weight that an operand is, or of which it is a view; ``None`` where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,8 @@ def moments_of(x: Tensor) -> Moments:
     if x.ndim not in (2, 3):
         allowed = "(rows, n), or (parts, rows, n)"
         raise StateError(explain("moments_of", "these are no rows", got=tuple(x.shape), allowed=allowed))
-    found = no_moments(x)
-    for rows in torch.split(x.detach(), ROWS_AT_ONCE, dim=-2):
-        found = merged(found, _of_rows(rows.float()))
-    return found
+    pieces = (_of_rows(rows.float()) for rows in torch.split(x.detach(), ROWS_AT_ONCE, dim=-2))
+    return reduce(merged, pieces)
 
 
 def no_moments(x: Tensor) -> Moments:

@@ -184,15 +184,30 @@ def _equation(call: Node) -> tuple[list[list[object]], set[object]]:
     """The letters of each operand of an ``einsum``, and those of its result."""
     text = call.constants.get("0", call.constants.get("equation"))
     if isinstance(text, str):
-        left, arrow, right = text.replace(" ", "").partition("->")
+        return equation(text, len(call.operands))
+    return equation([call.constants[role] for role in sorted(call.constants, key=int)], len(call.operands))
+
+
+def equation(given: str | Sequence[Sequence[object]], operands: int) -> tuple[list[list[object]], set[object]]:
+    """The letters of each operand of an ``einsum``, and those of its result; an ellipsis is one entry, :data:`DOTS`.
+
+    Args:
+      given: the text; or numbers instead of letters, those of each operand, and then maybe those of the result.
+      operands: how many there are.
+
+    Example:
+      >>> terms, result = equation("...i, oi -> ...o", 2)
+      >>> terms, sorted(result)
+      ([['...', 'i'], ['o', 'i']], ['...', 'o'])
+    """
+    if isinstance(given, str):
+        left, arrow, right = given.replace(" ", "").partition("->")
         terms, result = [_letters(term) for term in left.split(",")], _letters(right)
         is_implicit = not arrow
     else:
-        # Numbers instead of letters: each operand is followed by its own, and the last ones may be those of the result.
-        lists = [call.constants[role] for role in sorted(call.constants, key=int)]
-        terms = [list(map(_as_dots, numbers)) for numbers in lists[: len(call.operands)]]
-        is_implicit = len(lists) == len(terms)
-        result = [] if is_implicit else list(lists[-1])
+        terms = [list(map(_as_dots, numbers)) for numbers in given[:operands]]
+        is_implicit = len(given) == operands
+        result = [] if is_implicit else list(map(_as_dots, given[-1]))
     if is_implicit:
         counts = Counter(letter for term in terms for letter in term)
         result = [letter for letter, count in counts.items() if count == 1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
@@ -152,6 +153,39 @@ def test_a_layer_that_multiplies_nothing_is_rounded_and_one_that_is_off_stays(ca
     same(solved["1.weight"], params["1.weight"])
 
 
+def test_blocks_of_the_float_model_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, params, qparams, batches = language(activation=None)
+    expected = sq.algorithms.clip(q, params, qparams, batches, progress=False)
+    runs: list[object] = []
+    monkeypatch.setattr(Walk, "_run", lambda self, *args: runs.append(args))
+    same(sq.algorithms.clip(q, params, qparams, batches, progress=False), expected)
+    assert not runs
+
+
+class Products(nn.Module):
+    """Heads and experts, in products that no layer makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.experts = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.randn(2, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("bthd,hdo->bto", x.unflatten(-1, (3, 8)), self.heads).flatten(0, 1)
+        return F.grouped_mm(x, self.experts, offs=torch.tensor([len(x) // 4, len(x)], dtype=torch.int32))
+
+
+def test_weights_of_einsum_and_of_experts_are_solved_for(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = Products().eval(), mixed(torch.randn(4, 16, 24))
+    q = sq.quantize(model, sq.QuantConfig(chip=None, weight=WEIGHT, activation=None), example_args=(x,))
+    params = sq.params_of(model)
+    qparams = q.calibrate(params, [x], progress=False)
+    with caplog.at_level(logging.INFO, "sophq_func.algorithms"):
+        solved, _ = sq.algorithms.gptq(q, params, qparams, [x], progress=False)
+    assert "rounded to the nearest" not in caplog.text
+    assert distance(q, solved, qparams, params, [x]) < 0.7 * distance(q, params, qparams, params, [x])
+
+
 @pytest.mark.parametrize("kind", ["fixed", "learnable", "lsq_plus", "tqt"])
 def test_quantizers_that_round_to_the_nearest_are_solved_for(kind: str) -> None:
     torch.manual_seed(0)
@@ -224,11 +258,11 @@ def test_data_that_is_none_is_refused(batches: Any, match: str) -> None:
 def test_a_killed_run_on_float_inputs_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     q, params, qparams, batches = language()
     expected, _ = sq.algorithms.gptq(q, params, qparams, batches, inputs="float", progress=False)
-    path = tmp_path / "run.safetensors"
+    path = tmp_path / "run.steps"
     keep = Resumed.keep
 
-    def killed(self: Resumed, step: int, tensors: Any) -> None:
-        keep(self, step, tensors)
+    def killed(self: Resumed, made: Any) -> None:
+        keep(self, made)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Resumed, "keep", killed)

@@ -45,7 +45,7 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_to_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ALGORITHMS.get(name).resumes:
         pytest.skip("it is short")
-    kind, path = "language", tmp_path / "run.safetensors"
+    kind, path = "language", tmp_path / "run.steps"
     subject, *expected = done(name, kind)
     monkeypatch.setattr(resume.Resumed, "keep", _killed_after(1, resume.Resumed.keep))
     with pytest.raises(Killed):

@@ -135,6 +135,7 @@ def calls(folder: Path) -> dict[str, Call]:
             (r.q, r.params, {8: r.qparams}, loss, torch.Generator()),
             {"samples": 1, "chunk_size": 1},
         ),
+        "algorithms.untie": ((torch.nn.Linear(2, 2), dict(torch.nn.Linear(2, 2).named_parameters())), {}),
         "algorithms.awq": (algorithm, {"alpha": 0.5, "where": "weight_fake_quant", "progress": False}),
         "algorithms.clip": (algorithm, {"where": "weight_fake_quant", "progress": False}),
         "algorithms.clip_solve": ((torch.ones(3, 2), torch.eye(2), sq.QScheme(), tensor_qparams), {}),

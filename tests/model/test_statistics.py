@@ -14,7 +14,7 @@ import sophq_func as sq
 from sophq_func.config.site import WeightSite
 from sophq_func.model.weight_quantizer import arranged
 from sophq_func.numerics.layout import rows
-from sophq_func.numerics.moments import merged, output_error
+from sophq_func.numerics.moments import merged, moments_of, output_error
 from sophq_func.testing.models import Language
 from tests.helpers import same
 
@@ -33,6 +33,9 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.w)
 
+
+ENDS = torch.tensor([3, 6, 9], dtype=torch.int32)
+"""Of the rows of each expert, as many for each."""
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 7), (3, 4, 5)),
@@ -56,6 +59,30 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear, function": (lambda: Product((7, 5), F.linear), (3, 5)),
     "a batch of matrices": (lambda: Product((3, 7, 4), torch.bmm), (3, 5, 7)),
     "items of a stack": (lambda: Product((2, 4, 4), lambda x, w: torch.stack([x @ w[0], x @ w[1]])), (3, 4)),
+    "einsum, linear": (lambda: Product((7, 5), lambda x, w: torch.einsum("...i,oi->...o", x, w)), (3, 4, 5)),
+    "einsum, the weight first": (lambda: Product((5, 7), lambda x, w: torch.einsum("io,bi->bo", w, x)), (3, 5)),
+    "einsum, without a result": (lambda: Product((5, 7), lambda x, w: torch.einsum("bi,io", [x, w])), (3, 5)),
+    "einsum, numbers": (lambda: Product((7, 5), lambda x, w: torch.einsum(x, [..., 0], w, [1, 0], [..., 1])), (3, 4, 5)),
+    "einsum, heads": (lambda: Product((3, 5, 4), lambda x, w: torch.einsum("bthi,hio->btho", x, w)), (2, 6, 3, 5)),
+    "einsum, heads joined": (lambda: Product((3, 4, 7), lambda x, w: torch.einsum("bthd,hdo->bto", x, w)), (2, 6, 3, 4)),
+    "einsum, a permuted view": (
+        lambda: Product((4, 3, 7), lambda x, w: torch.einsum("bthd,hdo->bto", x, w.permute(1, 0, 2))),
+        (2, 6, 3, 4),
+    ),
+    "einsum, summed over time": (lambda: Product((7, 5), lambda x, w: torch.einsum("bti,oi->bo", x, w)), (2, 6, 5)),
+    "einsum, summed over rows": (lambda: Product((4, 7, 5), lambda x, w: torch.einsum("bi,koi->bo", x, w)), (6, 5)),
+    "einsum, three operands": (
+        lambda: Product((7, 5), lambda x, w: torch.einsum("bi,oi,b->bo", x, w, torch.arange(1.0, 7.0))),
+        (6, 5),
+    ),
+    "einsum, one for all heads": (lambda: Product((1, 5, 4), lambda x, w: torch.einsum("bhi,hio->bho", x, w)), (2, 3, 5)),
+    "tensordot": (lambda: Product((3, 4, 7), torch.tensordot), (6, 3, 4)),
+    "tensordot, axes": (lambda: Product((7, 5), lambda x, w: torch.tensordot(x, w, dims=([1], [-1]))), (6, 5)),
+    "experts": (lambda: Product((3, 8, 4), lambda x, w: F.grouped_mm(x, w, offs=ENDS)), (9, 8)),
+    "experts, transposed": (lambda: Product((3, 4, 8), lambda x, w: F.grouped_mm(x, w.mT, offs=ENDS)), (9, 8)),
+    "experts, all alike": (lambda: Product((3, 8, 4), F.grouped_mm), (3, 8, 8)),
+    "mv": (lambda: Product((6, 4), lambda x, w: torch.mv(w, x)), (4,)),
+    "inner": (lambda: Product((6, 4), torch.inner), (2, 3, 4)),
     "addmm": (lambda: Product((5, 7), lambda x, w: torch.addmm(torch.zeros(7), x, w)), (3, 5)),
 }
 
@@ -77,6 +104,30 @@ def test_the_error_that_moments_give_is_the_change_of_the_output(kind: str) -> N
     flat = rows(arranged(change, site), sq.PerChannel(0 if site.groups > 1 else site.axis))
     error = output_error(flat.reshape(-1, flat.shape[-1]), moments.second).mean()
     torch.testing.assert_close(error, (after - before).detach().square().mean(), rtol=1e-4, atol=0)
+
+
+def test_experts_have_moments_of_their_own_rows_however_many() -> None:
+    ends = torch.tensor([5, 5, 8], dtype=torch.int32)
+    model, x = Product((3, 8, 4), lambda x, w: F.grouped_mm(x, w, offs=ends)), torch.randn(8, 8)
+    q = sq.quantize(model, sq.QuantConfig(chip=None), example_args=(x,))
+    found = sq.statistics(q, sq.params_of(model), [x], progress=False)["w_fake_quant"]
+    assert found.count.tolist() == [5, 0, 3]
+    for part, own in ((0, x[:5]), (1, x[5:5]), (2, x[5:])):
+        torch.testing.assert_close(tuple(field[part] for field in found), tuple(moments_of(own)))
+
+
+PARTIAL: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "a diagonal": ((5, 5), lambda x, w: torch.einsum("bi,ii->bi", x, w)),
+    "heads behind the channels": ((4, 5, 3), lambda x, w: torch.einsum("bhi,oih->bho", x.reshape(2, 3, 5), w)),
+}
+
+
+@pytest.mark.parametrize("kind", PARTIAL)
+def test_products_of_which_no_rows_can_be_told_have_no_moments(kind: str) -> None:
+    shape, forward = PARTIAL[kind]
+    model, x = Product(shape, forward), torch.randn(6, 5)
+    q = sq.quantize(model, sq.QuantConfig(chip=None), example_args=(x,))
+    assert sq.statistics(q, sq.params_of(model), [x], progress=False) == {}
 
 
 def test_batches_add_up_and_quantized_runs_show_quantized_inputs() -> None:
