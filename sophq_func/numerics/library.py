@@ -19,6 +19,7 @@ milliseconds. What C++ does not give is a kernel for a GPU: there the compositio
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -51,8 +52,8 @@ INSTRUCTIONS = {
 """Flags for what torch found this CPU to have; not ``-march=native``, since a home directory may serve many kinds of CPU."""
 
 EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-"""A product and a sum stay two roundings, as in torch. Without these promises about ``errno`` and traps no loop would use wide
-registers; nobody reads either."""
+"""A product and a sum stay two roundings, as in torch. Nobody reads ``errno`` or traps; without this promise no loop would
+use wide registers."""
 
 NEEDS = "g++ or clang++ and Python's headers (the packages g++ and python3-dev of Debian), or CXX=... in the environment"
 
@@ -106,16 +107,22 @@ def compiled() -> Library:
     """
     path = place()
     if not path.exists():
-        _compile(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (path.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of many processes that start together, one compiles; freed if that one dies
+            if not path.exists():
+                _compile(path)
     return _load(path)
 
 
 def place() -> Path:
-    """Where the library lies: a name that changes with all that it depends on."""
+    """Where the library lies: in torch's folder for extensions, under a name that changes with all that it depends on."""
     parts = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), EXTENSION_SUFFIXES[0], *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    # the rule of torch.utils.cpp_extension, whose import takes longer than all else here
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sophq_func" / digest / f"{NAME}{EXTENSION_SUFFIXES[0]}"
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / "torch_extensions"
+    return Path(extensions) / "sophq_func" / digest / f"{NAME}{EXTENSION_SUFFIXES[0]}"
 
 
 def _flags() -> list[str]:
@@ -133,7 +140,7 @@ def _load(path: Path) -> Library:
 
 
 def _compile(path: Path) -> None:
-    """Compile and link in a folder of its own, and move the result, so that no other process sees a part of it."""
+    """Compile and link in a folder of its own, and move the result, so that no other process loads a part of it."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if not compiler or shutil.which(compiler[0]) is None:
         raise ConfigError(_refusal("there is no C++ compiler", " ".join(compiler)))
@@ -142,7 +149,6 @@ def _compile(path: Path) -> None:
 
     includes = [f"-I{folder}" for folder in (*include_paths(), sysconfig.get_paths()["include"])]
     libraries = [f"-L{folder}" for folder in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch_python"]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "kernel.o", Path(folder) / path.name
         _run([*compiler, *_flags(), f"-DTORCH_EXTENSION_NAME={NAME}", *includes, "-c", str(SOURCE), "-o", str(made)])
