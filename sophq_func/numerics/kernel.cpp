@@ -251,6 +251,12 @@ Tensor value(const Call& call) {
   return y;
 }
 
+// The same, while other threads of Python may run.
+Tensor value_without_lock(const Call& call) {
+  const py::gil_scoped_release released;
+  return value(call);
+}
+
 // Gradients with respect to x, scale, zero point and factor; those that nobody needs are undefined.
 variable_list gradients(const Call& call, const Tensor& given, const std::array<bool, 4>& needed) {
   Tensor g = given;
@@ -320,9 +326,11 @@ bool is_watched() {
 
 // Whether a tensor's numbers lie here, as they are: no wrapper, no class of its own, no tangent.
 bool is_plain(const Tensor& t, at::ScalarType dtype) {
-  return t.is_cpu() && t.scalar_type() == dtype && t.layout() == at::kStrided && !t.is_neg() && !t.is_inference() &&
+  return t.is_cpu() && t.scalar_type() == dtype && t.layout() == at::kStrided && !t.is_neg() && !t._is_zerotensor() &&
          !at::isTensorSubclassLike(t) && !t._fw_grad(0).defined();
 }
+
+Tensor without_gradient(const Tensor& t) { return t.requires_grad() ? t.detach() : t; }
 
 // The tensor of a Python object, where it is of torch's own classes.
 std::optional<Tensor> unpacked(const py::handle object) {
@@ -350,8 +358,8 @@ struct FakeQuantize : torch::autograd::Function<FakeQuantize> {
                         const py::handle& composition) {
     ctx->save_for_backward({x, scale, zero.value_or(Tensor()), factor.value_or(Tensor())});
     ctx->saved_data["kept"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(uniform, length, composition));
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return value({uniform, x, scale, zero, factor, length});
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return value_without_lock({uniform, x, scale, zero, factor, length});
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -444,8 +452,9 @@ bool is_in_rows(const Tensor& x, int64_t length) {
 // x, quantized and dequantized; None where the composition has to compute it.
 py::object fake_quantize(const Uniform& uniform, const py::handle x_object, const py::handle scale_object,
                          const py::handle zero_object, const py::handle factor_object, const py::handle composition) {
-  const auto x = unpacked(x_object), scale = unpacked(scale_object);
-  const auto zero = zero_object.is_none() ? std::nullopt : unpacked(zero_object);
+  const auto x = unpacked(x_object);
+  auto scale = unpacked(scale_object);
+  auto zero = zero_object.is_none() ? std::nullopt : unpacked(zero_object);
   const auto factor = factor_object.is_none() ? std::nullopt : unpacked(factor_object);
   if (!x || !scale || (!zero && !zero_object.is_none()) || (!factor && !factor_object.is_none())) return py::none();
   if (is_watched() || !is_plain(*x, at::kFloat) || !is_plain(*scale, at::kFloat) || x->numel() == 0) return py::none();
@@ -458,15 +467,17 @@ py::object fake_quantize(const Uniform& uniform, const py::handle x_object, cons
   const int64_t length = row_length(uniform, *x, *scale, factor);
   if (length == 0 || !is_in_rows(*x, length)) return py::none();
 
-  const Tensor fixed_scale = uniform.learned ? *scale : scale->detach();
-  const std::optional<Tensor> fixed_zero =
-      zero && !(uniform.learned && zero->is_floating_point()) ? std::make_optional(zero->detach()) : zero;
+  if (!uniform.learned) {
+    scale = without_gradient(*scale);
+    if (zero) zero = without_gradient(*zero);
+  }
   const bool is_differentiated = at::GradMode::is_enabled() &&
-      (x->requires_grad() || fixed_scale.requires_grad() || (fixed_zero && fixed_zero->requires_grad()) ||
+      (x->requires_grad() || scale->requires_grad() || (zero && zero->requires_grad()) ||
        (factor && factor->requires_grad()));
-  const Tensor y = is_differentiated
-      ? FakeQuantize::apply(*x, fixed_scale, fixed_zero, factor, uniform, length, composition)
-      : value({uniform, *x, fixed_scale, fixed_zero, factor, length});
+  // tensors of torch.inference_mode cannot be kept for a backward pass
+  if (is_differentiated && (x->is_inference() || scale->is_inference())) return py::none();
+  const Tensor y = is_differentiated ? FakeQuantize::apply(*x, *scale, zero, factor, uniform, length, composition)
+                                     : value_without_lock({uniform, *x, *scale, zero, factor, length});
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(y));
 }
 

@@ -19,7 +19,6 @@ milliseconds. What C++ does not give is a kernel for a GPU: there the compositio
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -55,7 +54,7 @@ EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 """A product and a sum stay two roundings, as in torch. Nobody reads ``errno`` or traps; without this promise no loop would
 use wide registers."""
 
-NEEDS = "g++ or clang++ and Python's headers (the packages g++ and python3-dev of Debian), or CXX=... in the environment"
+NEEDS = "g++ and Python's headers (on Debian the packages g++ and python3-dev); CXX names another compiler"
 
 
 class Kernel(Protocol):
@@ -107,27 +106,28 @@ def compiled() -> Library:
     """
     path = place()
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (path.parent / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of many processes that start together, one compiles; freed if that one dies
-            if not path.exists():
-                _compile(path)
-    return _load(path)
+        _compile_once(path)
+    try:
+        return _load(path)
+    except ImportError as error:
+        raise ConfigError(_refusal(f"{path} cannot be loaded", str(error))) from error
 
 
 def place() -> Path:
     """Where the library lies: in torch's folder for extensions, under a name that changes with all that it depends on."""
     parts = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), EXTENSION_SUFFIXES[0], *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    # the rule of torch.utils.cpp_extension, whose import takes longer than all else here
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # The rule of torch.utils.cpp_extension, whose import takes longer than all else here. Unlike Path.expanduser, this does
+    # not fail for a user without a home.
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / "torch_extensions"
     return Path(extensions) / "sophq_func" / digest / f"{NAME}{EXTENSION_SUFFIXES[0]}"
 
 
 def _flags() -> list[str]:
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
-    return ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", *EXACT, *instructions]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"  # of strings and lists in torch's own libraries
+    return ["-O3", "-std=c++20", abi, "-fPIC", "-fopenmp", "-fvisibility=hidden", *EXACT, *instructions]
 
 
 @cache  # an extension module is initialized once in a process
@@ -137,6 +137,24 @@ def _load(path: Path) -> Library:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return cast(Library, module)
+
+
+def _compile_once(path: Path) -> None:
+    """Compile, but for what another process compiles at the same time, as all those of one training run do."""
+    if os.name != "posix":
+        raise ConfigError(_refusal("only Linux is supported", os.name))
+    import fcntl  # which other systems do not have
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (path.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given up by the system if this process dies
+            if not path.exists():
+                _compile(path)
+    except OSError as error:
+        raise ConfigError(
+            _refusal("the kernel cannot be written; TORCH_EXTENSIONS_DIR names its folder", str(error))
+        ) from error
 
 
 def _compile(path: Path) -> None:
@@ -165,5 +183,5 @@ def _run(command: list[str]) -> None:
 
 
 def _refusal(sentence: str, got: str) -> str:
-    because, fix = "kernels='compiled' compiles one", f"kernels='auto', or install {NEEDS}"
-    return explain("build", f"{sentence} for the kernel", got=got, because=because, fix=fix)
+    because, fix = "kernels='compiled' compiles a kernel", f"kernels='auto', or install {NEEDS}"
+    return explain("build", sentence, got=got, because=because, fix=fix)

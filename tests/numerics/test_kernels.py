@@ -65,7 +65,7 @@ def both(compiled: library.Library, spec: Spec, scheme: sq.QScheme) -> Two:
 
 
 def is_of_kernel(y: Tensor) -> bool:
-    return "FakeQuantize" in str(y.grad_fn) or (y.grad_fn is not None and "FakeQuantize" in y.grad_fn.name())
+    return y.grad_fn is not None and "CppNode" in y.grad_fn.name()
 
 
 def leaf(t: Tensor) -> Tensor:
@@ -146,6 +146,20 @@ def test_it_is_the_kernel_that_computes(compiled: library.Library, granularity: 
     qparams = qparams_of(composed, x.detach(), scheme)
     assert is_of_kernel(kernel.apply(x, qparams, scheme))
     assert not is_of_kernel(composed.apply(x, qparams, scheme))
+
+
+@pytest.mark.slow
+def test_inference_mode_is_served(compiled: library.Library) -> None:
+    def refuse(*args: Any) -> Tensor:
+        raise AssertionError("it is composed")
+
+    alone = pieces.build(FAKES["learnable"])
+    kernel = kernels.served(alone._replace(apply=refuse), PER_TENSOR, compiled)
+    with torch.inference_mode():
+        x = sample(0, 40)
+        qparams = qparams_of(alone, x, PER_TENSOR)
+        assert_same(kernel.apply(x, qparams, PER_TENSOR), alone.apply(x, qparams, PER_TENSOR))
+    assert not is_of_kernel(kernels.served(alone, PER_TENSOR, compiled).apply(x, qparams, PER_TENSOR))
 
 
 @pytest.mark.slow
@@ -387,7 +401,7 @@ def test_without_a_compiler_everything_is_composed(monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(shutil.which("false") is None, reason="needs a command that fails")
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(sq.ConfigError, match=r"the C\+\+ compiler fails for the kernel: got 'exit status 1'"):
+    with pytest.raises(sq.ConfigError, match=r"the C\+\+ compiler fails: got 'exit status 1'"):
         library.compiled()
 
 
