@@ -50,6 +50,9 @@ INSTRUCTIONS = {
 }
 """Flags for what torch found this CPU to have; not ``-march=native``, since a home directory may serve many kinds of CPU."""
 
+OPTIMIZED = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")
+"""Of -O3 the part that makes the loops fast; the rest takes a fifth longer to compile."""
+
 EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 """A product and a sum stay two roundings, as in torch. Nobody reads ``errno`` or traps; without this promise no loop would
 use wide registers."""
@@ -127,7 +130,7 @@ def place() -> Path:
 def _flags() -> list[str]:
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"  # of strings and lists in torch's own libraries
-    return ["-O3", "-std=c++20", abi, "-fPIC", "-fopenmp", "-fvisibility=hidden", *EXACT, *instructions]
+    return [*OPTIMIZED, "-std=c++20", abi, "-fPIC", "-fopenmp", "-fvisibility=hidden", *EXACT, *instructions]
 
 
 @cache  # an extension module is initialized once in a process
