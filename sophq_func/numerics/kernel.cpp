@@ -47,6 +47,10 @@ constexpr int64_t LANES = 16;
 // 2 ** -24 each of all absolute terms: less than 4e-6 of them.
 constexpr int64_t BLOCK = 64 * LANES;
 
+// A row takes some 30 ns of its own, in which the composition computes a dozen elements: of more and shorter rows than these
+// the composition is faster.
+constexpr int64_t SHORT = 16, MANY = 512;
+
 constexpr float EPS = std::numeric_limits<float>::epsilon();  // the smallest scale, see ranges.py
 
 enum class GradScaling : int64_t { none, term, parts };  // see contracts.Uniform
@@ -170,6 +174,8 @@ struct Call {
 
   int64_t rows() const { return x.numel() / length; }
 
+  int64_t parts_of_row() const { return (length + PART - 1) / PART; }
+
   // Row r has the scale r % scales, since rows may be those of several samples, one after the other.
   int64_t scale_of(int64_t row) const { return row % scale.numel(); }
 
@@ -222,10 +228,10 @@ struct Call {
   }
 };
 
-// Calls f(row, part, start, length) for each part of each row, in several threads where that pays.
+// Calls f(number, row, start, length) for each part of each row, in several threads where that pays.
 template <typename F>
 void for_each_part(const Call& call, const F& f) {
-  const int64_t parts = (call.length + PART - 1) / PART;
+  const int64_t parts = call.parts_of_row();
   const int64_t grain = std::max<int64_t>(1, PER_THREAD / std::min(call.length, PART));
   at::parallel_for(0, call.rows() * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -257,61 +263,72 @@ Tensor value_without_lock(const Call& call) {
   return value(call);
 }
 
-// Gradients with respect to x, scale, zero point and factor; those that nobody needs are undefined.
-variable_list gradients(const Call& call, const Tensor& given, const std::array<bool, 4>& needed) {
-  Tensor g = given;
-  if (g.strides() != call.x.strides()) g = at::empty_like(call.x).copy_(g);
-  Tensor gx = at::empty_like(call.x);
-  const float *x = call.x.const_data_ptr<float>(), *in = g.const_data_ptr<float>();
-  float* out = gx.mutable_data_ptr<float>();
-  const bool has_zero = call.zero.has_value(), sums = needed[1] || needed[2] || needed[3];
-  const Gradient run = sums ? gradient_of<true>(call.uniform.reciprocal, has_zero)
-                            : gradient_of<false>(call.uniform.reciprocal, has_zero);
-  const float grad_factor = call.grad_factor();
-  std::vector<Sums> parts(call.rows() * ((call.length + PART - 1) / PART));
-  for_each_part(call, [&](int64_t i, int64_t row, int64_t at, int64_t n) {
-    const Grid grid = call.grid(row, grad_factor);
-    if (grid.dead)
-      std::copy_n(in + at, n, out + at);
-    else
-      parts[i] = run(in + at, x + at, out + at, n, grid, float(call.uniform.low), float(call.uniform.high));
-  });
-  if (!sums) return {gx, Tensor(), Tensor(), Tensor()};
+// Gradients with respect to scale, zero point and factor, in double.
+struct Totals {
+  std::vector<double> scale, zero, factor;
+};
 
-  // added up in one order, whatever the number of threads
-  std::vector<double> to_scale(call.scale.numel()), to_zero(call.scale.numel());
-  std::vector<double> to_factor(call.factor ? call.factor->numel() : 0);
-  const int64_t parts_of_row = int64_t(parts.size()) / call.rows();
+// The sums over parts of rows, added up in one order, whatever the number of threads.
+Totals added_up(const Call& call, const std::vector<Sums>& parts, float grad_factor) {
+  const int64_t scales = call.scale.numel(), factors = call.factor ? call.factor->numel() : 1;
+  Totals totals{std::vector<double>(scales), std::vector<double>(scales), std::vector<double>(factors)};
+  const int64_t parts_of_row = call.parts_of_row();
   for (int64_t row = 0; row < call.rows(); ++row) {
-    const Grid grid = call.grid(row, grad_factor);
     Sums sum;
     for (int64_t i = row * parts_of_row; i < (row + 1) * parts_of_row; ++i) {
       sum.slope += parts[i].slope;
       sum.outside += parts[i].outside;
     }
-    const int64_t k = call.scale_of(row);
-    to_scale[k] += sum.slope / grid.factor;  // the step is scale / factor
-    to_zero[k] -= sum.outside * grid.step;
-    if (call.factor) to_factor[row % call.factor->numel()] -= sum.slope * grid.step / grid.factor;
+    // the step is scale / factor
+    const Grid grid = call.grid(row, grad_factor);
+    totals.scale[call.scale_of(row)] += sum.slope / grid.factor;
+    totals.zero[call.scale_of(row)] -= sum.outside * grid.step;
+    totals.factor[row % factors] -= sum.slope * grid.step / grid.factor;
   }
+  return totals;
+}
+
+// A tensor like another, with f(k) as its element k.
+template <typename F>
+Tensor filled(const Tensor& like, const F& f) {
+  Tensor result = at::empty_like(like);
+  float* out = result.mutable_data_ptr<float>();
+  for (int64_t k = 0; k < result.numel(); ++k) out[k] = float(f(k));
+  return result;
+}
+
+// Gradients with respect to x, scale, zero point and factor; those that nobody needs are undefined.
+variable_list gradients(const Call& call, const Tensor& given, const std::array<bool, 4>& needed) {
+  const Uniform& uniform = call.uniform;
+  const bool has_sums = needed[1] || needed[2] || needed[3], has_zero = call.zero.has_value();
+  const Gradient run =
+      has_sums ? gradient_of<true>(uniform.reciprocal, has_zero) : gradient_of<false>(uniform.reciprocal, has_zero);
+  const Tensor g = given.strides() == call.x.strides() ? given : at::empty_like(call.x).copy_(given);
+  Tensor gx = at::empty_like(call.x);
+  const float *x = call.x.const_data_ptr<float>(), *in = g.const_data_ptr<float>();
+  float* out = gx.mutable_data_ptr<float>();
+  const float grad_factor = call.grad_factor();
+  std::vector<Sums> parts(call.rows() * call.parts_of_row());
+  for_each_part(call, [&](int64_t i, int64_t row, int64_t at, int64_t n) {
+    const Grid grid = call.grid(row, grad_factor);
+    if (grid.dead)
+      std::copy_n(in + at, n, out + at);
+    else
+      parts[i] = run(in + at, x + at, out + at, n, grid, float(uniform.low), float(uniform.high));
+  });
   variable_list result = {gx, Tensor(), Tensor(), Tensor()};
-  if (needed[1]) {
-    result[1] = at::empty_like(call.scale);
-    const float* scale = call.scale.const_data_ptr<float>();
-    for (int64_t k = 0; k < call.scale.numel(); ++k)
-      result[1].mutable_data_ptr<float>()[k] = float((scale[k] < 0 ? -1 : 1) * grad_factor * to_scale[k]);
-  }
-  if (needed[2]) {
-    result[2] = at::empty_like(*call.zero);
-    for (int64_t k = 0; k < call.zero->numel(); ++k) {
-      const bool passes = !call.uniform.whole || std::isfinite(call.given_zero_at(k, grad_factor));
-      result[2].mutable_data_ptr<float>()[k] = passes ? float(grad_factor * to_zero[k]) : 0.0f;
-    }
-  }
-  if (needed[3]) {
-    result[3] = at::empty_like(*call.factor);
-    for (int64_t k = 0; k < call.factor->numel(); ++k) result[3].mutable_data_ptr<float>()[k] = float(to_factor[k]);
-  }
+  if (!has_sums) return result;
+
+  const Totals totals = added_up(call, parts, grad_factor);
+  const float* scale = call.scale.const_data_ptr<float>();
+  if (needed[1])
+    result[1] = filled(call.scale, [&](int64_t k) { return (scale[k] < 0 ? -1 : 1) * grad_factor * totals.scale[k]; });
+  if (needed[2])
+    result[2] = filled(*call.zero, [&](int64_t k) {
+      const bool passes = !uniform.whole || std::isfinite(call.given_zero_at(k, grad_factor));
+      return passes ? grad_factor * totals.zero[k] : 0.0;
+    });
+  if (needed[3]) result[3] = filled(*call.factor, [&](int64_t k) { return totals.factor[k]; });
   return result;
 }
 
@@ -442,8 +459,9 @@ int64_t row_length(const Uniform& uniform, const Tensor& x, const Tensor& scale,
   return 0;
 }
 
-// Whether the rows of a tensor lie one after the other in memory.
+// Whether the rows of a tensor lie one after the other in memory, and are long enough.
 bool is_in_rows(const Tensor& x, int64_t length) {
+  if (length < SHORT && x.numel() / length > MANY) return false;
   if (x.is_contiguous()) return true;
   const bool is_first_axis = length == x.numel() || (x.numel() == x.size(0) * length && x.stride(0) == length);
   return is_first_axis && x.is_non_overlapping_and_dense();
