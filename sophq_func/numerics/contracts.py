@@ -258,6 +258,7 @@ class FakeQuantize(NamedTuple):
       many: see :class:`Many`; ``None`` where each tensor is prepared alone.
       uniform: of a scheme, how the qparams are read; ``None`` where only the functions themselves say it. Where it is given,
         ``apply`` and ``prepare`` must compute what it says.
+      kernel: a compiled kernel is asked first, see :mod:`~sophq_func.numerics.kernels`; it gains nothing by ``many``.
       needs: names of extras that ``init`` does not make and a model must not do without: it raises a ``StateError`` where
         they are missing. Alone, ``apply`` says what it computes then.
     """
@@ -283,6 +284,7 @@ class FakeQuantize(NamedTuple):
     rowwise: bool = False
     many: Many | None = None
     uniform: Callable[[QScheme], Uniform] | None = None
+    kernel: bool = False
     needs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

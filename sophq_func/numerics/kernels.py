@@ -18,7 +18,7 @@ from torch import Tensor
 from sophq_func.core import modes
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.numerics import library
-from sophq_func.numerics.contracts import Apply, FakeQuantize, Many, Prepare, QParams, Uniform
+from sophq_func.numerics.contracts import FakeQuantize, Prepare, QParams, Uniform
 from sophq_func.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from sophq_func.numerics.library import Kernel, Library
 from sophq_func.numerics.scheme import QScheme
@@ -76,7 +76,7 @@ def served(fake: FakeQuantize, planned: QScheme, kernels: Library | None) -> Fak
     return fake._replace(
         apply=apply,
         prepare=None if fake.prepare is None else _served_prepare(fake.prepare, value, planned),
-        many=None if fake.many is None else _served_many(fake.many, apply, planned),
+        kernel=True,
     )
 
 
@@ -94,16 +94,6 @@ def _served_prepare(prepare: Prepare, value: Value, planned: QScheme) -> Prepare
             return prepare(x, factor, qparams, scheme)() if y is None else y
 
         return rounded
-
-    return served
-
-
-def _served_many(many: Many, apply: Apply, planned: QScheme) -> Many:
-    def served(qparams: QParams, scheme: QScheme) -> list[Callable[[Tensor], Tensor]]:
-        if not _is_eager(qparams, scheme, planned):
-            return many(qparams, scheme)
-        own = zip(qparams.scale.unbind(), qparams.zero_point.unbind(), strict=True)
-        return [partial(apply, qparams=QParams(scale, zero, {}), scheme=scheme) for scale, zero in own]
 
     return served
 
