@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -81,7 +82,8 @@ def _fake_quantize(site: Site, config: QuantizerConfig, scheme: QScheme, kernels
       kernels: what it asks first.
     """
     axis = block_axis(site, config.scheme.granularity, len(site.shape))
-    return pieces.along(pieces.build(config.fake_quantize, partial(served, planned=scheme, kernels=kernels)), axis)
+    serve = partial(served, config=replace(config, scheme=scheme), kernels=kernels)
+    return pieces.along(pieces.build(config.fake_quantize, serve), axis)
 
 
 def state_types(quantizers: Quantizers) -> dict[str, type]:

@@ -10,10 +10,9 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/WrapDimUtils.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/core/SafePyObject.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/PyInterpreter.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -25,6 +24,7 @@
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace {
@@ -63,9 +63,29 @@ struct Uniform {
   bool reciprocal, whole, learned;
   GradScaling grad_scaling;
   Granularity granularity;
-  int64_t axis;  // of channels
-  int64_t size;  // of a group
+  int64_t axis;        // of channels
+  int64_t size;        // of a group
+  int64_t large;       // elements from which on the composition is that of eager.py
+  std::string config;  // of the quantizer, from which kernels.py makes it again
+
+  // As data that a graph of autograd keeps, and that a compiler of graphs can compare.
+  c10::IValue stored() const {
+    return c10::ivalue::Tuple::create(std::vector<c10::IValue>{low, high, reciprocal, whole, learned, int64_t(grad_scaling),
+                                                               int64_t(granularity), axis, size, large, config});
+  }
+
+  static Uniform of(const c10::IValue& stored) {
+    const auto& v = stored.toTupleRef().elements();
+    return {v[0].toInt(), v[1].toInt(), v[2].toBool(), v[3].toBool(), v[4].toBool(), GradScaling(v[5].toInt()),
+            Granularity(v[6].toInt()), v[7].toInt(), v[8].toInt(), v[9].toInt(), v[10].toStringRef()};
+  }
 };
+
+// What the composition adds to each value: where it has terms for derivatives, which are 0, they turn -0.0 into 0.0, as a 0.0
+// does that is added. An added -0.0 changes nothing.
+float addend(const Uniform& uniform, const Tensor& x, bool is_recording) {
+  return is_recording && x.numel() < uniform.large ? 0.0f : -0.0f;
+}
 
 // The grid of one row.
 struct Grid {
@@ -90,7 +110,7 @@ T clamped(T code, T low, T high) {
 }
 
 template <bool RECIPROCAL, bool ZERO>
-void write_value(const float* x, float* y, int64_t n, const Grid grid, float low, float high) {
+void write_value(const float* x, float* y, int64_t n, const Grid grid, float low, float high, float added) {
   for (int64_t i = 0; i < n; ++i) {
     const float scaled = x[i] * grid.factor;
     const float ratio = RECIPROCAL ? scaled * grid.divisor : scaled / grid.divisor;
@@ -98,7 +118,7 @@ void write_value(const float* x, float* y, int64_t n, const Grid grid, float low
     if (ZERO && RECIPROCAL) code += grid.zero;
     code = clamped(code, low, high);
     if (ZERO) code -= grid.zero;
-    y[i] = code * grid.step;
+    y[i] = code * grid.step + added;
   }
 }
 
@@ -149,7 +169,7 @@ Sums gradient(const float* g, const float* x, float* gx, int64_t n, const Grid g
   return sums;
 }
 
-using WriteValue = void (*)(const float*, float*, int64_t, Grid, float, float);
+using WriteValue = void (*)(const float*, float*, int64_t, Grid, float, float, float);
 using Gradient = Sums (*)(const float*, const float*, float*, int64_t, Grid, float, float);
 
 WriteValue write_value_of(bool reciprocal, bool zero) {
@@ -241,7 +261,7 @@ void for_each_part(const Call& call, const F& f) {
   });
 }
 
-Tensor value(const Call& call) {
+Tensor value(const Call& call, float added) {
   Tensor y = at::empty_like(call.x);
   const float* x = call.x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -252,15 +272,15 @@ Tensor value(const Call& call) {
     if (grid.dead)
       std::copy_n(x + at, n, out + at);
     else
-      write(x + at, out + at, n, grid, float(call.uniform.low), float(call.uniform.high));
+      write(x + at, out + at, n, grid, float(call.uniform.low), float(call.uniform.high), added);
   });
   return y;
 }
 
 // The same, while other threads of Python may run.
-Tensor value_without_lock(const Call& call) {
+Tensor value_without_lock(const Call& call, float added) {
   const py::gil_scoped_release released;
-  return value(call);
+  return value(call, added);
 }
 
 // Gradients with respect to scale, zero point and factor, in double.
@@ -355,35 +375,44 @@ std::optional<Tensor> unpacked(const py::handle object) {
   return THPVariable_Unpack(object.ptr());
 }
 
-// The composition to be differentiated instead, kept with the graph.
-struct Kept : torch::CustomClassHolder {
+// A quantizer, and its data as a graph keeps it.
+struct Quantizer {
   Uniform uniform;
-  int64_t length;
-  c10::SafePyObject composition;
-
-  Kept(const Uniform& uniform, int64_t length, const py::handle composition)
-      : uniform(uniform), length(length), composition(composition.inc_ref().ptr(), getPyInterpreter()) {}
+  c10::IValue stored;
 };
 
-py::object as_python(const std::optional<Tensor>& t) {
-  return t && t->defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(*t)) : py::none();
+py::object as_python(const Tensor& t) {
+  return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
 }
+
+// The gradients of the composition, which can be differentiated again.
+variable_list composed(const std::string& config, const Tensor& g, const variable_list& at, const std::array<bool, 4>& needed) {
+  const py::gil_scoped_acquire lock;
+  const py::object gradients = py::module_::import("sophq_func.numerics.kernels").attr("gradients");
+  const py::tuple tensors = py::make_tuple(as_python(at[0]), as_python(at[1]), as_python(at[2]), as_python(at[3]));
+  variable_list result;
+  for (const py::handle t : gradients(config, as_python(g), tensors, py::cast(needed)))
+    result.push_back(t.is_none() ? Tensor() : THPVariable_Unpack(t.ptr()));
+  return result;
+}
+
+int64_t row_length(const Uniform&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
 
 struct FakeQuantize : torch::autograd::Function<FakeQuantize> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero,
-                        const std::optional<Tensor>& factor, const Uniform& uniform, int64_t length,
-                        const py::handle& composition) {
+                        const std::optional<Tensor>& factor, const Quantizer& quantizer, int64_t length) {
     ctx->save_for_backward({x, scale, zero.value_or(Tensor()), factor.value_or(Tensor())});
-    ctx->saved_data["kept"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(uniform, length, composition));
+    ctx->saved_data["quantizer"] = quantizer.stored;
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return value_without_lock({uniform, x, scale, zero, factor, length});
+    const Uniform& uniform = quantizer.uniform;
+    return value_without_lock({uniform, x, scale, zero, factor, length}, addend(uniform, x, true));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    constexpr int64_t BESIDE = 3;  // arguments that are no tensors
+    constexpr int64_t BESIDE = 2;  // arguments that are no tensors
     const Tensor& g = grads[0];
     const variable_list saved = ctx->get_saved_variables();
-    const auto kept = c10::static_intrusive_pointer_cast<Kept>(ctx->saved_data["kept"].toCapsule());
+    const Uniform uniform = Uniform::of(ctx->saved_data["quantizer"]);
     const auto given = [&](int i) { return saved[i].defined() ? std::make_optional(saved[i]) : std::nullopt; };
     const std::optional<Tensor> zero = given(2), factor = given(3);
     std::array<bool, 4> needed{};
@@ -392,28 +421,11 @@ struct FakeQuantize : torch::autograd::Function<FakeQuantize> {
     variable_list result(4 + BESIDE);
     if (!g.defined()) return result;
     const bool is_kernel = !at::GradMode::is_enabled() && !is_watched() && is_plain(g, at::kFloat);
-    const variable_list found = is_kernel
-        ? gradients({kept->uniform, saved[0], saved[1], zero, factor, kept->length}, g, needed)
-        : composed(*kept, g, saved, needed);
+    const int64_t length = row_length(uniform, saved[0], saved[1], factor);
+    const variable_list found = is_kernel ? gradients({uniform, saved[0], saved[1], zero, factor, length}, g, needed)
+                                          : composed(uniform.config, g, saved, needed);
     for (int i = 0; i < 4; ++i)
       if (needed[i]) result[i] = found[i];
-    return result;
-  }
-
-  // The gradients of the composition, which can be differentiated again.
-  static variable_list composed(const Kept& kept, const Tensor& g, const variable_list& saved,
-                                const std::array<bool, 4>& needed) {
-    py::gil_scoped_acquire gil;
-    const auto f = py::reinterpret_borrow<py::object>(kept.composition.ptr(getPyInterpreter()));
-    const py::tuple tensors =
-        py::make_tuple(as_python(saved[0]), as_python(saved[1]), as_python(saved[2]), as_python(saved[3]));
-    const py::tuple mask = py::make_tuple(needed[0], needed[1], needed[2], needed[3]);
-    variable_list result(4);
-    size_t i = 0;
-    for (const py::handle t : f(as_python(g), tensors, mask)) {
-      if (!t.is_none()) result[i] = THPVariable_Unpack(t.ptr());
-      ++i;
-    }
     return result;
   }
 };
@@ -468,8 +480,9 @@ bool is_in_rows(const Tensor& x, int64_t length) {
 }
 
 // x, quantized and dequantized; None where the composition has to compute it.
-py::object fake_quantize(const Uniform& uniform, const py::handle x_object, const py::handle scale_object,
-                         const py::handle zero_object, const py::handle factor_object, const py::handle composition) {
+py::object fake_quantize(const Quantizer& quantizer, const py::handle x_object, const py::handle scale_object,
+                         const py::handle zero_object, const py::handle factor_object) {
+  const Uniform& uniform = quantizer.uniform;
   const auto x = unpacked(x_object);
   auto scale = unpacked(scale_object);
   auto zero = zero_object.is_none() ? std::nullopt : unpacked(zero_object);
@@ -494,18 +507,21 @@ py::object fake_quantize(const Uniform& uniform, const py::handle x_object, cons
        (factor && factor->requires_grad()));
   // tensors of torch.inference_mode cannot be kept for a backward pass
   if (is_differentiated && (x->is_inference() || scale->is_inference())) return py::none();
-  const Tensor y = is_differentiated ? FakeQuantize::apply(*x, *scale, zero, factor, uniform, length, composition)
-                                     : value_without_lock({uniform, *x, *scale, zero, factor, length});
+  const Tensor y = is_differentiated
+      ? FakeQuantize::apply(*x, *scale, zero, factor, quantizer, length)
+      : value_without_lock({uniform, *x, *scale, zero, factor, length}, addend(uniform, *x, at::GradMode::is_enabled()));
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(y));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  py::class_<Uniform>(module, "Uniform")
+  py::class_<Quantizer>(module, "Quantizer")
       .def(py::init([](int64_t low, int64_t high, bool reciprocal, bool whole, bool learned, int64_t grad_scaling,
-                       int64_t granularity, int64_t axis, int64_t size) {
-        return Uniform{low, high, reciprocal, whole, learned, GradScaling(grad_scaling), Granularity(granularity), axis, size};
+                       int64_t granularity, int64_t axis, int64_t size, int64_t large, const std::string& config) {
+        const Uniform uniform{low,  high, reciprocal, whole, learned, GradScaling(grad_scaling), Granularity(granularity),
+                              axis, size, large,      config};
+        return Quantizer{uniform, uniform.stored()};
       }))
       .def("__call__", &fake_quantize);
 }

@@ -8,8 +8,10 @@ differ by less than 1e-5 of the sum of the absolute terms.
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -17,11 +19,11 @@ from torch import Tensor
 
 from sophq_func.core import modes
 from sophq_func.core.errors import ConfigError, explain
-from sophq_func.numerics import library
-from sophq_func.numerics.contracts import FakeQuantize, Prepare, QParams, Uniform
+from sophq_func.numerics import eager, library
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize, Prepare, QParams, Uniform
 from sophq_func.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from sophq_func.numerics.library import Kernel, Library
-from sophq_func.numerics.scheme import QScheme
+from sophq_func.numerics.scheme import QScheme, QuantizerConfig, config_from_data, to_data
 
 Kernels = Literal["auto", "off", "compiled"]
 """``"auto"``: the kernel if it has been compiled; ``"off"``: never; ``"compiled"``: compiled now if it is not there."""
@@ -50,24 +52,24 @@ def find(kernels: Kernels) -> Library | None:
     return library.compiled() if kernels == "compiled" else library.find()
 
 
-def served(fake: FakeQuantize, planned: QScheme, kernels: Library | None) -> FakeQuantize:
+def served(fake: FakeQuantize, config: QuantizerConfig, kernels: Library | None) -> FakeQuantize:
     """The same fake quantizer, which asks the kernel first.
 
     Args:
       fake: as it is registered.
-      planned: the scheme that it will be called with; with any other it composes.
+      config: what it was made of, and the scheme that it will be called with; with any other it composes.
       kernels: the library; without one ``fake`` comes back.
     """
+    planned = config.scheme
     if kernels is None or fake.uniform is None or not _is_served(planned):
         return fake
-    kernel = _kernel(kernels, fake.uniform(planned), planned)
-    gradients = partial(_gradients, fake, planned)
+    kernel = _kernel(kernels, fake.uniform(planned), config)
 
     def value(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Tensor | None:
         if not _is_eager(qparams, scheme, planned):
             return None
         zero = None if planned.symmetric else qparams.zero_point
-        return kernel(x, qparams.scale, zero, factor, gradients)
+        return kernel(x, qparams.scale, zero, factor)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         y = value(x, None, qparams, scheme)
@@ -112,9 +114,9 @@ def _is_eager(qparams: QParams, scheme: QScheme, planned: QScheme) -> bool:
     return not is_watched and not has_bounds and (scheme is planned or scheme == planned)
 
 
-def _kernel(kernels: Library, uniform: Uniform, scheme: QScheme) -> Kernel:
-    granularity = scheme.granularity
-    return kernels.Uniform(
+def _kernel(kernels: Library, uniform: Uniform, config: QuantizerConfig) -> Kernel:
+    scheme, granularity = config.scheme, config.scheme.granularity
+    return kernels.Quantizer(
         scheme.qmin,
         scheme.qmax,
         uniform.order == "kernel",
@@ -124,14 +126,23 @@ def _kernel(kernels: Library, uniform: Uniform, scheme: QScheme) -> Kernel:
         [isinstance(granularity, kind) for kind in GRANULARITIES].index(True),
         getattr(granularity, "axis", None) or 0,
         granularity.size if isinstance(granularity, PerGroup) else 0,
+        eager.LARGE if uniform.whole else sys.maxsize,  # see affine.prepared
+        json.dumps(to_data(config)),
     )
 
 
-def _gradients(fake: FakeQuantize, scheme: QScheme, g: Tensor, at: Parts, needed: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the composition, which autograd and transforms can follow; those that are needed.
+def gradients(config: str, g: Tensor, at: Parts, needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the composition, which autograd and transforms can follow.
 
-    The kernel asks for them where the backward pass is recorded for another derivative, or mapped.
+    The kernel asks for them where its backward pass is recorded for another derivative, or mapped.
+
+    Args:
+      config: of the quantizer, as JSON.
+      g: the gradient of the output.
+      at: tensor, scale, zero point and factor.
+      needed: which of their gradients are wanted; the others are ``None``.
     """
+    fake, scheme = _made(config)
     x, scale, zero, factor = at
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -143,3 +154,9 @@ def _gradients(fake: FakeQuantize, scheme: QScheme, g: Tensor, at: Parts, needed
     inputs = [t for t, is_needed in zip(at, needed, strict=True) if is_needed and t is not None]
     found = iter(torch.autograd.grad(y, inputs, g, create_graph=recording, allow_unused=True))
     return [next(found) if is_needed else None for is_needed in needed]
+
+
+@cache  # of a graph's quantizers, which are few, while its backward pass runs
+def _made(config: str) -> tuple[FakeQuantize, QScheme]:
+    of = config_from_data(json.loads(config))
+    return FAKE_QUANTIZERS.build(of.fake_quantize), of.scheme

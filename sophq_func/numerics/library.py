@@ -61,20 +61,15 @@ NEEDS = "g++ and Python's headers (on Debian the packages g++ and python3-dev); 
 
 
 class Kernel(Protocol):
-    """Fake quantization by one quantizer: the tensor, or ``None`` where the composition has to compute it.
+    """Fake quantization by one quantizer: the tensor, or ``None`` where the composition has to compute it."""
 
-    The last argument computes gradients in its place, where they are to be differentiated again.
-    """
-
-    def __call__(
-        self, x: Tensor, scale: Tensor, zero: Tensor | None, factor: Tensor | None, gradients: object, /
-    ) -> Tensor | None: ...
+    def __call__(self, x: Tensor, scale: Tensor, zero: Tensor | None, factor: Tensor | None, /) -> Tensor | None: ...
 
 
 class Library(Protocol):
     """What the extension module holds: a maker of kernels; see ``Uniform`` in ``kernel.cpp``."""
 
-    def Uniform(  # noqa: N802
+    def Quantizer(  # noqa: N802
         self,
         low: int,
         high: int,
@@ -85,6 +80,8 @@ class Library(Protocol):
         granularity: int,
         axis: int,
         size: int,
+        large: int,
+        config: str,
         /,
     ) -> Kernel: ...
 

@@ -61,7 +61,12 @@ Two = tuple[FakeQuantize, FakeQuantize]
 
 def both(compiled: library.Library, spec: Spec, scheme: sq.QScheme) -> Two:
     """A fake quantizer with the kernel, and the same without."""
-    return pieces.build(spec, partial(kernels.served, planned=scheme, kernels=compiled)), pieces.build(spec)
+    serve = partial(kernels.served, config=config_of(spec, scheme), kernels=compiled)
+    return pieces.build(spec, serve), pieces.build(spec)
+
+
+def config_of(spec: Spec, scheme: sq.QScheme) -> sq.QuantizerConfig:
+    return sq.QuantizerConfig(scheme=scheme, observer="minmax", fake_quantize=spec)
 
 
 def is_of_kernel(y: Tensor) -> bool:
@@ -154,12 +159,13 @@ def test_inference_mode_is_served(compiled: library.Library) -> None:
         raise AssertionError("it is composed")
 
     alone = pieces.build(FAKES["learnable"])
-    kernel = kernels.served(alone._replace(apply=refuse), PER_TENSOR, compiled)
+    config = config_of(FAKES["learnable"], PER_TENSOR)
+    kernel = kernels.served(alone._replace(apply=refuse), config, compiled)
     with torch.inference_mode():
         x = sample(0, 40)
         qparams = qparams_of(alone, x, PER_TENSOR)
         assert_same(kernel.apply(x, qparams, PER_TENSOR), alone.apply(x, qparams, PER_TENSOR))
-    assert not is_of_kernel(kernels.served(alone, PER_TENSOR, compiled).apply(x, qparams, PER_TENSOR))
+    assert not is_of_kernel(kernels.served(alone, config, compiled).apply(x, qparams, PER_TENSOR))
 
 
 @pytest.mark.slow
