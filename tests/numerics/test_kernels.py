@@ -73,6 +73,13 @@ def is_of_kernel(y: Tensor) -> bool:
     return y.grad_fn is not None and "CppNode" in y.grad_fn.name()
 
 
+def assert_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal, the sign of zeros included; NaN equals NaN of any sign."""
+    assert_same(actual, expected)
+    numbers = ~expected.isnan()
+    assert torch.equal(actual.signbit()[numbers], expected.signbit()[numbers])
+
+
 def leaf(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_(t.is_floating_point())
 
@@ -122,8 +129,9 @@ def test_values_and_gradients_are_those_of_the_composition(
     kernel, composed = both(compiled, fake, scheme)
     x = awkward(0, 6, 8, 4)
     qparams = qparams_of(composed, x, scheme)
-    with torch.no_grad():
-        assert_same(kernel.apply(x, qparams, scheme), composed.apply(x, qparams, scheme))
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            assert_bits(kernel.apply(x, qparams, scheme), composed.apply(x, qparams, scheme))
     x = 3 * sample(1, 6, 8, 4)
     qparams = qparams_of(composed, x, scheme)
     g = sample(2, 6, 8, 4)
@@ -133,7 +141,8 @@ def test_values_and_gradients_are_those_of_the_composition(
         y = one.apply(leaves[0], sq.QParams(leaves[1], leaves[2], qparams.extras), scheme)
         found.append((y, gradients(y, [t for t in leaves if t.requires_grad], g)))
     (y, (gx, *rest)), (y_composed, (gx_composed, *rest_composed)) = found
-    assert_same((y.detach(), gx), (y_composed.detach(), gx_composed))
+    assert_bits(y.detach(), y_composed.detach())
+    assert_bits(gx, gx_composed)
     if scheme.dynamic:  # the scale is computed from x
         return
     fields = ("scale", "zero_point")
@@ -181,7 +190,8 @@ def test_long_rows_are_cut_and_sums_do_not_depend_on_threads(compiled: library.L
         y = one.apply(leaves[0], sq.QParams(leaves[1], zero, {}), scheme)
         found.append((y.detach(), *gradients(y, leaves, g)))
     assert_same(found[0], found[1])
-    assert_same(found[0][:2], found[2][:2])
+    for of_kernel, of_composition in zip(found[0][:2], found[2][:2], strict=True):
+        assert_bits(of_kernel, of_composition)
     two = found[0][2], found[2][2]
     assert_sums(two, lambda s: composed.apply(x, sq.QParams(s, zero, {}), scheme), scale, g, torch.sum)
 
