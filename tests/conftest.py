@@ -52,6 +52,14 @@ def _same_threads_and_seed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Quantizers are composed, whatever kernel this machine has compiled before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_table_of_translations() -> Iterator[None]:
     """torch.onnx reads its translations of all operations anew for each export, which is most of what a small export takes:
     those of a session share one table. It is only read, since no test adds a translation of its own.

@@ -23,5 +23,8 @@ PLANNING = ROOT.getChild("planning")
 ALGORITHMS = ROOT.getChild("algorithms")
 """What algorithms of whole models leave as it is, and why: INFO; what they take back as it made the model worse: WARNING."""
 
+KERNELS = ROOT.getChild("kernels")
+"""A compiled kernel that is there, and cannot be loaded: WARNING."""
+
 PROGRESS = ROOT.getChild("progress")
 """How far a long loop is, where there is neither a terminal nor a notebook: INFO."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from sophq_func.core.modes import beside, may_differentiate
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
 from sophq_func.numerics.affine import Order, constants, fake_quantize, prepared
-from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, Uniform, kept
 from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.ranges import positive
 from sophq_func.numerics.scheme import QScheme
@@ -55,6 +56,7 @@ def fixed(*, rounding: str = "nearest") -> FakeQuantize:
         prepare=prepare,
         rowwise=True,
         many=many,
+        uniform=lambda scheme: Uniform("kernel"),
         encode=partial(affine.encode, order="kernel"),
         decode=affine.decode,
         uncoded=affine.uncoded,
@@ -86,8 +88,12 @@ def learnable(use_grad_scaling: bool = True, *, rounding: str = "nearest") -> Fa
     _check_grad_scaling("learnable", use_grad_scaling)
     draw = drawing("learnable", rounding)
 
-    def order_of(scheme: QScheme) -> Order:
+    def order_of(scheme: QScheme) -> Literal["kernel", "expression"]:
         return "kernel" if isinstance(scheme.granularity, PerTensor) else "expression"
+
+    def uniform(scheme: QScheme) -> Uniform:
+        order = order_of(scheme)
+        return Uniform(order, learned=True, grad_scaling=GRAD_SCALING[order] if use_grad_scaling else "none")
 
     def in_force(x: Tensor, qparams: QParams, scheme: QScheme) -> QParams:
         """Scale and zero point as the forward sees them; of ``x`` only the number of elements matters."""
@@ -124,6 +130,7 @@ def learnable(use_grad_scaling: bool = True, *, rounding: str = "nearest") -> Fa
         prepare=prepare,
         rowwise=True,
         many=many,
+        uniform=uniform,
         encode=encode,
         decode=decode,
         uncoded=affine.uncoded,
@@ -173,6 +180,7 @@ def lsq_plus(use_grad_scaling: bool = True, *, rounding: str = "nearest") -> Fak
         _with_float_zero_point,
         apply,
         ("scale", "zero_point"),
+        uniform=lambda scheme: Uniform("expression", False, True, "term" if use_grad_scaling else "none"),
         encode=encode,
         decode=decode,
         uncoded=partial(affine.uncoded, whole=False),
@@ -244,3 +252,6 @@ SCALE_GRAD: Mapping[Order, Callable[[Tensor, Tensor | float], Tensor]] = {
     "expression": _scale_grad_by_parts,
 }
 """How each rounding order multiplies the gradient of a scale."""
+
+GRAD_SCALING: Mapping[Literal["kernel", "expression"], Literal["term", "parts"]] = {"kernel": "term", "expression": "parts"}
+"""The same, as a kernel is told."""

@@ -38,7 +38,9 @@ def drawing(where: str, rounding: str) -> Draw:
 
 def with_rounding(fake: FakeQuantize, rounding: str) -> FakeQuantize:
     """A fake quantizer whose ``apply`` draws, with what follows from that: it needs noise, and its values have no codes."""
-    return fake if rounding == "nearest" else fake._replace(noise=True, uncoded=_at_random, rowwise=False, many=None)
+    if rounding == "nearest":
+        return fake
+    return fake._replace(noise=True, uncoded=_at_random, rowwise=False, many=None, uniform=None)
 
 
 def _at_random(qparams: QParams, scheme: QScheme) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -11,9 +13,11 @@ from sophq_func.capture.skeleton import Skeleton
 from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.errors import PlanError, near
 from sophq_func.model.value_quantizer import RunQuantizer
-from sophq_func.model.weight_quantizer import Norm, WeightQuantizer, block_axis
+from sophq_func.model.weight_quantizer import Norm, WeightQuantizer, arranged_scheme, block_axis
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS, FakeQuantize
+from sophq_func.numerics.kernels import served
+from sophq_func.numerics.library import Library
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.planning.plan import Plan
 
@@ -24,8 +28,14 @@ NORM_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_
 """What a BatchNorm holds, where it is affine and tracks statistics; only such a one is folded."""
 
 
-def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantizer, ...], dict[str, RunQuantizer]]:
+def make_quantizers(
+    skeleton: Skeleton, plan: Plan, kernels: Library | None = None
+) -> tuple[tuple[WeightQuantizer, ...], dict[str, RunQuantizer]]:
     """The weight quantizers of a plan; and, by name, the quantizers that act while the model runs.
+
+    Args:
+      skeleton, plan: the model, and the plan.
+      kernels: what quantizers ask first, see :mod:`sophq_func.numerics.kernels`.
 
     Raises:
       PlanError: the model does not have a parameter, or a BatchNorm, that the plan names.
@@ -34,16 +44,18 @@ def make_quantizers(skeleton: Skeleton, plan: Plan) -> tuple[tuple[WeightQuantiz
     for name in plan:
         site = plan.site(name)
         if isinstance(site, WeightSite):
-            weights.append(weight_quantizer(skeleton, site, plan[name]))
+            weights.append(weight_quantizer(skeleton, site, plan[name], kernels))
         else:
-            running[name] = value_quantizer(plan, name)
+            running[name] = value_quantizer(plan, name, kernels)
     return tuple(weights), running
 
 
-def weight_quantizer(skeleton: Skeleton, site: WeightSite, config: QuantizerConfig) -> WeightQuantizer:
+def weight_quantizer(
+    skeleton: Skeleton, site: WeightSite, config: QuantizerConfig, kernels: Library | None = None
+) -> WeightQuantizer:
     """The quantizer of a weight."""
     observer = OBSERVERS.build(config.observer)
-    fake_quantize = _fake_quantize(site, config)
+    fake_quantize = _fake_quantize(site, config, arranged_scheme(config.scheme, site), kernels)
     if site.parameter not in skeleton.all_names:
         hint = near(site.parameter, skeleton.all_names)
         raise PlanError(
@@ -53,17 +65,25 @@ def weight_quantizer(skeleton: Skeleton, site: WeightSite, config: QuantizerConf
     return WeightQuantizer(site, config, observer, fake_quantize, norm)
 
 
-def value_quantizer(plan: Plan, name: str) -> RunQuantizer:
+def value_quantizer(plan: Plan, name: str, kernels: Library | None = None) -> RunQuantizer:
     """A quantizer that acts while the model runs."""
     config = plan[name]
     site = plan.site(name)
-    return RunQuantizer(site, config, OBSERVERS.build(config.observer), _fake_quantize(site, config))
+    fake_quantize = _fake_quantize(site, config, config.scheme, kernels)
+    return RunQuantizer(site, config, OBSERVERS.build(config.observer), fake_quantize)
 
 
-def _fake_quantize(site: Site, config: QuantizerConfig) -> FakeQuantize:
-    """The fake quantizer of a config, with blocks along the axis that the site's calls sum over."""
+def _fake_quantize(site: Site, config: QuantizerConfig, scheme: QScheme, kernels: Library | None) -> FakeQuantize:
+    """The fake quantizer of a config, with blocks along the axis that the site's calls sum over.
+
+    Args:
+      site, config: where it sits, and what it does.
+      scheme: that of the tensors that it will be given.
+      kernels: what it asks first.
+    """
     axis = block_axis(site, config.scheme.granularity, len(site.shape))
-    return pieces.along(pieces.build(config.fake_quantize), axis)
+    serve = partial(served, config=replace(config, scheme=scheme), kernels=kernels)
+    return pieces.along(pieces.build(config.fake_quantize, serve), axis)
 
 
 def state_types(quantizers: Quantizers) -> dict[str, type]:

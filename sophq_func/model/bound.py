@@ -190,7 +190,7 @@ class Bound(nn.Module):
                 sentence = "frozen weights have a BatchNorm folded in, whose statistics would change with each batch"
                 fix = "bound.eval(), or q.bind(params, qparams, learn='params') for a model that is trained"
                 raise StateError(explain("bind", sentence, got=self._folded()[0], fix=fix))
-            vars(self)["_sophq_engine"] = Engine(live, binding.q.plan, binding.frozen)
+            vars(self)["_sophq_engine"] = Engine(live, binding.q.plan, binding.frozen, kernels=binding.q.kernels)
         return self._sophq_engine
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
@@ -209,7 +209,7 @@ class Bound(nn.Module):
         binding = self._sophq_binding
         q = binding.q
         live = Live(q.engine.skeleton, self, binding.kind, binding.forward)
-        engine = Engine(live, q.plan, binding.frozen)
+        engine = Engine(live, q.plan, binding.frozen, kernels=q.kernels)
         if not binding.plain:
             live.close(_closed(engine))
         vars(self)["_sophq_engine"] = engine

@@ -18,6 +18,7 @@ from sophq_func.core.public import public
 from sophq_func.core.types import Kwargs, Output, Tree
 from sophq_func.model.bound import Bound
 from sophq_func.model.quantized import Quantized
+from sophq_func.numerics.kernels import Kernels
 from sophq_func.planning.make import plan as make_plan
 from sophq_func.planning.plan import Plan
 
@@ -36,16 +37,21 @@ Shapes: TypeAlias = Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
 
 
 @public
-def build(model: Model, plan: Plan, *, params: Tree = None) -> Quantized:
+def build(model: Model, plan: Plan, *, params: Tree = None, kernels: Kernels = "auto") -> Quantized:
     """Bind a plan to a model. The model is copied without its weights and never changed.
 
     Args:
       model: the traced model, or one of the same structure.
       plan: from :func:`sophq_func.plan` or :meth:`Plan.from_json`.
       params: of a function, the tree that it takes first, see :func:`quantize`; its numbers are not read.
+      kernels: whether a compiled kernel does the work of quantizers on integer grids, in eager on a CPU. ``"auto"``: if an
+        earlier call has compiled it; nothing is waited for. ``"compiled"``: it is compiled now if it is not there, which
+        takes half a minute once for each version of torch and of this library. ``"off"``: never. Values and gradients of
+        tensors are the same, bit for bit; gradients of scales differ by the order of a sum.
 
     Raises:
       PlanError: the plan names parameters that are not in the model.
+      ConfigError: ``kernels="compiled"`` without a C++ compiler, or another value than these.
 
     Example:
       >>> import torch, sophq_func as sq
@@ -58,7 +64,7 @@ def build(model: Model, plan: Plan, *, params: Tree = None) -> Quantized:
     if not isinstance(plan, Plan):
         sentence, fix = "a model is built from a plan", "plan = sq.plan(sq.trace(model, (x,)), sq.QuantConfig())"
         raise PlanError(explain("build", sentence, got=type(plan).__name__, allowed="a sq.Plan", fix=fix))
-    return Quantized(Skeleton(model, plan.opaque), plan)
+    return Quantized(Skeleton(model, plan.opaque), plan, kernels=kernels)
 
 
 @public
@@ -70,6 +76,7 @@ def quantize(
     example_args: ExampleArgs = (),
     example_kwargs: Kwargs | None = None,
     examples: Sequence[Example] | None = None,
+    kernels: Kernels = "auto",
 ) -> Quantized:
     """Trace, plan and build in one call.
 
@@ -82,6 +89,7 @@ def quantize(
       example_args: positional arguments of one call of the model, a tuple or a single tensor.
       example_kwargs: keyword arguments of that call.
       examples: instead, several calls ``[(args, kwargs), ...]``; the plan is the union of their traces.
+      kernels: see :func:`build`.
 
     Raises:
       ConfigError, PlanError: see :func:`sophq_func.plan` and :func:`sophq_func.trace`.
@@ -109,7 +117,7 @@ def quantize(
     _refuse_quantized(model, "quantize")
     module = as_module(model, params, "quantize")
     graphs = [trace(module, args, kwargs, leaf_module=config.leaves) for args, kwargs in calls]
-    return build(module, make_plan(graphs, config))
+    return build(module, make_plan(graphs, config), kernels=kernels)
 
 
 def _refuse_quantized(model: object, where: str) -> None:
@@ -166,6 +174,7 @@ def prepare_by_platform(
     example_kwargs: Kwargs | None = None,
     examples: Sequence[Example] | None = None,
     input_shape_dict: Shapes | None = None,
+    kernels: Kernels = "auto",
 ) -> Quantized:
     """:func:`quantize` with the three dictionaries of sophgo-mq's fine-grained control.
 
@@ -198,5 +207,11 @@ def prepare_by_platform(
             raise ConfigError(explain("prepare_by_platform", sentence, fix=fix))
         example_args, example_kwargs = _of_shapes(input_shape_dict, as_module(model, params, "prepare_by_platform"))
     return quantize(
-        model, config, params=params, example_args=example_args, example_kwargs=example_kwargs, examples=examples
+        model,
+        config,
+        params=params,
+        example_args=example_args,
+        example_kwargs=example_kwargs,
+        examples=examples,
+        kernels=kernels,
     )

@@ -36,6 +36,7 @@ from sophq_func.model.weight_quantizer import Params, WeightQuantizer, quantize_
 from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.granularity import PerToken
+from sophq_func.numerics.kernels import Kernels, find
 from sophq_func.planning.plan import Plan
 
 DERIVATIVES = ("grad", "unpack_dual")
@@ -56,6 +57,7 @@ class Engine:
       plan: the plan of the same.
       frozen: weights are used as they are given, not quantized.
       whole: for a part of a model, the plan of the whole model; else ``None``.
+      kernels: whether quantizers use a compiled kernel, see :func:`sophq_func.build`.
       loop: runs the model with an effect on its planned values.
       weights: the weight quantizers.
       acting: the weight quantizers that change their weight. None in a frozen model; never one that only observes.
@@ -69,15 +71,23 @@ class Engine:
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:
-      skeleton, plan, frozen, whole: see above.
+      skeleton, plan, frozen, whole, kernels: see above.
     """
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False, whole: Plan | None = None) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: Plan,
+        frozen: bool = False,
+        whole: Plan | None = None,
+        kernels: Kernels = "auto",
+    ) -> None:
         self.skeleton = skeleton
         self.plan = plan
         self.frozen = frozen
         self.whole = whole
-        self.weights, self.running = make_quantizers(skeleton, plan)
+        self.kernels = kernels
+        self.weights, self.running = make_quantizers(skeleton, plan, find(kernels))
         self.quantizers: Quantizers = {**{weight.site.quantizer: weight for weight in self.weights}, **self.running}
         requants = {name: quantizer.site.requant for name, quantizer in self.running.items()}
         self.requantizers = {name: Requantizer(requant) for name, requant in requants.items() if requant}
@@ -337,7 +347,7 @@ class Engine:
 
     def as_frozen(self) -> Engine:
         """The same engine, for weights that are quantized already."""
-        return Engine(self.skeleton, self.plan, True, self.whole)
+        return Engine(self.skeleton, self.plan, True, self.whole, self.kernels)
 
     def holders(self, parameter: str) -> list[tuple[str, str]]:
         """Path and attribute of each module that holds a parameter or buffer, by its canonical name."""

@@ -25,6 +25,7 @@ from sophq_func.model.bound import Bound, Learn
 from sophq_func.model.engine import Engine, OState, QParamsDict
 from sophq_func.model.tap import Tapped
 from sophq_func.numerics.contracts import QParams, State
+from sophq_func.numerics.kernels import Kernels
 from sophq_func.numerics.scheme import QScheme
 from sophq_func.planning.plan import Plan
 
@@ -41,6 +42,7 @@ class Quantized:
       plan: the :class:`~sophq_func.planning.plan.Plan`: which quantizers there are, and where.
       training: whether the model's modules are in training mode, see :meth:`train` and :meth:`eval`.
       frozen: whether weights are used as they are given, not quantized, see :meth:`freeze`.
+      kernels: whether quantizers use a compiled kernel, as :func:`sophq_func.build` was told.
       engine: the :class:`~sophq_func.model.engine.Engine` that runs the model, for code that converts or exports it.
 
     Example:
@@ -58,18 +60,27 @@ class Quantized:
     plan: Plan
     training: bool
     frozen: bool
+    kernels: Kernels
     engine: Engine
 
     # Methods that run in loops are ``in_loops``; all others are ``public``, which costs a frame
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, frozen: bool = False, whole: Plan | None = None) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: Plan,
+        frozen: bool = False,
+        whole: Plan | None = None,
+        kernels: Kernels = "auto",
+    ) -> None:
         # ``skeleton`` is the model without its weights; ``whole``, for a part of a model, the plan of the whole model.
         # The setter is that of object, since __setattr__ of this class refuses
         set_attribute = object.__setattr__
         set_attribute(self, "plan", plan)
         set_attribute(self, "training", skeleton.entry.training)
         set_attribute(self, "frozen", frozen)
-        set_attribute(self, "engine", Engine(skeleton, plan, frozen, whole))
+        set_attribute(self, "kernels", kernels)
+        set_attribute(self, "engine", Engine(skeleton, plan, frozen, whole, kernels))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         fix = "make a new one with sq.build(model, plan)"
@@ -93,8 +104,8 @@ class Quantized:
         flags = f"training={self.training}" + (", frozen=True" if self.frozen else "")
         return f"Quantized({self.model_name}, {self.plan!r}, {flags})"
 
-    def __reduce__(self) -> tuple[type[Quantized], tuple[Skeleton, Plan, bool, Plan | None]]:
-        return Quantized, (self.engine.skeleton, self.plan, self.frozen, self.engine.whole)
+    def __reduce__(self) -> tuple[type[Quantized], tuple[Skeleton, Plan, bool, Plan | None, Kernels]]:
+        return Quantized, (self.engine.skeleton, self.plan, self.frozen, self.engine.whole, self.kernels)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
         # A plan cannot be changed, so that copies may share it
@@ -102,7 +113,7 @@ class Quantized:
 
     def _with(self, skeleton: Skeleton, frozen: bool) -> Quantized:
         """The same plan for another skeleton of the same model, or for the same skeleton with weights frozen or not."""
-        return Quantized(skeleton, self.plan, frozen, self.engine.whole)
+        return Quantized(skeleton, self.plan, frozen, self.engine.whole, self.kernels)
 
     @property
     def model_name(self) -> str:
@@ -352,7 +363,7 @@ class Quantized:
         if path == "" and call == 0 and self.engine.whole is None:
             return self
         skeleton, plan = cut.part(self.engine, path, call)
-        return Quantized(skeleton, plan, self.frozen, self.plan)
+        return Quantized(skeleton, plan, self.frozen, self.plan, self.kernels)
 
     @public
     def blocks(self, pattern: str | None = None) -> list[Quantized]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sophq_func.core.modes import is_distributed
+from sophq_func.core.modes import is_distributed, is_mapped
 from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import Params, WeightQuantizer, is_regrouped
 from sophq_func.numerics.contracts import QParams
@@ -89,10 +90,15 @@ class Values(NamedTuple):
     def rounded(self, qparams: Mapping[str, QParams]) -> Rounded:
         """The function of each; of none where their scales cannot lie side by side."""
         own = [qparams[name] for name in self.names]
+        fake_quantize, scheme = self.first.fake_quantize, self.first.scheme
+        if fake_quantize.kernel and not is_mapped() and not any(one.extras for one in own):
+            # a kernel reads the scales themselves, so that nothing is to be prepared
+            alone = (partial(fake_quantize.apply, qparams=one, scheme=scheme) for one in own)
+            return dict(zip(self.names, alone, strict=True))
         scales, zero_points = [one.scale for one in own], [one.zero_point for one in own]
         if any(one.extras for one in own) or not _are_alike(scales) or not _are_alike(zero_points):
             return {}
-        scheme, many = self.first.scheme, self.first.fake_quantize.many
+        many = fake_quantize.many
         assert many is not None, "only quantizers that have it are put together"
         side_by_side = QParams(torch.stack(scales), NO_ZERO_POINT if scheme.symmetric else torch.stack(zero_points), {})
         return dict(zip(self.names, many(side_by_side, scheme), strict=True))

@@ -6,7 +6,7 @@ The docstring of each protocol is its contract; ``tests/contracts`` checks the c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -141,6 +141,26 @@ class Many(Protocol):
     def __call__(self, qparams: QParams, scheme: QScheme) -> list[Callable[[Tensor], Tensor]]: ...
 
 
+class Uniform(NamedTuple):
+    """How a fake quantizer on a uniform grid reads its qparams, for a kernel that computes all of it at once.
+
+    Attributes:
+      order: in which order a code is computed: ``"kernel"`` or ``"expression"``, see
+        :mod:`~sophq_func.numerics.affine`.
+      whole: the zero point is made a code; otherwise it is used as it is.
+      learned: scale and floating zero point have gradients, and the scale that is applied is ``max(|s|, 2 ** -23)``;
+        otherwise both are constants.
+      grad_scaling: by what these gradients are multiplied. ``"none"``: 1; else ``g = 1 / sqrt(numel(x) / scales * qmax)``.
+        With ``"parts"`` the value is computed as ``v g + (v - v g)``, which may round to a neighbour; with ``"term"`` it
+        stays.
+    """
+
+    order: Literal["kernel", "expression"]
+    whole: bool = True
+    learned: bool = False
+    grad_scaling: Literal["none", "term", "parts"] = "none"
+
+
 class GridInForce(Protocol):
     """The qparams with the scale and zero point that ``apply`` rounds by, where learned extras determine these."""
 
@@ -236,6 +256,9 @@ class FakeQuantize(NamedTuple):
         quantized as one: their channels as the rows of one matrix, with their qparams side by side. The zero point of a
         symmetric scheme is not read then, and may have any shape.
       many: see :class:`Many`; ``None`` where each tensor is prepared alone.
+      uniform: of a scheme, how the qparams are read; ``None`` where only the functions themselves say it. Where it is given,
+        ``apply`` and ``prepare`` must compute what it says.
+      kernel: a compiled kernel is asked first, see :mod:`~sophq_func.numerics.kernels`; it gains nothing by ``many``.
       needs: names of extras that ``init`` does not make and a model must not do without: it raises a ``StateError`` where
         they are missing. Alone, ``apply`` says what it computes then.
     """
@@ -260,6 +283,8 @@ class FakeQuantize(NamedTuple):
     local: bool = True
     rowwise: bool = False
     many: Many | None = None
+    uniform: Callable[[QScheme], Uniform] | None = None
+    kernel: bool = False
     needs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,13 +17,19 @@ from sophq_func.numerics.ranges import bounds, min_max, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
 
 
-def build(spec: Spec) -> FakeQuantize:
+def build(spec: Spec, serve: Callable[[FakeQuantize], FakeQuantize] | None = None) -> FakeQuantize:
     """The fake quantizer that ``spec`` describes, for static and dynamic schemes.
+
+    Args:
+      spec: its name and options.
+      serve: what is done with the registered functions first, see :func:`sophq_func.numerics.kernels.served`.
 
     The registered functions quantize by the qparams that they are given. With a dynamic scheme, the functions returned
     here compute scale and zero point from the tensor first.
     """
     static = FAKE_QUANTIZERS.build(spec)
+    if serve is not None:
+        static = serve(static)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         if not static.noise and (noise is not None or "noise" in qparams.extras):
