@@ -11,7 +11,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from subjects import Subject
@@ -21,6 +21,7 @@ from torch.func import functional_call
 import sophq_func as sq
 
 Call = Callable[[], object]
+Kernels = Literal["off", "compiled"]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """The identity, or ``torch.compile``."""
 
@@ -91,10 +92,10 @@ def config() -> sq.QuantConfig:
     )
 
 
-def ours(subject: Subject, wrap: Wrap = same) -> Candidate:
+def ours(subject: Subject, wrap: Wrap = same, kernels: Kernels = "off") -> Candidate:
     """This library."""
     model, args, read = subject.make(), subject.args, subject.read
-    q, params = sq.quantize(model, config(), example_args=args), sq.params_of(model)
+    q, params = sq.quantize(model, config(), example_args=args, kernels=kernels), sq.params_of(model)
     qparams, ostate = q.calibrate(params, [args], progress=False), q.init(params)
     frozen, baked = q.freeze(params, qparams)
     empty = sq.quantize(model, sq.QuantConfig(weight=None, activation=None), example_args=args)
@@ -273,6 +274,7 @@ def nncf(subject: Subject, wrap: Wrap = same) -> Candidate:
 CANDIDATES: Mapping[str, Callable[..., Candidate]] = {
     "float": plain,
     "sophq_func": ours,
+    "sophq_func, kernels": partial(ours, kernels="compiled"),
     "by hand": by_hand,
     "torch.ao FX": fx,
     "torchao PT2E": pt2e,
@@ -292,7 +294,7 @@ def silence() -> Iterator[None]:
 
 def made(name: str, subject: Subject, compiled: bool = False) -> Candidate | str:
     """The candidate, warmed up; or why there is none."""
-    wrap = partial(torch.compile, fullgraph=name == "sophq_func") if compiled else same
+    wrap = partial(torch.compile, fullgraph=name.startswith("sophq_func")) if compiled else same
     try:
         with silence():
             candidate = CANDIDATES[name](subject, wrap)

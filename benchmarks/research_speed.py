@@ -20,12 +20,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from measure import medians, write
-from peers import CANDIDATES, Candidate, config, made, no_grad, rounded, trainable
+from peers import CANDIDATES, Candidate, Kernels, config, made, no_grad, rounded, trainable
 from subjects import RESEARCH, SUBJECTS, Subject
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -113,10 +114,10 @@ def _of_modules(subject: Subject, used: nn.Module, trained: nn.Module) -> Functi
     return Functional(loss(used), loss(trained), {"weights": trainable(used)})
 
 
-def ours(subject: Subject) -> Functional:
+def ours(subject: Subject, kernels: Kernels = "off") -> Functional:
     """This library."""
     model, args = subject.make(), subject.args
-    q, params = sq.quantize(model, config(), example_args=args), sq.params_of(model)
+    q, params = sq.quantize(model, config(), example_args=args, kernels=kernels), sq.params_of(model)
     scales, rest = q.split(q.calibrate(params, [args], progress=False))
 
     def loss(q: sq.Quantized) -> Loss:
@@ -129,7 +130,12 @@ def ours(subject: Subject) -> Functional:
     return Functional(loss(q), loss(q.train()), {"weights": trainable(model), "scales": scales})
 
 
-FUNCTIONAL: Mapping[str, Callable[[Subject], Functional]] = {"float": plain, "sophq_func": ours, "by hand": by_hand}
+FUNCTIONAL: Mapping[str, Callable[[Subject], Functional]] = {
+    "float": plain,
+    "sophq_func": ours,
+    "sophq_func, kernels": partial(ours, kernels="compiled"),
+    "by hand": by_hand,
+}
 
 
 def transforms(made: Functional, subject: Subject) -> dict[str, Callable[[], object]]:
