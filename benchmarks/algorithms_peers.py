@@ -69,8 +69,8 @@ def ours(network: Lite0, grid: Grid) -> Found:
 
 
 def brevitas(network: Lite0, grid: Grid) -> Found:
-    """Rounding, bias correction, correction of BatchNorms."""
-    from brevitas.graph.calibrate import bias_correction_mode, calibration_mode, norm_correction_mode
+    """Rounding, and bias correction."""
+    from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas_examples.imagenet_classification.ptq.ptq_common import create_quant_maps
 
@@ -104,12 +104,10 @@ def brevitas(network: Lite0, grid: Grid) -> Found:
 
     rounded = run_in(calibration_mode, quantized(), network.calibration)
     yield "rounding", rounded, 0.0
-    for name, mode in (("bias correction", bias_correction_mode), ("correction of BatchNorms", norm_correction_mode)):
-        model = quantized()
-        model.load_state_dict(rounded.state_dict())
-        run = partial(run_in, mode, model, network.calibration[:2])
-        corrected, seconds = timed(run)
-        yield name, corrected, seconds
+    model = quantized()
+    model.load_state_dict(rounded.state_dict())
+    corrected, seconds = timed(lambda: run_in(bias_correction_mode, model, network.calibration[:2]))
+    yield "bias correction", corrected, seconds
 
 
 def nncf(network: Lite0, grid: Grid) -> Found:
