@@ -162,9 +162,8 @@ class Slot:
       closed: for the path of each module that must not be called outside of a run, the error that says so.
     """
 
-    watch: Watch | None = None
-
     def __init__(self) -> None:
+        self.watch: Watch | None = None
         self.closed: Mapping[str, str] = {}
 
 

@@ -225,11 +225,11 @@ class Skeleton:
         return other
 
     def bare(self, reporting: Collection[str]) -> Skeleton:
-        """A copy for eager runs that report calls only of layers that read parameters, and of modules at some paths."""
+        """A copy for eager runs that report only the calls of the modules at some paths."""
         other = copy.deepcopy(self, {id(constant): constant for constant in self.constants})
         for path, module in other._module_at.items():
             unhook(module)
-            if path in reporting or isinstance(module, READS_ITS_OWN):
+            if path in reporting:
                 report_by_forward(module)
         held_by = {name: [other._module_at[path] for path, _ in places] for name, places in self._holders.items()}
         other._cloned = frozenset(name for name in self.buffers if not all(map(keeps_buffers, held_by[name])))

@@ -61,7 +61,8 @@ class Engine:
       loop: runs the model with an effect on its planned values.
       weights: the weight quantizers.
       acting: the weight quantizers that change their weight. None in a frozen model; never one that only observes.
-      deferrable: parameters that may be quantized as late as when their layer starts, see :meth:`run_quantized`.
+      deferrable: parameters that may be quantized as late as when their layer starts, see :meth:`run_quantized`: large ones,
+        since small ones are rounded together.
       running: by name, the quantizers that act while the model runs.
       quantizers: all quantizers, by name.
       requantizers: by name, of those among them that simulate a chip's multipliers.
@@ -94,15 +95,13 @@ class Engine:
         self.unsigned = frozenset(name for name, quantizer in self.running.items() if quantizer.site.unsigned)
         self.acting = () if frozen else tuple(weight for weight in self.weights if not weight.config.observe_only)
         self.differentiates = any(made.function in DERIVATIVES for run in plan.runs for made in run.calls)
-        self.deferrable = frozenset(
-            weight.site.parameter
-            for weight in self.acting
-            # a derivative wraps the parameter itself, where no mode sees it
-            if not self.differentiates and _is_read_by_its_layer(weight, skeleton)
-        )
         shapes = {name: tensor.shape for name, tensor in skeleton.registered().items()}
         self._weights_together = weights_together(self.acting, shapes)
         self._values_together = values_together(self.running, self.unsigned | self.requantizers.keys())
+        small = {weight.site.parameter for group in self._weights_together for weight in group.quantizers}
+        # a derivative wraps the parameter itself, where no mode sees it
+        waiting = [weight for weight in self.acting if not self.differentiates and _is_read_by_its_layer(weight, skeleton)]
+        self.deferrable = frozenset(weight.site.parameter for weight in waiting) - small
         self.sources = _sources_outside(self.weights, self.requantizers.values(), self.quantizers, whole)
         scales = [name for weight in self.acting for name in (weight.site.quantizer, weight.site.source) if name]
         self._read_by_weights = tuple(dict.fromkeys(scales))
@@ -122,7 +121,8 @@ class Engine:
         }
         # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
         copied = frozenset(plan.written) if whole is None else None
-        self.loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied)
+        late = frozenset(path for name in self.deferrable for path, _ in skeleton.holders(name))
+        self.loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied, late)
 
     def check(self, params: Given, state: Mapping[str, State], where: str, what: str) -> Params:
         """The params by name, after a check that they and a state fit.

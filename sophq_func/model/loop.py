@@ -35,12 +35,14 @@ class Loop:
       arguments: names of the model's arguments.
       copied: names of the arguments that are cloned first, because the model writes into them; ``None``: all, where it is
         not known which.
+      late: paths of the layers whose parameters may be computed when they start.
     """
 
     skeleton: Skeleton
     schedule: Schedule
     arguments: Arguments
     copied: frozenset[str] | None
+    late: frozenset[str]
 
     def on(self, skeleton: Skeleton) -> Loop:
         """The same loop over another skeleton of the same model."""
@@ -61,7 +63,7 @@ class Loop:
           params: every parameter and buffer, as the layers shall read them.
           effect: what happens to a planned value.
           args, kwargs: of the model.
-          later: parameters that are computed when their layer starts. They need a schedule or a runner.
+          later: parameters of the layers :attr:`late` that are computed when these start. They need a schedule or a runner.
           watch: makes the runner, which sees each call; by default one that applies the effect and does nothing else.
 
         Returns:
@@ -94,7 +96,7 @@ class Loop:
 
     @cached_property
     def _without_hooks(self) -> Skeleton:
-        return self.skeleton.bare(self.schedule.acting_leaves)
+        return self.skeleton.bare(self.schedule.acting_leaves | self.late)
 
 
 class _Own:

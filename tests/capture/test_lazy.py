@@ -17,6 +17,10 @@ from sophq_func.capture import lazy
 from tests.helpers import ready
 
 
+ONE_SCALE = sq.QuantConfig(weight=sq.override(granularity=sq.PerTensor()))
+"""With a scale for each channel, small weights are rounded together, and none waits for its layer."""
+
+
 class Net(nn.Module):
     """Two layers of one shape, one further layer, and a forward given as a function."""
 
@@ -56,9 +60,9 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
 def test_values_and_gradients_are_those_of_weights_quantized_at_once(name: str, training: bool) -> None:
     torch.manual_seed(0)
     model, x = Net(FORWARDS[name]).train(training), torch.randn(3, 4)
-    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    q, params = sq.quantize(model, ONE_SCALE, example_args=(x,)), sq.params_of(model)
     assert q.engine.deferrable
-    at_once = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+    at_once = sq.quantize(model, ONE_SCALE, example_args=(x,))
     at_once.engine.deferrable = frozenset()
     qparams = sq.with_bits(q.calibrate(params, [x], progress=False), q.plan, 3)
 
@@ -72,13 +76,13 @@ def test_values_and_gradients_are_those_of_weights_quantized_at_once(name: str, 
 
 def test_a_tied_weight_is_not_deferred() -> None:
     model, x = Net(FORWARDS["tied"]), torch.randn(3, 4)
-    q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
+    q = sq.quantize(model, ONE_SCALE, example_args=(x,))
     assert q.engine.deferrable == {"a.weight"}
 
 
 def test_an_error_in_a_layer_leaves_the_skeleton_as_it_was() -> None:
     model, x = Net(FORWARDS["each layer once"]), torch.randn(3, 4)
-    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    q, params = sq.quantize(model, ONE_SCALE, example_args=(x,)), sq.params_of(model)
     qparams = q.calibrate(params, [x], progress=False)
     expected = q.apply(params, qparams, x)
     with pytest.raises(RuntimeError, match="shapes"):
@@ -134,7 +138,7 @@ class Seen(TorchFunctionMode):
 def test_where_the_model_catches_a_layer_s_error_what_follows_is_quantized() -> None:
     torch.manual_seed(0)
     model, x = Fragile(patient=True), torch.randn(3, 4)
-    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    q, params = sq.quantize(model, ONE_SCALE, example_args=(x,)), sq.params_of(model)
     qparams = q.calibrate(params, [x], progress=False)
 
     def on_grid(name: str, value: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ def test_where_the_model_catches_a_layer_s_error_what_follows_is_quantized() -> 
 
 def test_an_error_in_a_layer_leaves_the_modes_around_the_run_as_they_were() -> None:
     model, x = Fragile(patient=False), torch.randn(3, 4)
-    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x[:, :3],)), sq.params_of(model)
+    q, params = sq.quantize(model, ONE_SCALE, example_args=(x[:, :3],)), sq.params_of(model)
     qparams = q.calibrate(params, [x[:, :3]], progress=False)
     with Seen() as seen:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -161,7 +165,7 @@ def test_an_error_in_a_layer_leaves_the_modes_around_the_run_as_they_were() -> N
 
 def test_a_mode_of_the_user_sees_the_calls_inside_layers() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
-    q, params = sq.quantize(model, sq.QuantConfig(), example_args=(x,)), sq.params_of(model)
+    q, params = sq.quantize(model, ONE_SCALE, example_args=(x,)), sq.params_of(model)
     qparams = q.calibrate(params, [x], progress=False)
     names: list[str] = []
 
