@@ -16,7 +16,6 @@ import sophq_func as sq
 from sophq_func.capture import lazy
 from tests.helpers import ready
 
-
 ONE_SCALE = sq.QuantConfig(weight=sq.override(granularity=sq.PerTensor()))
 """With a scale for each channel, small weights are rounded together, and none waits for its layer."""
 
