@@ -60,7 +60,7 @@ class Frame:
       paused: whether the mode is off the stack.
       is_outermost: whether no other function mode lay on the stack when the run began.
       idle: builtin functions whose calls, in eager, may go unreported, since the frame does nothing there.
-      acts_at: paths of the leaves at which the frame does something, in eager; ``None``: at any.
+      acts_at: paths of the leaves at which the frame does something; ``None``: at any.
       sees_leaves_alone: whether it may miss all functions in a model that calls none outside of leaves.
       sees_functions: whether calls of an ``autograd.Function`` are reported, which makes each of them one call.
     """

@@ -390,7 +390,7 @@ class Skeleton:
         self._note(partial(setattr, self._slot, "watch", outer))
         self._slot.watch = watch
         try:
-            if watch is None:
+            if watch is None or (watch.stays_away and watch.frame.mode.compiling):
                 output, buffers = call(now, args, kwargs)
             elif watch.frame.mode.compiling:
                 with watch:
@@ -404,8 +404,7 @@ class Skeleton:
 
     def _watch(self, frame: Frame, now: Mapping[str, Tensor]) -> Watch:
         """What reports the calls of a run to a frame."""
-        needless = frame.sees_leaves_alone and self.calls_leaves_alone and not frame.mode.compiling
-        return Watch(frame, partial(self._rerun, now), needless)
+        return Watch(frame, partial(self._rerun, now), frame.sees_leaves_alone and self.calls_leaves_alone)
 
     def _watched(self, watch: Watch, call: Callable[[], Result]) -> Result:
         """A call with a function mode on the stack, where it has something to see."""

@@ -122,7 +122,8 @@ class Engine:
         # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
         copied = frozenset(plan.written) if whole is None else None
         late = frozenset(path for name in self.deferrable for path, _ in skeleton.holders(name))
-        self.loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied, late)
+        loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied, late)
+        self.loop = loop.bared()
 
     def check(self, params: Given, state: Mapping[str, State], where: str, what: str) -> Params:
         """The params by name, after a check that they and a state fit.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from torch import Tensor
 
 from sophq_func.capture.arguments import Arguments, map_inputs
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.core.modes import is_compiling
 from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.runner import Effect, Runner
 from sophq_func.model.schedule import Schedule
@@ -36,6 +34,8 @@ class Loop:
       copied: names of the arguments that are cloned first, because the model writes into them; ``None``: all, where it is
         not known which.
       late: paths of the layers whose parameters may be computed when they start.
+      bare: the skeleton of runs that only apply an effect, where hooks would have nothing to report; ``None``: there is
+        none, see :meth:`bared`.
     """
 
     skeleton: Skeleton
@@ -43,10 +43,17 @@ class Loop:
     arguments: Arguments
     copied: frozenset[str] | None
     late: frozenset[str]
+    bare: Skeleton | None = None
 
     def on(self, skeleton: Skeleton) -> Loop:
         """The same loop over another skeleton of the same model."""
-        return replace(self, skeleton=skeleton)
+        return replace(self, skeleton=skeleton, bare=None)
+
+    def bared(self) -> Loop:
+        """The same loop, with a skeleton that reports only where something happens, if the model is a chain of modules."""
+        if not self.skeleton.calls_leaves_alone or self.skeleton.keeps_state or self.schedule.tells_apart:
+            return self
+        return replace(self, bare=self.skeleton.bare(self.schedule.acting_leaves | self.late))
 
     def run(
         self,
@@ -77,9 +84,9 @@ class Loop:
         only = self.schedule.arguments if self.skeleton.keeps_state else None
         if watch is None and not self.schedule:  # nothing to do at any call: run without a frame, which is faster
             args, kwargs = map_inputs(self.arguments, args, kwargs, own, only)
-            return self._bare.run(None, params, args, kwargs)
+            return (self.bare or self.skeleton).run(None, params, args, kwargs)
         runner = Runner.of(self.schedule, effect) if watch is None else watch(self.schedule)
-        skeleton = self._bare if runner.sees_leaves_alone else self.skeleton
+        skeleton = self.bare if self.bare is not None and runner.sees_leaves_alone else self.skeleton
         takes = (lambda name, x: runner.input(name, own(name, x))) if runner.takes_inputs else own
         args, kwargs = map_inputs(self.arguments, args, kwargs, takes, only)
         if self.schedule.same:  # only now, as these arguments become what the effect made of the first one
@@ -87,16 +94,6 @@ class Loop:
         output, buffers = skeleton.run(runner, params, args, kwargs, later)
         runner.check()
         return output, buffers
-
-    @property
-    def _bare(self) -> Skeleton:
-        """The skeleton for runs that only apply an effect: without hooks where these would have nothing to report."""
-        is_chain = self.skeleton.calls_leaves_alone and not self.skeleton.keeps_state
-        return self._without_hooks if is_chain and not self.schedule.tells_apart and not is_compiling() else self.skeleton
-
-    @cached_property
-    def _without_hooks(self) -> Skeleton:
-        return self.skeleton.bare(self.schedule.acting_leaves | self.late)
 
 
 class _Own:
