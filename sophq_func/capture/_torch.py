@@ -390,6 +390,11 @@ def dequantize_per_channel(
     return ((input - zeros) * scales.reshape(shape)).to(out_dtype or torch.float32)
 
 
+def is_zero_for_ever(tensor: Tensor) -> bool:
+    """Whether a tensor is one of those without memory that stand for 0 in forward mode."""
+    return tensor._is_zerotensor()
+
+
 def is_operator(target: object) -> bool:
     """Whether the target of a graph's node is an operator of torch, and no other function."""
     return isinstance(target, torch._ops.OpOverload)

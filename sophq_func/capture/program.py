@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from sophq_func.capture._torch import has_tag, is_operator, kernel, operator_name, schema
+from sophq_func.capture._torch import has_tag, is_operator, is_zero_for_ever, kernel, operator_name, schema
 from sophq_func.capture.turns import Turn
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.randomness import kept_generators
@@ -180,8 +180,7 @@ def _lift(module: GraphModule) -> list[Tensor]:
     outside: dict[int, tuple[Tensor, Node]] = {}
     for node in graph.find_nodes(op="get_attr"):
         held = getattr(module, str(node.target))
-        # what Python makes in the function is lifted, and is a constant
-        if not isinstance(held, Tensor) or any(operator_name(user.target).startswith("lift_fresh") for user in node.users):
+        if not isinstance(held, Tensor) or is_zero_for_ever(held) or _is_made_by_python(node):
             continue
         if id(held) not in outside:
             first = next(one for one in graph.nodes if one.op != "placeholder")
@@ -190,6 +189,11 @@ def _lift(module: GraphModule) -> list[Tensor]:
         node.replace_all_uses_with(outside[id(held)][1])
         graph.erase_node(node)
     return [held for held, _ in outside.values()]
+
+
+def _is_made_by_python(node: Node) -> bool:
+    """Whether a tensor is what Python has made of numbers while the function ran; it is a constant."""
+    return any(operator_name(user.target).startswith("lift_fresh") for user in node.users)
 
 
 def _tidy(graph: Graph) -> None:

@@ -89,6 +89,10 @@ TRANSFORMED: dict[str, Callable[[Made], tuple[Callable[..., Any], tuple[Any, ...
         lambda one, way, x: jvp(grad(lambda one: m.loss(one, x)), (one,), (way,)),
         (m.learned, tangents(m), m.x),
     ),
+    "jvp of scales": lambda m: (
+        lambda one, x: jvp(lambda one: m.loss((m.learned[0], one), x), (one,), (one,)),
+        (m.learned[1], m.x),
+    ),
     "autograd": lambda m: (
         lambda one, x: torch.autograd.grad(m.loss(one, x), tensors(one)),
         (tree_map(lambda t: t.clone().requires_grad_(), m.learned), m.x),

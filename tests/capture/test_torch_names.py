@@ -282,6 +282,12 @@ def a_program_would_merge_what_is_written_into_later() -> None:
     assert _torch.has_tag(torch.ops.aten.nonzero.default, torch.Tag.dynamic_output_shape)
 
 
+@without("_is_zerotensor")
+def zeros_of_forward_mode_would_be_taken_for_tensors_of_the_closure() -> None:
+    assert _torch.is_zero_for_ever(torch._efficientzerotensor((2,)))
+    assert not _torch.is_zero_for_ever(torch.zeros(2))
+
+
 @without("_op")
 def a_program_would_be_a_fourth_slower() -> None:
     assert torch.equal(_torch.kernel(torch.ops.aten.add.Tensor)(torch.ones(1), 2, alpha=3), torch.full((1,), 7.0))

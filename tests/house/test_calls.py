@@ -20,7 +20,7 @@ import sophq_func as sq
 ERRORS = (sq.ConfigError, sq.PlanError, sq.StateError)
 OUTCOMES = frozenset(
     "Artifact Checkpoint ChipComparison ChipRow Coverage Fidelity Graph HessianTrace Left Moments Plan QParams Quantized "
-    "Report ReportRow Sensitivities Sensitivity Site TopEigenvalue".split()
+    "Report ReportRow Sensitivities Sensitivity Site Staged TopEigenvalue".split()
 )
 """Classes whose instances the library returns; ``QParams``, of which every run makes many, is a plain NamedTuple."""
 EXCEPTIONS = frozenset("CheckpointError ConfigError PlanError PlanWarning StateError".split())
@@ -109,6 +109,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "sensitivity": ((r.q, r.params, r.qparams, r.x, torch.sum), {"how": "auto", "progress": False}),
         "split_params": ((r.model,), {}),
         "stack": (([r.qparams, r.qparams],), {}),
+        "stage": ((torch.sin,), {"backend": "eager"}),
         "statistics": ((r.q, r.params, [r.x], r.qparams), {"where": "weight_fake_quant", "progress": False}),
         "top_eigenvalue": ((loss, r.params, {"weight": torch.ones(3, 2)}), {"steps": 1}),
         "trace": ((r.model, (r.x,)), {}),
