@@ -81,8 +81,8 @@ struct Uniform {
   }
 };
 
-// What the composition adds to each value: where it has terms for derivatives, which are 0, they turn -0.0 into 0.0, as a 0.0
-// does that is added. An added -0.0 changes nothing.
+// What the composition adds to each value: where it has terms for derivatives, which are 0, they turn -0.0 into 0.0, as a
+// 0.0 does that is added. An added -0.0 changes nothing.
 float addend(const Uniform& uniform, const Tensor& x, bool is_recording) {
   return is_recording && x.numel() < uniform.large ? 0.0f : -0.0f;
 }
@@ -386,7 +386,8 @@ py::object as_python(const Tensor& t) {
 }
 
 // The gradients of the composition, which can be differentiated again.
-variable_list composed(const std::string& config, const Tensor& g, const variable_list& at, const std::array<bool, 4>& needed) {
+variable_list composed(const std::string& config, const Tensor& g, const variable_list& at,
+                       const std::array<bool, 4>& needed) {
   const py::gil_scoped_acquire lock;
   const py::object gradients = py::module_::import("sophq_func.numerics.kernels").attr("gradients");
   const py::tuple tensors = py::make_tuple(as_python(at[0]), as_python(at[1]), as_python(at[2]), as_python(at[3]));
