@@ -517,7 +517,8 @@ py::object fake_quantize(const Quantizer& quantizer, const py::handle x_object, 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  py::class_<Quantizer>(module, "Quantizer")
+  // local, since another version of the library may be in the process, too
+  py::class_<Quantizer>(module, "Quantizer", py::module_local())
       .def(py::init([](int64_t low, int64_t high, bool reciprocal, bool whole, bool learned, int64_t grad_scaling,
                        int64_t granularity, int64_t axis, int64_t size, int64_t large, const std::string& config) {
         const Uniform uniform{low,  high, reciprocal, whole, learned, GradScaling(grad_scaling), Granularity(granularity),
