@@ -91,8 +91,9 @@ class Values(NamedTuple):
         """The function of each; of none where their scales cannot lie side by side."""
         own = [qparams[name] for name in self.names]
         fake_quantize, scheme = self.first.fake_quantize, self.first.scheme
-        if fake_quantize.kernel and not is_mapped() and not any(one.extras for one in own):
-            # a kernel reads the scales themselves, so that nothing is to be prepared
+        is_for_kernel = fake_quantize.kernel and own[0].scale.is_cpu and not is_mapped()
+        if is_for_kernel and not any(one.extras for one in own):
+            # it reads the scales themselves, so that nothing is to be prepared
             alone = (partial(fake_quantize.apply, qparams=one, scheme=scheme) for one in own)
             return dict(zip(self.names, alone, strict=True))
         scales, zero_points = [one.scale for one in own], [one.zero_point for one in own]

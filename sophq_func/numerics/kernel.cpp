@@ -81,8 +81,8 @@ struct Uniform {
   }
 };
 
-// What the composition adds to each value: where it has terms for derivatives, which are 0, they turn -0.0 into 0.0, as a 0.0
-// does that is added. An added -0.0 changes nothing.
+// What the composition adds to each value: where it has terms for derivatives, which are 0, they turn -0.0 into 0.0, as a
+// 0.0 does that is added. An added -0.0 changes nothing.
 float addend(const Uniform& uniform, const Tensor& x, bool is_recording) {
   return is_recording && x.numel() < uniform.large ? 0.0f : -0.0f;
 }
@@ -386,7 +386,8 @@ py::object as_python(const Tensor& t) {
 }
 
 // The gradients of the composition, which can be differentiated again.
-variable_list composed(const std::string& config, const Tensor& g, const variable_list& at, const std::array<bool, 4>& needed) {
+variable_list composed(const std::string& config, const Tensor& g, const variable_list& at,
+                       const std::array<bool, 4>& needed) {
   const py::gil_scoped_acquire lock;
   const py::object gradients = py::module_::import("sophq_func.numerics.kernels").attr("gradients");
   const py::tuple tensors = py::make_tuple(as_python(at[0]), as_python(at[1]), as_python(at[2]), as_python(at[3]));
@@ -516,7 +517,8 @@ py::object fake_quantize(const Quantizer& quantizer, const py::handle x_object, 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  py::class_<Quantizer>(module, "Quantizer")
+  // local, since another version of the library may be in the process, too
+  py::class_<Quantizer>(module, "Quantizer", py::module_local())
       .def(py::init([](int64_t low, int64_t high, bool reciprocal, bool whole, bool learned, int64_t grad_scaling,
                        int64_t granularity, int64_t axis, int64_t size, int64_t large, const std::string& config) {
         const Uniform uniform{low,  high, reciprocal, whole, learned, GradScaling(grad_scaling), Granularity(granularity),

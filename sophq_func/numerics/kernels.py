@@ -88,7 +88,9 @@ Value = Callable[[Tensor, Tensor | None, QParams, QScheme], Tensor | None]
 
 def _served_prepare(prepare: Prepare, value: Value, planned: QScheme) -> Prepare:
     def served(x: Tensor, factor: Tensor | None, qparams: QParams, scheme: QScheme) -> Callable[[], Tensor]:
-        if not _is_eager(qparams, scheme, planned):
+        # of what else the kernel asks for, most is seldom missing: then the preparation is late
+        is_kind = x.is_cpu and x.dtype == torch.float32
+        if not is_kind or not _is_eager(qparams, scheme, planned):
             return prepare(x, factor, qparams, scheme)
 
         def rounded() -> Tensor:
@@ -115,6 +117,7 @@ def _is_eager(qparams: QParams, scheme: QScheme, planned: QScheme) -> bool:
 
 
 def _kernel(kernels: Library, uniform: Uniform, config: QuantizerConfig) -> Kernel:
+    """The kernel of one quantizer."""
     scheme, granularity = config.scheme, config.scheme.granularity
     return kernels.Quantizer(
         scheme.qmin,
@@ -158,5 +161,6 @@ def gradients(config: str, g: Tensor, at: Parts, needed: Sequence[bool]) -> list
 
 @cache  # of a graph's quantizers, which are few, while its backward pass runs
 def _made(config: str) -> tuple[FakeQuantize, QScheme]:
+    """The composition that a config names, and its scheme."""
     of = config_from_data(json.loads(config))
     return FAKE_QUANTIZERS.build(of.fake_quantize), of.scheme

@@ -4,7 +4,7 @@ Why C++, and not a program of inductor from the same definition in Python: on on
 
 ============================  ==================  ====================  ==================
 elements                      2,048               131,072               802,816
-forward, composition          9                   70                    1100
+forward, calls of torch       9                   70                    1100
 forward, inductor             8                   32                    310
 forward, C++                  2                   18                    280
 with backward, inductor       93                  265                   1190
