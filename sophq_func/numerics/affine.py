@@ -379,6 +379,8 @@ def _evaluated(
     if given.moved_step is None:
         return y
     slope = level - modes.beside(torch.where(inside, ratio, 0), x)
+    # in forward mode torch ends the process where addcmul with a factor meets an operand without a tangent under a mode
+    y, slope = modes.beside(y, given.moved_step), modes.beside(slope, given.moved_step)
     return torch.addcmul(y, given.moved_step, slope, value=share)
 
 

@@ -111,7 +111,7 @@ def _is_served(scheme: QScheme) -> bool:
 
 def _is_eager(qparams: QParams, scheme: QScheme, planned: QScheme) -> bool:
     """Whether the kernel may be asked: nothing but autograd looks on, and the grid is the planned one."""
-    is_watched = modes.is_compiling() or modes.is_mapped()
+    is_watched = modes.is_compiling() or modes.is_mapped() or modes.is_recorded()
     has_bounds = "qmin" in qparams.extras or "qmax" in qparams.extras
     return not is_watched and not has_bounds and (scheme is planned or scheme == planned)
 
