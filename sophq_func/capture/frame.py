@@ -22,6 +22,7 @@ from sophq_func.capture._torch import (
     innermost_mode,
     is_higher_order,
     is_parametrized,
+    mode_depth,
     pop_mode,
     push_mode,
     without_innermost_mode,
@@ -58,7 +59,6 @@ class Frame:
       given: while a hook before a forward runs, the tensors that depend on what the module is given; else ``None``.
       deferred: parameters whose values are computed when they are read; ``None`` where there are none.
       paused: whether the mode is off the stack.
-      is_outermost: whether no other function mode lay on the stack when the run began.
       idle: builtin functions whose calls, in eager, may go unreported, since the frame does nothing there.
       acts_at: paths of the leaves at which the frame does something; ``None``: at any.
       sees_leaves_alone: whether it may miss all functions in a model that calls none outside of leaves.
@@ -75,7 +75,7 @@ class Frame:
         self.computing = 0
         self.given: list[Tensor] | None = None
         self.deferred: Deferred | None = None
-        self.paused = self.is_outermost = False
+        self.paused = False
         self.idle: frozenset[Function] = frozenset()
         self.acts_at: Collection[str] | None = None
         self.sees_leaves_alone = False
@@ -328,6 +328,11 @@ class OwnHook:
         if not self._info.leaf and not frame.leaf_depth:
             frame.after_hook(self._info.path, module)
         return result
+
+
+def is_watched() -> bool:
+    """Whether a function mode would see what is computed now, in eager."""
+    return mode_depth() > 0
 
 
 def unwatched() -> AbstractContextManager[object]:

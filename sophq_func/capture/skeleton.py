@@ -409,7 +409,6 @@ class Skeleton:
     def _watched(self, watch: Watch, call: Callable[[], Result]) -> Result:
         """A call with a function mode on the stack, where it has something to see."""
         depth = mode_depth()
-        watch.frame.is_outermost = depth == 0
         if watch.stays_away:
             return call()
         try:

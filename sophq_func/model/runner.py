@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from sophq_func.capture.frame import Frame, item, unwatched
+from sophq_func.capture.frame import Frame, is_watched, item, unwatched
 from sophq_func.capture.graph import function_of, step
 from sophq_func.core.errors import StateError
 from sophq_func.core.operations import CONTRACTIONS, LAYERS, called, is_operation
@@ -263,8 +263,8 @@ class Runner(Frame):
         """
         if not names:
             return tree
-        if self.paused and self.is_outermost:
-            return self._acted(names, tree)  # it is not watched anyway
+        if not self.mode.compiling and not is_watched():
+            return self._acted(names, tree)
         with self.aside(), unwatched():
             return self._acted(names, tree)
 
