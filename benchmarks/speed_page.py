@@ -48,8 +48,13 @@ machine: the forward of the ResNet was measured from 1.21 to 1.37, its step from
 Of an eager forward of the ResNet (136 ms in float, 171 quantized, by timers around each part) 23 ms are those passes, over
 20 million elements: two and a half copies of them. The other 12 are Python: it runs between convolutions that have emptied
 the caches, and takes three to nine times as long there as in a loop of its own. What does not need a layer's input is
-therefore done before the run. In the *tiny* network that Python is nearly all there is: a quantizer is about fifteen calls
-of torch, where torch.ao has one in C++. Such a network is what `torch.compile` is for.
+therefore done before the run.
+
+In a small network that Python is nearly all there is. So small weights whose channels are equally long are rounded as the
+rows of one matrix, and all that depends on scales alone is computed for all values at once. What the modules of the private
+copy hold between runs is remembered, and in a chain of torch's own modules (*tiny*) only planned layers report their calls.
+What is left there is a call or two of torch for each value, and about fifteen for its gradient: a
+[compiled kernel](kernels.md) makes one of each, and [staging](staging.md) takes away the Python of the run itself.
 
 Under inductor a quantizer is one kernel, fused with what stands before it; per-channel numbers are computed once; a
 weight is stored in its own order before oneDNN's order is made; and the backward computes masks again instead of keeping
