@@ -404,7 +404,9 @@ class Skeleton:
 
     def _watch(self, frame: Frame, now: Mapping[str, Tensor]) -> Watch:
         """What reports the calls of a run to a frame."""
-        return Watch(frame, partial(self._rerun, now), frame.sees_leaves_alone and self.calls_leaves_alone)
+        # of a bound model, a user may have put hooks on a layer
+        sees_all = frame.sees_leaves_alone and self.calls_leaves_alone and not self.keeps_state
+        return Watch(frame, partial(self._rerun, now), stays_away=sees_all)
 
     def _watched(self, watch: Watch, call: Callable[[], Result]) -> Result:
         """A call with a function mode on the stack, where it has something to see."""

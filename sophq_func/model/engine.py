@@ -123,7 +123,8 @@ class Engine:
         copied = frozenset(plan.written) if whole is None else None
         late = frozenset(path for name in self.deferrable for path, _ in skeleton.holders(name))
         loop = Loop(skeleton, Schedule(plan, skeleton.owners()), arguments(skeleton.entry), copied, late)
-        self.loop = loop.bared()
+        # a part shares the modules of the whole, of which a copy for each part would be too much
+        self.loop = loop.bared() if whole is None else loop
 
     def check(self, params: Given, state: Mapping[str, State], where: str, what: str) -> Params:
         """The params by name, after a check that they and a state fit.
