@@ -45,6 +45,9 @@ BITS = (3, 4)
 HEAD = "lm_head"
 """It is tied to the table of words; both stay as they are."""
 
+OURS = "sophq_func"
+"""The package that others are beside."""
+
 Weights = dict[str, Tensor]
 """By the name of the parameter, the weights of the linear layers that a method has made, as floats."""
 
@@ -170,7 +173,7 @@ class Method(NamedTuple):
     """A method, and the package that it comes from."""
 
     make: Callable[[Subject, int], Weights]
-    package: str = "sophq_func"
+    package: str = OURS
 
 
 METHODS: Mapping[str, Method] = {
@@ -283,9 +286,9 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """The rows and the versions of their packages, as JSON."""
-    packages = {METHODS[row.method].package for row in rows}
-    versions = {package: importlib.metadata.version(package.replace("_", "-")) for package in sorted(packages)}
+    """The rows and the versions of the other libraries, as JSON."""
+    others = {METHODS[row.method].package for row in rows} - {OURS}  # which may be on the path without being installed
+    versions = {package: importlib.metadata.version(package.replace("_", "-")) for package in sorted(others)}
     path.write_text(json.dumps({"versions": versions, "rows": [row._asdict() for row in rows]}, indent=1))
 
 
