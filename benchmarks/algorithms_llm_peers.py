@@ -45,6 +45,9 @@ BITS = (3, 4)
 HEAD = "lm_head"
 """It is tied to the table of words; both stay as they are."""
 
+OURS = "sophq_func"
+"""The package that others are beside."""
+
 Weights = dict[str, Tensor]
 """By the name of the parameter, the weights of the linear layers that a method has made, as floats."""
 
@@ -88,9 +91,8 @@ def ours(subject: Subject, bits: int, observer: str, names: tuple[str, ...]) -> 
     weight = sq.override(
         bits=bits, symmetric=False, granularity=sq.PerGroup(GROUP), observer=observer, fake_quantize="fixed"
     )
-    # frequencies of positions: some versions of transformers multiply them as a matrix, which makes them a weight
-    left = [sq.Rule(name=name, weight=None, requests=False) for name in (HEAD, "*inv_freq*")]
-    config = sq.QuantConfig(chip=None, strategy="Layers", weight=weight, activation=None, rules=tuple(left))
+    head = sq.Rule(name=HEAD, weight=None, requests=False)
+    config = sq.QuantConfig(chip=None, strategy="Layers", weight=weight, activation=None, rules=(head,))
     batches = [{"input_ids": ids} for ids in subject.calibrate.split(1)]
     q = sq.quantize(subject.model, config, example_kwargs={"input_ids": subject.calibrate[:1, :8]})
     params = sq.params_of(subject.model)
@@ -171,7 +173,7 @@ class Method(NamedTuple):
     """A method, and the package that it comes from."""
 
     make: Callable[[Subject, int], Weights]
-    package: str = "sophq_func"
+    package: str = OURS
 
 
 METHODS: Mapping[str, Method] = {
@@ -254,12 +256,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path)
     options.add_argument("--json", type=Path, help="also write the rows here")
-    options.add_argument("--method", choices=METHODS)
+    options.add_argument("--method", choices=METHODS, action="append", help="this one alone; once for each")
     options.add_argument("--bits", type=int, choices=BITS)
     options.add_argument("--out", type=Path, help="run one method, and write its weights here")
     given = options.parse_args()
     if given.out:
-        work(given.folder, given.method, given.bits, given.out)
+        work(given.folder, given.method[0], given.bits, given.out)
         return
     torch.set_num_threads(1)
     if not given.folder.exists():
@@ -268,7 +270,7 @@ def main() -> None:
     print(f"float: perplexity {perplexity(model, {}, sequences):.2f}", flush=True)
     rows = []
     for bits in (given.bits,) if given.bits else BITS:
-        for name in (given.method,) if given.method else METHODS:
+        for name in given.method or METHODS:
             package = METHODS[name].package
             if importlib.util.find_spec(package) is None:
                 print(f"{name}: {package} is not installed", flush=True)
@@ -279,9 +281,15 @@ def main() -> None:
                 continue
             rows.append(row)
             print(f"W{bits} {name:22}{row.perplexity:8.2f}{row.seconds:7.0f} s{row.peak:6.2f} GiB", flush=True)
-    if given.json:
-        versions = {m.package: importlib.metadata.version(m.package.replace("_", "-")) for m in METHODS.values()}
-        given.json.write_text(json.dumps({"versions": versions, "rows": [row._asdict() for row in rows]}, indent=1))
+            if given.json:  # after each row, as a run takes an hour and may be stopped
+                write(given.json, rows)
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """The rows and the versions of the other libraries, as JSON."""
+    others = {METHODS[row.method].package for row in rows} - {OURS}  # which may be on the path without being installed
+    versions = {package: importlib.metadata.version(package.replace("_", "-")) for package in sorted(others)}
+    path.write_text(json.dumps({"versions": versions, "rows": [row._asdict() for row in rows]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -107,13 +107,18 @@ def main() -> None:
             for way, names in WAYS.items():
                 task = progress.add_task(f"W{bits} {way}", total=1)
                 outcomes[f"W{bits} {way}"] = run(bits, names, subject)
+                store(outcomes)  # after each, as a run takes minutes and may be stopped
                 progress.update(task, advance=1)
     console.print(table(outcomes))
     for name, outcome in outcomes.items():
         console.print(f"[bold]{name}[/bold]: {outcome.text}")
+    console.print(contents(OUT))
+
+
+def store(outcomes: Mapping[str, Outcome]) -> None:
+    """Write what there is so far."""
     rows = {name: outcome._asdict() for name, outcome in outcomes.items()}
     write(OUT / "results.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
-    console.print(contents(OUT))
 
 
 def table(outcomes: Mapping[str, Outcome]) -> Table:

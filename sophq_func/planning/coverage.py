@@ -24,7 +24,7 @@ from sophq_func.planning.deciding import Outcome
 from sophq_func.planning.inputs import Planned, quantizer_of
 from sophq_func.planning.strategies import contracted, source_of
 from sophq_func.planning.values import node_site
-from sophq_func.planning.weights import WeightPlace, WeightUse, weights_of_layer
+from sophq_func.planning.weights import WeightPlace, WeightUse, is_spread, weights_of_layer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, nn.Linear)
@@ -397,6 +397,8 @@ class _Measure:
         name = weight_quantizer(source_of(self._graph, operand).parameter)
         if name in self._outcomes:
             return self._of_quantizer(name, "its weight")
+        if is_spread(self._graph, node, operand):
+            return Reason("it sums nothing: an outer product with a buffer", excluded=True)
         text = f"{self._strategy} quantizes weights of layers alone, not of functions"
         return self._excluded_call(node) or Reason(text)
 

@@ -79,8 +79,22 @@ def _uses_of_function(graph: Graph, node: Node, derived: Collection[str]) -> Ite
     for operand in node.operands:
         source = source_of(graph, operand)
         is_parameter = bool(source.parameter) and contracted(node, operand) and not operand.kind
-        if is_parameter or operand in computed:
+        is_weight = is_parameter and not is_spread(graph, node, operand)
+        if is_weight or operand in computed:
             yield _use_of_function(graph, node, operand, source)
+
+
+def is_spread(graph: Graph, node: Node, operand: Operand) -> bool:
+    """Whether a call makes an outer product with a buffer of one axis, such as rotary frequencies with positions.
+
+    It is no weight: the call sums nothing, as ``positions[:, None] * frequencies`` does not, and nothing learns it.
+    A parameter is one, and so is a matrix, which may have one input by chance.
+    """
+    name = source_of(graph, operand).parameter
+    if name not in graph.buffers or len(graph.shapes[name]) != 1 or operand.axes is None:
+        return False
+    summed = summed_axes(node, operand)
+    return summed is not None and all(operand.shape[axis] == 1 and not operand.axes[axis] for axis in summed)
 
 
 def _uses_of_module(graph: Graph, node: Node) -> Iterator[WeightUse]:

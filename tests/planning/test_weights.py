@@ -355,3 +355,51 @@ def test_a_computed_weight_is_rounded_once(spelling: str) -> None:
     read = r.q.quantize_value("x.post_act_fake_quantizer", x, r.qparams["x.post_act_fake_quantizer"])
     expected = read @ ((weight * (1 / scale)).round().clamp(-8, 7) * scale).mT
     torch.testing.assert_close(r(x), expected)
+
+
+def rotary(angles: Callable[..., Tensor], frequencies: Tensor) -> nn.Module:
+    """Turns the halves of a vector by angles: each position times each frequency, in one of the spellings."""
+
+    def turned(m: Any, x: Tensor) -> Tensor:
+        angle = m.angles(torch.arange(x.shape[1])[None].float())
+        left, right = m.proj(x).chunk(2, -1)
+        return torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), -1)
+
+    return Net(turned, proj=nn.Linear(8, 8), angles=Net(angles, frequencies=frequencies)).eval()
+
+
+FREQUENCIES = 10.0 ** -torch.arange(4.0)
+ANGLES: dict[str, Callable[..., Tensor]] = {
+    "matmul": lambda m, p: (m.frequencies[None, :, None].expand(len(p), -1, 1) @ p[:, None, :]).mT,
+    "outer": lambda m, p: torch.outer(p[0], m.frequencies),
+    "einsum": lambda m, p: torch.einsum("i,j->ij", p[0], m.frequencies),
+    "mm": lambda m, p: p.T.mm(m.frequencies[None]),
+}
+"""Each equals ``positions[..., None] * frequencies``."""
+
+
+@pytest.mark.parametrize("strategy", ["Dataflow", "Layers"])
+@pytest.mark.parametrize("spelling", ANGLES)
+def test_frequencies_that_positions_are_multiplied_with_are_no_weight(spelling: str, strategy: str) -> None:
+    config = sq.QuantConfig(strategy=strategy, weight=sq.override(bits=4))
+    product, multiplied = (
+        sq.quantize(rotary(angles, nn.Buffer(FREQUENCIES)), config, example_args=torch.randn(2, 5, 8)).plan
+        for angles in (ANGLES[spelling], lambda m, p: p[..., None] * m.frequencies)
+    )
+    assert list(product) == list(multiplied)
+    assert "proj.weight_fake_quant" in product
+    reasons = {left.name: left.reason for left in product.coverage.left}
+    assert reasons == {f"angles.{spelling}": "it sums nothing: an outer product with a buffer"}
+
+
+WEIGHTS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+    "a parameter": (ANGLES["matmul"], nn.Parameter(FREQUENCIES)),
+    "a matrix with one input": (lambda m, p: p.mT @ m.frequencies, nn.Buffer(FREQUENCIES[None])),
+    "a vector that is summed": (lambda m, p: (p.T.expand(-1, 4) @ m.frequencies)[:, None], nn.Buffer(FREQUENCIES)),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_what_is_learned_or_a_matrix_or_summed_stays_a_weight(kind: str) -> None:
+    q = sq.quantize(rotary(*WEIGHTS[kind]), FOUR, example_args=torch.randn(2, 5, 8))
+    assert "angles.frequencies_fake_quant" in q.plan
