@@ -146,7 +146,7 @@ def ours(network: Lite0, grid: Grid) -> Found:
 
 def brevitas(network: Lite0, grid: Grid) -> Found:
     """Rounding, bias correction, and statistics of BatchNorms, in the order of its own example of such networks."""
-    from brevitas.graph.calibrate import bias_correction_mode, calibration_mode, norm_correction_mode
+    from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas_examples.imagenet_classification.ptq.ptq_common import create_quant_maps
 
@@ -182,18 +182,9 @@ def brevitas(network: Lite0, grid: Grid) -> Found:
 
     rounded, seconds = timed(lambda: quantized(float_network(network, grid)))
     yield "rounding", rounded, seconds
-    correct = partial(run_in, bias_correction_mode, batches=data)
     model = copy.deepcopy(rounded)
-    _, seconds = timed(lambda: correct(model))
+    _, seconds = timed(lambda: run_in(bias_correction_mode, model, data))
     yield "bias correction", model, seconds
-    if grid.bits == 8:
-        return
-    # it moves BatchNorms only where they are real; with a scale for each channel that is the same grid
-    model = quantized(copy.deepcopy(network.model))
-    _, seconds = timed(lambda: run_in(norm_correction_mode, model, data))
-    yield "BatchNorm calibration", model, seconds
-    _, more = timed(lambda: correct(model))
-    yield "BatchNorm calibration, bias correction", model, seconds + more
 
 
 def nncf(network: Lite0, grid: Grid) -> Found:
