@@ -228,10 +228,11 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
     torch.set_num_threads(1)
     label = "" if options.keep == "yes" else ", memory returned"
-    rows = {f"{name}{label}": measured(name, options) for name in options.models}
-    if options.json:
-        earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() else {}
-        write(options.json, {**earlier, **rows})
+    for name in options.models:
+        row = {f"{name}{label}": measured(name, options)}
+        if options.json:
+            earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() else {}
+            write(options.json, {**earlier, **row})
 
 
 if __name__ == "__main__":
