@@ -390,7 +390,7 @@ class Skeleton:
         self._note(partial(setattr, self._slot, "watch", outer))
         self._slot.watch = watch
         try:
-            if watch is None or (watch.stays_away and watch.frame.mode.compiling):
+            if watch is None:
                 output, buffers = call(now, args, kwargs)
             elif watch.frame.mode.compiling:
                 with watch:

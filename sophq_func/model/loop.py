@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sophq_func.capture.arguments import Arguments, map_inputs
 from sophq_func.capture.skeleton import Skeleton
+from sophq_func.core.modes import is_compiling
 from sophq_func.core.types import Args, Kwargs, Output
 from sophq_func.model.runner import Effect, Runner
 from sophq_func.model.schedule import Schedule
@@ -84,7 +85,8 @@ class Loop:
         only = self.schedule.arguments if self.skeleton.keeps_state else None
         if watch is None and not self.schedule:  # nothing to do at any call: run without a frame, which is faster
             args, kwargs = map_inputs(self.arguments, args, kwargs, own, only)
-            return (self.bare or self.skeleton).run(None, params, args, kwargs)
+            skeleton = self.skeleton if self.bare is None or is_compiling() else self.bare
+            return skeleton.run(None, params, args, kwargs)
         runner = Runner.of(self.schedule, effect) if watch is None else watch(self.schedule)
         skeleton = self.bare if self.bare is not None and runner.sees_leaves_alone else self.skeleton
         takes = (lambda name, x: runner.input(name, own(name, x))) if runner.takes_inputs else own

@@ -55,9 +55,9 @@ class Runner(Frame):
     def of(schedule: Schedule, effect: Effect) -> Runner:
         """A runner that applies an effect and does nothing else, so that it need not see most functions."""
         runner = Runner(schedule, effect)
-        runner.acts_at, runner.sees_leaves_alone = schedule.acting_leaves, not schedule.looks_inside
         if not runner.mode.compiling:
-            runner.idle = schedule.idle
+            runner.idle, runner.acts_at = schedule.idle, schedule.acting_leaves
+            runner.sees_leaves_alone = not schedule.looks_inside
         return runner
 
     @property
