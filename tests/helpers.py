@@ -99,3 +99,27 @@ def unchanged(*values: Any) -> Iterator[None]:
     yield
     for old, value in zip(before, values, strict=True):
         assert snapshot(value) == old
+
+
+class Block(nn.Module):
+    """A residual block of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x).relu()
+
+
+class Inplace(nn.Module):
+    """Blocks between which a tensor is written into: it is the same object, with other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        y += 1
+        return self.two(y)

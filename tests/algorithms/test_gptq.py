@@ -16,7 +16,7 @@ from sophq_func.algorithms import _walk
 from sophq_func.algorithms._walk import Walk, by_input, units_of
 from sophq_func.algorithms.resume import Resumed
 from sophq_func.testing.models import Language, mixed
-from tests.helpers import same
+from tests.helpers import Inplace, same
 
 WEIGHT = sq.override(bits=3, granularity="per_channel", fake_quantize="fixed")
 CONFIG = sq.QuantConfig(chip=None, strategy="Layers", weight=WEIGHT, activation=None)
@@ -41,26 +41,8 @@ def distance(q: sq.Quantized, params: Any, qparams: Any, given: Any, batches: li
 
 
 def test_a_block_reads_what_was_written_into_after_the_block_before() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.inner(x).relu()
-
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = Block(), Block()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.one(x)
-            y += 1
-            return self.two(y)
-
     torch.manual_seed(0)
-    model, batches = Shifted().eval(), list(torch.randn(32, 4).split(8))
+    model, batches = Inplace().eval(), list(torch.randn(32, 4).split(8))
     q = sq.quantize(model, CONFIG, example_args=(batches[0],))
     params = sq.params_of(model)
     first, second = units_of(q, list(q.plan), None)

@@ -11,31 +11,7 @@ from torch import Tensor, nn
 import sophq_func as sq
 from sophq_func.algorithms.contract import Start, begin
 from sophq_func.algorithms.units import Sample, Stream, units_of
-from tests.helpers import same
-
-
-class Block(nn.Module):
-    """A residual block of one layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x).relu()
-
-
-class Inplace(nn.Module):
-    """Blocks between which a tensor is written into: it is the same object, with other numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = Block(), Block()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.one(x)
-        y += 1
-        return self.two(y)
+from tests.helpers import Block, Inplace, same
 
 
 class Twice(nn.Module):
