@@ -108,6 +108,11 @@ def is_mapped() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_forward_mode() -> bool:
+    """Whether tangents are computed beside values: in eager, inside ``jvp`` or ``torch.autograd.forward_ad.dual_level``."""
+    return forward_ad._current_level >= 0
+
+
 def may_differentiate() -> bool:
     """Whether a derivative of what is computed now may be asked for; Dynamo can trace the call.
 

@@ -49,6 +49,7 @@ def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Any]) -> tuple[l
     for size in (0, 2**60):
         monkeypatch.setattr(eager, "LARGE", size)
         monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", size)
+        monkeypatch.setattr(eager, "LARGE_IN_FORWARD_MODE", size)
         found.append(torch.utils._pytree.tree_leaves(compute()))
     return found[0], found[1]
 
@@ -162,6 +163,7 @@ def test_bounds_may_be_data(order: Any, bits: float, scheme: sq.QScheme, monkeyp
 def test_bounds_that_are_learned_take_the_composition_and_mapped_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "LARGE", 0)
     monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", 0)
+    monkeypatch.setattr(eager, "LARGE_IN_FORWARD_MODE", 0)
     x, scale, bound = sample(0), torch.tensor(0.3), torch.tensor(7.0)
     assert eager.fits(x, scale, -bound, bound)
     assert not eager.fits(x, scale, -8, bound)
@@ -200,6 +202,7 @@ def test_a_derivative_of_a_bound_at_any_level_is_seen(
 ) -> None:
     monkeypatch.setattr(eager, "LARGE", 0)
     monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", 0)
+    monkeypatch.setattr(eager, "LARGE_IN_FORWARD_MODE", 0)
     is_mapped = "vmap" in request.node.callspec.id
     bound = torch.tensor([7.0, 3.0]) if is_mapped else torch.tensor(7.0)
     assert bounds_seen(bound, transform) == [False]
@@ -209,6 +212,7 @@ def test_a_mapped_bound_may_have_been_made_inside_a_gradient(monkeypatch: pytest
     """As bit widths are: the gradient's level wraps what is computed in it, whether it differentiates it or not."""
     monkeypatch.setattr(eager, "LARGE", 0)
     monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", 0)
+    monkeypatch.setattr(eager, "LARGE_IN_FORWARD_MODE", 0)
     x, scale, seen = sample(0), torch.tensor(0.3), []
 
     def loss(x: Tensor, bits: Tensor) -> Tensor:
@@ -299,6 +303,7 @@ def test_what_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_it_gives_way_to_the_composition(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "LARGE", 0)
     monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", 0)
+    monkeypatch.setattr(eager, "LARGE_IN_FORWARD_MODE", 0)
     f, scale, zero = applied(sq.QScheme(bits=4), "kernel"), torch.tensor(0.3), torch.tensor(0.0)
     call = {"forward": lambda x: f(x, scale, zero), "grad": torch.func.grad(lambda x: f(x, scale, zero).square().sum())}[of]
     x = sample(0)
@@ -312,6 +317,7 @@ def test_nothing_that_goes_in_is_changed_and_small_tensors_take_the_composition(
     assert not eager.fits(x, scale, -8, 7)
     monkeypatch.setattr(eager, "LARGE", 0)
     monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", 0)
+    monkeypatch.setattr(eager, "LARGE_IN_FORWARD_MODE", 0)
     assert eager.fits(x, scale, -8, 7)
     assert not eager.fits(x, scale.double(), -8, 7)
     before = (x.clone(), x._version, scale._version)

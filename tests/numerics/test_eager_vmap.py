@@ -51,6 +51,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that leave a rest, and no tensor too small."""
     monkeypatch.setattr(eager, "LARGE", 0)
     monkeypatch.setattr(eager, "LARGE_IN_TRANSFORMS", 0)
+    monkeypatch.setattr(eager, "LARGE_IN_FORWARD_MODE", 0)
     monkeypatch.setattr(eager_forward, "BLOCK", 10)
     monkeypatch.setattr(eager_gradients, "BACKWARD_BLOCK", 10)
 
