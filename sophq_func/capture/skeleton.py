@@ -260,7 +260,8 @@ class Skeleton:
             allowed, order = "a dict {name: Tensor}", f"{fix}, which come before qparams"
             raise StateError(explain(where, "params hold no tensors", got=got, allowed=allowed, fix=order))
         problems = []
-        if not self.names <= params.keys() <= self.all_names:
+        # methods, not operators: Dynamo of torch 2.11 cannot compare a frozenset with keys
+        if not (self.names.issubset(params.keys()) and self.all_names.issuperset(params)):
             problems += self._misnamed(params.keys(), where, fix)
         for name, value in params.items():
             if not isinstance(value, Tensor):
