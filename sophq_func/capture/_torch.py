@@ -249,16 +249,23 @@ class CheckpointParts(NamedTuple):
     function: Any
 
 
+NAMES_OF_STEPS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+"""The function that ``checkpoint`` calls for its steps: torch 2.15 calls the first, and keeps the second for others."""
+
+NAME_OF_STEPS = next(name for name in NAMES_OF_STEPS if hasattr(torch.utils.checkpoint, name))
+
+
 def checkpoint_parts() -> CheckpointParts:
     """What ``checkpoint`` calls now."""
     module: Any = torch.utils.checkpoint
-    return CheckpointParts(module._checkpoint_without_reentrant_generator, module.CheckpointFunction)
+    return CheckpointParts(getattr(module, NAME_OF_STEPS), module.CheckpointFunction)
 
 
 def replace_checkpoint_parts(parts: CheckpointParts) -> None:
     """Let ``checkpoint`` call others."""
     module: Any = torch.utils.checkpoint
-    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = parts
+    setattr(module, NAME_OF_STEPS, parts.steps)
+    module.CheckpointFunction = parts.function
 
 
 def is_higher_order(func: object) -> bool:

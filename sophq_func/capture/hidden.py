@@ -24,7 +24,7 @@ from sophq_func.core.types import Output
 
 FUNCTION: Any = torch.autograd.Function
 FUNCTION_APPLY = FUNCTION.__dict__["apply"]
-"""Torch's own, which every ``autograd.Function`` inherits."""
+"""Torch's own class method, which every ``autograd.Function`` inherits."""
 
 SCRIPT: Any = torch.jit.ScriptFunction
 SCRIPT_CALL = SCRIPT.__call__
@@ -52,7 +52,7 @@ def call_name(name: str) -> str:
 
 def reported_apply(cls: type[Any], *args: Any, **kwargs: Any) -> Output:
     """``autograd.Function.apply``: one call of the model, whose inside is none of it."""
-    original = partial(FUNCTION_APPLY.__func__, cls)
+    original = FUNCTION_APPLY.__get__(None, cls)
     watch = watching()
     if watch is None:
         return original(*args, **kwargs)

@@ -260,8 +260,8 @@ class Skeleton:
             allowed, order = "a dict {name: Tensor}", f"{fix}, which come before qparams"
             raise StateError(explain(where, "params hold no tensors", got=got, allowed=allowed, fix=order))
         problems = []
-        # two methods of frozenset: Dynamo cannot compare a frozenset with the keys of a dict before torch 2.12
-        if not (self.names.issubset(params) and self.all_names.issuperset(params)):
+        # methods, not operators: Dynamo of torch 2.11 cannot compare a frozenset with keys
+        if not (self.names.issubset(params.keys()) and self.all_names.issuperset(params)):
             problems += self._misnamed(params.keys(), where, fix)
         for name, value in params.items():
             if not isinstance(value, Tensor):

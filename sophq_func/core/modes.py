@@ -195,6 +195,14 @@ def is_plain(values: Iterable[Tensor]) -> bool:
     return True
 
 
+def stands_for_another(value: object) -> bool:
+    """Whether a value is one of Dynamo's own, which stands for another while Dynamo traces.
+
+    Dynamo of torch 2.11 and 2.12 makes named tuples that hold such values instead of their own.
+    """
+    return type(value).__module__.startswith("torch._dynamo.")
+
+
 def is_distributed(tensors: Iterable[Tensor]) -> bool:
     """Whether one of these tensors is a ``DTensor``, of which each process holds a part; never while Dynamo traces."""
     # without the module there are none; to import it takes a second

@@ -175,12 +175,15 @@ PYTHON: Mapping[str, str] = {
 }
 """Canonical name by ``__name__``, of functions written in Python."""
 
+# Nothing else that can be called: torch has types of ``typing`` among its names, and a cached function, which Dynamo of
+# torch 2.9 refuses as a key of a dict.
+WRITTEN_IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+"""The types of functions that are not written in Python: of a module, of a class, and of an operator of a class."""
+
 BUILTIN: Mapping[Function, str] = {
-    function: canonical_name(name)
-    for function, name in _with_names()
-    if not isinstance(function, types.FunctionType | types.MethodWrapperType)
+    function: canonical_name(name) for function, name in _with_names() if isinstance(function, WRITTEN_IN_C)
 }
-"""Canonical name by function, of builtin functions and method descriptors."""
+"""Canonical name by function, of those not written in Python."""
 
 
 def called(func: Function) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, matches, problems_of, raise_all, unknown
+from sophq_func.core.modes import stands_for_another
 
 Item = TypeVar("Item", bound=Callable[..., Any])
 
@@ -186,7 +187,8 @@ def _typed(call: Callable[..., Any]) -> Callable[..., Any]:
     def typed(*args: Any, **kwargs: Any) -> Any:
         made = call(*args, **kwargs)
         given = {**dict(zip(annotations, args, strict=False)), **kwargs}
-        if not all(fits(value, annotations[name]) for name, value in given.items()):
+        fitting = (fits(value, annotations[name]) or stands_for_another(value) for name, value in given.items())
+        if not all(fitting):
             raise TypeError("an argument has the wrong type")  # which one is found out by ``_teaching``
         return made
 

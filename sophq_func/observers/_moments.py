@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.core.modes import is_mapped
 from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
 from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.layout import rows
@@ -54,14 +55,28 @@ def exponent(size: Tensor) -> Tensor:
       >>> exponent(torch.tensor([0.0, 0.75, 4.0])).tolist()
       [-126, -1, 2]
     """
-    bits = size.float().abs().view(torch.int32)
+    magnitude = size.float().abs()
+    if is_mapped():  # before torch 2.13 ``vmap`` cannot read bits; ``frexp`` takes the mantissa from [1/2, 1)
+        return torch.where(magnitude < 2.0**LEAST_EXPONENT, LEAST_EXPONENT, magnitude.frexp().exponent - 1)
+    bits = magnitude.view(torch.int32)
     return (bits.bitwise_right_shift(MANTISSA_BITS) - EXPONENT_BIAS).clamp(min=LEAST_EXPONENT)
 
 
 def power(exponent: Tensor) -> Tensor:
     """``2 ** exponent``, float32, exactly, for exponents in -126..127."""
-    biased = exponent.clamp(LEAST_EXPONENT, 127).to(torch.int32) + EXPONENT_BIAS
-    return biased.bitwise_left_shift(MANTISSA_BITS).view(torch.float32)
+    clamped = exponent.clamp(LEAST_EXPONENT, 127).to(torch.int32)
+    if is_mapped():  # as above; in four parts, since int64 holds no power above 62
+        quarter = clamped.bitwise_right_shift(2)
+        part = _small_power(quarter)
+        return part * part * part * _small_power(clamped - 3 * quarter)
+    return (clamped + EXPONENT_BIAS).bitwise_left_shift(MANTISSA_BITS).view(torch.float32)
+
+
+def _small_power(exponent: Tensor) -> Tensor:
+    """``2 ** exponent``, float32, exactly, for exponents in -62..62."""
+    one = torch.ones((), dtype=torch.int64, device=exponent.device)
+    up, down = exponent.clamp(min=0), (-exponent).clamp(min=0)
+    return one.bitwise_left_shift(up).float() / one.bitwise_left_shift(down).float()
 
 
 def in_units(x: Tensor, scheme: QScheme) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,6 +161,7 @@ def flags_of_dropped_hooks_would_stay_for_ever() -> None:
     assert not module._forward_hooks_always_called
 
 
+@without("_checkpoint_without_reentrant_generator_impl")
 @without("_checkpoint_without_reentrant_generator")
 def what_a_checkpoint_computes_again_would_find_no_tensors() -> None:
     parts = _torch.checkpoint_parts()
@@ -354,7 +356,7 @@ def private_names(file: str) -> set[str]:
             found.update([*str(node.module).split("."), *(alias.name for alias in node.names)])
         elif isinstance(node, ast.Attribute):
             found.add(node.attr)
-        elif isinstance(node, ast.Constant) and str(node.value).startswith("torch.") and " " not in str(node.value):
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"torch\.\S+|_(?!sophq)\w+", str(node.value)):
             found.update(str(node.value).split("."))
     return {name for name in found if name.startswith("_") and not name.startswith("__")} - {"_C", "_functorch"}
 

@@ -1,13 +1,15 @@
-"""What a constant is beside a tensor that moves."""
+"""What a constant is beside a tensor that moves, and what a compiler's own values stand for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._dynamo.variables import ConstantVariable
 from torch.autograd import forward_ad
 from torch.func import jvp
 
-from sophq_func.core.modes import beside
+from sophq_func.core.modes import beside, stands_for_another
+from sophq_func.numerics.contracts import Observer
 
 CONSTANT = torch.tensor([1.0, -2.0, 0.0])
 MOVING = torch.tensor([0.5, 0.5, 4.0])
@@ -41,3 +43,11 @@ def test_derivatives_with_and_without_it_are_the_same_bits() -> None:
 
     for expected, actual in zip(jvp(plainly, (MOVING,), (tangent,)), jvp(beside_it, (MOVING,), (tangent,)), strict=True):
         assert torch.equal(expected, actual)
+
+
+def test_a_tracker_of_the_compiler_stands_for_another_value() -> None:
+    """Dynamo of torch 2.11 makes named tuples of trackers, whose fields are then of none of the annotated types."""
+    tracker = ConstantVariable(4)
+    assert stands_for_another(tracker)
+    assert not stands_for_another(4)
+    assert Observer(*[tracker] * len(Observer._fields)).init is tracker

@@ -26,3 +26,10 @@ def test_no_function_takes_the_name_of_an_equal_one() -> None:
     functions += [getattr(torch, name) for name in dir(torch) if isinstance(getattr(torch, name), types.BuiltinFunctionType)]
     wrong = {f.__name__ for f in functions if operations.called(f) not in (operations.canonical(f), "")}
     assert wrong == set()
+
+
+def test_the_keys_that_a_compiler_reads_are_functions_of_c_alone() -> None:
+    """Dynamo of torch 2.9 refuses a table with a cached function among its keys, at every call of a compiled model."""
+    kinds = {types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType}
+    assert {type(function) for function in operations.BUILTIN} == kinds
+    assert "get_device_module" not in operations.operations()

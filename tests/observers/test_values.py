@@ -266,6 +266,21 @@ def test_exponents_are_exact(value: float) -> None:
     assert float(_moments.power(torch.tensor(found, dtype=torch.int32))) == 2.0**found
 
 
+@pytest.mark.slow
+def test_exponents_under_vmap_are_the_same_bits() -> None:
+    """There they are computed, not read off the bits, which torch before 2.13 cannot do under ``vmap``."""
+    exponents = torch.arange(-140, 140, dtype=torch.int32)
+    powers = torch.vmap(_moments.power)(exponents)
+    assert torch.equal(powers, _moments.power(exponents))
+    around = torch.cat([powers, powers.nextafter(torch.tensor(0.0)), powers.nextafter(torch.tensor(torch.inf))])
+    sizes = torch.cat([around, -around, torch.tensor([0.0, -0.0, 1e-45, 1e-39, 3.4e38])])
+    found = torch.vmap(_moments.exponent)(sizes)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, _moments.exponent(sizes))
+    compiled = torch.compile(torch.vmap(_moments.exponent), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(sizes), found)
+
+
 @many
 @given(st.integers(-(10**6), 10**6))
 def test_dpu_rounding_sends_negative_halves_up_and_others_to_even(quarters: int) -> None:
