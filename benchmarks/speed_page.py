@@ -166,8 +166,9 @@ a CUDA graph of the same call for eight, as a ratio to that call.
 
 In eager, quantizers are composed of torch's own operations on a GPU, each of which reads and writes the whole tensor in
 float32, and the backward pass keeps the tensor in float32 as it was before it was rounded: two to three times float in the
-large ResNet, five and more where launches are all there is, and up to twice float's memory. `torch.compile` and `sq.stage(..., backend="inductor")` make one kernel of them, and a CUDA graph takes away the
-launches: use one of these on a GPU.
+large ResNet, five and more where launches are all there is, and up to twice float's memory. `torch.compile` and
+`sq.stage(..., backend="inductor")` make one kernel of them, and a CUDA graph takes away the launches: use one of these on a
+GPU.
 
 | | float, ms | ratio | memory |
 |---|---|---|---|
