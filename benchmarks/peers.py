@@ -97,13 +97,19 @@ def ours(subject: Subject, wrap: Wrap = same, kernels: Kernels = "off") -> Candi
     model, args, read = subject.make(), subject.args, subject.read
     q, params = sq.quantize(model, config(), example_args=args, kernels=kernels), sq.params_of(model)
     qparams, ostate = q.calibrate(params, [args], progress=False), q.init(params)
-    frozen, baked = q.freeze(params, qparams)
-    empty = sq.quantize(model, sq.QuantConfig(weight=None, activation=None), example_args=args)
     trained = q.train()
     learned, rest = q.split(qparams)
     inner, outer = ({n: t for n, t in learned.items() if _is_of_an_input(q.plan, n) is wanted} for wanted in (False, True))
     forward = wrap(lambda params, qparams, *args: read(q.apply(params, qparams, *args)))
-    use = wrap(lambda params, qparams, *args: read(frozen.apply(params, qparams, *args)))
+
+    # made where their rows are measured: a training step should not be charged with a second set of weights
+    @cache
+    def use() -> Call:
+        frozen, baked = q.freeze(params, qparams)
+        run = wrap(lambda params, qparams, *args: read(frozen.apply(params, qparams, *args)))
+        return lambda: run(baked, qparams, *args)
+
+    empty = cache(lambda: sq.quantize(model, sq.QuantConfig(weight=None, activation=None), example_args=args))
 
     def training(scales: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> Call:
         loss = wrap(
@@ -126,8 +132,8 @@ def ours(subject: Subject, wrap: Wrap = same, kernels: Kernels = "off") -> Candi
         no_grad(lambda: forward(params, qparams, *args)),
         training(learned, rest),
         no_grad(lambda: q.observe(params, ostate, *args)),
-        no_grad(lambda: use(baked, qparams, *args)),
-        no_grad(lambda: empty.apply(params, {}, *args)),
+        no_grad(lambda: use()()),
+        no_grad(lambda: empty().apply(params, {}, *args)),
         training(inner, {**rest, **outer}) if outer else None,
     )
 
