@@ -4,6 +4,8 @@
 # make demo-chip: the digits on the chips' own compiler and simulator, which it installs into CHIP_HOME: 2 GB, and a
 # CPython 3.10, which CHIP_PYTHON names.  make test-chip: what the pages say of that compiler.
 # make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: two settings of eighteen).
+# make test-floors: the tests with the oldest versions that pyproject.toml allows (FLOORS=newest: with the newest).
+# make fuzz: the campaigns of tests/fuzz for SECONDS (60), beginning with SEED, then many random networks.
 # make dist: the files of a release, checked.
 # Each sets up what it needs; a second run reuses it.
 PYTHON ?= python3
@@ -11,9 +13,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CHIP_HOME ?= .chip
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+FLOORS ?= oldest
+SECONDS ?= 60
+SEED ?= 0
 EXAMPLES := $(wildcard examples/[0-9]*.py)
 
-.PHONY: install install-docs demo demo-text demo-chip demo-llm test-chip examples $(EXAMPLES) test fuzz quick test-isa lint types contract rooms doctest check bench dist docs clean
+.PHONY: install install-docs demo demo-text demo-chip demo-llm test-chip examples $(EXAMPLES) test fuzz quick test-isa test-floors lint types contract rooms doctest check bench dist docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -41,6 +46,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 
 fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 	NETWORKS=20000 $(BIN)/python -m pytest -n 2 tests/composition/test_networks.py
 
 quick: $(VENV)/.test
@@ -48,6 +54,9 @@ quick: $(VENV)/.test
 
 test-isa: $(VENV)/.test
 	$(BIN)/python tools/isa.py $(FEW)
+
+test-floors:
+	$(PYTHON) tools/floors.py $(FLOORS) --python $(PYTHON)
 
 doctest: $(VENV)/.test
 	$(BIN)/python -m pytest --doctest-modules sophq_func -p no:cacheprovider

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sophq_func as sq
 from sophq_func.config.site import WeightSite
 from sophq_func.core.pytree import leaves, sorted_dict
+
+NEEDS_GROUPED_MM = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch 2.9 has no grouped_mm")
 
 DEFAULT = sq.QuantConfig()
 FLOAT = sq.QuantConfig(weight=None, activation=None)

@@ -16,7 +16,7 @@ from sophq_func.algorithms import _walk
 from sophq_func.algorithms._walk import Walk, by_input, units_of
 from sophq_func.algorithms.resume import Resumed
 from sophq_func.testing.models import Language, mixed
-from tests.helpers import Inplace, same
+from tests.helpers import NEEDS_GROUPED_MM, Inplace, same
 
 WEIGHT = sq.override(bits=3, granularity="per_channel", fake_quantize="fixed")
 CONFIG = sq.QuantConfig(chip=None, strategy="Layers", weight=WEIGHT, activation=None)
@@ -156,6 +156,7 @@ class Products(nn.Module):
         return F.grouped_mm(x, self.experts, offs=torch.tensor([len(x) // 4, len(x)], dtype=torch.int32))
 
 
+@NEEDS_GROUPED_MM
 def test_weights_of_einsum_and_of_experts_are_solved_for(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, x = Products().eval(), mixed(torch.randn(4, 16, 24))

@@ -16,7 +16,7 @@ from sophq_func.model.weight_quantizer import arranged
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.moments import merged, moments_of, output_error
 from sophq_func.testing.models import Language
-from tests.helpers import same
+from tests.helpers import NEEDS_GROUPED_MM, same
 
 # torch says of an even kernel that it copies the input
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -87,7 +87,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=NEEDS_GROUPED_MM) if kind.startswith("experts") else kind for kind in LAYERS]
+)
 def test_the_error_that_moments_give_is_the_change_of_the_output(kind: str) -> None:
     make, shape = LAYERS[kind]
     model, x = make(), torch.randn(shape)
@@ -106,6 +108,7 @@ def test_the_error_that_moments_give_is_the_change_of_the_output(kind: str) -> N
     torch.testing.assert_close(error, (after - before).detach().square().mean(), rtol=1e-4, atol=0)
 
 
+@NEEDS_GROUPED_MM
 def test_experts_have_moments_of_their_own_rows_however_many() -> None:
     ends = torch.tensor([5, 5, 8], dtype=torch.int32)
     model, x = Product((3, 8, 4), lambda x, w: F.grouped_mm(x, w, offs=ends)), torch.randn(8, 8)

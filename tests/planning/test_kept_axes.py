@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sophq_func as sq
-from tests.helpers import ready
+from tests.helpers import NEEDS_GROUPED_MM, ready
 
 FIXED = sq.fake_quantize.fixed()
 
@@ -152,6 +152,7 @@ def test_axes_survive_json() -> None:
 ENDS = torch.tensor([4, 4, 8], dtype=torch.int32)
 
 
+@NEEDS_GROUPED_MM
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_of_a_grouped_product_have_scales_of_their_own(transposed: bool) -> None:
     size = torch.tensor([1.0, 30.0, 1000.0])[:, None, None]
