@@ -176,7 +176,8 @@ def save(
     Raises:
       CheckpointError: no part is given; states do not fit the plan; a scale is NaN; a tensor is sparse, batched or
         has no data; a name cannot be stored in a file; ``extra`` holds something else.
-      OSError: from the operating system: no such folder, no space, no permission.
+      StateError: the folder does not exist, or a folder or a device is at ``path``; it is an ``OSError``, too.
+      OSError: from the operating system: no space, no permission.
 
     Example:
       >>> import tempfile, sophq_func as sq

@@ -37,7 +37,7 @@ def contents(job: Job) -> Contents:
         calibration=calibration_table(entries, job.work_mode),
         q_table=q_table(entries),
         clip_ranges=clip_ranges(entries),
-        model=None if file is None else file.proto.SerializeToString(),
+        model=None if file is None else file.proto.SerializeToString(deterministic=True),
     )
 
 

@@ -59,7 +59,7 @@ def contents(job: Job) -> Contents:
         calibration=calibration_table(tabled),
         q_table=q_table(tabled),
         clip_ranges=clip_ranges(tabled),
-        model=file.proto.SerializeToString(),
+        model=file.proto.SerializeToString(deterministic=True),
         readme=readme(job.name, tabled, processor, file.proto),
     )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sophq_func.core.errors import ConfigError, explain, unknown
-from sophq_func.core.files import write_bytes, write_text
+from sophq_func.core.files import check_place, write_bytes, write_text
 from sophq_func.core.public import public_as
 from sophq_func.core.registry import Registry
 from sophq_func.core.types import Given
@@ -122,6 +122,8 @@ def tables(
         raise ConfigError(unknown("tables", "work mode", work_mode, WORK_MODES))
     if not isinstance(name, str) or not name or Path(name).name != name:
         raise ConfigError(explain("tables", "file names cannot begin with this name", got=name, allowed="a file name"))
+    start = Path(folder) / name
+    check_place("tables", start)  # before the work, which takes minutes
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
     for quantizer, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[quantizer].scale, weight, scheme.granularity)  # raises where the steps do not fit the weight
@@ -131,7 +133,6 @@ def tables(
     job = Job(q, params, qparams, example_args, name, names, work_mode, batches, chip)
     written = COMPILERS.get(compiler)
     contents = written.contents(job)
-    start = Path(folder) / name
     texts = {
         f"{start}{written.calibration}": contents.calibration,
         f"{start}{written.q_table}": contents.q_table,
@@ -141,7 +142,7 @@ def tables(
     paths = Tables(*(write_text("tables", path, text) for path, text in texts.items()))
     if contents.model is not None:
         paths = paths._replace(model=start.with_name(f"{name}.onnx"))
-        write_bytes(start.with_name(f"{name}.onnx"), contents.model)
+        write_bytes("tables", start.with_name(f"{name}.onnx"), contents.model)
     if contents.readme:
         paths = paths._replace(readme=write_text("tables", f"{start}_README.txt", contents.readme))
     return paths

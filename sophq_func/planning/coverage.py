@@ -20,6 +20,7 @@ from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Data
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.tables import wrapped
+from sophq_func.core.texts import printable
 from sophq_func.planning.deciding import Outcome
 from sophq_func.planning.inputs import Planned, quantizer_of
 from sophq_func.planning.strategies import contracted, source_of
@@ -62,7 +63,7 @@ class Left(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.kind}, {percent(self.share)}): {self.reason}"
+        return printable(f"{self.name} ({self.kind}, {percent(self.share)}): {self.reason}")
 
 
 @dataclass(frozen=True)
