@@ -21,6 +21,7 @@ from sophq_func.core.errors import CheckpointError, ConfigError, StateError, exp
 from sophq_func.core.public import public
 from sophq_func.core.pytree import node_of, sorted_dict, tree_map
 from sophq_func.core.registry import Factories, Spec
+from sophq_func.core.texts import printable
 from sophq_func.core.types import Tree
 from sophq_func.core.version import __version__
 from sophq_func.model.flat import flat, merge
@@ -143,7 +144,7 @@ class Checkpoint:
             because = "1 thing differs" if len(lines) == 1 else f"{len(lines)} things differ"
             fix = "build the model from the plan of the file, or calibrate anew"
             sentence = explain(self.path, "the checkpoint does not fit", because=because, fix=fix)
-            raise CheckpointError("\n  ".join([sentence, *lines]))
+            raise CheckpointError("\n  ".join([sentence, *map(printable, lines)]))
         return self
 
 

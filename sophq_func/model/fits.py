@@ -5,7 +5,7 @@ What fits here can still differ from later runs in what no plan says: how many t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import Parameter
 
 from torch import Tensor
@@ -28,6 +28,9 @@ FIX = "plan this model anew, sq.plan(sq.trace(model, args), config)"
 
 MOST = 20
 """Problems in one message: in a plan of another model, each quantizer has one."""
+
+NO_CHANNELS = -1
+"""How many output channels a weight has that has several axes of them."""
 
 Problems = Iterator[tuple[str, str]]
 """The name of a quantizer, or of the plan as a whole; and what does not fit, to continue an error sentence."""
@@ -133,6 +136,8 @@ def _of_multipliers(plan: Plan, site: Site) -> Iterator[str]:
         yield f"there is no rule {first.rule!r} of multipliers"
     if first.rule in RULES_OF_LAYERS and (len(site.requant) != 2 or not -len(site.shape) <= first.axis < 0):
         yield "the result of a layer comes from a value and a weight, and has an axis of channels"
+    if first.rule in RULES_OF_LAYERS and not all(_has_channels(plan.site(one.source), site, first.axis) for one in site.requant if one.source in plan):
+        yield f"it has no channels along axis {first.axis}"
     if first.result and first.rule not in ("term", "unrounded term"):
         yield f"it is no term of {first.result}"
     for name in dict.fromkeys((site.quantizer, *(requant.source for requant in site.requant), first.result or site.quantizer)):
@@ -140,6 +145,13 @@ def _of_multipliers(plan: Plan, site: Site) -> Iterator[str]:
             yield f"it has no quantizer {name!r}, from whose grid integers come"
         elif not _has_steps(plan, name, first):
             yield f"integers cannot come from the grid of {name}"
+
+
+def _has_channels(source: Site, site: Site, axis: int) -> bool:
+    """Whether the result of a layer has as many channels as the layer's weight; yes where it comes from another value."""
+    if source.role != "weight" or not source.shape or not -len(site.shape) <= axis < 0:
+        return True
+    return _channels(source.shape, source.axis) in (site.shape[axis], NO_CHANNELS)
 
 
 def _has_steps(plan: Plan, name: str, requant: Requant) -> bool:
@@ -170,23 +182,25 @@ def _of_weight(skeleton: Skeleton, tensors: Mapping[str, Tensor], plan: Plan, si
     except StateError as error:
         yield str(error)
         return
-    channels = _channels(seen, 0 if is_regrouped(site) else site.axis)
+    channels = _channels(seen.shape, 0 if is_regrouped(site) else site.axis)
     if site.norm:
         owned = skeleton.tensors_of(site.norm)
         if not owned.keys() >= NORM_TENSORS or not hasattr(skeleton.module.get_submodule(site.norm), "momentum"):
             yield f"it has no BatchNorm {site.norm!r}"
         elif any(tensors[owned[name]].numel() != channels for name in NORM_TENSORS - {"num_batches_tracked"}):
             yield f"{site.norm} has other channels than the weight"
-    if site.bias and (site.bias not in tensors or tuple(tensors[site.bias].shape) != (channels,)):
-        yield f"it has no bias {site.bias!r} of {channels} elements"
+    if site.bias and site.bias not in tensors:
+        yield f"it has no bias {site.bias!r}"
+    elif site.bias and (site.source or site.norm) and tuple(tensors[site.bias].shape) != (channels,):
+        yield f"{site.bias} has {tuple(tensors[site.bias].shape)} elements, and the weight {channels} channels"
     if site.source:
         yield from _of_rounded_bias(plan, site, steps in ([], [channels]))
     yield from (f"it has no quantizer {read.quantizer!r}" for read in site.inputs if read.quantizer and read.quantizer not in plan)
 
 
-def _channels(weight: Tensor, axis: Axis) -> int:
-    """How many output channels a weight has that has one axis of them; -1 for others."""
-    return weight.shape[axis] if isinstance(axis, int) else -1
+def _channels(shape: Sequence[int], axis: Axis) -> int:
+    """How many output channels a weight has that has one axis of them."""
+    return shape[axis] if isinstance(axis, int) and -len(shape) <= axis < len(shape) else NO_CHANNELS
 
 
 def _of_rounded_bias(plan: Plan, site: WeightSite, has_channels: bool) -> Iterator[str]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import sophq_func as sq
+from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS
 from tests.fuzz.subjects import SUBJECTS, Subject
 
 OURS = (sq.ConfigError, sq.PlanError, sq.StateError)
@@ -104,7 +105,41 @@ def rename(tree: Any, chance: random.Random) -> None:
         put(tree, path, new)
 
 
-MUTATIONS: tuple[Callable[[Any, random.Random], None], ...] = (remove, retype, swap, duplicate, nudge, rename)
+GRANULARITIES = (
+    {"name": "PerTensor"},
+    {"name": "PerChannel", "axis": 0},
+    {"name": "PerChannel", "axis": 1},
+    {"name": "PerChannel", "axis": -1},
+    {"name": "PerGroup", "axis": 0, "size": 2},
+    {"name": "PerGroup", "axis": [0, 1], "size": 2},
+    {"name": "PerBlock", "rows": 2, "columns": 2},
+    {"name": "PerToken"},
+)
+
+
+def reconfigure(tree: Any, chance: random.Random) -> None:
+    """Another value for a field of a quantizer's config, of the right type."""
+    config = chance.choice(tree["quantizers"])["config"]
+    field = chance.choice(("scheme", "granularity", "observer", "fake_quantize", "options"))
+    if field == "scheme":
+        name = chance.choice(sorted(config["scheme"].keys() - {"granularity"}))
+        config["scheme"][name] = chance.choice((2, 3, 4, 8, 12, 16)) if name == "bits" else chance.random() < 0.5
+    elif field == "granularity":
+        config["scheme"]["granularity"] = dict(chance.choice(GRANULARITIES))
+    elif field == "options":
+        options = config[chance.choice(("observer", "fake_quantize"))]["options"]
+        name = chance.choice((*options, "bins", "block_size", "decay"))
+        options[name] = copy.deepcopy(chance.choice(ODD))
+    else:
+        registry = OBSERVERS if field == "observer" else FAKE_QUANTIZERS
+        config[field] = {"name": chance.choice(sorted(registry)), "options": {}}
+
+
+MUTATIONS: tuple[Callable[[Any, random.Random], None], ...] = (
+    *(remove, retype, duplicate),
+    # most of these leave a text that is a plan
+    *(swap, nudge, rename, reconfigure) * 2,
+)
 
 
 def outcome(text: str, subject: Subject) -> str:
@@ -123,6 +158,8 @@ def outcome(text: str, subject: Subject) -> str:
         qparams = q.calibrate(subject.params, [subject.batch], progress=False)
         stage = "apply"
         made = q.apply(subject.params, qparams, *subject.batch)
+        stage = "blocks"
+        q.blocks()
         if plan == subject.q.plan:
             expected = subject.q.apply(subject.params, subject.qparams, *subject.batch)
             assert torch.equal(made, expected), "the same plan, and other numbers"
