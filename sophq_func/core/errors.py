@@ -205,7 +205,7 @@ def unknown(where: str, kind: str, name: object, known: Sequence[str], fix: str 
     hint = near(name, known) if isinstance(name, str) else ""
     middle = f", {hint}" if hint else "."
     first = f"{fix}, or " if fix else ""
-    return f"{where}: {kind} {name!r} is not known{middle} Fix: {first}use one of {', '.join(known)}."
+    return f"{where}: {kind} {name!r} is not known{middle} Fix: {first}use one of {', '.join(map(printable, known))}."
 
 
 def check_flags(where: str, flags: Mapping[str, object]) -> None:

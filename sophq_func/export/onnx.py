@@ -21,6 +21,7 @@ from sophq_func.core.public import public_as
 from sophq_func.core.types import Given
 from sophq_func.export._capture import Axes, captured, not_in_float32, output_names
 from sophq_func.export._linear import LinearGrid
+from sophq_func.export._names import check_unicode
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized, refuse_multipliers
 from sophq_func.numerics.contracts import QParams
@@ -100,6 +101,7 @@ def onnx(
 
     args, kwargs = as_call(example_args, "export.onnx")
     refuse_multipliers("export.onnx", q)
+    check_unicode("export.onnx", q.engine.empty_params())
     module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate, (args, kwargs))
     with quiet():
         capture = captured("export.onnx", module, args, kwargs, dynamic_batch, dynamic_axes)

@@ -1,0 +1,168 @@
+"""Names of any characters in everything that shows them: terminals, HTML, SVG, CSV, DOT, logs, warnings, and tables of chips."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import xml.dom.minidom
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sophq_func as sq
+from sophq_func.core.texts import cell, html, printable, printable_lines
+from sophq_func.export._compiler import check_words
+from tests.helpers import Ready, ready
+
+X = torch.ones(2, 4)
+HOSTILE = (
+    "a\x1b[2J\x1b]0;title\x07",  # clears a terminal and sets its title
+    "line\nforged line",
+    "back\x08\x7f\rover",
+    "c1\x9b31m",
+    "\u202etxt exe\u2066",  # turns the direction of writing
+    "\u2028\ufffe\x00\ud800",  # ends a line, is forbidden in XML, ends a string in C, is no Unicode
+    "\t=1+1",
+    "=1+1",
+    "-2+3",
+    "+x",
+    "@x",
+    "$a_b$",
+    "$\\frac{$",
+    '"><script>&',
+    "back\\slash\\",
+)
+
+
+class Named(nn.Module):
+    """Two layers, the first of any name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Linear(4, 4))
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: nn.Module = self._modules[self.name]  # type: ignore[assignment]
+        return self.out(torch.relu(layer(x)))  # type: ignore[no-any-return]
+
+
+def hostile(name: str) -> Ready:
+    return ready(Named(name).eval(), X, config=sq.QuantConfig(chip="BM1684X", strategy="CNN"))
+
+
+def checked(text: str) -> str:
+    """A text of which no character but the end of a line does anything to a terminal, and no line is the name's own."""
+    assert [sign for sign in text if sign != "\n" and not sign.isprintable()] == []
+    assert not any(line.startswith("forged") for line in text.splitlines())
+    return text
+
+
+def shown(made: Ready) -> Iterator[str]:
+    """Every text about a quantized model."""
+    q, params, qparams = made
+    report = sq.report(q, params, qparams, [X], progress=False)
+    other = sq.quantize(Named("other").eval(), sq.QuantConfig(), example_args=(X,)).plan
+    yield from (q.plan.table(), q.plan.table(width=40), str(q.plan.tree()), repr(q), str(q.plan.coverage), q.plan.to_dot())
+    yield from (str(q.plan.diff(other)), str(other.diff(q.plan)), *map(q.plan.explain, q.plan))
+    yield from (str(report), repr(report), *map(repr, report.rows))
+    yield from (q.plan._repr_html_(), report._repr_html_(), sq.convert(q, params, qparams)._repr_html_())
+    for wrong in ({}, {"x\x1b": torch.ones(1)}):
+        with pytest.raises(sq.StateError) as caught:
+            q.apply(wrong, qparams, X)
+        yield str(caught.value)
+    with pytest.raises(sq.ConfigError) as refused:
+        q.plan.with_bits({"x\x1b\r": 4})
+    yield str(refused.value)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_no_name_moves_a_cursor_or_forges_a_line(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "sophq_func"):
+        made = hostile(name)
+    assert caplog.messages
+    for text in (*caplog.messages, *shown(made)):
+        checked(text)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_files_with_such_names_stay_what_they_are(name: str, tmp_path: Path) -> None:
+    q, params, qparams = hostile(name)
+    report = sq.report(q, params, qparams, [X], progress=False)
+    checked(report.to_html(tmp_path / "a.html").read_text())
+    drawn = sq.draw(q.plan, tmp_path / "a.svg").read_text()
+    xml.dom.minidom.parseString(drawn)
+    checked(drawn)
+    cells = [one for row in csv.reader(io.StringIO(report.to_csv(tmp_path / "a.csv").read_text())) for one in row]
+    assert any(printable(name) in one for one in cells)
+    assert [one for one in cells if one.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(one)] == []
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_numbers_are_not_guarded() -> None:
+    assert [cell(value) for value in (-1, -0.5, None, "-1", "a")] == [-1, -0.5, None, "'-1", "a"]
+
+
+@pytest.mark.parametrize("text", ["layer1.0.größe", "層", "a b", "", "e\u0301"])
+def test_names_in_any_script_stay_as_they_are(text: str) -> None:
+    assert printable(text) == printable_lines(text) == html(text) == text
+
+
+def test_a_name_is_escaped_once() -> None:
+    once = printable("a\x1b\n\\")
+    assert once == "a\\x1b\\n\\" == printable(once)
+
+
+@pytest.mark.parametrize("name", ["sp ace", "#hash", "line\nforged", "tab\t", "nul\x00", "\u2003wide", ""])
+def test_tables_of_chips_refuse_names_that_a_line_cannot_hold(name: str) -> None:
+    with pytest.raises(sq.ConfigError, match="cannot hold the name") as caught:
+        check_words([name, "fine_Conv"], "rename it")
+    checked(str(caught.value))
+    check_words(["fine_Conv", "größe"], "rename it")
+
+
+def test_both_kinds_of_tables_check_their_names(tmp_path: Path) -> None:
+    made = hostile("sp ace")
+    layer = nn.Sequential()
+    layer.add_module("#1", nn.Linear(4, 4))
+    config = sq.QuantConfig(chip="BM1684X", strategy="CNN")
+    with pytest.raises(sq.ConfigError, match="cannot hold the name '#1_Gemm_weight'"):
+        sq.export.tables(*ready(layer.eval(), X, config=config), tmp_path, compiler="sophgo-mq")
+    names: dict[str, Any] = {"x.post_act_fake_quantizer": "x\ny"}
+    with pytest.raises(sq.ConfigError, match="cannot hold the name"):
+        sq.export.tables(*made, tmp_path, compiler="sophgo-mq", names=names)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_compilers_tables_and_onnx_name_what_they_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(sq.ConfigError, match="cannot hold the name 'sp ace"):
+        sq.export.tables(*_row("sp ace"), tmp_path, example_args=X)
+    with pytest.raises(sq.ConfigError, match="no Unicode"):
+        sq.export.onnx(*_row("\ud800"), X, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _row(name: str) -> Ready:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.add_module(name, nn.Linear(4, 4))
+    model.add_module("last", nn.Linear(4, 4))
+    return ready(model.eval(), X, config=sq.QuantConfig(chip="BM1684X", strategy="CNN"))
+
+
+def test_files_of_tables_have_names_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(sq.ConfigError, match="file names cannot begin"):
+        sq.export.tables(*_row("a"), tmp_path, name="a\nb", compiler="sophgo-mq")
