@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import logging
 
-from sophq_func.core.texts import printable_lines
+from sophq_func.core.texts import printable
 
 
 class Printable(logging.Filter):
-    """Lets every record pass, with names in it that do not move the cursor of a terminal."""
+    """Lets every record pass as one line, in which no name moves the cursor of a terminal."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable_lines(record.getMessage()), None
+        record.msg, record.args = printable(record.getMessage()), None
         return True
 
 
