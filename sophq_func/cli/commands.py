@@ -68,7 +68,7 @@ INTERRUPTED = 130
 
 
 LONGEST_PLAN = 2**27
-"""In bytes; five times the text of a plan of 20,000 quantizers. What a JSON text takes in memory is many times its length."""
+"""In bytes; five times the text of a plan of 20,000 quantizers. In memory, JSON takes many times the length of its text."""
 
 
 class Contents(NamedTuple):

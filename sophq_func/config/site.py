@@ -107,7 +107,10 @@ class Requant(NamedTuple):
 RULES_OF_LAYERS = frozenset(("layer", "layer in two shifts"))
 """Rules of a :class:`Requant` for the results of layers, whose weights may have a step for each channel."""
 
-RULES_OF_MULTIPLIERS = RULES_OF_LAYERS | {"term", "unrounded term", "sum", "product", "quotient"}
+RULES_OF_TERMS = frozenset(("term", "unrounded term"))
+"""Rules of a :class:`Requant` for terms of a sum, which name its result."""
+
+RULES_OF_MULTIPLIERS = RULES_OF_LAYERS | RULES_OF_TERMS | {"sum", "product", "quotient"}
 """All rules of a :class:`Requant`."""
 
 
@@ -400,8 +403,8 @@ def _tuple_from_data(name: str, value: Sequence[object]) -> tuple[Any, ...]:
 def _record(name: str, record: Any, value: object) -> Any:
     """One of the named tuples in a site."""
     made = record(*_items(name, value, _ITEMS[record]))
-    for field, item in zip(record._fields, made, strict=True):
-        _in_range(field, item)
+    for part, item in zip(record._fields, made, strict=True):
+        _in_range(part, item)
     return made
 
 

@@ -154,7 +154,7 @@ def _flush_folder(folder: Path) -> None:
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # it may be written and not be listed; the file is there, and the system flushes the folder later
+    except PermissionError:  # it may be written, and not be listed; the system flushes it later
         return
     try:
         os.fsync(descriptor)

@@ -1,11 +1,11 @@
-"""Texts that come from a model, a file or a user, made safe for where they are shown: one function for each kind of reader."""
+"""Texts of a model, a file or a user, made safe for where they are shown: one function for each kind of reader."""
 
 from __future__ import annotations
 
 from html import escape
 
 FORMULA = ("=", "+", "-", "@")
-"""What a cell of a spreadsheet begins with if it is computed, not shown. Tabs, after which one may be, are escaped anyway."""
+"""What a cell of a spreadsheet begins with if it is computed, not shown; tabs before that are escaped anyway."""
 
 
 def printable(text: str) -> str:

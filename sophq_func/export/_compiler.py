@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from sophq_func.core.errors import ConfigError, explain, raise_all
+from sophq_func.core.errors import explain, raise_all
 from sophq_func.core.types import Given
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.contracts import QParams
@@ -69,4 +69,5 @@ def check_words(names: Iterable[str], fix: str) -> None:
     """
     wrong = [name for name in dict.fromkeys(names) if not name.isprintable() or not name or set(name) & set(" #")]
     because = "their lines are words with spaces between, and # begins a remark"
-    raise_all([explain("tables", f"the tables cannot hold the name {name!r}", because=because, fix=fix) for name in wrong], ConfigError)
+    sentence = "the tables cannot hold the name"
+    raise_all([explain("tables", f"{sentence} {name!r}", because=because, fix=fix) for name in wrong])

@@ -291,7 +291,8 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
     chip = PROCESSORS["BM1684X"] if processor is None else processor
     default = tabled.words[0] if tabled.words else FLOAT
     # a file name may hold what a shell reads as something else
-    named = {ending: shlex.quote(f"{name}{ending}") for ending in ("", ".mlir", ".onnx", TPU_MLIR.q_table, TPU_MLIR.calibration)}
+    endings = ("", ".mlir", ".onnx", TPU_MLIR.q_table, TPU_MLIR.calibration)
+    named = {ending: shlex.quote(f"{name}{ending}") for ending in endings}
     switches = [
         f"--mlir {named['.mlir']}",
         f"--quantize {default}",

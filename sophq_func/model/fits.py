@@ -5,7 +5,7 @@ What fits here can still differ from later runs in what no plan says: how many t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from inspect import Parameter
 
 from torch import Tensor
@@ -13,7 +13,16 @@ from torch import Tensor
 from sophq_func.capture.arguments import arguments
 from sophq_func.capture.functions import signature
 from sophq_func.capture.skeleton import Skeleton
-from sophq_func.config.site import EVERY_CALL, RULES_OF_LAYERS, RULES_OF_MULTIPLIERS, Requant, Site, ValueSite, WeightSite
+from sophq_func.config.site import (
+    EVERY_CALL,
+    RULES_OF_LAYERS,
+    RULES_OF_MULTIPLIERS,
+    RULES_OF_TERMS,
+    Requant,
+    Site,
+    ValueSite,
+    WeightSite,
+)
 from sophq_func.core.errors import PlanError, StateError, explain, raise_all
 from sophq_func.model.bind import NORM_TENSORS
 from sophq_func.model.weight_quantizer import arranged, arranged_scheme, is_regrouped
@@ -44,15 +53,15 @@ def check_fits(skeleton: Skeleton, plan: Plan) -> None:
       plan: its plan, or another one.
     """
     sites = [plan.site(name) for name in plan]
-    counts = plan.counts
+    counts, known = plan.counts, frozenset(plan)
     problems = [*_of_counts(plan, counts, sites), *_of_places(sites), *_of_arguments(skeleton, plan, sites)]
     modules, tensors = dict(skeleton.module.named_modules()), skeleton.registered()
     most = {pair: max(of_one[pair] for of_one in counts) for pair in counts[0]} if not problems else {}
     for site in sites:
         if isinstance(site, WeightSite):
-            problems += ((site.quantizer, problem) for problem in _of_weight(skeleton, tensors, plan, site))
+            problems += ((site.quantizer, problem) for problem in _of_weight(skeleton, tensors, plan, known, site))
         else:
-            problems += ((site.quantizer, problem) for problem in _of_value(modules, most, plan, site))
+            problems += ((site.quantizer, problem) for problem in _of_value(modules, most, plan, known, site))
     found = [explain(name, f"the plan does not fit the model: {problem}", fix=FIX) for name, problem in problems]
     more = [f"plan: {len(found) - MOST} more."] if len(found) > MOST else []
     raise_all([*found[:MOST], *more], PlanError)
@@ -111,7 +120,7 @@ def _of_arguments(skeleton: Skeleton, plan: Plan, sites: list[Site]) -> Problems
             yield quantizer, f"it has no argument {name!r}"
 
 
-def _of_value(modules: Mapping[str, object], most: Counts, plan: Plan, site: Site) -> Iterator[str]:
+def _of_value(modules: Mapping[str, object], most: Counts, plan: Plan, known: Set[str], site: Site) -> Iterator[str]:
     """The calls at which a quantizer acts are there, and integers come to it from grids of the plan."""
     is_value = isinstance(site, ValueSite)
     if is_value and not site.argument and (site.output >= 0) == (site.operand >= 0):
@@ -124,34 +133,34 @@ def _of_value(modules: Mapping[str, object], most: Counts, plan: Plan, site: Sit
         if place.operand < 0 <= site.operand:
             yield f"it acts on no operand of {place.pair}"
     if site.requant:
-        yield from _of_multipliers(plan, site)
+        yield from _of_multipliers(plan, known, site)
 
 
-def _of_multipliers(plan: Plan, site: Site) -> Iterator[str]:
+def _of_multipliers(plan: Plan, known: Set[str], site: Site) -> Iterator[str]:
     """A chip's way from one grid to another has as many grids as its rule, with one step each."""
-    first = site.requant[0]
-    if any(requant._replace(source=first.source) != first for requant in site.requant):
+    first, *others = site.requant
+    if any(requant._replace(source=first.source) != first for requant in others):
         yield "its multipliers belong to several rules"
     if first.rule not in RULES_OF_MULTIPLIERS:
         yield f"there is no rule {first.rule!r} of multipliers"
-    if first.rule in RULES_OF_LAYERS and (len(site.requant) != 2 or not -len(site.shape) <= first.axis < 0):
-        yield "the result of a layer comes from a value and a weight, and has an axis of channels"
-    if first.rule in RULES_OF_LAYERS and not all(_has_channels(plan.site(one.source), site, first.axis) for one in site.requant if one.source in plan):
-        yield f"it has no channels along axis {first.axis}"
-    if first.result and first.rule not in ("term", "unrounded term"):
+    if first.result and first.rule not in RULES_OF_TERMS:
         yield f"it is no term of {first.result}"
-    for name in dict.fromkeys((site.quantizer, *(requant.source for requant in site.requant), first.result or site.quantizer)):
-        if name not in plan:
+    sources = [requant.source for requant in site.requant]
+    for name in dict.fromkeys((site.quantizer, *sources, *([first.result] if first.result else []))):
+        if name not in known:
             yield f"it has no quantizer {name!r}, from whose grid integers come"
         elif not _has_steps(plan, name, first):
             yield f"integers cannot come from the grid of {name}"
+    if first.rule in RULES_OF_LAYERS:
+        layers = [plan.site(name) for name in sources if name in known]
+        has_axis = len(sources) == 2 and -len(site.shape) <= first.axis < 0
+        if not has_axis or not all(_has_channels(layer, site.shape[first.axis]) for layer in layers):
+            yield f"it is no result of a layer with channels along axis {first.axis}"
 
 
-def _has_channels(source: Site, site: Site, axis: int) -> bool:
-    """Whether the result of a layer has as many channels as the layer's weight; yes where it comes from another value."""
-    if source.role != "weight" or not source.shape or not -len(site.shape) <= axis < 0:
-        return True
-    return _channels(source.shape, source.axis) in (site.shape[axis], NO_CHANNELS)
+def _has_channels(source: Site, count: int) -> bool:
+    """Whether a weight has as many output channels as the result of its layer; yes for values, which have none."""
+    return source.role != "weight" or not source.shape or _channels(source.shape, source.axis) in (count, NO_CHANNELS)
 
 
 def _has_steps(plan: Plan, name: str, requant: Requant) -> bool:
@@ -160,7 +169,9 @@ def _has_steps(plan: Plan, name: str, requant: Requant) -> bool:
     return axes == 0 or (axes == 1 and requant.rule in RULES_OF_LAYERS and plan.site(name).role == "weight")
 
 
-def _of_weight(skeleton: Skeleton, tensors: Mapping[str, Tensor], plan: Plan, site: WeightSite) -> Iterator[str]:
+def _of_weight(
+    skeleton: Skeleton, tensors: Mapping[str, Tensor], plan: Plan, known: Set[str], site: WeightSite
+) -> Iterator[str]:
     """A weight has the axes, channels and groups of its site; its BatchNorm and its bias have as many channels."""
     if site.parameter not in tensors:
         yield f"it has no parameter {site.parameter!r}"
@@ -194,8 +205,9 @@ def _of_weight(skeleton: Skeleton, tensors: Mapping[str, Tensor], plan: Plan, si
     elif site.bias and (site.source or site.norm) and tuple(tensors[site.bias].shape) != (channels,):
         yield f"{site.bias} has {tuple(tensors[site.bias].shape)} elements, and the weight {channels} channels"
     if site.source:
-        yield from _of_rounded_bias(plan, site, steps in ([], [channels]))
-    yield from (f"it has no quantizer {read.quantizer!r}" for read in site.inputs if read.quantizer and read.quantizer not in plan)
+        yield from _of_rounded_bias(plan, known, site, steps in ([], [channels]))
+    lacking = {read.quantizer for read in site.inputs if read.quantizer} - known
+    yield from (f"it has no quantizer {name!r}" for name in sorted(lacking))
 
 
 def _channels(shape: Sequence[int], axis: Axis) -> int:
@@ -203,9 +215,9 @@ def _channels(shape: Sequence[int], axis: Axis) -> int:
     return shape[axis] if isinstance(axis, int) and -len(shape) <= axis < len(shape) else NO_CHANNELS
 
 
-def _of_rounded_bias(plan: Plan, site: WeightSite, has_channels: bool) -> Iterator[str]:
+def _of_rounded_bias(plan: Plan, known: Set[str], site: WeightSite, has_channels: bool) -> Iterator[str]:
     """A bias is rounded with one scale of the input, and one of each channel of the weight (``has_channels``)."""
-    if site.source not in plan:
+    if site.source not in known:
         yield f"it has no quantizer {site.source!r}, whose scale rounds the bias"
         return
     source, own = plan[site.source], plan[site.quantizer]

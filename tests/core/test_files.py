@@ -18,7 +18,6 @@ from sophq_func.core.files import ENDING, LONGEST_STEM, check_regular, replacing
 from tests.fuzz import kills
 from tests.helpers import Ready, ready
 
-
 X = torch.ones(4, 3)
 WRITERS = ("save", "onnx", "draw", "to_html", "to_csv", "write_text")
 """Everything that writes a file at a path that the user gives."""
@@ -56,9 +55,7 @@ def refused(action: Callable[[], object], *words: str) -> FileError:
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_missing_folder_is_one_class_of_error(
-    writer: str, write: Callable[[str, Path], object], tmp_path: Path
-) -> None:
+def test_a_missing_folder_is_one_class_of_error(writer: str, write: Callable[[str, Path], object], tmp_path: Path) -> None:
     error = refused(lambda: write(writer, tmp_path / "none" / "file"), "the folder of this file", "mkdir")
     assert isinstance(error, FileNotFoundError)
     assert list(tmp_path.iterdir()) == []
@@ -70,9 +67,7 @@ def test_tables_and_long_algorithms_refuse_a_missing_folder_as_well(made: Ready,
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_only_regular_files_are_replaced(
-    writer: str, write: Callable[[str, Path], object], tmp_path: Path
-) -> None:
+def test_only_regular_files_are_replaced(writer: str, write: Callable[[str, Path], object], tmp_path: Path) -> None:
     for path in (tmp_path / "folder", tmp_path / "folder.svg"):
         path.mkdir()
     for path in (tmp_path / "pipe", tmp_path / "pipe.svg"):
@@ -86,7 +81,7 @@ def test_only_regular_files_are_replaced(
 def test_devices_stay_devices() -> None:
     for path in ("/dev/null", "/dev/zero"):
         refused(lambda path=path: sq.save(path, params={"a": torch.ones(1)}), "device")
-        assert stat.S_ISCHR(os.stat(path).st_mode)
+        assert stat.S_ISCHR(Path(path).stat().st_mode)
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o755])

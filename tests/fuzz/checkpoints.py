@@ -1,8 +1,9 @@
 """Checkpoints that were changed, with checksums that are right again: refused in words, or right, in little memory.
 
-A file is read, its plan built, and its parts are used. Errors of the library may come out of it, and no others; and reading
-takes at most :data:`TIMES` times the size of a large file. ``python -m tests.fuzz.checkpoints --count 5000 --seed 0`` prints a
-table of outcomes, and exits 1 on a fault.
+A file is read, its plan built, and its parts are used. Errors of the library may come out of it, and no others; and
+reading takes at most :data:`TIMES` times the size of a large file.
+
+``python -m tests.fuzz.checkpoints --count 5000 --seed 0`` prints a table of outcomes, and exits 1 on a fault.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TIMES = 3
 """Most memory that reading a large file may take at its peak, in sizes of the file."""
 
 ROOM = 2**28
-"""Bytes that a small file may take, whatever is written in it; a thousand times its size, and far less than a machine has."""
+"""Bytes that a small file may take, whatever is written in it: a thousand times its size, and less than a machine has."""
 
 LARGE = 2**22
 """Numbers in a large file."""
@@ -46,6 +47,9 @@ EVERY = 50
 
 SECONDS = 20
 """After which a case hangs."""
+
+GARBLED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What a look into a changed header may raise."""
 
 NUMBERS = (0.0, -1.0, 1e-45, 3e38, -3e38, float("nan"), float("inf"), float("-inf"))
 
@@ -65,7 +69,7 @@ def sealed(header: Header, data: bytes) -> bytes:
     text = {key: value for key, value in header.get("__metadata__", {}).items() if key not in ("sha256", "tensors")}
     seals = {}
     for name, entry in header.items():
-        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # what is no entry of a tensor has no checksum
+        with suppress(*GARBLED):  # what is no entry of a tensor has no checksum
             start, stop = entry["data_offsets"]
             seals[name] = hashlib.sha256(f"{entry['dtype']} {entry['shape']}\n".encode() + data[start:stop]).hexdigest()
     text["tensors"] = json.dumps(seals, sort_keys=True)
@@ -81,7 +85,9 @@ def _tensor(header: Header, chance: random.Random) -> str:
 def rename(header: Header, data: bytearray, chance: random.Random) -> None:
     """Another name for a tensor: that of another one, or nearly its own."""
     name, other = _tensor(header, chance), _tensor(header, chance)
-    new = chance.choice((other, f"{name}x", name.rpartition(".")[0], f"{name}\x1b[2J", name.replace("qparams", "ostate"), "x" * 9999))
+    new = chance.choice(
+        (other, f"{name}x", name.rpartition(".")[0], f"{name}\x1b[2J", name.replace("qparams", "ostate"), "x" * 9999)
+    )
     header[new] = header.pop(name)
 
 
@@ -105,7 +111,9 @@ def reshape(header: Header, data: bytearray, chance: random.Random) -> None:
         entry["dtype"], entry["shape"] = dtype, [size // wide[dtype]]
     else:
         shape = list(entry["shape"])
-        entry["shape"] = chance.choice((shape[::-1], [1, *shape], shape[1:], [*shape, 1], [size // 4], [0], [1] * 70, [2**40, 0]))
+        entry["shape"] = chance.choice(
+            (shape[::-1], [1, *shape], shape[1:], [*shape, 1], [size // 4], [0], [1] * 70, [2**40, 0])
+        )
 
 
 def refer(header: Header, data: bytearray, chance: random.Random) -> None:
@@ -166,7 +174,7 @@ def changed(data: bytes, chance: random.Random) -> bytes:
         return damage(data, chance)
     header, rest = opened(data)
     for _ in range(chance.choice((1, 1, 2))):
-        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # an earlier change left nothing to change
+        with suppress(*GARBLED):  # an earlier change left nothing to change
             chance.choice(CHANGES)(header, rest, chance)
     return sealed(header, bytes(rest))
 

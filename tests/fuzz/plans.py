@@ -1,7 +1,7 @@
 """Plans whose JSON text was changed: refused in words, or right.
 
-A text is read, built, calibrated and run, and each view of the plan is made. Errors of the library may come out of it, and no
-others. ``python -m tests.fuzz.plans --count 3000 --seed 0`` prints a table of outcomes, and exits 1 on a fault.
+A text is read, built, calibrated and run, and each view of the plan is made. Errors of the library may come out of it,
+and no others. ``python -m tests.fuzz.plans --count 3000 --seed 0`` prints a table of outcomes, and exits 1 on a fault.
 """
 
 from __future__ import annotations
@@ -29,7 +29,31 @@ OURS = (sq.ConfigError, sq.PlanError, sq.StateError)
 SECONDS = 20
 """After which a case hangs; each takes a tenth of a second."""
 
-ODD = (None, True, False, 0, 1, -1, 2, 3, 7, 10**9, 2**63, 10**30, 0.5, -0.0, 1e308, "", "0", "conv", "x\x1b[2J\n", "*", "@", [], {})
+ODD = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    10**9,
+    2**63,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    "",
+    "0",
+    "conv",
+    "x\x1b[2J\n",
+    "*",
+    "@",
+    [],
+    {},
+)
 """What may come in the place of any value."""
 
 Path = tuple[str | int, ...]

@@ -21,7 +21,6 @@ import sophq_func as sq
 from tests.fuzz.subjects import SUBJECTS
 
 
-
 def write_small(folder: Path) -> None:
     """Write each kind of file of a small network."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Small models that campaigns mutate the plans and checkpoints of: every kind of site, bias rounding, folding, a chip's sums."""
+"""Small models whose plans and checkpoints are mutated: every kind of site, bias rounding, folding, a chip's sums."""
 
 from __future__ import annotations
 
