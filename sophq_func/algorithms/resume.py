@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sophq_func.algorithms._steps import append, read
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.files import check_place
 from sophq_func.core.pytree import named_leaves
 from sophq_func.core.types import Tree
 
@@ -36,7 +37,8 @@ class Resumed:
       call: all that the result depends on: trees of tensors, numbers and strings.
 
     Raises:
-      StateError: a folder that does not exist; a file of another call, or of something else.
+      StateError: a folder that does not exist; a folder or a device in the place of the file; a file of another call, or of
+        something else.
     """
 
     def __init__(self, where: str, path: StrPath | None, call: Tree) -> None:
@@ -46,9 +48,7 @@ class Resumed:
         self._end = 0
         if self._path is None:
             return
-        if not self._path.parent.is_dir():
-            got, fix = str(self._path.parent), f"pathlib.Path({str(self._path.parent)!r}).mkdir(parents=True)"
-            raise StateError(explain(where, "the folder of the checkpoint does not exist", got=got, fix=fix))
+        check_place(where, self._path)
         self._call = fingerprint(call)
         if self._path.exists():
             self._read(where, self._path)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sophq_func.capture.axes import Axes
 from sophq_func.core.operations import family
+from sophq_func.core.texts import printable
 from sophq_func.core.types import Args, Kwargs
 
 Class: TypeAlias = type
@@ -319,7 +320,7 @@ class Graph:
 
     def __repr__(self) -> str:
         inputs = [node.name for node in self if node.kind == "input"]
-        return f"Graph({', '.join(inputs)}: {len(self) - len(inputs)} calls)"
+        return printable(f"Graph({', '.join(inputs)}: {len(self) - len(inputs)} calls)")
 
     def __str__(self) -> str:
         inputs = ", ".join(node.name for node in self if node.kind == "input")
@@ -329,4 +330,4 @@ class Graph:
                 # "..." stands for a constant, which has no name.
                 operands = ", ".join(o.value or o.parameter or "..." for o in node.operands)
                 lines.append(f"  {node.name}({operands})")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))

@@ -21,6 +21,7 @@ from sophq_func.core.errors import CheckpointError, ConfigError, StateError, exp
 from sophq_func.core.public import public
 from sophq_func.core.pytree import node_of, sorted_dict, tree_map
 from sophq_func.core.registry import Factories, Spec
+from sophq_func.core.texts import printable
 from sophq_func.core.types import Tree
 from sophq_func.core.version import __version__
 from sophq_func.model.flat import flat, merge
@@ -143,7 +144,7 @@ class Checkpoint:
             because = "1 thing differs" if len(lines) == 1 else f"{len(lines)} things differ"
             fix = "build the model from the plan of the file, or calibrate anew"
             sentence = explain(self.path, "the checkpoint does not fit", because=because, fix=fix)
-            raise CheckpointError("\n  ".join([sentence, *lines]))
+            raise CheckpointError("\n  ".join([sentence, *map(printable, lines)]))
         return self
 
 
@@ -176,7 +177,8 @@ def save(
     Raises:
       CheckpointError: no part is given; states do not fit the plan; a scale is NaN; a tensor is sparse, batched or
         has no data; a name cannot be stored in a file; ``extra`` holds something else.
-      OSError: from the operating system: no such folder, no space, no permission.
+      StateError: the folder does not exist, or a folder or a device is at ``path``; it is an ``OSError``, too.
+      OSError: from the operating system: no space, no permission.
 
     Example:
       >>> import tempfile, sophq_func as sq

@@ -110,7 +110,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     except ValueError as error:
         refuse(path, "the checkpoint cannot be written", str(error), "save plain, dense tensors by their names in the model")
     seals = {}
-    with replacing(path) as file:
+    with replacing(str(path), path) as file:
         file.write(head)
         for name in names:
             data = _bytes(tensors[name])
@@ -127,10 +127,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
       CheckpointError: the file is truncated or damaged, has no checksums, or breaks a rule of the format.
       OSError: there is no such file, or no permission.
     """
-    if path.exists() and not path.is_file():
-        refuse(
-            path, "the checkpoint cannot be read", "it is a folder or a device", "give the path of a file that sq.save wrote"
-        )
+    if path.exists() and not path.is_file():  # a pipe would be waited for, and a device may never end
+        because, fix = "it is a folder, a device, a pipe or a socket", "give the path of a file that sq.save wrote"
+        refuse(path, "the checkpoint cannot be read", because, fix)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

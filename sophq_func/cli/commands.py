@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from sophq_func.capture.contents import params_of
 from sophq_func.checkpoint.io import load
 from sophq_func.core.errors import ConfigError, explain, unknown
+from sophq_func.core.files import check_regular
+from sophq_func.core.texts import printable, printable_lines
 from sophq_func.core.types import Args, Kwargs
 from sophq_func.core.version import __version__
 from sophq_func.export import onnx, tables
@@ -63,6 +65,10 @@ Command: TypeAlias = Callable[[argparse.Namespace], int]
 
 INTERRUPTED = 130
 """The exit code of a program that the user stops: 128 and the number of the signal, as shells count."""
+
+
+LONGEST_PLAN = 2**27
+"""In bytes; five times the text of a plan of 20,000 quantizers. In memory, JSON takes many times the length of its text."""
 
 
 class Contents(NamedTuple):
@@ -123,7 +129,7 @@ def _one_line(error: Exception) -> str:
     """The text of an error in one line, behind the name of its class unless this library or the system raised it."""
     # str() of a KeyError is the repr of its text
     text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    line = " ".join(str(text).split())
+    line = printable(" ".join(str(text).split()))
     is_expected = isinstance(error, ValueError | KeyError | OSError)
     return line if is_expected and line else f"{type(error).__name__}: {line}"
 
@@ -208,7 +214,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.tree:
         return _say(str(plan.tree()))
     lines = [repr(plan)]
-    lines += [f"{key}: {value}" for key, value in sorted(contents.metadata.items())]
+    lines += [f"{key}: {printable(value)}" for key, value in sorted(contents.metadata.items())]
     lines += ["", plan.table(options.columns)]
     if contents.qparams is not None:
         lines += ["", "calibrated:"]
@@ -219,7 +225,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _qparams_line(name: str, qparams: QParams) -> str:
     """Scale and zero point of a quantizer; of several scales the smallest, the largest and the number."""
     scale, zero = qparams.scale, qparams.zero_point
-    text = f"  {name}  scale {float(scale.min()):.6g}"
+    text = f"  {printable(name)}  scale {float(scale.min()):.6g}"
     if scale.ndim:
         text += f" to {float(scale.max()):.6g}, {scale.numel()}"
     if bool((zero != 0).any()):
@@ -310,12 +316,17 @@ def _module(name: str) -> ModuleType:
 def _read(path: str) -> Contents:
     """The contents of a plan in JSON, or of a checkpoint."""
     source = Path(path)
+    check_regular(path, source)
     # a safetensors file begins with the length of its header in 8 bytes, and the header, which is JSON
     with source.open("rb") as file:
         start = file.read(9)
     header_size = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header_size < source.stat().st_size:
         return _read_checkpoint(path)
+    size = source.stat().st_size
+    if size > LONGEST_PLAN:
+        sentence, allowed = "this file is too large for a plan", f"{LONGEST_PLAN} bytes"
+        raise ConfigError(explain(path, sentence, got=size, allowed=allowed, because="it is no checkpoint"))
     try:
         return Contents(Plan.from_json(source.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -344,5 +355,5 @@ def _show(result: Report) -> None:
 
 def _say(text: str) -> int:
     """Write a line to stdout; returns the exit code of success."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{printable_lines(text)}\n")
     return 0

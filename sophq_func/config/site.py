@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from sophq_func.config.names import underscored
@@ -101,6 +102,16 @@ class Requant(NamedTuple):
     number: int = 1
     truncates: bool = False
     axis: int = -1
+
+
+RULES_OF_LAYERS = frozenset(("layer", "layer in two shifts"))
+"""Rules of a :class:`Requant` for the results of layers, whose weights may have a step for each channel."""
+
+RULES_OF_TERMS = frozenset(("term", "unrounded term"))
+"""Rules of a :class:`Requant` for terms of a sum, which name its result."""
+
+RULES_OF_MULTIPLIERS = RULES_OF_LAYERS | RULES_OF_TERMS | {"sum", "product", "quotient"}
+"""All rules of a :class:`Requant`."""
 
 
 def shown(instance: Any) -> str:
@@ -228,16 +239,16 @@ class Site(Neutral):
 
         Raises:
           TypeError: a field is missing, unknown or of a wrong type.
+          ValueError: a number is out of its range.
         """
-        kinds = {cls.kind: cls for cls in (WeightSite, ComputedSite, ValueSite)}
-        if data["kind"] not in kinds:
-            raise TypeError(f"a site is one of {', '.join(kinds)}, got {data['kind']!r}")
-        cls = kinds[data["kind"]]
+        cls = _KINDS.get(data["kind"])
+        if cls is None:
+            raise TypeError(f"a site is one of {', '.join(_KINDS)}, got {data['kind']!r}")
+        defaults = _defaults(cls)
         values = {name: value for name, value in data.items() if name != "kind"}
-        names = {field.name for field in fields(cls)}
-        if not names - LATE_FIELDS <= values.keys() <= names:
-            raise TypeError(f"the site of a {cls.kind} has the fields {sorted(names)}, got {sorted(values)}")
-        return cls(**{name: _field_from_data(cls, name, value) for name, value in values.items()})
+        if not defaults.keys() - LATE_FIELDS <= values.keys() <= defaults.keys():
+            raise TypeError(f"the site of a {cls.kind} has the fields {sorted(defaults)}, got {sorted(values)}")
+        return cls(**{name: _field_from_data(name, value, defaults[name]) for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -344,34 +355,69 @@ _ITEMS: Mapping[type, tuple[type, ...]] = {
 }
 """By type, the types of its fields."""
 
+_LEAST: Mapping[str, int] = {"output": -1, "operand": -1, "call": EVERY_CALL, "groups": 1, "number": 1}
+"""By field of a site, a call or a :class:`Requant`, the least number that it may be."""
 
-def _field_from_data(cls: type[Site], name: str, value: object) -> Any:
+_MOST_ELEMENTS = 2**60
+"""More elements has no tensor of an example: torch counts bytes in 63 bits."""
+
+_KINDS: Mapping[str, type[Site]] = {cls.kind: cls for cls in (WeightSite, ComputedSite, ValueSite)}
+"""By its name in JSON, a kind of site."""
+
+
+@lru_cache
+def _defaults(cls: type[Site]) -> dict[str, object]:
+    """The default of each field of a kind of site; its type is that of the field."""
+    empty = cls(quantizer="")
+    return {field.name: getattr(empty, field.name) for field in fields(cls)}
+
+
+def _field_from_data(name: str, value: object, default: object) -> Any:
     """A field of a site, from its JSON data, which has lists in the place of tuples."""
+    if type(value) is str and type(default) is str:  # most fields: a large plan has a million
+        return value
     if name == "axis" and isinstance(value, list | tuple):
         return _items(name, value, (int,) * len(value))
-    default = getattr(cls(quantizer=""), name)
     if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return _tuple_from_data(name, value)
+        return _tuple_from_data(name, value) if value or default else ()
     # ``isinstance`` would take a bool for an int.
     if type(value) is not type(default):
         raise TypeError(f"{name} of a site cannot be {value!r}")
-    return value
+    return _in_range(name, value)
 
 
 def _tuple_from_data(name: str, value: Sequence[object]) -> tuple[Any, ...]:
     """A field that is a tuple, from a list."""
     if name == "anchor":
-        return CallSite(*_items(name, value, _ITEMS[CallSite]))
+        return _record(name, CallSite, value)
     if name in _RECORDS:
-        record = _RECORDS[name]
-        return tuple(record(*_items(name, item, _ITEMS[record])) for item in value)
-    item_type = int if name == "shape" else str
-    return _items(name, value, (item_type,) * len(value))
+        return tuple(_record(name, _RECORDS[name], item) for item in value)
+    if name != "shape":
+        return _items(name, value, (str,) * len(value))
+    shape = _items(name, value, (int,) * len(value))
+    if any(size < 0 for size in shape) or prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(f"shape of a site cannot be {value!r}")
+    return shape
+
+
+def _record(name: str, record: Any, value: object) -> Any:
+    """One of the named tuples in a site."""
+    made = record(*_items(name, value, _ITEMS[record]))
+    for part, item in zip(record._fields, made, strict=True):
+        _in_range(part, item)
+    return made
+
+
+def _in_range(name: str, value: Any) -> Any:
+    """A value of a field, after a check that it is no smaller than it may be."""
+    if name in _LEAST and value < _LEAST[name]:
+        raise ValueError(f"{name} of a site cannot be {value!r}")
+    return value
 
 
 def _items(name: str, value: object, expected: tuple[type, ...]) -> tuple[Any, ...]:
     """The items of a list, which must be of the expected types."""
-    if not isinstance(value, list | tuple) or len(value) != len(expected) or not all(map(isinstance, value, expected)):
+    if not isinstance(value, list | tuple) or tuple(map(type, value)) != expected:
         raise TypeError(f"{name} of a site cannot hold {value!r}")
     return tuple(value)
 

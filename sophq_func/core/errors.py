@@ -9,21 +9,46 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import FrameType
 
+from sophq_func.core.texts import printable, printable_lines
 
-class ConfigError(ValueError):
+
+class TeachingError(ValueError):
+    """What the errors of the library have in common: no name in their text moves the cursor of a terminal."""
+
+    def __str__(self) -> str:
+        # not when the error is made: a compiler traces that, and most errors are caught by nobody who reads them
+        return printable_lines(super().__str__())
+
+
+class ConfigError(TeachingError):
     """The configuration asks for something that does not exist or is not allowed."""
 
 
-class PlanError(ValueError):
+class PlanError(TeachingError):
     """The model, as traced, cannot be quantized the way the plan says."""
 
 
-class StateError(ValueError):
+class StateError(TeachingError):
     """Parameters, observer state or qparams do not fit the plan, or hold no usable numbers."""
 
 
 class CheckpointError(StateError):
     """A checkpoint is damaged, is not a checkpoint at all, or does not fit the plan."""
+
+
+class FileError(StateError, OSError):
+    """A path cannot be written or read as a file: its folder does not exist, or something else than a file is there.
+
+    It is an ``OSError``, too: who catches what the system says of full disks and permissions catches it with them.
+    """
+
+
+class FolderNotFoundError(FileError, FileNotFoundError):
+    """The folder of a file does not exist."""
+
+
+class NotAFileError(FileError, IsADirectoryError):
+    """A folder is where a file is to be written."""
 
 
 class PlanWarning(UserWarning):
@@ -62,7 +87,8 @@ def explain(
         details.append(f"got {got!r}")
     if allowed is not None:
         details.append(f"allowed {allowed}")
-    text = f"{where}: {sentence}"
+    # names stand in these two; reasons and fixes may have several lines
+    text = f"{printable(where)}: {printable(sentence)}"
     if details:
         text += ": " + ", ".join(details)
     if because:
@@ -85,7 +111,7 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and _is_of_this_library(frame):
         level += 1
         frame = frame.f_back
-    warnings.warn(text, category, level)
+    warnings.warn(printable_lines(text), category, level)
 
 
 def _is_of_this_library(frame: FrameType) -> bool:
@@ -179,7 +205,7 @@ def unknown(where: str, kind: str, name: object, known: Sequence[str], fix: str 
     hint = near(name, known) if isinstance(name, str) else ""
     middle = f", {hint}" if hint else "."
     first = f"{fix}, or " if fix else ""
-    return f"{where}: {kind} {name!r} is not known{middle} Fix: {first}use one of {', '.join(known)}."
+    return f"{where}: {kind} {name!r} is not known{middle} Fix: {first}use one of {', '.join(map(printable, known))}."
 
 
 def check_flags(where: str, flags: Mapping[str, object]) -> None:

@@ -11,20 +11,39 @@ from __future__ import annotations
 
 import logging
 
+from sophq_func.core.texts import printable
+
+
+class Printable(logging.Filter):
+    """Lets every record pass as one line, in which no name moves the cursor of a terminal."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), None
+        return True
+
+
 ROOT = logging.getLogger("sophq_func")
 """The parent of all."""
 
 # An application that does not configure logging sees nothing; without a handler, Python would write warnings to stderr.
 ROOT.addHandler(logging.NullHandler())
 
-PLANNING = ROOT.getChild("planning")
+
+def _child(name: str) -> logging.Logger:
+    """A logger below :data:`ROOT`. Each has the filter, since that of a parent does not see the records of its children."""
+    logger = ROOT.getChild(name)
+    logger.addFilter(Printable())
+    return logger
+
+
+PLANNING = _child("planning")
 """What a plan decides: INFO for the whole, DEBUG for each quantizer and for each layer that stays float."""
 
-ALGORITHMS = ROOT.getChild("algorithms")
+ALGORITHMS = _child("algorithms")
 """What algorithms of whole models leave as it is, and why: INFO; what they take back as it made the model worse: WARNING."""
 
-KERNELS = ROOT.getChild("kernels")
+KERNELS = _child("kernels")
 """A compiled kernel that is there, and cannot be loaded: WARNING."""
 
-PROGRESS = ROOT.getChild("progress")
+PROGRESS = _child("progress")
 """How far a long loop is, where there is neither a terminal nor a notebook: INFO."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
+from sophq_func.core.texts import html, printable
 
 WIDTH = 100
 """Characters in a line, unless a user asks for another number; few terminals and notebooks show fewer."""
@@ -91,6 +91,14 @@ class Table:
         Args:
           width: characters.
         """
+        return self._printable()._text(width)
+
+    def _printable(self) -> Table:
+        """The table with cells that move no cursor, each of one line."""
+        headings, *rows = (tuple(map(printable, cells)) for cells in (self.headings, *self.rows))
+        return replace(self, headings=headings, rows=tuple(rows))
+
+    def _text(self, width: int) -> str:
         widths = self._widths(width)
         below, everywhere = self._others(len(widths))
         lines = [*self._beside(self.headings, widths, width), GAP.join("-" * size for size in widths)]
@@ -158,9 +166,9 @@ class Table:
             '<table style="border-collapse: collapse; font-size: .9em; background: none; color: inherit;">'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         )
-        below = "".join(f'<div style="font-size: .9em; opacity: .8;">{escape(remark)}</div>' for remark in remarks)
+        below = "".join(f'<div style="font-size: .9em; opacity: .8;">{html(remark)}</div>' for remark in remarks)
         scrolled = f'<div style="overflow-x: auto;">{table}</div>' if self.rows else ""
-        return f"<div><div><b>{escape(title)}</b></div>{scrolled}{below}</div>"
+        return f"<div><div><b>{html(title)}</b></div>{scrolled}{below}</div>"
 
     def _row(self, row: Sequence[str], is_bold: bool) -> str:
         cells = "".join(self._cell("td", heading, cell) for heading, cell in zip(self.headings, row, strict=True))
@@ -169,7 +177,7 @@ class Table:
     def _cell(self, tag: str, heading: str, text: str) -> str:
         # a notebook's own style aligns cells on the right
         side = "right" if heading in self.right else "left"
-        content = " ".join("<wbr>".join(map(escape, _breakable(word))) for word in text.split(" "))
+        content = " ".join("<wbr>".join(map(html, _breakable(word))) for word in text.split(" "))
         return f'<{tag} style="{CELL} text-align: {side};">{content}</{tag}>'
 
 
@@ -193,7 +201,7 @@ def wrapped(line: str, width: int = WIDTH, first: str = "", rest: str = INDENT) 
     """A line of text as lines of at most ``width`` characters, broken at spaces; longer words as by :func:`broken`.
 
     Args:
-      line: without line breaks.
+      line: what it holds of control characters and line breaks is escaped.
       width: characters, with the indent.
       first, rest: indent of the first line, and of all others.
 
@@ -203,7 +211,7 @@ def wrapped(line: str, width: int = WIDTH, first: str = "", rest: str = INDENT) 
     """
     longest = width - max(len(first), len(rest))
     lines: list[str] = []
-    for word in line.split(" "):
+    for word in printable(line).split(" "):
         joined = f"{lines[-1]} {word}" if lines else first + word
         if len(joined) <= width:
             lines[-1:] = [joined]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from sophq_func.core.errors import explain, raise_all
 from sophq_func.core.types import Given
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.contracts import QParams
@@ -54,3 +55,19 @@ class Compiler(NamedTuple):
     clip_ranges: str
     contents: Callable[[Job], Contents]
     needs_example: bool = False
+
+
+def check_words(names: Iterable[str], fix: str) -> None:
+    """Check that each name is one word of a line in a table, where spaces lie between words and ``#`` begins a remark.
+
+    Args:
+      names: as they stand in the tables.
+      fix: what to do about others.
+
+    Raises:
+      ConfigError: with all names that are none.
+    """
+    wrong = [name for name in dict.fromkeys(names) if not name.isprintable() or not name or set(name) & set(" #")]
+    because = "their lines are words with spaces between, and # begins a remark"
+    sentence = "the tables cannot hold the name"
+    raise_all([explain("tables", f"{sentence} {name!r}", because=because, fix=fix) for name in wrong])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -85,6 +85,17 @@ class FileNames(NamedTuple):
     layers: Mapping[str, tuple[str, str]]
     tensors: Mapping[str, str]
     products: Mapping[str, str]
+
+
+def check_unicode(where: str, names: Iterable[str]) -> None:
+    """Refuse names that no file can hold: halves of a surrogate pair.
+
+    Raises:
+      ConfigError: with all of them.
+    """
+    wrong = [name for name in dict.fromkeys(names) if any("\ud800" <= sign <= "\udfff" for sign in name)]
+    because, fix = "it is no Unicode", "rename the module"
+    raise_all([explain(where, f"a file cannot hold the name {name!r}", because=because, fix=fix) for name in wrong])
 
 
 def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> dict[str, str]:

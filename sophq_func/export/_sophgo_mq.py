@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.export._chains import propagated
-from sophq_func.export._compiler import Compiler, Contents, Job
+from sophq_func.export._compiler import Compiler, Contents, Job, check_words
 from sophq_func.export._float import Form, float_file
 from sophq_func.export._names import ops
 from sophq_func.export._records import Record, one_each, records, word_of_sophgo_mq
@@ -33,11 +33,12 @@ def contents(job: Job) -> Contents:
     names = None if file is None else file.names
     entries = one_each(records(q.plan, qparams, ops(q.plan, job.names, names), word_of_sophgo_mq))
     entries += propagated(q.plan, entries, names)
+    check_words((name for record in entries for name in (record.entry, record.op)), "names={quantizer: name} of tables")
     return Contents(
         calibration=calibration_table(entries, job.work_mode),
         q_table=q_table(entries),
         clip_ranges=clip_ranges(entries),
-        model=None if file is None else file.proto.SerializeToString(),
+        model=None if file is None else file.proto.SerializeToString(deterministic=True),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from sophq_func.capture.arguments import as_call, map_inputs
 from sophq_func.codes import Grid, share_on
 from sophq_func.config.chips import CHIPS
 from sophq_func.core.errors import ConfigError, explain, raise_all, warn
-from sophq_func.export._compiler import Compiler, Contents, Job
+from sophq_func.export._compiler import Compiler, Contents, Job, check_words
 from sophq_func.export._float import FloatFile, Form, float_file
 from sophq_func.export._nodes import nodes_of, operations
 from sophq_func.export._records import Record, bits_of, outermost, records
@@ -50,6 +51,7 @@ def contents(job: Job) -> Contents:
     acting = _acting(job, processor)
     file = float_file(job.q, job.params, job.qparams, job.example_args, FORM)
     tabled = _tabled(job, acting, file, processor)
+    check_words((*tabled.inputs, *(made.operation.name for made in tabled.operations)), "rename the module or the argument")
     if tabled.joined:
         names = ", ".join(made.operation.name for made in tabled.joined)
         what = "linear layers have one step for all channels, and these weights are rounded to their largest one"
@@ -59,7 +61,7 @@ def contents(job: Job) -> Contents:
         calibration=calibration_table(tabled),
         q_table=q_table(tabled),
         clip_ranges=clip_ranges(tabled),
-        model=file.proto.SerializeToString(),
+        model=file.proto.SerializeToString(deterministic=True),
         readme=readme(job.name, tabled, processor, file.proto),
     )
 
@@ -288,14 +290,17 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
     shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.graph.input]
     chip = PROCESSORS["BM1684X"] if processor is None else processor
     default = tabled.words[0] if tabled.words else FLOAT
+    # a file name may hold what a shell reads as something else
+    endings = ("", ".mlir", ".onnx", TPU_MLIR.q_table, TPU_MLIR.calibration)
+    named = {ending: shlex.quote(f"{name}{ending}") for ending in endings}
     switches = [
-        f"--mlir {name}.mlir",
+        f"--mlir {named['.mlir']}",
         f"--quantize {default}",
         f"--processor {chip.word}",
-        f"--quantize_table {name}{TPU_MLIR.q_table}",
+        f"--quantize_table {named[TPU_MLIR.q_table]}",
     ]
     if set(tabled.words) & SCALED:
-        switches.insert(3, f"--calibration_table {name}{TPU_MLIR.calibration}")
+        switches.insert(3, f"--calibration_table {named[TPU_MLIR.calibration]}")
     if tabled.affine:
         switches.append("--asymmetric")
     if tabled.channels and chip.linear_channels:
@@ -303,12 +308,13 @@ def readme(name: str, tabled: Tabled, processor: Processor | None, proto: onnx.M
     if any(made.operation.kind == "Softmax" for made in tabled.operations):
         # else the compiler replaces attention by one float16 operation, whatever the words say; its results are wrong
         switches.append("--high_precision")
-    switches.append(f"--model {name}_{chip.word}.{chip.ending}")
+    switches.append(f"--model {shlex.quote(f'{name}_{chip.word}.{chip.ending}')}")
     shapes_text = json.dumps(shapes, separators=(",", ":"))
     lines = [
         "Commands of tpu-mlir for this plan, in this folder:",
         "",
-        f'model_transform.py --model_name {name} --model_def {name}.onnx --input_shapes "{shapes_text}" --mlir {name}.mlir',
+        f"model_transform.py --model_name {named['']} --model_def {named['.onnx']} "
+        f'--input_shapes "{shapes_text}" --mlir {named[".mlir"]}',
         "model_deploy.py " + " ".join(switches),
         "",
         *_notes(tabled, processor),

@@ -8,7 +8,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor
 from sophq_func.capture import LOGGER_OF_ONNX
 from sophq_func.capture.arguments import as_call
 from sophq_func.core.errors import ConfigError, check_flags, explain
-from sophq_func.core.files import write_bytes
+from sophq_func.core.files import check_place, write_bytes
 from sophq_func.core.public import public_as
 from sophq_func.core.types import Given
 from sophq_func.export._capture import Axes, captured, not_in_float32, output_names
 from sophq_func.export._linear import LinearGrid
+from sophq_func.export._names import check_unicode
 from sophq_func.export._program import program
 from sophq_func.model.quantized import Quantized, refuse_multipliers
 from sophq_func.numerics.contracts import QParams
@@ -81,7 +81,7 @@ def onnx(
         sizes of a dynamic axis; there is no such argument or axis; torch.onnx cannot translate an operation; the file
         would exceed 2 GiB.
       StateError: the model is in training mode; params or qparams are missing or unknown; NaN in a scale, a weight or a
-        bias.
+        bias; the folder of ``path`` does not exist, or something else than a file is there.
 
     Example:
       >>> import os, tempfile, sophq_func as sq
@@ -96,10 +96,12 @@ def onnx(
     flags = {"signed": signed, "pack": pack, "simulate": simulate, "dynamic_batch": dynamic_batch}
     check_flags("export.onnx", flags)
     require("export.onnx")
+    check_place("export.onnx", path)  # before the work, which takes minutes
     from sophq_func.export import _onnx_graph
 
     args, kwargs = as_call(example_args, "export.onnx")
     refuse_multipliers("export.onnx", q)
+    check_unicode("export.onnx", q.engine.empty_params())
     module = program("export.onnx", q, params, qparams, _Onnx(signed), simulate, (args, kwargs))
     with quiet():
         capture = captured("export.onnx", module, args, kwargs, dynamic_batch, dynamic_axes)
@@ -117,7 +119,7 @@ def onnx(
         proto.metadata_props.add(key=name, value=limits)
     for name, value in module.beside.items():
         proto.metadata_props.add(key=f"output.{name}", value=str(value))
-    write_bytes(Path(path), proto.SerializeToString())
+    write_bytes("export.onnx", path, proto.SerializeToString(deterministic=True))
 
 
 def translated(where: str, exported: ExportedProgram, opset: int) -> torch.onnx.ONNXProgram:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from sophq_func.core.errors import ConfigError, explain, unknown
-from sophq_func.core.files import write_bytes, write_text
+from sophq_func.core.files import check_place, write_bytes, write_text
 from sophq_func.core.public import public_as
 from sophq_func.core.registry import Registry
 from sophq_func.core.types import Given
 from sophq_func.export._compiler import Compiler, Job
+from sophq_func.export._names import check_unicode
 from sophq_func.export._sophgo_mq import SOPHGO_MQ, WORK_MODES
 from sophq_func.export._steps import with_room_for_biases
 from sophq_func.export._tpu_text import TPU_MLIR
@@ -99,8 +100,8 @@ def tables(
 
     Raises:
       ConfigError: a table cannot hold a dynamic range, a granularity or the steps of a quantizer; the compiler has no such
-        type, or none on this chip; a bias does not fit in int32; names are missing, unknown or used twice; an unknown
-        compiler or work mode; no example; no extra ``onnx``.
+        type, or none on this chip; a bias does not fit in int32; names are missing, unknown or used twice, or hold a space
+        or ``#``; an unknown compiler or work mode; no example; no extra ``onnx``.
       StateError: there is no such folder; NaN in a scale, a weight or a bias; see :meth:`Quantized.apply`.
 
     Differs from sophgo-mq: in its format weights with 255 levels count as 8 bits wide, so that the q_table lists them;
@@ -120,8 +121,11 @@ def tables(
     """
     if work_mode not in WORK_MODES:
         raise ConfigError(unknown("tables", "work mode", work_mode, WORK_MODES))
-    if not isinstance(name, str) or not name or Path(name).name != name:
+    if not isinstance(name, str) or not name or Path(name).name != name or not name.isprintable():
         raise ConfigError(explain("tables", "file names cannot begin with this name", got=name, allowed="a file name"))
+    start = Path(folder) / name
+    check_place("tables", start)  # before the work, which takes minutes
+    check_unicode("tables", q.engine.empty_params())
     q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
     for quantizer, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[quantizer].scale, weight, scheme.granularity)  # raises where the steps do not fit the weight
@@ -131,7 +135,6 @@ def tables(
     job = Job(q, params, qparams, example_args, name, names, work_mode, batches, chip)
     written = COMPILERS.get(compiler)
     contents = written.contents(job)
-    start = Path(folder) / name
     texts = {
         f"{start}{written.calibration}": contents.calibration,
         f"{start}{written.q_table}": contents.q_table,
@@ -141,7 +144,7 @@ def tables(
     paths = Tables(*(write_text("tables", path, text) for path, text in texts.items()))
     if contents.model is not None:
         paths = paths._replace(model=start.with_name(f"{name}.onnx"))
-        write_bytes(start.with_name(f"{name}.onnx"), contents.model)
+        write_bytes("tables", start.with_name(f"{name}.onnx"), contents.model)
     if contents.readme:
         paths = paths._replace(readme=write_text("tables", f"{start}_README.txt", contents.readme))
     return paths

@@ -17,6 +17,7 @@ from sophq_func.core.errors import ConfigError, PlanError, explain
 from sophq_func.core.public import public
 from sophq_func.core.types import Kwargs, Output, Tree
 from sophq_func.model.bound import Bound
+from sophq_func.model.fits import check_fits
 from sophq_func.model.quantized import Quantized
 from sophq_func.numerics.kernels import Kernels
 from sophq_func.planning.make import plan as make_plan
@@ -50,7 +51,8 @@ def build(model: Model, plan: Plan, *, params: Tree = None, kernels: Kernels = "
         tensors are the same, bit for bit; gradients of scales differ by the order of a sum.
 
     Raises:
-      PlanError: the plan names parameters that are not in the model.
+      PlanError: the plan does not fit the model: it names parameters, modules, arguments or quantizers that are not there,
+        axes or groups that a weight does not have, or other calls than its examples make.
       ConfigError: ``kernels="compiled"`` without a C++ compiler, or another value than these.
 
     Example:
@@ -64,7 +66,9 @@ def build(model: Model, plan: Plan, *, params: Tree = None, kernels: Kernels = "
     if not isinstance(plan, Plan):
         sentence, fix = "a model is built from a plan", "plan = sq.plan(sq.trace(model, (x,)), sq.QuantConfig())"
         raise PlanError(explain("build", sentence, got=type(plan).__name__, allowed="a sq.Plan", fix=fix))
-    return Quantized(Skeleton(model, plan.opaque), plan, kernels=kernels)
+    skeleton = Skeleton(model, plan.opaque)
+    check_fits(skeleton, plan)
+    return Quantized(skeleton, plan, kernels=kernels)
 
 
 @public

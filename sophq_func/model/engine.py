@@ -215,9 +215,9 @@ class Engine:
             if is_inside(x, outer):  # a state outlives the transform that wraps the value
                 with outside(outer):
                     for seen in members(x, outer) if quantizer.is_inner else [whole(x, outer)]:
-                        states[name] = quantizer.observer.update(states[name], seen, quantizer.scheme)
+                        states[name] = quantizer.observed(states[name], seen)
                 return x
-            states[name] = quantizer.observer.update(states[name], x, quantizer.scheme)
+            states[name] = quantizer.observed(states[name], x)
             return x
 
         return effect

@@ -19,6 +19,7 @@ from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.modes import outside_inference
 from sophq_func.core.public import in_loops, public
 from sophq_func.core.pytree import sorted_dict
+from sophq_func.core.texts import printable
 from sophq_func.core.types import Given, Output, Tree
 from sophq_func.model import apply, bound, calibrate, cut, flat, no_module, noise, sweep, tap
 from sophq_func.model.bound import Bound, Learn
@@ -102,7 +103,7 @@ class Quantized:
 
     def __repr__(self) -> str:
         flags = f"training={self.training}" + (", frozen=True" if self.frozen else "")
-        return f"Quantized({self.model_name}, {self.plan!r}, {flags})"
+        return f"Quantized({printable(self.model_name)}, {self.plan!r}, {flags})"
 
     def __reduce__(self) -> tuple[type[Quantized], tuple[Skeleton, Plan, bool, Plan | None, Kernels]]:
         return Quantized, (self.engine.skeleton, self.plan, self.frozen, self.engine.whole, self.kernels)

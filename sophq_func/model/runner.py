@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sophq_func.capture.frame import Frame, is_watched, item, unwatched
 from sophq_func.capture.graph import function_of, step
-from sophq_func.core.errors import StateError
+from sophq_func.core.errors import StateError, explain
 from sophq_func.core.operations import CONTRACTIONS, LAYERS, called, is_operation
 from sophq_func.core.pytree import flatten, has_floating, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
@@ -271,10 +271,14 @@ class Runner(Frame):
     def _acted(self, names: Mapping[int, str], tree: T) -> T:
         """:meth:`_on_tensors`, while nothing is watched."""
         if isinstance(tree, Tensor):
+            if 0 not in names:
+                raise _no_tensor(names, 1)
             return self._act(names[0], tree)  # type: ignore[return-value]
         leaves, rebuild = flatten(tree)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for index, name in names.items():
+            if index >= len(places):
+                raise _no_tensor(names, len(places))
             place = places[index]
             leaves[place] = self._act(name, leaves[place])
         changed: T = rebuild(leaves)
@@ -289,3 +293,10 @@ class Runner(Frame):
             after = self.effect(name, tensor)
             self.shared_results[name] = (tensor, after)
         return after
+
+
+def _no_tensor(names: Mapping[int, str], count: int) -> StateError:
+    """The error for a quantizer at a call that has fewer tensors than the plan says."""
+    index = max(names)
+    sentence, fix = f"this run has {count} tensors where the quantizer acts on number {index}", "plan this model anew"
+    return StateError(explain(names[index], sentence, fix=fix))

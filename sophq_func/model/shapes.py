@@ -37,6 +37,9 @@ AXES = {0: "shape ()", 1: "one axis"}
 NO_ZERO_POINTS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 """Dtypes that no zero point has."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes in which torch computes; those of eight bits are for storage alone."""
+
 SIMILAR = 0.7
 """How alike two names are that are taken for one: a letter of four may differ, two may not."""
 
@@ -190,7 +193,8 @@ def check_qparams(plan: Plan | None, qparams: Mapping[str, QParams]) -> None:
     else:
         expected_of = expected(plan)
         plan.check(qparams, "qparams", dict.fromkeys(plan, QParams))
-        problems += [f"{misfit} Fix: {FIX}." for misfit in qparams_misfits(qparams, expected_of)]
+        # before any number is read: torch does not compare those of some dtypes
+        raise_all([f"{misfit} Fix: {FIX}." for misfit in qparams_misfits(qparams, expected_of)], StateError)
         for name in plan:
             problems += _unusable(name, qparams[name], plan[name], expected_of[name].learnable)
     raise_all(problems, StateError)
@@ -337,11 +341,11 @@ def misfits(
 def _is_kind(what: str, field: str, tensor: Tensor, leaf: Leaf) -> bool:
     """Whether a dtype is the expected one.
 
-    Of qparams, any floating dtype counts as the expected one, and a zero point may be floating, as it is when learned.
+    Of qparams, any of :data:`FLOATS` counts as the expected one, and a zero point may be floating, as it is when learned.
     """
     if tensor.dtype == leaf.dtype:
         return True
-    if what != "qparams" or not tensor.is_floating_point():
+    if what != "qparams" or tensor.dtype not in FLOATS:
         return False
     return leaf.dtype.is_floating_point or field == "zero_point"
 
@@ -386,7 +390,10 @@ def _not_finite(name: str, qparams: QParams, fields: Collection[str]) -> Iterato
     """A line for each of some fields with NaN or infinity."""
     leaves = _fields(qparams)
     for field in sorted(leaves.keys() & set(fields)):
-        if not bool(leaves[field].detach().isfinite().all()):
+        numbers = leaves[field].detach()
+        if numbers.itemsize == 1:  # float8 has no isfinite of its own
+            numbers = numbers.to(torch.float32)
+        if not bool(numbers.isfinite().all()):
             got, allowed = "NaN or infinity", "finite numbers"
             fix = "calibrate anew, or save it with the plan that says optional=True"
             yield explain(f"qparams of {name}", f"{field} must be finite", got=got, allowed=allowed, fix=fix)

@@ -12,7 +12,7 @@ from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import is_mapped
 from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.affine import switched
-from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams
+from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
 from sophq_func.numerics.granularity import PerTensor, PerToken
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
@@ -55,6 +55,22 @@ class RunQuantizer:
             because = "the compiler shows one member at a time, and the scales are those of the whole tensor"
             fix = "run it without torch.compile, or give it one calibrated scale: granularity=sq.PerTensor()"
             raise StateError(explain("apply", sentence, because=because, fix=fix))
+
+    def observed(self, state: State, x: Tensor) -> State:
+        """The observer's state after one more tensor.
+
+        Raises:
+          StateError: the state has other channels than the tensor.
+        """
+        try:
+            return self.observer.update(state, x, self.scheme)
+        except RuntimeError as error:
+            if isinstance(self.scheme.granularity, PerTensor) or x.shape == self.site.shape:
+                raise
+            sentence, because = "this value cannot be observed", f"its scales are {self.scheme.granularity}: {error}"
+            allowed, fix = f"{self.site.shape}, that of the example, along its scales", "plan this model anew"
+            text = explain(self.site.quantizer, sentence, got=tuple(x.shape), allowed=allowed, because=because, fix=fix)
+            raise StateError(text) from error
 
     def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """``x`` rounded to its grid, unless ``extras["enabled"]`` switches the quantizer off."""

@@ -318,5 +318,18 @@ def config_from_data(data: Mapping[str, Data]) -> QuantizerConfig:
 
 
 def _spec_from_data(data: Mapping[str, Data]) -> Spec:
-    options: Mapping[str, Option] = data["options"]
-    return Spec(data["name"], tuple(sorted(options.items())))
+    options: Mapping[str, Data] = data["options"]
+    return Spec(data["name"], tuple(sorted((name, _option(value)) for name, value in options.items())))
+
+
+def _option(value: Data) -> Option:
+    """The value of an option from JSON, which has lists in the place of tuples.
+
+    Raises:
+      TypeError: it is an object of JSON, which no option is.
+    """
+    if isinstance(value, list):
+        return tuple(map(_option, value))
+    if isinstance(value, dict):
+        raise TypeError(f"no option is {value!r}")
+    return value

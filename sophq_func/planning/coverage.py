@@ -20,6 +20,7 @@ from sophq_func.config.rules import QuantConfig
 from sophq_func.config.site import Data
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.tables import wrapped
+from sophq_func.core.texts import printable
 from sophq_func.planning.deciding import Outcome
 from sophq_func.planning.inputs import Planned, quantizer_of
 from sophq_func.planning.strategies import contracted, source_of
@@ -62,7 +63,7 @@ class Left(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.kind}, {percent(self.share)}): {self.reason}"
+        return printable(f"{self.name} ({self.kind}, {percent(self.share)}): {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Coverage:
         """
         if data is None:
             return Coverage(None, unknown=OF_OLD_TEXT)
-        parameters, multiplications = map(float, data["shares"])
+        parameters, multiplications = map(_stored_share, data["shares"])
         return Coverage((parameters, multiplications), tuple(_left(*line) for line in data["left"]))
 
 
@@ -164,7 +165,13 @@ NOT_MEASURED = Coverage(None, unknown="the plan is that of a part, or was made b
 def _left(name: str, kind: str, share: float, reason: str) -> Left:
     if not all(isinstance(text, str) for text in (name, kind, reason)):
         raise TypeError(f"{(name, kind, reason)!r} are no texts")
-    return Left(name, kind, float(share), reason)
+    return Left(name, kind, _stored_share(share), reason)
+
+
+def _stored_share(number: object) -> float:
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 1:
+        raise TypeError(f"{number!r} is no share")
+    return float(number)
 
 
 def percent(share: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sophq_func.config.site import Site
+from sophq_func.core.texts import printable
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.text import FIELDS, setting
 
@@ -30,11 +31,12 @@ class PlanDiff:
         return bool(self.added or self.removed or self.changed)
 
     def __str__(self) -> str:
-        lines = [f"- {name}" for name in self.removed] + [f"+ {name}" for name in self.added]
+        lines = [f"- {printable(name)}" for name in self.removed] + [f"+ {printable(name)}" for name in self.added]
         for name, fields in self.changed.items():
             for field_name, (before, after) in fields.items():
                 is_site = field_name == "site"
-                lines.append(f"~ {name}: sits elsewhere" if is_site else f"~ {name}: {field_name} {before!r} -> {after!r}")
+                change = "sits elsewhere" if is_site else f"{field_name} {before!r} -> {after!r}"
+                lines.append(f"~ {printable(name)}: {change}")
         return "\n".join(lines) or "no difference"
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sophq_func.capture.graph import Graph
 from sophq_func.config.names import is_weight_quantizer, value_quantizer
+from sophq_func.core.texts import printable
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.text import short
 from sophq_func.planning.weights import WeightPlace
@@ -120,7 +121,7 @@ def dot(wiring: Wiring, configs: Mapping[str, QuantizerConfig]) -> str:
     """The graph in the DOT language: calls are boxes, quantizers rounded colored ones; dashed ones only observe."""
     lines = ["digraph plan {", "  rankdir=TB;", '  node [fontname="Helvetica", fontsize=10];']
     for call in wiring.calls:
-        label = f"{call.name}\\n{call.does}" if call.does else call.name
+        label = f"{printable(call.name)}\n{printable(call.does)}" if call.does else call.name
         lines.append(f"  {_quoted(call.name)} [label={_quoted(label)}, shape={'box' if call.does else 'ellipse'}];")
     for name, config in configs.items():
         style = "rounded,dashed" if config.observe_only else "rounded,filled"
@@ -133,5 +134,6 @@ def dot(wiring: Wiring, configs: Mapping[str, QuantizerConfig]) -> str:
 
 
 def _quoted(text: str) -> str:
-    # A double quote would end the text.
-    return '"' + text.replace('"', "'") + '"'
+    # a double quote would end the text, and a backslash before it would not
+    lines = (printable(line).replace("\\", "\\\\").replace('"', "'") for line in text.split("\n"))
+    return '"' + "\\n".join(lines) + '"'

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sophq_func.core.errors import PlanError, explain
+from sophq_func.core.files import check_place, write_bytes
 from sophq_func.core.public import public
+from sophq_func.core.texts import printable
 from sophq_func.planning.picture import ACTIVATION_COLOR, WEIGHT_COLOR, Call, Edge
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.text import short
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = (".png", ".svg", ".pdf")
+UNDATED: Mapping[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+"""By format, what leaves the date out: the same plan gives the same bytes."""
+
+FORMATS = tuple(UNDATED)
 
 LANE, ROW = 3.4, 0.95
 """Distance of neighbours, sideways and downwards, in inches. A lane holds a box, a pill on its left, and an arrow's bend."""
@@ -53,7 +59,8 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
       The path. The file is written under a temporary name and then renamed, so that it is never incomplete.
 
     Raises:
-      PlanError: another ending, no such folder, a plan without calls, or matplotlib is not installed.
+      PlanError: another ending, a plan without calls, or matplotlib is not installed.
+      StateError: no such folder, or something else than a file is at ``path``.
 
     Example:
       >>> import tempfile, torch, sophq_func as sq
@@ -69,26 +76,26 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
     if target.suffix not in FORMATS:
         allowed, fix = ", ".join(FORMATS), f'sq.draw(plan, "{target.stem}.png")'
         raise PlanError(explain("draw", "the ending of path is no format", got=target.name, allowed=allowed, fix=fix))
-    if not target.parent.is_dir():
-        fix = "Path(path).parent.mkdir(parents=True)"
-        raise PlanError(explain("draw", "the folder of path does not exist", got=str(target.parent), fix=fix))
+    check_place("draw", target)
     if not plan.calls:
         because, fix = "the plan has no calls", "sq.plan(sq.trace(model, args), config)"
         raise PlanError(explain("draw", "there is nothing to draw", because=because, fix=fix))
-    figure = _figure(plan)
-    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
-    figure.savefig(partial, dpi=DOTS_PER_INCH)
-    partial.replace(target)
-    return target
-
-
-def _figure(plan: Plan) -> Figure:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib
     except ImportError as error:
         fix = "pip install matplotlib, or render plan.to_dot() with Graphviz"
         because = "matplotlib is not installed"
         raise PlanError(explain("draw", "the picture cannot be drawn", because=because, fix=fix)) from error
+    drawn = io.BytesIO()
+    # the names of parts of an SVG are random numbers without it
+    with matplotlib.rc_context({"svg.hashsalt": "sophq_func"}):
+        _figure(plan).savefig(drawn, format=target.suffix[1:], dpi=DOTS_PER_INCH, metadata=UNDATED[target.suffix])
+    return write_bytes("draw", target, drawn.getvalue())
+
+
+def _figure(plan: Plan) -> Figure:
+    from matplotlib.figure import Figure
+
     places = layout(plan.calls, plan.edges)
     lanes = [x for x, _ in places.values()]
     left, right, depth = min(lanes), max(lanes), max(y for _, y in places.values())
@@ -163,8 +170,9 @@ def _rim(point: Point, side: int) -> Point:
 def _box(axes: Axes, point: Point, call: Call) -> None:
     shape = "round,pad=0,rounding_size=0.2" if not call.does else "square,pad=0"
     _patch(axes, point, BOX, {"boxstyle": shape, "facecolor": "white", "edgecolor": "#333333"})
-    name = call.name if len(call.name) <= NAME_LENGTH else f"...{call.name[3 - NAME_LENGTH :]}"
-    axes.text(*point, f"{name}\n{call.does}" if call.does else name, ha="center", va="center", fontsize=7)
+    name = printable(call.name)
+    name = name if len(name) <= NAME_LENGTH else f"...{name[3 - NAME_LENGTH :]}"
+    _text(axes, point, f"{name}\n{printable(call.does)}" if call.does else name, 7)
 
 
 def _pills(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Point]]:
@@ -188,7 +196,12 @@ def _pill(axes: Axes, point: Point, plan: Plan, name: str) -> None:
     style: Style = {"facecolor": "white" if config.observe_only else color, "edgecolor": "#333333"}
     style |= {"boxstyle": "round,pad=0,rounding_size=0.1", "linestyle": "--" if config.observe_only else "-"}
     _patch(axes, point, PILL, style)
-    axes.text(*point, short(config), ha="center", va="center", fontsize=6)
+    _text(axes, point, printable(short(config)), 6)
+
+
+def _text(axes: Axes, point: Point, text: str, size: int) -> None:
+    # a name may hold dollar signs, between which matplotlib would read formulas
+    axes.text(*point, text, ha="center", va="center", fontsize=size, parse_math=False)
 
 
 def _patch(axes: Axes, center: Point, size: Point, style: Style) -> None:

@@ -83,10 +83,14 @@ class Run(NamedTuple):
         """
         calls, scopes = data
         made = tuple(
-            Made(_text(name), _text(path), _text(function), bool(on), _text(after))
+            Made(_text(name), _text(path), _text(function), _flag(on), _text(after))
             for name, path, function, on, after in calls
         )
-        return Run(made, tuple(Span(_text(path), int(start), int(stop)) for path, start, stop in scopes))
+        spans = tuple(Span(_text(path), start, stop) for path, start, stop in scopes)
+        for span in spans:
+            if not type(span.start) is type(span.stop) is int or not 0 <= span.start <= span.stop <= len(made):
+                raise ValueError(f"{span!r} is no part of a run of {len(made)} calls")
+        return Run(made, spans)
 
     def spans(self, path: str) -> list[Span]:
         """Each call of the module at a path, first to last."""
@@ -101,6 +105,12 @@ class Run(NamedTuple):
     def counts(self, start: int, stop: int) -> Mapping[Pair, int]:
         """For each path and function, the number of counted calls from ``start`` up to ``stop``."""
         return Counter(made.pair for made in self.calls[start:stop] if made.counted)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _text(value: object) -> str:

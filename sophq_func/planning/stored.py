@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from sophq_func.config.rules import Rule
@@ -69,32 +69,85 @@ def digest_of_version_2(text: str) -> str:
 def _parts(data: Data) -> Stored:
     """The parts of a plan of this version. Wrong data raises any of the errors that :func:`read` turns into its own."""
     entries = {_text(entry["name"]): entry for entry in data["quantizers"]}
-    sites = {name: Site.from_data(entry["site"]) for name, entry in entries.items()}
-    if any(site.quantizer != name for name, site in sites.items()):
-        raise ValueError("a site belongs to another quantizer")
-    if not data["counts"]:
+    if len(entries) < len(data["quantizers"]):
+        raise ValueError("a quantizer is there twice")
+    sites = {name: _site(name, entry["site"]) for name, entry in entries.items()}
+    counts = tuple(map(_counts, data["counts"]))
+    if not counts:
         raise ValueError("there is no example")
+    if any(other.keys() != counts[0].keys() for other in counts):
+        raise ValueError("the examples count other calls")
+    wiring = Wiring(
+        tuple(Call(_text(name), _text(does), _texts(weights)) for name, does, weights in data["calls"]),
+        tuple(Edge(_text(source), _text(target), _texts(through)) for source, target, through in data["edges"]),
+    )
+    _check_wiring(wiring, entries)
+    read_config = _ConfigReader()
     return Stored(
-        configs={name: config_from_data(entry["config"]) for name, entry in entries.items()},
+        configs={name: read_config(entry["config"]) for name, entry in entries.items()},
         sites=sites,
-        counts=tuple(_counts(counts) for counts in data["counts"]),
+        counts=counts,
         reasons={name: {_text(k): _text(v) for k, v in data["reasons"][name].items()} for name in entries},
         notes=_texts(data["notes"]),
         unused=(),
         opaque=_texts(data["opaque"]),
         written=_texts(data["written"]),
-        wiring=Wiring(
-            tuple(Call(_text(name), _text(does), _texts(weights)) for name, does, weights in data["calls"]),
-            tuple(Edge(_text(source), _text(target), _texts(through)) for source, target, through in data["edges"]),
-        ),
+        wiring=wiring,
         runs=tuple(map(Run.from_data, data["runs"])),
         excluded=_texts(data["excluded"]),
         coverage=Coverage.from_data(data["coverage"]),
     )
 
 
+def _site(name: str, data: Data) -> Site:
+    try:
+        site = Site.from_data(data)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} is no quantizer: {error}") from error
+    if site.quantizer != name:
+        raise ValueError(f"the site of {name!r} belongs to another quantizer")
+    return site
+
+
+class _ConfigReader:
+    """Reads the configs of a plan: thousands of quantizers have a few configs in common, which are immutable."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, QuantizerConfig] = {}
+
+    def __call__(self, data: Data) -> QuantizerConfig:
+        # unlike the data itself, its text can be looked up, and tells 1 from True
+        text = repr(data)
+        if text not in self._known:
+            self._known[text] = config_from_data(data)
+        return self._known[text]
+
+
+def _check_wiring(wiring: Wiring, quantizers: Collection[str]) -> None:
+    """Raise a ValueError unless the edges lead from call to call, through quantizers of the plan."""
+    calls = {call.name for call in wiring.calls}
+    if len(calls) < len(wiring.calls):
+        raise ValueError("a call is there twice")
+    if any(edge.source not in calls or edge.target not in calls for edge in wiring.edges):
+        raise ValueError("an edge belongs to a call that is not there")
+    named = {name for call in wiring.calls for name in call.weights}
+    named.update(name for edge in wiring.edges for name in edge.through)
+    if not named <= set(quantizers):
+        raise ValueError(f"{min(named - set(quantizers))!r} is no quantizer of the plan")
+
+
 def _counts(entries: list[tuple[str, str, int]]) -> Counts:
-    return {(_text(path), _text(function)): int(n) for path, function, n in entries}
+    counts = {(_text(path), _text(function)): _count(n) for path, function, n in entries}
+    if len(counts) < len(entries):
+        raise ValueError("a call is counted twice")
+    return counts
+
+
+def _count(number: object) -> int:
+    # ``isinstance`` would take a bool for an int
+    if type(number) is not int or number < 0:
+        raise TypeError(f"{number!r} is no number of calls")
+    return number
 
 
 def _texts(values: list[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sophq_func.config.site import Site, WeightSite
 from sophq_func.core.tables import Table
+from sophq_func.core.texts import printable
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
 from sophq_func.numerics.granularity import PerTensor
 from sophq_func.numerics.scheme import SCHEME_FIELDS, QuantizerConfig
@@ -98,7 +99,7 @@ def explain(config: QuantizerConfig, site: Site, reasons: Mapping[str, str]) -> 
     width = max(map(len, FIELDS))
     for name in FIELDS:
         lines.append(f"  {name.ljust(width)}  {setting(config, name)!r}  <- {reasons.get(name, 'default')}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 class Tree(dict[str, Any]):
@@ -115,7 +116,7 @@ class Tree(dict[str, Any]):
                 ((part, branch),) = branch.items()
                 name = f"{name}.{part}"
             text = "" if isinstance(branch, Tree) else f"  {grid(branch)} {branch.scheme.granularity}"
-            yield f"{indent}{'└─ ' if is_last else '├─ '}{name}{text}"
+            yield f"{indent}{'└─ ' if is_last else '├─ '}{printable(name)}{text}"
             if isinstance(branch, Tree):
                 yield from branch._lines(indent + ("   " if is_last else "│  "))
 

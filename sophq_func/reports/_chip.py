@@ -24,6 +24,7 @@ from sophq_func.core.errors import ConfigError, StateError, explain, near
 from sophq_func.core.files import write_text
 from sophq_func.core.public import public
 from sophq_func.core.tables import WIDTH, Table, check_width, wrapped
+from sophq_func.core.texts import cell, printable
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.apply import capture
 from sophq_func.model.quantized import Quantized
@@ -69,7 +70,7 @@ class ChipRow:
     cosine: float
 
     def __repr__(self) -> str:
-        return f"ChipRow({self.quantizer}, equal={self.equal:.4f}, within_one={self.within_one:.4f})"
+        return f"ChipRow({printable(self.quantizer)}, equal={self.equal:.4f}, within_one={self.within_one:.4f})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ class ChipComparison:
         file = io.StringIO()
         writer = csv.writer(file)
         writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in self.rows)
+        writer.writerows([cell(getattr(row, name)) for name in names] for row in self.rows)
         return write_text("to_csv", path, file.getvalue())
 
 

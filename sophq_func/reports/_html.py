@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from html import escape
 from typing import TYPE_CHECKING
 
+from sophq_func.core.texts import html
 from sophq_func.reports import _svg, _text
 from sophq_func.reports._row import ReportRow
 
@@ -79,7 +79,7 @@ NOTES = (
 def page(report: Report) -> str:
     """The page as text."""
     hot = [_text.is_hot(row, report) for row in report.rows]
-    title = escape(f"Quantization report: {report.model}")
+    title = html(f"Quantization report: {report.model}")
     body = [
         f"<h1>{title}</h1>",
         _verdict(report),
@@ -88,8 +88,8 @@ def page(report: Report) -> str:
         _svg.overview(report.rows, hot),
         "<h2>Each quantizer, the largest share first</h2>",
         _table(report, hot),
-        *(f'<p class="note">{escape(note)}</p>' for note in NOTES),
-        f'<p class="note">plan {escape(report.digest)}</p>',
+        *(f'<p class="note">{html(note)}</p>' for note in NOTES),
+        f'<p class="note">plan {html(report.digest)}</p>',
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     start = f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>'
@@ -103,13 +103,13 @@ def value(number: float | None, text: str) -> str:
       >>> value(0.25, "25 %")
       '<data value="0.25">25 %</data>'
     """
-    return escape(text) if number is None else f'<data value="{number!r}">{escape(text)}</data>'
+    return html(text) if number is None else f'<data value="{number!r}">{html(text)}</data>'
 
 
 def _verdict(report: Report) -> str:
     """The sentence to read first, and the figures of the worst quantizer."""
     if not report.rows or report.rows[0].share == 0:
-        return f'<p class="verdict">{escape(_text.headline(report))}</p>'
+        return f'<p class="verdict">{html(_text.headline(report))}</p>'
     worst = report.rows[0]
     figures = [worst.grid, f"SQNR {_text.number(worst.sqnr_db, 'dB')}"]
     if worst.clipped is not None:
@@ -117,8 +117,8 @@ def _verdict(report: Report) -> str:
     if worst.where:
         figures.append(worst.where)
     name = f"<em>{_breakable(worst.quantizer)}</em>"
-    share = f"<em>{escape(_text.percent(worst.share))}</em>"
-    detail = escape(", ".join(figures))
+    share = f"<em>{html(_text.percent(worst.share))}</em>"
+    detail = html(", ".join(figures))
     return f'<p class="verdict">{name} makes {share} of the output error</p><p class="detail">{detail}</p>'
 
 
@@ -133,12 +133,12 @@ def _cards(report: Report) -> str:
         (value(len(report.rows), str(len(report.rows))), "quantizers"),
         (value(report.batches, str(report.batches)), "batch" if report.batches == 1 else "batches"),
     )
-    items = "".join(f"<li><b>{figure}</b><span>{escape(text)}</span></li>" for figure, text in cards)
+    items = "".join(f"<li><b>{figure}</b><span>{html(text)}</span></li>" for figure, text in cards)
     return f'<ul class="cards">{items}</ul>'
 
 
 def _table(report: Report, hot: list[bool]) -> str:
-    head = "".join(f'<th scope="col"{_class(kind)}>{escape(text)}</th>' for text, kind in HEADINGS)
+    head = "".join(f'<th scope="col"{_class(kind)}>{html(text)}</th>' for text, kind in HEADINGS)
     rows = "\n".join(_row(row, is_hot) for row, is_hot in zip(report.rows, hot, strict=True))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
@@ -172,9 +172,9 @@ def _ranges(row: ReportRow) -> str:
     """The range of the values, and that of the grid, if it has one that no tensor changes."""
     values = _range(row.low, row.high)
     if row.clip_low is None or row.clip_high is None:
-        return f'<div class="where">{values} as {escape(row.grid)}</div>'
+        return f'<div class="where">{values} as {html(row.grid)}</div>'
     ends = _range(row.clip_low, row.clip_high)
-    return f'<div class="where"><span>{values} on</span> <span>{escape(row.grid)} {ends}</span></div>'
+    return f'<div class="where"><span>{values} on</span> <span>{html(row.grid)} {ends}</span></div>'
 
 
 def _range(low: float, high: float) -> str:
@@ -191,7 +191,7 @@ def _size(row: ReportRow) -> str:
 
 def _breakable(name: str) -> str:
     """A name that a browser may break behind dots and underscores."""
-    return re.sub(r"([._])(?=\w)", r"\1<wbr>", escape(name))
+    return re.sub(r"([._])(?=\w)", r"\1<wbr>", html(name))
 
 
 def _class(kind: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sophq_func.core.texts import printable
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRow:
@@ -51,4 +53,4 @@ class ReportRow:
     histogram: tuple[int, ...]
 
     def __repr__(self) -> str:
-        return f"ReportRow({self.quantizer}, {self.grid}, sqnr_db={self.sqnr_db:.1f}, share={self.share:.3f})"
+        return f"ReportRow({printable(self.quantizer)}, {self.grid}, sqnr_db={self.sqnr_db:.1f}, share={self.share:.3f})"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
+from sophq_func.core.texts import html
 from sophq_func.reports._row import ReportRow
 
 WIDTH, HEIGHT = 220, 40
@@ -41,7 +41,7 @@ def overview(rows: Sequence[ReportRow], hot: Sequence[bool]) -> str:
     in_order = sorted(zip(rows, hot, strict=True), key=_position)
     shapes = []
     for place, (row, is_hot) in enumerate(in_order):
-        title = f"{escape(row.quantizer)}: {100 * row.share:.1f} %"
+        title = f"{html(row.quantizer)}: {100 * row.share:.1f} %"
         kind = "hot" if is_hot else row.role
         shapes.append(_column(place, len(rows), row.share / largest, kind, title))
         if row is rows[0] and row.share:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from sophq_func.core.tables import Table, check_width, wrapped
+from sophq_func.core.texts import cell, printable
 from sophq_func.reports._row import ReportRow
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def headline(report: Report) -> str:
     worst = report.rows[0]
     if worst.share == 0:
         return "No quantizer changes the output."
-    return f"{worst.quantizer} makes {percent(worst.share)} of the output error"
+    return f"{printable(worst.quantizer)} makes {percent(worst.share)} of the output error"
 
 
 def summary(report: Report) -> str:
@@ -96,7 +97,7 @@ def summary(report: Report) -> str:
     sqnr = number(report.sqnr_db, "dB")
     sizes = shrunk(report.bytes_before, report.bytes_after)
     batches = "1 batch" if report.batches == 1 else f"{report.batches} batches"
-    return f"{report.model}: output SQNR {sqnr}, parameters {sizes}; {len(report.rows)} quantizers, {batches}"
+    return f"{printable(report.model)}: output SQNR {sqnr}, parameters {sizes}; {len(report.rows)} quantizers, {batches}"
 
 
 def _name(row: ReportRow) -> str:
@@ -154,7 +155,7 @@ COLUMNS: dict[str, Callable[[ReportRow], str]] = {
 
 def cells(report: Report) -> Table:
     """The rows under their headings."""
-    rows = tuple(tuple(cell(row) for cell in COLUMNS.values()) for row in report.rows)
+    rows = tuple(tuple(text(row) for text in COLUMNS.values()) for row in report.rows)
     return Table(headings=tuple(COLUMNS), rows=rows, right=RIGHT)
 
 
@@ -182,7 +183,7 @@ def rich_table(report: Report) -> RichTable:
         # a console that is too narrow breaks cells, where rich would cut them off
         result.add_column(name, overflow="fold", justify="right" if name in RIGHT else "left")
     for row in report.rows:
-        texts = [Text(cell(row)) for cell in COLUMNS.values()]
+        texts = [Text(printable(text(row))) for text in COLUMNS.values()]
         if is_hot(row, report):
             name_cell, bar_cell, *_ = texts
             name_cell.stylize("bold red")
@@ -202,5 +203,5 @@ def csv_text(report: Report) -> str:
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerow(names)
-    writer.writerows([getattr(row, name) for name in names] for row in report.rows)
+    writer.writerows([cell(getattr(row, name)) for name in names] for row in report.rows)
     return file.getvalue()

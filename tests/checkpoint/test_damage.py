@@ -20,6 +20,7 @@ from torch import Tensor
 import sophq_func as sq
 from sophq_func.checkpoint import sealed
 from tests.checkpoint.test_io import same_bits, says, small
+from tests.fuzz import checkpoints
 from tests.helpers import Ready
 
 Header = dict[str, Any]
@@ -399,7 +400,7 @@ PLANS: dict[str, tuple[Callable[[Any], None], tuple[str, ...]]] = {
     "an axis beyond the shape": (scheme(X, "granularity", {"name": "PerChannel", "axis": 9}), (X, "no quantizer", "9")),
     "an axis beyond all shapes": (scheme(W, "granularity", {"name": "PerChannel", "axis": 1 << 40}), (W, "no quantizer")),
     "another granularity": (scheme(W, "granularity", {"name": "PerGroup", "axis": 0, "size": 9}), (W, "(any, any)")),
-    "a number that is endless": (lambda plan: plan["counts"][0].append(["a", "b", 1e999]), ("infinity",)),
+    "a number that is endless": (lambda plan: plan["counts"][0].append(["a", "b", 1e999]), ("no number of calls",)),
 }
 
 
@@ -529,3 +530,16 @@ def test_a_file_of_torch_save_is_called_one(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")
     with pytest.raises(sq.CheckpointError, match=r"a zip file, as torch\.save writes one, which torch\.load reads"):
         sq.load(tmp_path / "model.pt")
+
+
+# Campaigns
+
+
+def test_mutated_checkpoints_are_refused_in_words_or_right() -> None:
+    assert [found for found in checkpoints.checkpoints(60, seed=5) if found.startswith("FAULT")] == []
+
+
+def test_what_is_not_a_file_of_the_library_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+        says(sq.CheckpointError, lambda path=path: sq.load(path), "a folder, a device, a pipe or a socket")

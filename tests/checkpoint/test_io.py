@@ -609,6 +609,9 @@ def test_a_write_that_stops_in_the_middle_leaves_the_old_file_and_no_other(
             def __exit__(self, *error: object) -> None:
                 file.close()
 
+            def fileno(self) -> int:
+                return file.fileno()
+
             def write(self, data: bytes) -> None:
                 file.write(data[: len(data) // 2])
                 raise stop

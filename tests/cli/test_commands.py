@@ -264,3 +264,32 @@ def test_the_module_runs_as_a_program_and_stops_with_its_reader(folder: Path) ->
     assert b"Traceback" not in err and err.count(b"\n") == 1
     with unread.stderr as stream:
         assert (stream.read(), unread.wait()) == (b"", 0)
+
+
+# Files of others
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("diff", "a.json")], ids=" ".join)
+def test_only_regular_files_of_a_bounded_size_are_read(
+    command: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(folder / "pipe")
+    with (folder / "huge.json").open("wb") as file:
+        file.truncate(2**40)  # a file that takes no room on the disk
+    for path, told in (("/dev/zero", "device"), ("pipe", "pipe"), ("huge.json", "too large for a plan")):
+        code, out, err = run(capsys, *command, path)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert told in err and "allowed" in err
+
+
+def test_texts_of_files_move_no_cursor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential()
+    model.add_module("\x1b[2J\nforged", nn.Linear(2, 3))
+    q = ready(model.eval(), torch.tensor([[1.0, 2.0]])).q
+    (folder / "b\x1b.json").write_text(q.plan.to_json())
+    (folder / "c.json").write_text(q.plan.to_json().replace('"version": 4', '"version": "\\u001b[2J"'))
+    for words in (("inspect",), ("inspect", "--tree"), ("diff", "a.json"), ("inspect", "--name", "\x1b"), ("inspect",)):
+        for name in ("b\x1b.json", "c.json"):
+            _, out, err = run(capsys, *words, name)
+            assert out + err and [sign for sign in out + err if sign != "\n" and not sign.isprintable()] == []
+            assert not any(line.startswith("forged") for line in out.splitlines())

@@ -164,10 +164,18 @@ def test_a_picture_of_shared_inputs_has_a_pill_at_each_call(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("path", "word"), [("plan.gif", r"\.png, \.svg"), ("missing/plan.png", "folder"), ("plan", "ending")], ids=str
+    ("path", "word", "error"),
+    [
+        ("plan.gif", r"\.png, \.svg", sq.PlanError),
+        ("missing/plan.png", "folder", sq.StateError),
+        ("plan", "ending", sq.PlanError),
+    ],
+    ids=str,
 )
-def test_a_picture_that_cannot_be_written_says_why(plan: sq.Plan, tmp_path: Path, path: str, word: str) -> None:
-    with pytest.raises(sq.PlanError, match=word):
+def test_a_picture_that_cannot_be_written_says_why(
+    plan: sq.Plan, tmp_path: Path, path: str, word: str, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=word):
         sq.draw(plan, tmp_path / path)
     assert list(tmp_path.iterdir()) == []
 
