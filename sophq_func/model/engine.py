@@ -24,11 +24,11 @@ from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
+from sophq_func.model.kinds import KindCheck, kind_of
 from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.requantizing import Requantizer
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
-from sophq_func.model.shapes import check_kinds, kind_of
 from sophq_func.model.together import values_together, weights_together
 from sophq_func.model.usage import refuse_absent
 from sophq_func.model.value_quantizer import RunQuantizer
@@ -50,7 +50,7 @@ QParamsDict = dict[str, QParams]
 
 
 class Engine:
-    """A model and its plan, ready to run. Nothing in it changes once it is made.
+    """A model and its plan, ready to run. Nothing in it changes once it is made, but what ``check_kinds`` remembers.
 
     Attributes:
       skeleton: the model without its weights, or a part of it. Other rooms use the methods below instead.
@@ -69,6 +69,8 @@ class Engine:
       unsigned: names of those whose zero point is 0, whatever is learned.
       sources: in a part, by name, the quantizers outside of it whose scales the part needs.
       differentiates: whether the model itself takes a derivative in its forward.
+      check_kinds: raises a :class:`StateError` that names each of the qparams whose shapes, dtypes, extras or numbers are not
+        the plan's, see :class:`~sophq_func.model.kinds.KindCheck`.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:
@@ -115,10 +117,11 @@ class Engine:
         }
         # those of frozen weights are not read
         read = self.running if frozen else self.quantizers
-        self._kinds = {
-            name: kind_of(quantizer.scheme, quantizer.fake_quantize.learnable)
+        kinds = {
+            name: kind_of(quantizer.config, quantizer.scheme, quantizer.fake_quantize.learnable)
             for name, quantizer in (*read.items(), *self.sources.items())
         }
+        self.check_kinds = KindCheck(kinds)
         # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
         copied = frozenset(plan.written) if whole is None else None
         late = frozenset(path for name in self.deferrable for path, _ in skeleton.holders(name))
@@ -194,10 +197,6 @@ class Engine:
                 because = "no observer makes it"
                 fix = f"qparams[{name!r}]._replace(extras={{{extra!r}: ...}}), or another fake quantizer"
                 yield explain(name, sentence, because=because, fix=fix)
-
-    def check_kinds(self, qparams: Mapping[str, QParams]) -> None:
-        """Raise a :class:`StateError` that names each of the qparams whose shapes, dtypes or extras are not the plan's."""
-        check_kinds(qparams, self._kinds)
 
     def constant(self) -> AbstractContextManager[object]:
         """A context for runs of which nobody takes a derivative, but the model itself where it does."""

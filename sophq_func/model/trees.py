@@ -14,6 +14,7 @@ from sophq_func.core.public import public
 from sophq_func.core.pytree import named_leaves, refilled, sorted_dict, tree_map
 from sophq_func.core.types import Tree
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.entries import check_entries
 
 V = TypeVar("V")
 
@@ -51,10 +52,7 @@ def cast(qparams: Mapping[str, QParams], dtype: torch.dtype) -> dict[str, QParam
         raise ConfigError(
             explain("cast", "qparams cannot have this dtype", got=dtype, allowed=allowed, because=because, fix=fix)
         )
-    if not isinstance(qparams, Mapping) or not all(isinstance(entry, QParams) for entry in qparams.values()):
-        sentence, got = "these are no qparams", type(qparams).__name__
-        fix = "sq.cast(qparams, torch.float64); of params, {name: p.double() for ...} of the floating ones"
-        raise StateError(explain("cast", sentence, got=got, allowed="a dict {quantizer: QParams}", fix=fix))
+    check_entries("cast", qparams)
     new: dict[str, QParams] = tree_map(
         lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, sorted_dict(qparams)
     )
