@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import NamedTuple, TypeAlias
 
 from sophq_func.algorithms.bits import BitSensitivity
-from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
+from sophq_func.core.errors import MOST_REPEATS, ConfigError, StateError, explain, is_count, raise_all, unknown
 from sophq_func.core.public import public
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.quantized import Quantized
@@ -98,8 +98,9 @@ def pareto(
       [(80.0, 0.8), (120.0, 0.4), (160.0, 0.3)]
     """
     program = Program.of(sensitivity, costs, tie)
-    if isinstance(budgets, int) and budgets < 1:
-        raise ConfigError(explain("pareto", "there are no budgets", got=budgets, allowed="an int >= 1, or a list"))
+    if isinstance(budgets, int) and not is_count(budgets):
+        allowed = f"an int from 1 to {MOST_REPEATS}, or a list"
+        raise ConfigError(explain("pareto", "there are no budgets", got=budgets, allowed=allowed))
     if isinstance(budgets, int):
         low, high = program.least_cost(), program.largest_cost()
         budgets = [low + (high - low) * i / max(1, budgets - 1) for i in range(budgets)]

@@ -127,7 +127,7 @@ def check_of(model: nn.Module, registered: Mapping[str, Tensor], is_function: bo
 
 
 def _mixed(params: Mapping[str, object], where: str, fix: str) -> list[str]:
-    """A line where some tensors have numbers and others, on the ``meta`` device, have none; for a model there they all are."""
+    """A line where some tensors have numbers and others, on the ``meta`` device, have none."""
     empty = [name for name, value in params.items() if isinstance(value, Tensor) and value.is_meta]
     if len(empty) == len(params):
         return []

@@ -266,6 +266,31 @@ def check_flags(where: str, flags: Mapping[str, object]) -> None:
     raise_all([explain(where, f"{name} {sentence}", got=flag, allowed=allowed) for name, flag in wrong.items()])
 
 
+MOST_REPEATS = 10**7
+"""Most steps, bins or samples: more than anybody needs, and so few that a wrong number does not run for ever."""
+
+
+def is_count(value: object, least: int = 1, most: int = MOST_REPEATS) -> bool:
+    """Whether a value is a number of steps, bins or samples: an integer, no bool, between bounds.
+
+    Example:
+      >>> is_count(3), is_count(True), is_count(0), is_count(10**30)
+      (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_counts(where: str, counts: Mapping[str, object], least: int = 1, most: int = MOST_REPEATS) -> None:
+    """Raise a :class:`ConfigError` about the arguments that are to be counts and are not.
+
+    Example:
+      >>> check_counts("top_eigenvalue", {"steps": 20})
+    """
+    sentence, allowed = "must be a positive int" if least == 1 else "must be an int", f"an int from {least} to {most}"
+    wrong = {name: count for name, count in counts.items() if not is_count(count, least, most)}
+    raise_all([explain(where, f"{name} {sentence}", got=count, allowed=allowed) for name, count in wrong.items()])
+
+
 def raise_all(problems: Sequence[str], error: type[ValueError] = ConfigError) -> None:
     """Raise one ``error`` that reports every problem, or return when there is none."""
     if len(problems) == 1:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import ConfigError, StateError, explain
+from sophq_func.core.errors import ConfigError, StateError, explain, is_count
 from sophq_func.core.public import public
 from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
@@ -199,7 +199,7 @@ def _check_rows(where: str, scheme: QScheme) -> None:
 
 
 def _check_int(where: str, name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise ConfigError(explain(where, f"{name} must be an int from {least} up", got=value, allowed=f"an int >= {least}"))
 
 

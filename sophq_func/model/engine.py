@@ -24,7 +24,6 @@ from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
 from sophq_func.model.bind import Quantizers, make_quantizers, state_types, value_quantizer
 from sophq_func.model.finite import check_reached
-from sophq_func.model.kinds import KindCheck, kind_of
 from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.requantizing import Requantizer
 from sophq_func.model.runner import Effect
@@ -37,6 +36,7 @@ from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.granularity import PerToken
 from sophq_func.numerics.kernels import Kernels, find
+from sophq_func.numerics.kinds import KindCheck, kind_of
 from sophq_func.planning.plan import Plan
 
 DERIVATIVES = ("grad", "unpack_dual")
@@ -69,8 +69,8 @@ class Engine:
       unsigned: names of those whose zero point is 0, whatever is learned.
       sources: in a part, by name, the quantizers outside of it whose scales the part needs.
       differentiates: whether the model itself takes a derivative in its forward.
-      check_kinds: raises a :class:`StateError` that names each of the qparams whose shapes, dtypes, extras or numbers are not
-        the plan's, see :class:`~sophq_func.model.kinds.KindCheck`.
+      check_kinds: raises a :class:`StateError` that names all qparams whose shapes, dtypes, extras or numbers are not the
+        plan's, see :class:`~sophq_func.numerics.kinds.KindCheck`.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:

@@ -32,7 +32,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
@@ -507,9 +507,7 @@ def results_of(calls: Sequence[ValidCall]) -> dict[int, Any]:
     """What the valid calls return, by number; not of those that change what others see."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {
-            number: call.function(*call.args, **call.kwargs) for number, call in enumerate(calls) if not call.alone
-        }
+        return {number: call.function(*call.args, **call.kwargs) for number, call in enumerate(calls) if not call.alone}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

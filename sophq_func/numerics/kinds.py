@@ -62,7 +62,7 @@ def kind_of(config: QuantizerConfig, scheme: QScheme, learnable: Collection[str]
 
 
 Seen: TypeAlias = tuple[weakref.ref[Tensor], weakref.ref[Tensor], dict[str, weakref.ref[Tensor]]]
-"""Scale, zero point and extras of one quantizer that were found to fit. A plain tuple, as each step of training makes some."""
+"""Scale, zero point and extras of one quantizer that were found to fit. A tuple, as training makes many."""
 
 
 class KindCheck:
