@@ -17,7 +17,8 @@ from sophq_func.algorithms.contract import Start, as_batches, begin, reference_o
 from sophq_func.algorithms.resume import Resumed, StrPath
 from sophq_func.algorithms.units import Stream, Unit, units_of
 from sophq_func.config.register import algorithm
-from sophq_func.core.errors import MOST_REPEATS, PlanError, check_flags, explain, is_count, raise_all, unknown
+from sophq_func.core.arguments import MOST_REPEATS, is_count
+from sophq_func.core.errors import PlanError, check_flags, explain, raise_all, unknown
 from sophq_func.core.logs import ALGORITHMS
 from sophq_func.core.modes import is_plain
 from sophq_func.core.progress import shown

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sophq_func.algorithms._matrix import Columns, Grid, columns_of
-from sophq_func.core.errors import ConfigError, StateError, check_counts, explain, unknown
+from sophq_func.core.arguments import check_counts, check_reals
+from sophq_func.core.errors import ConfigError, StateError, explain, unknown
 from sophq_func.core.modes import is_plain
 from sophq_func.core.public import public
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.granularity import Axis
+from sophq_func.numerics.kinds import check_alone
 from sophq_func.numerics.scheme import QScheme
 
 Order = Literal["activation", "storage"]
@@ -81,6 +83,8 @@ def gptq_solve(
       tensor([[4., 2.],
               [2., 3.]])
     """
+    check_reals("gptq_solve", {"weight": weight, "second": second})
+    check_alone("gptq_solve: qparams", qparams, scheme)
     check_options("gptq_solve", order, damping, sweeps)
     parts = second.shape[0] if second.ndim == 3 else 1
     columns = columns_of("gptq_solve", weight.detach(), parts, qparams, scheme, axis)

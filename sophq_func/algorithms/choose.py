@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import NamedTuple, TypeAlias
 
 from sophq_func.algorithms.bits import BitSensitivity
-from sophq_func.core.errors import MOST_REPEATS, ConfigError, StateError, explain, is_count, raise_all, unknown
+from sophq_func.core.arguments import MOST_REPEATS, is_count
+from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
 from sophq_func.core.public import public
 from sophq_func.core.types import Given, Tree
 from sophq_func.model.quantized import Quantized
@@ -293,7 +294,9 @@ def _check(added: Added, costs: Costs) -> None:
     for name, by_bits in added.items():
         for bits, loss in by_bits.items():
             if not float("-inf") < float(loss) < float("inf"):
-                raise StateError(explain("choose_bits", f"{name} at {bits} bits has no finite loss", got=float(loss)))
+                where, fix = f"choose_bits: {name}", "leave the width out, or measure it with other batches"
+                sentence = f"at {bits} bits it has no finite loss"
+                raise StateError(explain(where, sentence, got=float(loss), allowed="a finite number", fix=fix))
 
 
 def _package(name: str) -> ModuleType:

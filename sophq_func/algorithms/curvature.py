@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from sophq_func.core.errors import ConfigError, StateError, check_counts, explain, is_count, raise_all, unknown
+from sophq_func.core.arguments import check_counts, is_count
+from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
 from sophq_func.core.modes import is_plain
 from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict

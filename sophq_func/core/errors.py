@@ -51,7 +51,7 @@ def quoted(value: object) -> str:
 
     Example:
       >>> len(quoted("x" * 1000)), quoted(torch.zeros(1000, 1000)), quoted([torch.nn.Linear(2, 2)])
-      (200, 'a torch.float32 tensor of shape (1000, 1000)', '[a module Linear]')
+      (200, 'a torch.float32 tensor of shape (1000, 1000)', '[a Linear]')
     """
     text = _written(value, LONGEST_QUOTE)
     return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."
@@ -63,7 +63,7 @@ def _written(value: object, room: int) -> str:
         is_short = value.numel() <= MOST_ELEMENTS and not value.is_meta and value.layout == torch.strided
         return repr(value) if is_short else f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, torch.nn.Module):
-        return f"a module {type(value).__name__}"
+        return f"a {type(value).__name__}"
     if isinstance(value, str | bytes):
         return repr(value[: max(room, 1)])  # the end of a longer one is cut off by ``quoted``
     if type(value) in (list, tuple, set, frozenset, dict) and value:
@@ -264,31 +264,6 @@ def check_flags(where: str, flags: Mapping[str, object]) -> None:
     wrong = {name: flag for name, flag in flags.items() if not isinstance(flag, bool)}
     sentence, allowed = "has the wrong type", "True or False"
     raise_all([explain(where, f"{name} {sentence}", got=flag, allowed=allowed) for name, flag in wrong.items()])
-
-
-MOST_REPEATS = 10**7
-"""Most steps, bins or samples: more than anybody needs, and so few that a wrong number does not run for ever."""
-
-
-def is_count(value: object, least: int = 1, most: int = MOST_REPEATS) -> bool:
-    """Whether a value is a number of steps, bins or samples: an integer, no bool, between bounds.
-
-    Example:
-      >>> is_count(3), is_count(True), is_count(0), is_count(10**30)
-      (True, False, False, False)
-    """
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def check_counts(where: str, counts: Mapping[str, object], least: int = 1, most: int = MOST_REPEATS) -> None:
-    """Raise a :class:`ConfigError` about the arguments that are to be counts and are not.
-
-    Example:
-      >>> check_counts("top_eigenvalue", {"steps": 20})
-    """
-    sentence, allowed = "must be a positive int" if least == 1 else "must be an int", f"an int from {least} to {most}"
-    wrong = {name: count for name, count in counts.items() if not is_count(count, least, most)}
-    raise_all([explain(where, f"{name} {sentence}", got=count, allowed=allowed) for name, count in wrong.items()])
 
 
 def raise_all(problems: Sequence[str], error: type[ValueError] = ConfigError) -> None:

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import ConfigError, StateError, explain, is_count
+from sophq_func.core.arguments import check_reals, is_count
+from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.public import public
 from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
@@ -128,6 +129,7 @@ def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Ten
       >>> hessian_update(torch.zeros(1, 1), 0, torch.tensor([[1.0], [2.0]]))
       (tensor([[10.]]), 1)
     """
+    check_reals("hessian_update", {"hessian": hessian, "x": x})
     if hessian.ndim != 2 or hessian.shape != (x.shape[-1], x.shape[-1]):
         allowed = f"({x.shape[-1]}, {x.shape[-1]}) for inputs of shape {tuple(x.shape)}"
         raise StateError(

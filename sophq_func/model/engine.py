@@ -28,6 +28,7 @@ from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.requantizing import Requantizer
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
+from sophq_func.model.states import StateCheck
 from sophq_func.model.together import values_together, weights_together
 from sophq_func.model.usage import refuse_absent
 from sophq_func.model.value_quantizer import RunQuantizer
@@ -122,6 +123,7 @@ class Engine:
             for name, quantizer in (*read.items(), *self.sources.items())
         }
         self.check_kinds = KindCheck(kinds)
+        self._check_states = StateCheck(self.quantizers, skeleton.registered())
         # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
         copied = frozenset(plan.written) if whole is None else None
         late = frozenset(path for name in self.deferrable for path, _ in skeleton.holders(name))
@@ -186,6 +188,8 @@ class Engine:
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
         self.plan.check(state, what, self.entry_types[what], self._names_of_whole)
+        if what == "ostate":
+            self._check_states(state)
         if what == "qparams" and self._needing:
             raise_all([problem for name in self._needing for problem in self._lacking(name, state[name])], StateError)
 

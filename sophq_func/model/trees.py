@@ -121,6 +121,9 @@ def _misfits(ours: Mapping[str, Tree], theirs: Mapping[str, Tree]) -> Iterator[s
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             got, allowed = f"{type(one).__name__} and {type(other).__name__}", "tensors"
             yield explain(f"lerp: {name}", "only tensors have an average", got=got, allowed=allowed)
+        elif one.layout != torch.strided or other.layout != torch.strided:
+            got, fix = f"{one.layout} and {other.layout}", "to_dense() of both"
+            yield explain(f"lerp: {name}", "only dense tensors have an average", got=got, allowed="torch.strided", fix=fix)
         elif one.dtype != other.dtype or one.shape != other.shape:
             got = f"{one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"
             yield explain(f"lerp: {name}", "the tensors differ in dtype or shape", got=got, allowed="equal ones")

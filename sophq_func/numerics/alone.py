@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from sophq_func.core.arguments import check_reals, not_real
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.core.modes import is_plain, is_plain_eager
 from sophq_func.core.public import public_as
@@ -17,6 +17,7 @@ from sophq_func.core.pytree import tensors
 from sophq_func.numerics.contracts import FakeQuantize, Observer, QParams, State
 from sophq_func.numerics.entries import check_entry
 from sophq_func.numerics.kinds import Kind, KindCheck
+from sophq_func.numerics.layout import scale_axes
 from sophq_func.numerics.scheme import QScheme
 
 
@@ -53,6 +54,7 @@ def observer_alone(name: str, built: Observer) -> Observer:
         _check_scheme(f"{where}.qparams", scheme)
         _check_state(f"{where}.qparams", state, state)
         result = built.qparams(state, scheme)
+        _check_axes(f"{where}.qparams", state, result, scheme)
         if is_plain(tensors(state)) and bool(result.scale.isnan().any()):
             sentence, allowed = "this state gives no scale", "finite statistics of at least one value"
             raise StateError(explain(where, sentence, got=state, allowed=allowed, fix="update it with finite tensors"))
@@ -83,6 +85,8 @@ def fake_quantizer_alone(name: str, built: FakeQuantize) -> FakeQuantize:
         _check(f"{where}.init", x, scheme)
         if is_plain_eager():
             check_entry(f"{where}.init: qparams", qparams)
+            if not scheme.dynamic:
+                check_kind({where: qparams})
         return built.init(qparams, x, scheme)
 
     @public_as(f"{where}.apply")
@@ -107,17 +111,21 @@ def _named(function: Any, like: Any) -> Any:
 def _check(where: str, x: object, scheme: object) -> None:
     """Raise unless this is a tensor that can be quantized, and a scheme."""
     _check_scheme(where, scheme)
-    allowed, fix = "a dense tensor of real numbers", "x.to(torch.float32)"
-    if not isinstance(x, Tensor):
-        raise StateError(explain(where, "x is no tensor", got=x, allowed=allowed, fix=fix))
-    if x.is_complex() or (x.layout is not torch.strided and not x.is_nested):
-        got = f"{x.dtype}, {x.layout}"
-        raise StateError(explain(where, "x cannot be quantized", got=got, allowed=allowed, fix=fix))
+    check_reals(where, {"x": x})
 
 
 def _check_scheme(where: str, scheme: object) -> None:
     if not isinstance(scheme, QScheme):
         raise ConfigError(explain(where, "this is no scheme", got=scheme, allowed="sq.QScheme", fix="sq.QScheme(bits=8)"))
+
+
+def _check_axes(where: str, state: State, result: QParams, scheme: QScheme) -> None:
+    """Raise a :class:`StateError` where a state is that of another granularity."""
+    axes = scale_axes(scheme.granularity)
+    if not scheme.dynamic and axes is not None and result.scale.ndim != axes:
+        got, allowed = tuple(result.scale.shape), f"{axes} axes for {scheme.granularity}"
+        fix = "the state that init or update returned for this scheme"
+        raise StateError(explain(where, "this state gives scales of another shape", got=got, allowed=allowed, fix=fix))
 
 
 def _check_state(where: str, state: State, like: State) -> None:
@@ -128,9 +136,12 @@ def _check_state(where: str, state: State, like: State) -> None:
         raise StateError(explain(where, "this is no state of it", got=got, allowed=allowed, fix=fix))
     problems = []
     for field, tensor, other in zip(state._fields, state, like, strict=True):
-        if not isinstance(tensor, Tensor) or not isinstance(other, Tensor):
-            problems.append(explain(where, f"{field} is no tensor", got=tensor, allowed="a Tensor", fix=fix))
+        unfit = not_real(where, field, tensor)
+        if unfit:
+            problems.append(unfit)
         elif tensor.shape != other.shape or tensor.dtype != other.dtype or tensor.device != other.device:
             got, allowed = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (tensor, other))
             problems.append(explain(where, f"{field} does not fit", got=got, allowed=allowed, fix=fix))
+    if not problems and len({tensor.device for tensor in state}) > 1:
+        problems.append(explain(where, "its tensors are on several devices", got=[t.device for t in state], fix=fix))
     raise_all(problems, StateError)

@@ -23,7 +23,7 @@ FIX = "calibrate with a model of this plan"
 """The fix in errors about qparams that belong to another plan."""
 
 
-def check_entries(where: str, qparams: object) -> None:
+def check_entries(where: str, qparams: Mapping[str, object]) -> None:
     """Raise a :class:`StateError` unless this is a dict of QParams; it names everything that is not sound.
 
     For what takes qparams without a plan, such as :func:`sophq_func.stack`: shapes are compared with each other only.
@@ -31,8 +31,10 @@ def check_entries(where: str, qparams: object) -> None:
     Example:
       >>> check_entries("stack", {"a": QParams(torch.tensor(1.0), torch.tensor(0), {})})
     """
-    if not isinstance(qparams, Mapping):
-        sentence, got, allowed = "these are no qparams", type(qparams).__name__, "a dict {quantizer: QParams}"
+    is_mapping = isinstance(qparams, Mapping)
+    if not is_mapping or (qparams and not any(isinstance(entry, QParams) for entry in qparams.values())):
+        got = f"a dict of {type(next(iter(qparams.values()))).__name__}" if is_mapping else type(qparams).__name__
+        sentence, allowed = "these are no qparams", "a dict {quantizer: QParams}"
         raise StateError(explain(where, sentence, got=got, allowed=allowed, fix=DICT_FIX))
     problems: list[str] = []
     for name, entry in qparams.items():

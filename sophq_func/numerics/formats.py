@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.constants import table
-from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.errors import ConfigError, check_flags, explain
 from sophq_func.core.public import public
 from sophq_func.core.registry import Registry
 
@@ -221,6 +221,9 @@ def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 
       tensor([ 2.,  7., -8.])
     """
     _check("int_", "bits", bits, range(1, 25))
+    check_flags("int_", {"signed": signed, "narrow": narrow})
+    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
+        raise ConfigError(explain("int_", "step must be positive", got=step, allowed="a finite number > 0", fix="step=1.0"))
     return Integer(bits=bits, signed=signed, narrow=narrow, step=step)
 
 
@@ -248,6 +251,7 @@ def float_(
     """
     _check("float_", "exponent_bits", exponent_bits, range(2, 9))
     _check("float_", "mantissa_bits", mantissa_bits, range(1, 11))
+    check_flags("float_", {"finite_only": finite_only, "nan": nan, "saturate": saturate})
     if not saturate and finite_only and not nan:
         because = "with finite_only=True and nan=False it has neither infinity nor NaN"
         raise ConfigError(explain("float_", "the format must saturate", because=because, fix="saturate=True"))

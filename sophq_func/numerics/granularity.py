@@ -133,7 +133,7 @@ class PerToken:
 def _check_axis(granularity: PerChannel | PerGroup) -> None:
     """Check the axis of a granularity; a list, as JSON has it, becomes a tuple."""
     axis = granularity.axis
-    if isinstance(axis, int | None):
+    if axis is None or (isinstance(axis, int) and not isinstance(axis, bool)):
         return
     if _is_ascending(axis):
         object.__setattr__(granularity, "axis", tuple(axis))

@@ -17,7 +17,7 @@ from torch import Tensor
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_compiling, is_mapped, is_plain
 from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.entries import FIELDS, FIX, mistyped, unlike, unpaired
+from sophq_func.numerics.entries import FIELDS, FIX, check_entry, mistyped, unlike, unpaired
 from sophq_func.numerics.layout import scale_axes
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
@@ -110,7 +110,7 @@ class KindCheck:
         seen_scale, seen_zero_point, seen_extras = self._seen[name]
         if seen_scale() is not scale or seen_zero_point() is not zero_point:
             return False
-        if not extras and not seen_extras:
+        if type(extras) is dict and not extras and not seen_extras:
             return True
         is_alike = isinstance(extras, dict) and seen_extras.keys() == extras.keys()
         return is_alike and all(seen_extras[field]() is tensor for field, tensor in extras.items())
@@ -227,3 +227,18 @@ def unusable(name: str, qparams: QParams, kind: Kind) -> Iterator[str]:
     if "qmin" in qparams.extras and not bool((_width(qparams) >= 0).all()):
         allowed, fix = "qmin <= qmax", "sq.with_bits(qparams, q.plan, bits)"
         yield explain(where, "these bounds hold no code", allowed=allowed, fix=fix)
+
+
+ALONE = Kind(axes=None, extras=frozenset(), is_read=True, is_signed=False)
+"""What is asked of qparams that no plan knows: a scheme says how many axes they have when they are used."""
+
+
+def check_alone(where: str, qparams: object, scheme: QScheme) -> None:
+    """Raise a :class:`StateError` unless these are QParams, with numbers that can be used.
+
+    Example:
+      >>> check_alone("clip_solve", QParams(torch.tensor(1.0), torch.tensor(0), {}), QScheme())
+    """
+    check_entry(where, qparams)
+    if not scheme.dynamic:
+        KindCheck({where: ALONE})({where: qparams})  # type: ignore[dict-item]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import MOST_REPEATS, is_count
+from sophq_func.core.arguments import MOST_REPEATS, is_count
 from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import min_max, no_range, range_to_qparams

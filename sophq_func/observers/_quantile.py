@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sophq_func.core.errors import MOST_REPEATS, is_count
+from sophq_func.core.arguments import MOST_REPEATS, is_count
 from sophq_func.numerics.contracts import OBSERVERS, Observer
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import min_max
