@@ -18,7 +18,7 @@ from sophq_func.algorithms.resume import Resumed, StrPath
 from sophq_func.algorithms.units import Stream, Unit, units_of
 from sophq_func.config.register import algorithm
 from sophq_func.core.arguments import MOST_REPEATS, is_count
-from sophq_func.core.errors import PlanError, check_flags, explain, raise_all, unknown
+from sophq_func.core.errors import ConfigError, PlanError, check_flags, explain, raise_all, unknown
 from sophq_func.core.logs import ALGORITHMS
 from sophq_func.core.modes import is_plain
 from sophq_func.core.progress import shown
@@ -139,6 +139,7 @@ def reconstruct(
     """
     check_flags("reconstruct", {"progress": progress})
     _check(learn, drop, steps, rows, weight, warm_up, beta)
+    _check_optimizers(optimizer, scale_optimizer)
     start = begin("reconstruct", q, params, qparams, where)
     data = as_batches("reconstruct", batches)
     exact = reference_of("reconstruct", start, reference)
@@ -191,6 +192,13 @@ def _check(learn: str, drop: float, steps: int, rows: int, weight: float, warm_u
         if not fits
     ]
     raise_all(problems)
+
+
+def _check_optimizers(*optimizers: object) -> None:
+    for given in optimizers:
+        if given is not None and not all(callable(getattr(given, name, None)) for name in ("init", "update")):
+            allowed, fix = "a pair of functions (init, update), as those of optax", "sq.algorithms.adam(0.01)"
+            raise ConfigError(explain("reconstruct", "this is no optimizer", got=given, allowed=allowed, fix=fix))
 
 
 def _check_weights(start: Start, learned: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.public import public
 from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import constants, fake_quantize, ste, working
+from sophq_func.numerics.affine import constants, fake_quantize, narrowed, ste, working
 from sophq_func.numerics.codebooks import codebook_named
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import Codebook, code_bits
@@ -163,7 +163,7 @@ def _gptq(
         problem = _problem(working(x).detach(), constant.extras["hessian"], percdamp, act_order)
         integers = group_size == FROM_QPARAMS
         rounding = _Integers(constant, scheme) if integers else _Scaled(table, group_size, quantile)
-        return ste(x, _solve(problem, rounding, block_size).reshape(x.shape).to(x.dtype))
+        return ste(x, narrowed(_solve(problem, rounding, block_size).reshape(x.shape), x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         if "hessian" not in qparams.extras:

@@ -12,7 +12,7 @@ from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.engine import Engine
 from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.entries import check_entry
+from sophq_func.numerics.kinds import check_alone
 
 
 def apply(engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs) -> Output:
@@ -77,7 +77,8 @@ def quantize_value(engine: Engine, name: str, x: Tensor, qparams: QParams) -> Te
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         sentence, fix = "only floating tensors are quantized", "q.quantize_value(name, x, qparams[name])"
         raise StateError(explain("quantize_value", sentence, got=got, allowed="a floating tensor", fix=fix))
-    check_entry("quantize_value: qparams", qparams)
+    quantizer = engine.quantizers[name]
+    check_alone("quantize_value: qparams", qparams, quantizer.scheme, "scale" in quantizer.fake_quantize.learnable)
     return _quantized_alone(engine, name, x, qparams)
 
 

@@ -17,6 +17,7 @@ from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
+from sophq_func.core.arguments import check_reals
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import as_constant, is_compiling, is_distributed, may_differentiate
 from sophq_func.core.public import is_absent
@@ -212,7 +213,7 @@ class Engine:
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
-            _refuse_nested(name, x)
+            _refuse_unfit(name, x)
             if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
                 return x
             if is_inside(x, outer):  # a state outlives the transform that wraps the value
@@ -239,7 +240,7 @@ class Engine:
             quantizer = self.running[name]
             if quantizer.config.observe_only:
                 return x
-            _refuse_nested(name, x)
+            _refuse_unfit(name, x)
             if quantizer.config.optional:
                 check_reached(name, qparams[name])
             if compiling:
@@ -380,10 +381,13 @@ class Engine:
         return self.loop.on(self.skeleton.altered(skipped, biases))
 
 
-def _refuse_nested(name: str, x: Tensor) -> None:
+def _refuse_unfit(name: str, x: Tensor) -> None:
+    """Raise a :class:`StateError` for a value that has another kind of numbers, or of memory, than the example's."""
     if x.is_nested:
         sentence, fix = "a nested tensor cannot be observed or quantized", "torch.nested.to_padded_tensor(x, 0.0)"
         raise StateError(explain(name, sentence, fix=fix))
+    if x.layout is not torch.strided or x.is_complex():
+        check_reals(name, {"the value": x})
 
 
 def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:

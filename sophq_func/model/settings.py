@@ -106,6 +106,8 @@ def _check_named_alike(qparams: Mapping[str, QParams], plan: Plan) -> None:
 def _is_width(width: object) -> bool:
     """Whether a bit width lies within bounds; the numbers of a tensor inside a transform cannot be read and pass."""
     if isinstance(width, Tensor):
+        if width.is_complex():
+            return False
         return not is_plain([width]) or bool(((width >= NARROWEST) & (width <= WIDEST)).all())
     if not isinstance(width, int | float) or isinstance(width, bool):
         return False

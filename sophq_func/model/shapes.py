@@ -19,7 +19,7 @@ from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS, QParams, State
-from sophq_func.numerics.entries import FIELDS, FIX, check_entries
+from sophq_func.numerics.entries import FIELDS, FIX, check_entries, mistyped
 from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup
 from sophq_func.numerics.ranges import no_range
 from sophq_func.numerics.scheme import QuantizerConfig
@@ -166,7 +166,7 @@ def check_ostate(plan: Plan, ostate: Mapping[str, State]) -> None:
 
 def check_qparams(plan: Plan | None, qparams: Mapping[str, QParams]) -> None:
     """Raise a :class:`StateError` unless these are qparams, and those of the plan, with scales that can be used."""
-    check_entries("qparams", qparams)
+    check_entries("qparams", qparams, mistyped)
     problems: list[str] = []
     if plan is None:
         for name, entry in qparams.items():

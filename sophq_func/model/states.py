@@ -73,6 +73,6 @@ class StateCheck:
                 kind = "floating" if like.is_floating else "integer"
                 got, allowed = f"{tensor.dtype} {tuple(tensor.shape)}", f"{kind} {like.shape}"
                 yield explain(where, f"{field} has another shape or dtype", got=got, allowed=allowed, fix=FIX)
-            elif tensor.device != state[0].device:
+            elif isinstance(state[0], Tensor) and tensor.device != state[0].device:
                 allowed = f"{state[0].device}, that of {state._fields[0]}"
                 yield explain(where, f"{field} is on another device", got=tensor.device, allowed=allowed, fix=FIX)

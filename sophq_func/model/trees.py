@@ -124,6 +124,9 @@ def _misfits(ours: Mapping[str, Tree], theirs: Mapping[str, Tree]) -> Iterator[s
         elif one.layout != torch.strided or other.layout != torch.strided:
             got, fix = f"{one.layout} and {other.layout}", "to_dense() of both"
             yield explain(f"lerp: {name}", "only dense tensors have an average", got=got, allowed="torch.strided", fix=fix)
+        elif one.is_meta != other.is_meta:
+            got, allowed = f"{one.device} and {other.device}", "tensors with numbers, or none with any"
+            yield explain(f"lerp: {name}", "one of the two tensors has no numbers", got=got, allowed=allowed)
         elif one.dtype != other.dtype or one.shape != other.shape:
             got = f"{one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"
             yield explain(f"lerp: {name}", "the tensors differ in dtype or shape", got=got, allowed="equal ones")

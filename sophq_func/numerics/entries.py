@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,10 +23,17 @@ FIX = "calibrate with a model of this plan"
 """The fix in errors about qparams that belong to another plan."""
 
 
-def check_entries(where: str, qparams: Mapping[str, object]) -> None:
+def check_entries(
+    where: str, qparams: Mapping[str, object], find: Callable[[str, object], Iterator[str]] | None = None
+) -> None:
     """Raise a :class:`StateError` unless this is a dict of QParams; it names everything that is not sound.
 
     For what takes qparams without a plan, such as :func:`sophq_func.stack`: shapes are compared with each other only.
+
+    Args:
+      where: the function that the user called.
+      qparams: should be a dict of QParams.
+      find: what is looked for in each, by default :func:`flaws`.
 
     Example:
       >>> check_entries("stack", {"a": QParams(torch.tensor(1.0), torch.tensor(0), {})})
@@ -41,7 +48,7 @@ def check_entries(where: str, qparams: Mapping[str, object]) -> None:
         if not isinstance(name, str):
             sentence, allowed = "this names no quantizer", "a string"
             problems.append(explain(f"{where}: qparams", sentence, got=name, allowed=allowed, fix=DICT_FIX))
-        problems += flaws(f"{where}: qparams of {name}", entry)
+        problems += (find or flaws)(f"{where}: qparams of {name}", entry)
     raise_all(problems, StateError)
 
 
@@ -57,7 +64,7 @@ def flaws(where: str, entry: object) -> Iterator[str]:
       where: how a line begins.
       entry: should be QParams.
     """
-    wrong = [*mistyped(where, entry)]
+    wrong = [*mistyped(where, entry), *misnumbered(where, entry)]
     yield from wrong
     if isinstance(entry, QParams) and not wrong:
         yield from unlike(where, entry)
@@ -82,9 +89,15 @@ def mistyped(where: str, entry: object) -> Iterator[str]:
     for field, tensor in {"scale": entry.scale, "zero_point": entry.zero_point, **entry.extras}.items():
         if not isinstance(tensor, Tensor):
             got = quoted(tensor) if isinstance(tensor, str | int | float) else type(tensor).__name__
-            yield explain(where, f"{field} is no tensor", got=got, allowed="a Tensor", fix=FIX)
+            yield explain(where, f"{field} of these QParams is no tensor", got=got, allowed="tensors", fix=FIX)
         elif tensor.layout != torch.strided:
             yield explain(where, f"{field} is sparse", got=tensor.layout, allowed="torch.strided", fix=f"{field}.to_dense()")
+
+
+def misnumbered(where: str, entry: object) -> Iterator[str]:
+    """A line for a scale or a zero point of a dtype that it cannot have."""
+    if not isinstance(entry, QParams):
+        return
     for field, tensor in (("scale", entry.scale), ("zero_point", entry.zero_point)):
         if isinstance(tensor, Tensor) and not is_number(field, tensor):
             allowed = "torch.float32" if field == "scale" else "torch.int32 or, where it is learned, torch.float32"

@@ -17,7 +17,7 @@ from torch import Tensor
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import is_compiling, is_mapped, is_plain
 from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.entries import FIELDS, FIX, check_entry, mistyped, unlike, unpaired
+from sophq_func.numerics.entries import FIELDS, FIX, check_entry, misnumbered, mistyped, unlike, unpaired
 from sophq_func.numerics.layout import scale_axes
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 
@@ -165,7 +165,7 @@ def _is_dense(entry: QParams) -> bool:
 def _unfit(name: str, qparams: QParams, kind: Kind) -> Iterator[str]:
     """Why qparams of one quantizer do not fit it, in a line each."""
     where = f"qparams of {name}"
-    found = [*mistyped(where, qparams)]
+    found = [*mistyped(where, qparams), *misnumbered(where, qparams)]
     if found:
         yield from found
         return
@@ -221,7 +221,7 @@ def unusable(name: str, qparams: QParams, kind: Kind) -> Iterator[str]:
         tensor: Tensor = getattr(qparams, field)
         if not bool(tensor.detach().isfinite().all()):
             got, allowed = "NaN or infinity", "finite numbers"
-            yield explain(where, f"{field} must be finite", got=got, allowed=allowed, fix=anew)
+            yield explain(where, f"the {field} is not finite", got=got, allowed=allowed, fix=anew)
     if not kind.is_signed and bool((qparams.scale.detach() <= 0).any()):
         yield explain(where, "a scale must be positive", got="0 or less", allowed="numbers > 0", fix=anew)
     if "qmin" in qparams.extras and not bool((_width(qparams) >= 0).all()):
@@ -233,12 +233,18 @@ ALONE = Kind(axes=None, extras=frozenset(), is_read=True, is_signed=False)
 """What is asked of qparams that no plan knows: a scheme says how many axes they have when they are used."""
 
 
-def check_alone(where: str, qparams: object, scheme: QScheme) -> None:
+def check_alone(where: str, qparams: object, scheme: QScheme, is_signed: bool = False) -> None:
     """Raise a :class:`StateError` unless these are QParams, with numbers that can be used.
+
+    Args:
+      where: how a message begins.
+      qparams: should be QParams.
+      scheme: a dynamic one reads no numbers.
+      is_signed: the scale may be negative, see :class:`Kind`.
 
     Example:
       >>> check_alone("clip_solve", QParams(torch.tensor(1.0), torch.tensor(0), {}), QScheme())
     """
     check_entry(where, qparams)
     if not scheme.dynamic:
-        KindCheck({where: ALONE})({where: qparams})  # type: ignore[dict-item]
+        KindCheck({where: ALONE._replace(is_signed=is_signed)})({where: qparams})  # type: ignore[dict-item]

@@ -131,7 +131,7 @@ def spoiled_values(value: object) -> Iterator[Spoiled]:
     elif isinstance(value, str):
         for text in ("", "no such thing", value.upper(), f"{value}x", "*", "[", "\x00", "../x", "x" * 10_000, "\ud800"):
             yield Spoiled(repr(text)[:30], text, False)
-        for wrong in (3, value.encode(), [value, 3], {}):
+        for wrong in (3, value.encode("utf-8", "replace"), [value, 3], {}):
             yield Spoiled(repr(wrong)[:30], wrong, isinstance(wrong, int))
     elif isinstance(value, sq.QParams):
         yield from _spoiled_qparams(value)
@@ -147,11 +147,11 @@ def spoiled_values(value: object) -> Iterator[Spoiled]:
         for wrong in ("float64", 3, torch.int8, torch.complex64, float):
             yield Spoiled(repr(wrong), wrong, not isinstance(wrong, str))
     elif callable(value) and not isinstance(value, nn.Module | type):
-        for function in (3, "x", _nothing, _no, _of_three):
+        for function in (3, "no such thing", _nothing, _no, _of_three):
             yield Spoiled(_named(function), function, isinstance(function, int | str))
-    else:
+    else:  # a text may be the name of a class or function
         for wrong in (3, "x", [], {}, object, torch.ones(2), math.nan):
-            yield Spoiled(_named(wrong), wrong, value is not None)
+            yield Spoiled(_named(wrong), wrong, value is not None and not isinstance(wrong, str))
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -174,7 +174,7 @@ def _spoiled_tensor(x: Tensor) -> Iterator[Spoiled]:
     """Other dtypes, shapes, devices, layouts, types and numbers."""
     with torch.no_grad():
         yield Spoiled("complex", x.to(torch.complex64), True)
-        yield Spoiled("meta", x.to("meta"), True)
+        yield Spoiled("meta", x.to("meta"), False)
         yield Spoiled("sparse", x.to_sparse() if x.ndim else torch.ones(1).to_sparse(), True)
         yield Spoiled("numpy", x.detach().numpy(), False)
         yield Spoiled("list", x.tolist(), False)
@@ -220,7 +220,19 @@ def _spoiled_qparams(entry: sq.QParams) -> Iterator[Spoiled]:
             yield Spoiled(f"{field} {spoiled.label}", entry._replace(**{field: spoiled.value}), invalid)
 
 
-WRONG_FIELDS = ("nan", "inf", "one nan", "one more axis", "expanded", "bool", "five", "empty", "scalar", "half of it")
+WRONG_FIELDS = (
+    "meta",
+    "nan",
+    "inf",
+    "one nan",
+    "one more axis",
+    "expanded",
+    "bool",
+    "five",
+    "empty",
+    "scalar",
+    "half of it",
+)
 """What no scale and no zero point of another tensor can be, by its label."""
 
 
@@ -256,7 +268,7 @@ def cases_of(number: int, call: ValidCall) -> Iterator[Case]:
         value = inspect.signature(call.function).parameters[key].default
         for spoiled in spoiled_values(value):
             yield Case(number, key, spoiled, call.args, {**call.kwargs, key: spoiled.value}, False)
-    unknown = Spoiled("an unknown keyword", 1, not call.batch)
+    unknown = Spoiled("an unknown keyword", 1, not call.batch and not call.alone)
     yield Case(number, "**", unknown, call.args, {**call.kwargs, "no_such_thing": 1}, bool(call.batch))
     yield Case(number, "*", Spoiled("no arguments", None, False), (), {}, False)
     if own:
@@ -438,6 +450,8 @@ def is_carried(case: Case, call: ValidCall) -> bool:
     label = case.spoiled.label.rpartition(" ")[2] if "one nan" not in case.spoiled.label else "one nan"
     is_data = label in NOT_FINITE or case.spoiled.label == "negative"  # the root of a negative variance
     is_qparams = "scale" in case.where or "zero_point" in case.where or " " in case.spoiled.label.replace("one nan", "")
+    if case.spoiled.label.endswith("3e+38"):
+        return True  # finite, and so large that a product is not
     if case.spoiled.label in ("empty", "an argument less") and call.name.startswith(("observer(", "q.init")):
         return True  # nothing was seen
     return is_data and not is_qparams and not call.name.startswith(STORING)
