@@ -40,7 +40,8 @@ def check_reals(where: str, values: Mapping[str, object]) -> None:
     Example:
       >>> check_reals("rectified_sigmoid", {"alpha": torch.ones(2)})
     """
-    raise_all([problem for name, value in values.items() if (problem := not_real(where, name, value))], StateError)
+    problems = [not_real(where, name, value) for name, value in values.items()]
+    raise_all([problem for problem in problems if problem], StateError)
 
 
 def not_real(where: str, name: str, value: object) -> str:

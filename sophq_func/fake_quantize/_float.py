@@ -165,6 +165,11 @@ def _float8(element: torch.dtype, scaling: str, rounding: str) -> FakeQuantize:
     return with_rounding(fake, rounding)
 
 
+def _finite_stays(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``y`` in a narrower dtype; infinite where it is infinite now, and nowhere else."""
+    return torch.where(y.isinf(), y.to(dtype), narrowed(y, dtype))
+
+
 def _cast(element: torch.dtype, rounding: str) -> FakeQuantize:
     """Rounding to the floating type ``element``, without a scale."""
     draw = drawing(str(element).removeprefix("torch."), rounding)
@@ -172,8 +177,7 @@ def _cast(element: torch.dtype, rounding: str) -> FakeQuantize:
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         drawn = draw(x, qparams, noise)
         if element == torch.bfloat16 and x.dtype == torch.float16:  # it rounds what is near the largest float16 to more
-            wide = apply(x.float(), qparams, scheme, drawn)
-            return torch.where(x.isinf(), x, narrowed(wide, x.dtype))
+            return _finite_stays(apply(x.float(), qparams, scheme, drawn), x.dtype)
         if drawn is None:
             return round_to_dtype(x, element)
         finite = torch.where(x.isfinite(), x, 0)
@@ -184,7 +188,7 @@ def _cast(element: torch.dtype, rounding: str) -> FakeQuantize:
         return Codes(x.detach().to(element), {})
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
-        return narrowed(codes.values, dtype)
+        return _finite_stays(codes.values.float(), dtype) if dtype == torch.float16 else codes.values.to(dtype)
 
     fake = FakeQuantize(
         kept,
