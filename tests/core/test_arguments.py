@@ -57,7 +57,7 @@ def test_names_in_the_other_parts_of_a_message_are_cut_too() -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 10**30, 1.0, True, "3", None, float("nan")])
 def test_a_count_is_an_integer_between_bounds(count: object) -> None:
-    with pytest.raises(sq.ConfigError, match="steps must be a positive int.*allowed an int from 1 to 10000000"):
+    with pytest.raises(sq.ConfigError, match=r"steps must be a positive int.*allowed an int from 1 to 10000000"):
         check_counts("train", {"steps": count})
 
 
@@ -79,7 +79,7 @@ def test_counts_that_never_end_are_refused_where_they_are_given() -> None:
     w = {"w": torch.ones(2)}
     with pytest.raises(sq.ConfigError, match="top_eigenvalue: steps"):
         sq.top_eigenvalue(lambda p: p["w"].square().sum(), w, w, steps=10**30)
-    with pytest.raises(sq.ConfigError, match="histogram.*bins"):
+    with pytest.raises(sq.ConfigError, match=r"histogram.*bins"):
         sq.observers.histogram(bins=10**30)
     with pytest.raises(sq.ConfigError, match="pareto: there are no budgets"):
         sq.algorithms.pareto({"a": {8: 0.1}}, {"a": 1.0}, budgets=10**30)
