@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sophq_func as sq
+from sophq_func.core.pytree import tree_map
 
 WEIGHT, INPUT = "weight_fake_quant", "input.post_act_fake_quantizer"
 
@@ -61,9 +62,7 @@ def test_a_field_that_does_not_fit_is_named(name: str, take: Callable[..., Any])
 
 def test_wide_states_and_members_of_a_batch_are_right() -> None:
     q, params, ostate, x = ready()
-    wide = {
-        name: type(state)(*(t.double() if t.is_floating_point() else t for t in state)) for name, state in ostate.items()
-    }
+    wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, ostate)
     assert q.qparams(params, wide).keys() == q.qparams(params, ostate).keys()
     mapped = torch.vmap(lambda x: q.observe(params, ostate, x[None])[1])(x)
     assert all(tensor.shape[0] == 2 for state in mapped.values() for tensor in state)

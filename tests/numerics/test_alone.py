@@ -17,6 +17,7 @@ OBSERVER, FIXED = sq.observer("minmax"), sq.fake_quantizer("fixed")
 STATE = OBSERVER.update(OBSERVER.init(X, SCHEME), X, SCHEME)
 QPARAMS = OBSERVER.qparams(STATE, SCHEME)
 EMA = sq.observer("ema_minmax")
+OF_ROWS = OBSERVER.init(X, sq.QScheme(granularity="per_channel"))
 
 CALLS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "a list": (OBSERVER.init, (X.tolist(), SCHEME), "'minmax'.init: x is no tensor"),
@@ -27,11 +28,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "another state": (OBSERVER.merge, (STATE, EMA.init(X, SCHEME)), "no state of it: got 'EMAMinMaxState'"),
     "a number": (OBSERVER.update, (STATE._replace(lo=1.0), X, SCHEME), "lo is no tensor: got 1.0"),
     "another shape": (OBSERVER.update, (STATE._replace(hi=torch.ones(5)), X, SCHEME), r"hi does not fit: .*\(5,\)"),
-    "another granularity": (
-        OBSERVER.qparams,
-        (type(STATE)(torch.zeros(3), torch.ones(3)), SCHEME),
-        "scales of another shape",
-    ),
+    "another granularity": (OBSERVER.qparams, (OF_ROWS, SCHEME), "gives scales of another shape"),
     "an unknown keyword": (lambda *a: OBSERVER.init(*a, axis=1), (X, SCHEME), "keyword 'axis' is not known"),
     "qparams as a tuple": (FIXED.apply, (X, tuple(QPARAMS), SCHEME), "'fixed'.apply: qparams: this value is not QParams"),
     "a NaN scale": (FIXED.apply, (X, QPARAMS._replace(scale=torch.tensor(math.nan)), SCHEME), "the scale is not finite"),
