@@ -220,19 +220,10 @@ def _spoiled_qparams(entry: sq.QParams) -> Iterator[Spoiled]:
             yield Spoiled(f"{field} {spoiled.label}", entry._replace(**{field: spoiled.value}), invalid)
 
 
-WRONG_FIELDS = (
-    "meta",
-    "nan",
-    "inf",
-    "one nan",
-    "one more axis",
-    "expanded",
-    "bool",
-    "five",
-    "empty",
-    "scalar",
-    "half of it",
-)
+SHAPES = ("one more axis", "expanded", "five", "empty", "scalar", "half of it")
+"""Labels of tensors of another shape."""
+
+WRONG_FIELDS = ("meta", "all nan", "all inf", "one nan", "bool", *SHAPES)
 """What no scale and no zero point of another tensor can be, by its label."""
 
 
