@@ -102,8 +102,7 @@ class ParamsCheck:
         if like.shape is not None and value.shape != like.shape:
             allowed = f"{like.shape}, as in the model"
             because = "a batch of params goes through torch.vmap" if value.ndim > len(like.shape) else ""
-            got = tuple(value.shape)
-            yield explain(place, "it has another shape", got=got, allowed=allowed, because=because, fix=fix)
+            yield explain(place, "it has another shape", got=tuple(value.shape), allowed=allowed, because=because, fix=fix)
 
 
 def check_of(model: nn.Module, registered: Mapping[str, Tensor], is_function: bool) -> ParamsCheck:

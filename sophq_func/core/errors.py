@@ -66,26 +66,34 @@ def _written(value: object, room: int) -> str:
         return f"a {type(value).__name__}"
     if isinstance(value, str | bytes):
         return repr(value[: max(room, 1)])  # the end of a longer one is cut off by ``quoted``
-    if type(value) in (list, tuple, set, frozenset, dict) and value:
+    if type(value) in BRACKETS and value:
         return _written_items(value, room)  # type: ignore[arg-type]
     return repr(value)
+
+
+BRACKETS: Mapping[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    dict: ("{", "}"),
+    set: ("{", "}"),
+    frozenset: ("frozenset({", "})"),
+}
+"""How the containers that are looked into are written."""
 
 
 def _written_items(items: Collection[object], room: int) -> str:
     """The items of a container, up to those for which there is no room."""
     texts: list[str] = []
-    for item in items.items() if isinstance(items, dict) else items:
+    for item in items:
         if room < 0:
             texts.append("...")
             break
+        text = _written(item, room)
         if isinstance(items, dict):
-            key, value = item  # type: ignore[misc]
-            text = f"{_written(key, room)}: {_written(value, room)}"
-        else:
-            text = _written(item, room)
+            text = f"{text}: {_written(items[item], room)}"
         texts.append(text)
         room -= len(text)
-    left, right = {list: "[]", tuple: "()", dict: "{}", set: "{}"}.get(type(items), ("frozenset({", "})"))
+    left, right = BRACKETS[type(items)]
     comma = "," if isinstance(items, tuple) and len(texts) == 1 else ""
     return f"{left}{', '.join(texts)}{comma}{right}"
 
