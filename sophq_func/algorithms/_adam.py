@@ -80,6 +80,8 @@ def adam(rate: Rate, decay: tuple[float, float] = (0.9, 0.999), eps: float = 1e-
         raise ConfigError(explain("adam", "rate is no learning rate", got=rate, allowed=allowed))
     if not isinstance(eps, int | float | Tensor):
         raise ConfigError(explain("adam", "eps must be a number", got=eps, allowed="a positive number"))
+    if not isinstance(decay, tuple | list) or len(decay) != 2:
+        raise ConfigError(explain("adam", "decay must be two numbers", got=decay, allowed="(0.9, 0.999), for example"))
     a, b = decay
 
     def init(learned: Tensors) -> Moments:

@@ -14,6 +14,7 @@ from sophq_func.algorithms._scales import Form, form_of
 from sophq_func.algorithms._walk import Walk, units_of, walked
 from sophq_func.algorithms.contract import Start, as_batches, begin, fits
 from sophq_func.config.register import algorithm
+from sophq_func.core.arguments import check_reals
 from sophq_func.core.errors import ConfigError, check_flags, explain, raise_all
 from sophq_func.core.logs import ALGORITHMS as LOG
 from sophq_func.core.progress import shown
@@ -26,6 +27,7 @@ from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.affine import fake_quantize, working
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.granularity import Axis
+from sophq_func.numerics.kinds import check_alone
 from sophq_func.numerics.moments import Moments
 from sophq_func.numerics.ranges import EPS, bounds, min_max, qparams_to_range, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
@@ -77,6 +79,8 @@ def clip_solve(weight: Tensor, second: Tensor, scheme: QScheme, qparams: QParams
       >>> bool(error(found) < 0.7 * error(start))
       True
     """
+    check_reals("clip_solve", {"weight": weight, "second": second})
+    check_alone("clip_solve: qparams", qparams, scheme)
     work = working(weight.detach())
     form = form_of(work, second.detach().to(work.dtype), scheme, axis)
     search = Search(work, scheme, form, lambda qp: fake_quantize(work, qp, scheme, "kernel"))

@@ -220,8 +220,9 @@ def check_share(where: str, alpha: object) -> None:
     """Raise a :class:`ConfigError` unless this is a number from 0 to 1; one inside a transform cannot be read and passes."""
     if isinstance(alpha, Tensor) and not is_plain([alpha]):
         return
-    is_number = isinstance(alpha, int | float | Tensor) and not isinstance(alpha, bool)
-    if not is_number or not 0 <= float(alpha) <= 1:  # type: ignore[arg-type]
+    is_scalar = isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.is_complex()
+    is_number = is_scalar or (isinstance(alpha, int | float) and not isinstance(alpha, bool))
+    if not is_number or not 0 <= alpha <= 1:  # type: ignore[operator]
         raise ConfigError(
             explain(where, "this exponent means nothing", got=alpha, allowed="a number from 0 to 1", fix="alpha=0.5")
         )

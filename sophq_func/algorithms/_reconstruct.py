@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -16,7 +17,8 @@ from sophq_func.algorithms.contract import Start, as_batches, begin, reference_o
 from sophq_func.algorithms.resume import Resumed, StrPath
 from sophq_func.algorithms.units import Stream, Unit, units_of
 from sophq_func.config.register import algorithm
-from sophq_func.core.errors import PlanError, check_flags, explain, raise_all, unknown
+from sophq_func.core.arguments import MOST_REPEATS, is_count
+from sophq_func.core.errors import ConfigError, PlanError, check_flags, explain, raise_all, unknown
 from sophq_func.core.logs import ALGORITHMS
 from sophq_func.core.modes import is_plain
 from sophq_func.core.progress import shown
@@ -137,6 +139,7 @@ def reconstruct(
     """
     check_flags("reconstruct", {"progress": progress})
     _check(learn, drop, steps, rows, weight, warm_up, beta)
+    _check_optimizers(optimizer, scale_optimizer)
     start = begin("reconstruct", q, params, qparams, where)
     data = as_batches("reconstruct", batches)
     exact = reference_of("reconstruct", start, reference)
@@ -177,8 +180,8 @@ def _check(learn: str, drop: float, steps: int, rows: int, weight: float, warm_u
     problems = [] if learn in get_args(Learn) else [unknown("reconstruct", "learn", learn, get_args(Learn))]
     ranges = {
         "drop": (drop, 0 <= drop < 1, "a number from 0, less than 1"),
-        "steps": (steps, steps >= 1, "an int >= 1"),
-        "rows": (rows, rows >= 1, "an int >= 1"),
+        "steps": (steps, is_count(steps), f"an int from 1 to {MOST_REPEATS}"),
+        "rows": (rows, is_count(rows, most=sys.maxsize), "an int >= 1"),
         "weight": (weight, weight >= 0, "a number >= 0"),
         "warm_up": (warm_up, 0 <= warm_up <= 1, "a number from 0 to 1"),
         "beta": (beta, len(beta) == 2 and min(beta) > 0, "two positive numbers"),
@@ -189,6 +192,13 @@ def _check(learn: str, drop: float, steps: int, rows: int, weight: float, warm_u
         if not fits
     ]
     raise_all(problems)
+
+
+def _check_optimizers(*optimizers: object) -> None:
+    for given in optimizers:
+        if given is not None and not all(callable(getattr(given, name, None)) for name in ("init", "update")):
+            allowed, fix = "a pair of functions (init, update), as those of optax", "sq.algorithms.adam(0.01)"
+            raise ConfigError(explain("reconstruct", "this is no optimizer", got=given, allowed=allowed, fix=fix))
 
 
 def _check_weights(start: Start, learned: Iterable[str]) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from sophq_func.algorithms._matrix import Columns, Grid, columns_of
+from sophq_func.core.arguments import check_counts, check_reals
 from sophq_func.core.errors import ConfigError, StateError, explain, unknown
 from sophq_func.core.modes import is_plain
 from sophq_func.core.public import public
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.granularity import Axis
+from sophq_func.numerics.kinds import check_alone
 from sophq_func.numerics.scheme import QScheme
 
 Order = Literal["activation", "storage"]
@@ -80,6 +83,8 @@ def gptq_solve(
       tensor([[4., 2.],
               [2., 3.]])
     """
+    check_reals("gptq_solve", {"weight": weight, "second": second})
+    check_alone("gptq_solve: qparams", qparams, scheme)
     check_options("gptq_solve", order, damping, sweeps)
     parts = second.shape[0] if second.ndim == 3 else 1
     columns = columns_of("gptq_solve", weight.detach(), parts, qparams, scheme, axis)
@@ -93,11 +98,10 @@ def check_options(where: str, order: object, damping: object, sweeps: object) ->
     if order not in ORDERS:
         raise ConfigError(unknown(where, "order", order, ORDERS))
     is_number = isinstance(damping, int | float) and not isinstance(damping, bool)
-    if not isinstance(damping, Tensor) and not (is_number and damping >= 0):  # type: ignore[operator]
+    if not isinstance(damping, Tensor) and not (is_number and 0 <= damping < math.inf):  # type: ignore[operator]
         sentence = "damping must not be negative"
         raise ConfigError(explain(where, sentence, got=damping, allowed="a number >= 0", fix="damping=0.01"))
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
-        raise ConfigError(explain(where, "sweeps must not be negative", got=sweeps, allowed="an int >= 0"))
+    check_counts(where, {"sweeps": sweeps}, least=0)
 
 
 def _check_second(where: str, weight: Tensor, second: Tensor) -> None:

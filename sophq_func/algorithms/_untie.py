@@ -11,6 +11,7 @@ from sophq_func.capture.contents import params_of
 from sophq_func.core.errors import PlanError, StateError, explain, raise_all
 from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
+from sophq_func.model.params import misfits
 
 
 @public
@@ -50,6 +51,7 @@ def untie(model: nn.Module, params: Mapping[str, Tensor] | None = None) -> tuple
     problems = [explain("untie", f"params lack {name!r}", fix=fix) for name in own if name not in given]
     unknown = sorted(given.keys() - own.keys())
     problems += [explain("untie", f"params hold {name!r}, which is not in the model", fix=fix) for name in unknown]
+    problems += [problem for name in own if name in given for problem in misfits("untie", name, own[name], given[name])]
     raise_all(problems, StateError)
     apart = copy.deepcopy(model)
     first: dict[int, str] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sophq_func.algorithms.contract import as_batches, begin
 from sophq_func.algorithms.curvature import Loss, hessian_trace, rademacher
-from sophq_func.core.errors import ConfigError, StateError, check_flags, explain, raise_all, unknown
+from sophq_func.core.errors import ConfigError, StateError, check_flags, explain, quoted, raise_all, unknown
 from sophq_func.core.progress import shown
 from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict, tensors
@@ -21,6 +21,7 @@ from sophq_func.model.quantized import Quantized
 from sophq_func.model.settings import enabled
 from sophq_func.model.tap import unchanged
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.entries import check_entries
 
 Settings: TypeAlias = Mapping[int, Mapping[str, QParams]]
 """By bit width, the qparams of every quantizer at that width."""
@@ -247,6 +248,9 @@ def at_widths(settings: Settings, bits: Mapping[str, int], qparams: Mapping[str,
       >>> at_widths(settings, {"a": 4}, settings[2])["a"].scale
       tensor(0.2500)
     """
+    check_entries("at_widths", qparams)
+    for width, setting in settings.items():
+        check_entries(f"at_widths: {quoted(width)} bits", setting)
     unknown_names = [unknown("at_widths", "quantizer", name, list(qparams)) for name in bits if name not in qparams]
     raise_all(unknown_names, ConfigError)
     problems = [

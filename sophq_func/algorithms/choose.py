@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import NamedTuple, TypeAlias
 
 from sophq_func.algorithms.bits import BitSensitivity
+from sophq_func.core.arguments import MOST_REPEATS, is_count
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
 from sophq_func.core.public import public
 from sophq_func.core.types import Given, Tree
@@ -98,8 +99,9 @@ def pareto(
       [(80.0, 0.8), (120.0, 0.4), (160.0, 0.3)]
     """
     program = Program.of(sensitivity, costs, tie)
-    if isinstance(budgets, int) and budgets < 1:
-        raise ConfigError(explain("pareto", "there are no budgets", got=budgets, allowed="an int >= 1, or a list"))
+    if isinstance(budgets, int) and not is_count(budgets):
+        allowed = f"an int from 1 to {MOST_REPEATS}, or a list"
+        raise ConfigError(explain("pareto", "there are no budgets", got=budgets, allowed=allowed))
     if isinstance(budgets, int):
         low, high = program.least_cost(), program.largest_cost()
         budgets = [low + (high - low) * i / max(1, budgets - 1) for i in range(budgets)]
@@ -292,7 +294,9 @@ def _check(added: Added, costs: Costs) -> None:
     for name, by_bits in added.items():
         for bits, loss in by_bits.items():
             if not float("-inf") < float(loss) < float("inf"):
-                raise StateError(explain("choose_bits", f"{name} at {bits} bits has no finite loss", got=float(loss)))
+                where, fix = f"choose_bits: {name}", "leave the width out, or measure it with other batches"
+                sentence = f"at {bits} bits it has no finite loss"
+                raise StateError(explain(where, sentence, got=float(loss), allowed="a finite number", fix=fix))
 
 
 def _package(name: str) -> ModuleType:

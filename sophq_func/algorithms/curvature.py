@@ -6,6 +6,7 @@ The loss is any function of a flat dict of tensors: params of a float or of a qu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
+from sophq_func.core.arguments import check_counts, is_count
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all, unknown
 from sophq_func.core.modes import is_plain
 from sophq_func.core.public import public
@@ -83,7 +85,7 @@ def rademacher(params: Tensors, names: Iterable[str], samples: int, generator: t
         raise StateError(
             explain("rademacher", "names must be a list", got=names, allowed="a list of names", fix=f"[{names!r}]")
         )
-    _check_count("rademacher", "samples", samples)
+    check_counts("rademacher", {"samples": samples})
     if not isinstance(generator, torch.Generator):
         got, fix = type(generator).__name__, "torch.Generator().manual_seed(0)"
         raise StateError(
@@ -129,7 +131,7 @@ def hessian_trace(loss: Loss, params: Tensors, noise: Tensors, *, chunk_size: in
       >>> hessian_trace(lambda p: (p["w"] ** 3).sum(), params, noise)["w"]
       HessianTrace(trace=tensor(18.), error=tensor(0.))
     """
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and not is_count(chunk_size, most=sys.maxsize):
         allowed = "an int >= 1, or None for all at once"
         raise ConfigError(explain("hessian_trace", "no chunk has this size", got=chunk_size, allowed=allowed))
     _check_vectors("hessian_trace", noise, params, batched=True)
@@ -177,7 +179,7 @@ def top_eigenvalue(loss: Loss, params: Tensors, start: Tensors, steps: int = 20)
       >>> found["w"].value
       tensor(-12.)
     """
-    _check_count("top_eigenvalue", "steps", steps)
+    check_counts("top_eigenvalue", {"steps": steps})
     _check_vectors("top_eigenvalue", start, params, batched=False)
     return {name: _power_iteration(loss, params, name, start[name], steps) for name in sorted(start)}
 
@@ -232,11 +234,6 @@ def _check_names(where: str, names: Iterable[str], params: Tensors) -> None:
     floating = sorted(name for name, tensor in params.items() if tensor.is_floating_point())
     problems = [unknown(where, "floating tensor", name, floating) for name in names if name not in floating]
     raise_all(problems, StateError)
-
-
-def _check_count(where: str, what: str, count: object) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ConfigError(explain(where, f"{what} must be a positive int", got=count, allowed="an int >= 1"))
 
 
 def _check_vectors(where: str, vectors: Tensors, params: Tensors, batched: bool) -> None:

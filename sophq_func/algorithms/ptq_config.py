@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sophq_func.core.arguments import MOST_REPEATS
 from sophq_func.core.errors import ConfigError, explain, raise_all, unknown
 from sophq_func.core.public import public
 
@@ -85,12 +86,18 @@ def _is_between(low: float, high: float) -> Callable[[object], bool]:
     return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
+def _is_pair(value: object) -> bool:
+    """Whether these are two positive numbers."""
+    is_number = _is_between(0, float("inf"))
+    return isinstance(value, tuple | list) and len(value) == 2 and all(is_number(item) and item != 0 for item in value)
+
+
 CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "pattern": (lambda value: value in UNITS, "'layer' or 'block'"),
-    "max_count": (_is_between(1, float("inf")), "an int >= 1"),
+    "pattern": (lambda value: isinstance(value, str) and value in UNITS, "'layer' or 'block'"),
+    "max_count": (_is_between(1, MOST_REPEATS), f"an int from 1 to {MOST_REPEATS}"),
     "weight": (_is_between(0, float("inf")), "a number >= 0"),
     "warm_up": (_is_between(0, 1), "a number from 0 to 1"),
-    "b_range": (lambda value: len(value) == 2 and min(value) > 0, "two positive numbers"),
+    "b_range": (_is_pair, "two positive numbers"),
     "scale_lr": (_is_between(0, float("inf")), "a number >= 0"),
     "prob": (lambda value: _is_between(0, 1)(value) and value > 0, "a number above 0, up to 1"),
     "round_mode": (lambda value: value == "learned_hard_sigmoid", "'learned_hard_sigmoid'"),

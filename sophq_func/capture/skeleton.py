@@ -49,6 +49,7 @@ from sophq_func.capture.frame import (
 from sophq_func.capture.functions import FunctionModule
 from sophq_func.capture.hidden import report
 from sophq_func.capture.lazy import Deferred
+from sophq_func.capture.params import check_of
 from sophq_func.capture.snapshot import Binding, Memory, rebind
 from sophq_func.capture.turns import Turn, Undo
 from sophq_func.core import modes
@@ -106,6 +107,7 @@ class Skeleton:
         self._owned_in_all = self.owned
         self.paths = all_paths(model)
         self.structure = model.structure if isinstance(model, FunctionModule) else None
+        self._check = check_of(model, registered, self.structure is not None)
         self.module, self.constants, names = copied_without_weights(model, registered)
         self._module_at = dict(self.module.named_modules())
         self._aliases = aliases(self.module, names)
@@ -259,14 +261,10 @@ class Skeleton:
             got = type(next(iter(params.values()))).__name__  # qparams in the place of params: one mistake, one problem
             allowed, order = "a dict {name: Tensor}", f"{fix}, which come before qparams"
             raise StateError(explain(where, "params hold no tensors", got=got, allowed=allowed, fix=order))
-        problems = []
+        problems = self._check.problems(params, where, fix)
         # methods, not operators: Dynamo of torch 2.11 cannot compare a frozenset with keys
         if not (self.names.issubset(params.keys()) and self.all_names.issuperset(params)):
             problems += self._misnamed(params.keys(), where, fix)
-        for name, value in params.items():
-            if not isinstance(value, Tensor):
-                sentence, got = f"params[{name!r}] must be a tensor", type(value).__name__
-                problems.append(explain(where, sentence, got=got, allowed="a Tensor", fix=fix))
         raise_all(problems, StateError)
         return params
 

@@ -26,8 +26,9 @@ from sophq_func.core.types import Tree
 from sophq_func.core.version import __version__
 from sophq_func.model.flat import flat, merge
 from sophq_func.model.quantized import Quantized
-from sophq_func.model.shapes import FIELDS, check_ostate, check_qparams, expected
+from sophq_func.model.shapes import check_ostate, check_qparams, expected
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, QParams, State
+from sophq_func.numerics.entries import FIELDS
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.stored import digest_of_version_2
 

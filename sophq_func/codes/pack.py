@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sophq_func.core.arguments import check_reals, is_count
 from sophq_func.core.errors import ConfigError, StateError, check_flags, explain
 from sophq_func.core.public import public
 
@@ -46,6 +48,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
       tensor([241,   7], dtype=torch.uint8)
     """
     count = per_byte(bits)
+    check_reals("pack", {"codes": codes})
     if codes.is_floating_point() or codes.is_complex():
         raise StateError(explain("pack", "codes must be integers", got=codes.dtype, allowed="an integer dtype"))
     flat = codes.detach().reshape(-1)
@@ -93,6 +96,9 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
       tensor([ 1, -1,  7], dtype=torch.int8)
     """
     check_flags("unpack", {"signed": signed})
+    check_reals("unpack", {"packed": packed})
+    if not isinstance(shape, Sequence) or not all(is_count(size, least=0, most=sys.maxsize) for size in shape):
+        raise ConfigError(explain("unpack", "this is no shape", got=shape, allowed="a tuple of ints", fix="codes.shape"))
     count, size = per_byte(bits), math.prod(shape)
     expected = (-(-size // count),)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:

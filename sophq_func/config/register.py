@@ -22,7 +22,7 @@ from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.patterns import Fused, Part, registered
 from sophq_func.config.strategies import PLACEMENTS, Strategy
 from sophq_func.core.errors import ConfigError, explain
-from sophq_func.core.public import public_as
+from sophq_func.core.public import check_fields, public_as
 from sophq_func.core.registry import Spec
 from sophq_func.fake_quantize import scaled
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, OBSERVERS, FakeQuantize, Observer
@@ -265,6 +265,8 @@ def _check_kind(where: str, name: object, given: object, kind: type) -> None:
     if not isinstance(given, kind):
         sentence, allowed = f"{name!r} is no {kind.__name__}", f"a {kind.__name__}"
         raise ConfigError(explain(where, sentence, got=type(given).__name__, allowed=allowed))
+    if isinstance(given, tuple):
+        check_fields(where, given)
 
 
 @public_as("register.pattern")

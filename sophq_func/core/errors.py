@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import FrameType
 
+import torch
+
 from sophq_func.core.texts import printable, printable_lines
 
 
@@ -55,6 +57,72 @@ class PlanWarning(UserWarning):
     """A plan leaves much of a model float, although nobody asked for that; or a glob of a rule fits nothing in the model."""
 
 
+class UnknownNameError(ConfigError, KeyError):
+    """A mapping of the library does not have this name. A ``KeyError``, too, so that ``get`` and ``in`` work."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # that of a KeyError is the ``repr`` of its text
+
+
+LONGEST_QUOTE = 200
+"""Most characters of an input that a message repeats: it stays readable, and a tensor or a model is not printed whole."""
+
+MOST_ELEMENTS = 16
+"""A tensor of more elements is named by its dtype and shape."""
+
+
+def quoted(value: object) -> str:
+    """The ``repr`` of a value, or its beginning where that is long; what is large is not written out first.
+
+    Example:
+      >>> len(quoted("x" * 1000)), quoted(torch.zeros(1000, 1000)), quoted([torch.nn.Linear(2, 2)])
+      (200, 'a torch.float32 tensor of shape (1000, 1000)', '[a Linear]')
+    """
+    text = _written(value, LONGEST_QUOTE)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."
+
+
+def _written(value: object, room: int) -> str:
+    """A value in about as many characters as there is room for, or in all that it needs if these are fewer."""
+    if isinstance(value, torch.Tensor):
+        is_short = value.numel() <= MOST_ELEMENTS and not value.is_meta and value.layout == torch.strided
+        return repr(value) if is_short else f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, torch.nn.Module):
+        return f"a {type(value).__name__}"
+    if isinstance(value, str | bytes):
+        return repr(value[: max(room, 1)])  # the end of a longer one is cut off by ``quoted``
+    if type(value) in BRACKETS and value:
+        return _written_items(value, room)  # type: ignore[arg-type]
+    return repr(value)
+
+
+BRACKETS: Mapping[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    dict: ("{", "}"),
+    set: ("{", "}"),
+    frozenset: ("frozenset({", "})"),
+}
+"""How the containers that are looked into are written."""
+
+
+def _written_items(items: Collection[object], room: int) -> str:
+    """The items of a container, up to those for which there is no room."""
+    texts: list[str] = []
+    for item in items:
+        if room < 0:
+            texts.append("...")
+            break
+        text = _written(item, room)
+        if isinstance(items, dict):
+            text = f"{text}: {_written(items[item], room)}"
+        texts.append(text)
+        room -= len(text)
+    left, right = BRACKETS[type(items)]
+    comma = "," if isinstance(items, tuple) and len(texts) == 1 else ""
+    return f"{left}{', '.join(texts)}{comma}{right}"
+
+
 _NOT_GIVEN = object()
 """Default of ``got``: ``None`` is a value that a user may have given."""
 
@@ -84,11 +152,11 @@ def explain(
     """
     details = []
     if got is not _NOT_GIVEN:
-        details.append(f"got {got!r}")
+        details.append(f"got {quoted(got)}")
     if allowed is not None:
         details.append(f"allowed {allowed}")
-    # names stand in these two; reasons and fixes may have several lines
-    text = f"{printable(where)}: {printable(sentence)}"
+    # names of the input are quoted in these two; reasons and fixes may have several lines
+    text = f"{printable(_cut(where))}: {printable(_cut(sentence))}"
     if details:
         text += ": " + ", ".join(details)
     if because:
@@ -97,6 +165,18 @@ def explain(
     if fix:
         text += f" Fix: {fix}" + ("" if fix.endswith("?") else ".")
     return text
+
+
+LONGEST_PART = LONGEST_QUOTE + 120
+"""Most characters of a part of a message that may quote a name: the quotation, and the words around it."""
+
+
+def _cut(text: str) -> str:
+    """A part of a message without the middle of a name that is too long."""
+    if len(text) <= LONGEST_PART:
+        return text
+    half = LONGEST_PART // 2
+    return f"{text[:half]}...{text[-half:]}"
 
 
 def deprecated(text: str) -> None:
@@ -127,14 +207,14 @@ An abbreviation has little in common with its word: ``sym`` and ``symmetric`` ha
 """
 
 
-def near(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A question that suggests the names of ``known`` most like ``name``; empty where none is similar.
+def near(name: object, known: Iterable[str], count: int = 3) -> str:
+    """A question that suggests the names of ``known`` most like ``name``; empty where none is similar, or it is no text.
 
     Example:
       >>> near("minmx", ["minmax", "mse"])
       "did you mean 'minmax'?"
     """
-    found = matches(name, known, count)
+    found = matches(name, known, count) if isinstance(name, str) else []
     suggestions = " or ".join(map(repr, found))
     return f"did you mean {suggestions}?" if found else ""
 
@@ -202,10 +282,11 @@ def unknown(where: str, kind: str, name: object, known: Sequence[str], fix: str 
       >>> unknown("quant_dict", "chip", "BM169", ["BM1690"])
       "quant_dict: chip 'BM169' is not known, did you mean 'BM1690'? Fix: use one of BM1690."
     """
-    hint = near(name, known) if isinstance(name, str) else ""
+    hint = near(name, known)
     middle = f", {hint}" if hint else "."
     first = f"{fix}, or " if fix else ""
-    return f"{where}: {kind} {name!r} is not known{middle} Fix: {first}use one of {', '.join(map(printable, known))}."
+    allowed = ", ".join(map(printable, known))
+    return f"{_cut(where)}: {kind} {quoted(name)} is not known{middle} Fix: {first}use one of {allowed}."
 
 
 def check_flags(where: str, flags: Mapping[str, object]) -> None:

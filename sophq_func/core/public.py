@@ -16,7 +16,17 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from sophq_func.core.errors import ConfigError, PlanError, StateError, explain, matches, problems_of, raise_all, unknown
+from sophq_func.core.errors import (
+    ConfigError,
+    PlanError,
+    StateError,
+    explain,
+    matches,
+    problems_of,
+    quoted,
+    raise_all,
+    unknown,
+)
 from sophq_func.core.modes import stands_for_another
 
 Item = TypeVar("Item", bound=Callable[..., Any])
@@ -41,6 +51,9 @@ Meant: TypeAlias = Mapping[str, tuple[str, str]]
 
 RECEIVERS = ("self", "cls", "_cls")
 """Names of the argument that a method is called on, which messages leave out."""
+
+MOST_DEPTH = 6
+"""How deep containers are looked into; a circle ends there."""
 
 LONGEST_VALUE = 80
 """A value whose ``repr`` has more characters is named by its type: a model or a tensor would fill the screen."""
@@ -187,8 +200,13 @@ def _typed(call: Callable[..., Any]) -> Callable[..., Any]:
     def typed(*args: Any, **kwargs: Any) -> Any:
         made = call(*args, **kwargs)
         given = {**dict(zip(annotations, args, strict=False)), **kwargs}
-        fitting = (fits(value, annotations[name]) or stands_for_another(value) for name, value in given.items())
-        if not all(fitting):
+        wrong = (
+            name
+            for name, value in given.items()
+            for _ in _misfits("", name, value, annotations[name])
+            if not stands_for_another(value)
+        )
+        if any(True for _ in wrong):
             raise TypeError("an argument has the wrong type")  # which one is found out by ``_teaching``
         return made
 
@@ -329,8 +347,48 @@ def _of_wrong_types(call: Callable[..., Any], where: str, args: Sequence[Any], k
         if name not in parameters or name in RECEIVERS or parameters[name].kind in _VARIADIC:
             continue
         annotation = _resolved(parameters[name].annotation, call)
-        if value is not parameters[name].default and not fits(value, annotation):
-            yield explain(where, f"{name} has the wrong type", got=_shown(value), allowed=_spelled(annotation))
+        if value is parameters[name].default:
+            continue
+        yield from _misfits(where, name, value, annotation)
+
+
+def check_fields(where: str, value: tuple[object, ...]) -> None:
+    """Raise a :class:`ConfigError` about the fields of a NamedTuple whose types are not those of its annotations."""
+    raise_all([*_items_of_wrong_types(where, type(value).__name__, value, type(value))])
+
+
+def _misfits(where: str, name: str, value: object, annotation: object, depth: int = 0) -> Iterator[str]:
+    """Why a value does not have a type, or something in it not the type that it is to have, in a line each."""
+    if not fits(value, annotation):
+        yield explain(where, f"{name} has the wrong type", got=_shown(value), allowed=_spelled(annotation))
+    else:
+        yield from _items_of_wrong_types(where, name, value, annotation, depth)
+
+
+def _items_of_wrong_types(where: str, name: str, value: object, annotation: object, depth: int = 0) -> Iterator[str]:
+    """Keys and items of containers whose types are not those of the annotation, in a line each; the first of each level."""
+    arguments = typing.get_args(annotation)
+    if depth > MOST_DEPTH:
+        return
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        fitting = [one for one in arguments if fits(value, one)]
+        yield from _items_of_wrong_types(where, name, value, fitting[0], depth + 1) if len(fitting) == 1 else ()
+    elif isinstance(value, Mapping) and len(arguments) == 2:
+        for key, item in value.items():
+            if not fits(key, arguments[0]):
+                allowed = _spelled(arguments[0])
+                yield explain(where, f"a key of {name} has the wrong type", got=_shown(key), allowed=allowed)
+                return
+            yield from _misfits(where, f"{name}[{quoted(key)}]", item, arguments[1], depth + 1)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        hints = getattr(type(value), "__annotations__", {})
+        for field, item in zip(value._fields, value, strict=True):
+            hint = _resolved(hints.get(field, Any), type(value))
+            yield from _misfits(where, f"{name}.{field}", item, hint, depth + 1)
+    elif isinstance(value, tuple | list) and arguments:
+        items = arguments[:1] * len(value) if typing.get_origin(annotation) is not tuple or ... in arguments else arguments
+        for i, item in enumerate(value[: len(items)]):
+            yield from _misfits(where, f"{name}[{i}]", item, items[i], depth + 1)
 
 
 class _Quoted:
@@ -345,12 +403,12 @@ class _Quoted:
 
 def _shown(value: object) -> object:
     """A value for a message, or its type where its ``repr`` is long."""
-    text = repr(value)
+    text = quoted(value)
     is_short = len(text) <= LONGEST_VALUE and "\n" not in text and " object at 0x" not in text
     return value if is_short else _Quoted(f"a {type(value).__name__}")
 
 
-def _resolved(annotation: object, call: Callable[..., Any]) -> object:
+def _resolved(annotation: object, call: Callable[..., Any] | type) -> object:
     """The type that an annotation names; ``Any`` where it is not there at run time."""
     if isinstance(annotation, typing.ForwardRef):  # of a NamedTuple
         annotation = annotation.__forward_arg__

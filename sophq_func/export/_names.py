@@ -10,7 +10,7 @@ from torch import nn
 from sophq_func.config.names import value_quantizer
 from sophq_func.config.patterns import PATTERNS
 from sophq_func.config.site import Site
-from sophq_func.core.errors import ConfigError, explain, near, raise_all
+from sophq_func.core.errors import ConfigError, explain, near, quoted, raise_all
 from sophq_func.core.operations import canonical, family
 from sophq_func.numerics.granularity import PerChannel
 from sophq_func.planning.plan import Plan
@@ -110,7 +110,8 @@ def ops(plan: Plan, names: Mapping[str, str], file: FileNames | None = None) -> 
       ConfigError: a name for a quantizer that is not in the plan; a quantizer whose op type is not known.
     """
     unknown = [name for name in names if name not in plan]
-    raise_all([f"tables: names has {name!r}, which is not in the plan; {near(name, plan)}." for name in unknown])
+    sentence, listed = "it is not in the plan", "list(q.plan) has the names"
+    raise_all([explain(f"tables: names[{quoted(name)}]", sentence, fix=near(name, plan) or listed) for name in unknown])
     named, problems = {}, []
     for name in plan:
         name_of = _weight_op if plan.site(name).role == "weight" else _op

@@ -14,6 +14,7 @@ from sophq_func.fake_quantize._rounding import adaround, qdrop
 from sophq_func.fake_quantize._soft import dorefa, dsq
 from sophq_func.fake_quantize._tables import fp4, fpxgroup, nnie
 from sophq_func.fake_quantize._tables import scaled as scaled
+from sophq_func.numerics.alone import fake_quantizer_alone
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, FakeQuantize
 from sophq_func.numerics.pieces import build
 from sophq_func.numerics.rectified import rectified_sigmoid
@@ -108,10 +109,11 @@ def fake_quantizer(name: str, **options: object) -> FakeQuantize:
       **options: options of the fake quantizer, by their names here or in sophgo-mq.
 
     Raises:
-      ConfigError: unknown name or option.
+      ConfigError: unknown name or option. ``init`` and ``apply`` raise a ``StateError`` for what is no tensor, and for
+        qparams that are none; ``apply`` for scales that are not finite, where their numbers can be read.
 
     Example:
       >>> fake_quantizer("LearnableFakeQuantize", use_grad_scaling=True).learnable
       ('scale', 'zero_point')
     """
-    return build(FAKE_QUANTIZERS.spec(name, **options))
+    return fake_quantizer_alone(name, build(FAKE_QUANTIZERS.spec(name, **options)))

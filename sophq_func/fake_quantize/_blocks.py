@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.fake_quantize._noise import drawing, with_rounding
-from sophq_func.numerics.affine import ste, working
+from sophq_func.numerics.affine import narrowed, ste, working
 from sophq_func.numerics.blocks import block_amax, from_blocks, to_blocks
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
 from sophq_func.numerics.formats import (
@@ -153,7 +153,7 @@ def nvfp4(block_size: int = 16, *, rounding: str = "nearest") -> FakeQuantize:
         unit = working(x).detach() / scale
         elements, shared = divided(unit)
         quantized = from_blocks(E2M1.round(elements, _in_blocks(drawn, block_size)) * shared, unit) * scale
-        return ste(x, quantized.to(x.dtype))
+        return ste(x, narrowed(quantized, x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         elements, shared = divided(working(x).detach() / expanded_scale(x, qparams, scheme))
@@ -163,7 +163,7 @@ def nvfp4(block_size: int = 16, *, rounding: str = "nearest") -> FakeQuantize:
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         unit = _by_blocks(E2M1, codes.values, codes.parts["block_scale"].to(wide), block_size)
-        return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
+        return narrowed(unit * expanded_scale(unit, qparams, scheme), dtype)
 
     fake = FakeQuantize(
         init,
@@ -196,7 +196,7 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
         scale = torch.exp2(shared_exponent(block_amax(blocks), form).to(work.dtype))
         drawn = _in_blocks(draw(x, qparams, noise), block_size)
         quantized = from_blocks(form.round(blocks / scale, drawn) * scale, work)
-        return ste(x, quantized.to(x.dtype))
+        return ste(x, narrowed(quantized, x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         blocks = to_blocks(working(x).detach(), block_size)
@@ -208,7 +208,7 @@ def _microscaled(where: str, elements: dict[str, Format], element: str, block_si
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scale = torch.exp2(codes.parts["exponent"].to(wide) - E8M0_BIAS)
-        return _by_blocks(form, codes.values, scale, block_size).to(dtype)
+        return narrowed(_by_blocks(form, codes.values, scale, block_size), dtype)
 
     fake = FakeQuantize(
         kept,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.fake_quantize._noise import drawing, with_rounding
-from sophq_func.numerics.affine import ste, working
+from sophq_func.numerics.affine import narrowed, ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept
 from sophq_func.numerics.formats import E4M3, E5M2, float_, round_to_dtype, round_to_float8
 from sophq_func.numerics.layout import expand, rows
@@ -141,7 +141,7 @@ def _float8(element: torch.dtype, scaling: str, rounding: str) -> FakeQuantize:
         work, scale = working(x), expanded_scale(x, qparams, scheme)
         unit, drawn = work / scale, draw(x, qparams, noise)
         quantized = round_to_float8(unit, element) if drawn is None else FORMATS[element].round(unit, drawn)
-        return ste(x, (quantized * scale).to(x.dtype))
+        return ste(x, narrowed(quantized * scale, x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         unit = working(x.detach()) / expanded_scale(x, qparams, scheme)
@@ -149,7 +149,7 @@ def _float8(element: torch.dtype, scaling: str, rounding: str) -> FakeQuantize:
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         unit = codes.values.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
+        return narrowed(unit * expanded_scale(unit, qparams, scheme), dtype)
 
     fake = FakeQuantize(
         init,
@@ -165,12 +165,19 @@ def _float8(element: torch.dtype, scaling: str, rounding: str) -> FakeQuantize:
     return with_rounding(fake, rounding)
 
 
+def _finite_stays(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``y`` in a narrower dtype; infinite where it is infinite now, and nowhere else."""
+    return torch.where(y.isinf(), y.to(dtype), narrowed(y, dtype))
+
+
 def _cast(element: torch.dtype, rounding: str) -> FakeQuantize:
     """Rounding to the floating type ``element``, without a scale."""
     draw = drawing(str(element).removeprefix("torch."), rounding)
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         drawn = draw(x, qparams, noise)
+        if element == torch.bfloat16 and x.dtype == torch.float16:  # it rounds what is near the largest float16 to more
+            return _finite_stays(apply(x.float(), qparams, scheme, drawn), x.dtype)
         if drawn is None:
             return round_to_dtype(x, element)
         finite = torch.where(x.isfinite(), x, 0)
@@ -181,7 +188,7 @@ def _cast(element: torch.dtype, rounding: str) -> FakeQuantize:
         return Codes(x.detach().to(element), {})
 
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
-        return codes.values.to(dtype)
+        return _finite_stays(codes.values.float(), dtype) if dtype == torch.float16 else codes.values.to(dtype)
 
     fake = FakeQuantize(
         kept,

@@ -8,11 +8,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sophq_func.core.arguments import check_reals, is_count
 from sophq_func.core.errors import ConfigError, StateError, explain
 from sophq_func.core.public import public
 from sophq_func.fake_quantize._tables import check_quantile
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import constants, fake_quantize, ste, working
+from sophq_func.numerics.affine import constants, fake_quantize, narrowed, ste, working
 from sophq_func.numerics.codebooks import codebook_named
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import Codebook, code_bits
@@ -128,6 +129,7 @@ def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Ten
       >>> hessian_update(torch.zeros(1, 1), 0, torch.tensor([[1.0], [2.0]]))
       (tensor([[10.]]), 1)
     """
+    check_reals("hessian_update", {"hessian": hessian, "x": x})
     if hessian.ndim != 2 or hessian.shape != (x.shape[-1], x.shape[-1]):
         allowed = f"({x.shape[-1]}, {x.shape[-1]}) for inputs of shape {tuple(x.shape)}"
         raise StateError(
@@ -161,7 +163,7 @@ def _gptq(
         problem = _problem(working(x).detach(), constant.extras["hessian"], percdamp, act_order)
         integers = group_size == FROM_QPARAMS
         rounding = _Integers(constant, scheme) if integers else _Scaled(table, group_size, quantile)
-        return ste(x, _solve(problem, rounding, block_size).reshape(x.shape).to(x.dtype))
+        return ste(x, narrowed(_solve(problem, rounding, block_size).reshape(x.shape), x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         if "hessian" not in qparams.extras:
@@ -199,7 +201,7 @@ def _check_rows(where: str, scheme: QScheme) -> None:
 
 
 def _check_int(where: str, name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise ConfigError(explain(where, f"{name} must be an int from {least} up", got=value, allowed=f"an int >= {least}"))
 
 

@@ -12,7 +12,7 @@ from sophq_func.core.modes import as_constant
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import constants, fake_quantize, ste, working
+from sophq_func.numerics.affine import constants, fake_quantize, narrowed, ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, Decode, FakeQuantize, GridInForce, QParams
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import EPS, Bound, bounds, clamp, positive, qparams_to_range, range_to_qparams
@@ -79,7 +79,7 @@ def pact(alpha: float = 6.0, *, rounding: str = "nearest") -> FakeQuantize:
         clipped = clip(x, qparams, scheme)
         constant = constants(grid(qparams, scheme))
         quantized = fake_quantize(clipped.detach(), constant, scheme, "kernel", noise=draw(x, qparams, noise))
-        return ste(clipped, quantized).to(x.dtype)
+        return narrowed(ste(clipped, quantized), x.dtype)
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return affine.encode(clip(x.detach(), qparams, scheme), grid(qparams, scheme), scheme, "kernel")

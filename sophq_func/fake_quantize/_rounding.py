@@ -10,7 +10,7 @@ from sophq_func.core.modes import as_constant
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.fake_quantize._noise import uniform
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import fake_quantize, working
+from sophq_func.numerics.affine import fake_quantize, narrowed, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.layout import expand
 from sophq_func.numerics.ranges import clamp, expanded_bounds, positive
@@ -69,7 +69,7 @@ def adaround(rounding: str = "soft", quant_type: str | None = None) -> FakeQuant
             constant = QParams(as_constant(qparams.scale), as_constant(qparams.zero_point), qparams.extras)
             return fake_quantize(x, constant, scheme, "kernel")
         code, zero, scale = rounded(x, qparams, scheme)
-        return ((code - zero) * scale).to(x.dtype)
+        return narrowed((code - zero) * scale, x.dtype)
 
     def rounded(x: Tensor, qparams: QParams, scheme: QScheme) -> tuple[Tensor, Tensor | int, Tensor]:
         """Code, zero point and scale of each element."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.fake_quantize._noise import drawing, with_rounding
 from sophq_func.numerics import affine
-from sophq_func.numerics.affine import constants, fake_quantize, ste, working
+from sophq_func.numerics.affine import constants, fake_quantize, narrowed, ste, working
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, kept
 from sophq_func.numerics.formats import whole
 from sophq_func.numerics.layout import expand
@@ -176,7 +176,7 @@ def dsq(alpha: float = 0.4) -> FakeQuantize:
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         code, zero, scale = rounded(x, qparams, scheme)
-        return ((code - zero) * scale).to(x.dtype)
+        return narrowed((code - zero) * scale, x.dtype)
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return Codes(rounded(x.detach(), qparams, scheme)[0].to(torch.int32), {})

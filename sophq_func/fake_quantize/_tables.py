@@ -8,7 +8,7 @@ from torch import Tensor
 from sophq_func.core.constants import table
 from sophq_func.core.errors import ConfigError, explain
 from sophq_func.fake_quantize._noise import drawing, with_rounding
-from sophq_func.numerics.affine import ste, working
+from sophq_func.numerics.affine import narrowed, ste, working
 from sophq_func.numerics.blocks import from_blocks, to_blocks
 from sophq_func.numerics.codebooks import codebook_named
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS, Codes, FakeQuantize, QParams, always_coded, kept, never_coded
@@ -90,7 +90,7 @@ def scaled(where: str, form: Format, quantile: float = 1.0, rounding: str = "nea
 
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
         scale = expanded_scale(x, qparams, scheme)
-        return ste(x, (form.round(working(x) / scale, draw(x, qparams, noise)) * scale).to(x.dtype))
+        return ste(x, narrowed(form.round(working(x) / scale, draw(x, qparams, noise)) * scale, x.dtype))
 
     def encode(x: Tensor, qparams: QParams, scheme: QScheme) -> Codes:
         return Codes(indices(form, working(x.detach()) / expanded_scale(x, qparams, scheme)), {})
@@ -98,7 +98,7 @@ def scaled(where: str, form: Format, quantile: float = 1.0, rounding: str = "nea
     def decode(codes: Codes, qparams: QParams, scheme: QScheme, dtype: torch.dtype = torch.float32) -> Tensor:
         unit = value_table(form, codes.values.device)[codes.values.long()]
         unit = unit.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return (unit * expanded_scale(unit, qparams, scheme)).to(dtype)
+        return narrowed(unit * expanded_scale(unit, qparams, scheme), dtype)
 
     fake = FakeQuantize(
         init,
@@ -167,7 +167,7 @@ def fpxgroup(
             multiplier = E4M3.largest / scale.amax().clamp(min=LEAST_SCALE)
             scale = E4M3.round(scale * multiplier) / multiplier
         quantized = table.round(groups / scale.clamp(min=LEAST_SCALE), drawn) * scale
-        return ste(x, from_blocks(quantized, x.reshape(-1)).reshape(x.shape).to(x.dtype))
+        return ste(x, narrowed(from_blocks(quantized, x.reshape(-1)).reshape(x.shape), x.dtype))
 
     def uncoded(qparams: QParams, scheme: QScheme) -> str:
         return "its groups run over the ends of rows, with scales that are computed anew from each tensor"
@@ -215,7 +215,7 @@ def nnie() -> FakeQuantize:
         below_edge = torch.where(work == edge, work, 0)
         quantized = torch.where(work.abs() > edge, torch.copysign(magnitude, work), below_edge)
         # adding 0 * shift keeps the NaN of a scale that is not finite
-        return ste(x, torch.where(work.isnan(), work, quantized + 0 * shift).to(x.dtype))
+        return ste(x, narrowed(torch.where(work.isnan(), work, quantized + 0 * shift), x.dtype))
 
     def uncoded(qparams: QParams, scheme: QScheme) -> str:
         return "its codes stand for logarithms, not for multiples of a scale"

@@ -271,7 +271,7 @@ class Artifact:
 
     def _entry(self, name: str) -> Entry:
         weights = self._metadata["weights"]
-        if name not in weights:
+        if not isinstance(name, str) or name not in weights:
             fix = near(name, weights) or "artifact.metadata['weights'] has the names"
             raise StateError(explain("artifact", f"there are no codes of {name!r}", because="it was not converted", fix=fix))
         return dict(weights[name])

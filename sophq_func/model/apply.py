@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sophq_func.capture.transforms import depth, is_inside, outside, whole
+from sophq_func.core.errors import StateError, explain
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.engine import Engine
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.kinds import check_alone
 
 
 def apply(engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs) -> Output:
@@ -54,7 +56,7 @@ def capture(
         # a copy, as the model may write into x later
         if name in engine.requantizers or name in engine.unsigned:
             return x.clone(), engine.quantized(name, x, qparams)
-        return x.clone(), quantize_value(engine, name, x, qparams[name])
+        return x.clone(), _quantized_alone(engine, name, x, qparams[name])
 
     def effect(name: str, x: Tensor) -> Tensor:
         if is_inside(x, outer):  # what is captured outlives the transform that wraps the value
@@ -70,5 +72,16 @@ def capture(
 
 def quantize_value(engine: Engine, name: str, x: Tensor, qparams: QParams) -> Tensor:
     """See :meth:`sophq_func.Quantized.quantize_value`."""
-    quantizer = engine.quantizers[engine.plan.find(name)]
+    name = engine.plan.find(name)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        sentence, fix = "only floating tensors are quantized", "q.quantize_value(name, x, qparams[name])"
+        raise StateError(explain("quantize_value", sentence, got=got, allowed="a floating tensor", fix=fix))
+    quantizer = engine.quantizers[name]
+    check_alone("quantize_value: qparams", qparams, quantizer.scheme, "scale" in quantizer.fake_quantize.learnable)
+    return _quantized_alone(engine, name, x, qparams)
+
+
+def _quantized_alone(engine: Engine, name: str, x: Tensor, qparams: QParams) -> Tensor:
+    quantizer = engine.quantizers[name]
     return quantizer.fake_quantize.apply(x, qparams, quantizer.scheme)

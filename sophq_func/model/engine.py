@@ -17,6 +17,7 @@ from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
 from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
+from sophq_func.core.arguments import check_reals
 from sophq_func.core.errors import StateError, explain, raise_all
 from sophq_func.core.modes import as_constant, is_compiling, is_distributed, may_differentiate
 from sophq_func.core.public import is_absent
@@ -28,7 +29,7 @@ from sophq_func.model.loop import Loop, MakeRunner
 from sophq_func.model.requantizing import Requantizer
 from sophq_func.model.runner import Effect
 from sophq_func.model.schedule import Schedule
-from sophq_func.model.shapes import check_kinds, kind_of
+from sophq_func.model.states import StateCheck
 from sophq_func.model.together import values_together, weights_together
 from sophq_func.model.usage import refuse_absent
 from sophq_func.model.value_quantizer import RunQuantizer
@@ -37,6 +38,7 @@ from sophq_func.numerics.affine import switched
 from sophq_func.numerics.contracts import QParams, State
 from sophq_func.numerics.granularity import PerToken
 from sophq_func.numerics.kernels import Kernels, find
+from sophq_func.numerics.kinds import KindCheck, kind_of
 from sophq_func.planning.plan import Plan
 
 DERIVATIVES = ("grad", "unpack_dual")
@@ -50,7 +52,7 @@ QParamsDict = dict[str, QParams]
 
 
 class Engine:
-    """A model and its plan, ready to run. Nothing in it changes once it is made.
+    """A model and its plan, ready to run. Nothing in it changes once it is made, but what ``check_kinds`` remembers.
 
     Attributes:
       skeleton: the model without its weights, or a part of it. Other rooms use the methods below instead.
@@ -69,6 +71,8 @@ class Engine:
       unsigned: names of those whose zero point is 0, whatever is learned.
       sources: in a part, by name, the quantizers outside of it whose scales the part needs.
       differentiates: whether the model itself takes a derivative in its forward.
+      check_kinds: raises a :class:`StateError` that names all qparams whose shapes, dtypes, extras or numbers are not the
+        plan's, see :class:`~sophq_func.numerics.kinds.KindCheck`.
       entry_types: for ``"ostate"`` and for ``"qparams"``, the class of each entry, by quantizer.
 
     Args:
@@ -115,10 +119,12 @@ class Engine:
         }
         # those of frozen weights are not read
         read = self.running if frozen else self.quantizers
-        self._kinds = {
-            name: kind_of(quantizer.scheme, quantizer.fake_quantize.learnable)
+        kinds = {
+            name: kind_of(quantizer.config, quantizer.scheme, quantizer.fake_quantize.learnable)
             for name, quantizer in (*read.items(), *self.sources.items())
         }
+        self.check_kinds = KindCheck(kinds)
+        self._check_states = StateCheck(self.quantizers, skeleton.registered())
         # A plan records into which of the model's arguments the model writes. It does not for the arguments of a part.
         copied = frozenset(plan.written) if whole is None else None
         late = frozenset(path for name in self.deferrable for path, _ in skeleton.holders(name))
@@ -183,6 +189,8 @@ class Engine:
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
         self.plan.check(state, what, self.entry_types[what], self._names_of_whole)
+        if what == "ostate":
+            self._check_states(state)
         if what == "qparams" and self._needing:
             raise_all([problem for name in self._needing for problem in self._lacking(name, state[name])], StateError)
 
@@ -195,10 +203,6 @@ class Engine:
                 fix = f"qparams[{name!r}]._replace(extras={{{extra!r}: ...}}), or another fake quantizer"
                 yield explain(name, sentence, because=because, fix=fix)
 
-    def check_kinds(self, qparams: Mapping[str, QParams]) -> None:
-        """Raise a :class:`StateError` that names each of the qparams whose shapes, dtypes or extras are not the plan's."""
-        check_kinds(qparams, self._kinds)
-
     def constant(self) -> AbstractContextManager[object]:
         """A context for runs of which nobody takes a derivative, but the model itself where it does."""
         return nullcontext() if self.differentiates else torch.no_grad()
@@ -209,7 +213,7 @@ class Engine:
 
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
-            _refuse_nested(name, x)
+            _refuse_unfit(name, x)
             if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
                 return x
             if is_inside(x, outer):  # a state outlives the transform that wraps the value
@@ -236,7 +240,7 @@ class Engine:
             quantizer = self.running[name]
             if quantizer.config.observe_only:
                 return x
-            _refuse_nested(name, x)
+            _refuse_unfit(name, x)
             if quantizer.config.optional:
                 check_reached(name, qparams[name])
             if compiling:
@@ -377,10 +381,13 @@ class Engine:
         return self.loop.on(self.skeleton.altered(skipped, biases))
 
 
-def _refuse_nested(name: str, x: Tensor) -> None:
+def _refuse_unfit(name: str, x: Tensor) -> None:
+    """Raise a :class:`StateError` for a value that has another kind of numbers, or of memory, than the example's."""
     if x.is_nested:
         sentence, fix = "a nested tensor cannot be observed or quantized", "torch.nested.to_padded_tensor(x, 0.0)"
         raise StateError(explain(name, sentence, fix=fix))
+    if x.layout is not torch.strided or x.is_complex():
+        check_reals(name, {"the value": x})
 
 
 def _is_read_by_its_layer(weight: WeightQuantizer, skeleton: Skeleton) -> bool:

@@ -88,12 +88,10 @@ def check_numbers(
 
 
 def _numbers_of_layer(where: str, weight: WeightQuantizer, params: Mapping[str, Tensor]) -> list[str]:
-    """A sentence for each tensor of a layer in which NaN, or, beside the weight, infinity would become a code."""
+    """A sentence for each tensor of a layer in which NaN or infinity would become a code."""
     site, norm, problems = weight.site, weight.norm, []
-    if bool(params[site.parameter].isnan().any()):
-        problems.append(_not_a_number(where, site.parameter, "NaN"))
     folded = [] if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
-    for name in filter(None, [site.bias, *folded]):
+    for name in filter(None, [site.parameter, site.bias, *folded]):
         if not bool(params[name].isfinite().all()):
             problems.append(_not_a_number(where, name, "NaN or infinity"))
     return problems

@@ -11,6 +11,7 @@ from sophq_func.core.public import public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.model.engine import Engine
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.entries import check_entries
 
 Leaves = dict[str, Tensor]
 """Tensors by ``"<quantizer>.<field>"``."""
@@ -28,6 +29,7 @@ def flat(qparams: Mapping[str, QParams]) -> Leaves:
 def split(engine: Engine, qparams: Mapping[str, QParams]) -> tuple[Leaves, Leaves]:
     """See :meth:`sophq_func.Quantized.split`."""
     engine.check_state(qparams, "qparams")
+    check_entries("split", qparams)
     leaves = flat(qparams)
     learned = {name: leaf for name, leaf in leaves.items() if leaf.is_floating_point() and _is_learned(engine, name)}
     rest = {name: leaf for name, leaf in leaves.items() if name not in learned}
@@ -52,6 +54,10 @@ def merge(learnable: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[s
             raise StateError(
                 explain("merge", "these halves cannot be merged", allowed=allowed, fix="sq.merge(*q.split(qparams))")
             )
+    nameless = [key for key in (*learnable, *rest) if not isinstance(key, str)]
+    if nameless:
+        allowed, fix = "'<quantizer>.<field>'", "sq.merge(*q.split(qparams))"
+        raise StateError(explain("merge", "this is no name", got=nameless[0], allowed=allowed, fix=fix))
     twice = sorted(learnable.keys() & rest.keys())
     if twice:
         fix = "sq.merge(*q.split(qparams))"

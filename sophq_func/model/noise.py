@@ -29,6 +29,7 @@ def with_noise(
     """See :meth:`sophq_func.Quantized.with_noise`."""
     named = engine.skeleton.check(params, "with_noise")
     engine.check_state(qparams, "qparams")
+    engine.check_kinds(qparams)
     _check_generator(generator)
     likes = _weights_with_noise(engine, named) | _values_with_noise(engine, named, args, kwargs)
     new = dict(qparams)

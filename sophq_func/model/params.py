@@ -78,7 +78,10 @@ def load_into(model: nn.Module, params: Mapping[str, Tensor]) -> None:
         sentence, got, allowed = "params must be a dict of tensors", type(params).__name__, "a dict {name: Tensor}"
         raise StateError(explain("load_into", sentence, got=got, allowed=allowed, fix=FIX))
     raise_all([*_misnamed(params.keys(), targets.keys())], StateError)
-    raise_all([problem for name, target in targets.items() for problem in _misfits(name, target, params[name])], StateError)
+    raise_all(
+        [problem for name, target in targets.items() for problem in misfits("load_into", name, target, params[name])],
+        StateError,
+    )
     memories = {_memory(target) for target in targets.values()}
     sources = {name: _apart(params[name], targets[name], memories) for name in targets}
     raise_all([*_overwritten(targets, sources)], StateError)
@@ -108,12 +111,15 @@ def _misnamed(given: Collection[str], known: Collection[str]) -> Iterator[str]:
         yield explain("load_into", f"params hold {name!r}, which is not in the model", fix=hint)
 
 
-def _misfits(name: str, target: Tensor, given: object) -> Iterator[str]:
-    """Why a value cannot be written into a tensor of the model, in a sentence each."""
-    where = f"load_into: {name}"
+def misfits(function: str, name: str, target: Tensor, given: object) -> Iterator[str]:
+    """Why a value cannot take the place of a tensor of the model, in a sentence each."""
+    where = f"{function}: {name}"
     if not isinstance(given, Tensor):
         yield explain(where, "this value is no tensor", got=type(given).__name__, allowed="a Tensor", fix=FIX)
         return
+    if given.layout != target.layout:
+        fix = f"params[{name!r}].to_dense()"
+        yield explain(where, "the tensor has another layout", got=given.layout, allowed=f"{target.layout}", fix=fix)
     if given.shape != target.shape:
         allowed = f"{tuple(target.shape)}, as in the model"
         yield explain(where, "the tensor has another shape", got=tuple(given.shape), allowed=allowed)

@@ -606,7 +606,8 @@ class Quantized:
           qparams: its entry of the qparams.
 
         Raises:
-          KeyError: the plan has no such quantizer.
+          ConfigError: the plan has no such quantizer (a ``KeyError``, too).
+          StateError: ``qparams`` is no entry of it, or ``x`` no tensor.
         """
         return apply.quantize_value(self.engine, name, x, qparams)
 

@@ -21,6 +21,7 @@ from sophq_func.core.pytree import flatten, sorted_dict, tree_map
 from sophq_func.model.flat import flat
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import FakeQuantize, QParams
+from sophq_func.numerics.entries import check_entries
 from sophq_func.numerics.ranges import clamp, qparams_to_range, range_to_qparams
 from sophq_func.numerics.scheme import QScheme, QuantizerConfig
 from sophq_func.planning.plan import Plan
@@ -66,6 +67,10 @@ def with_bits(qparams: Mapping[str, QParams], plan: Plan, bits: Width | Mapping[
       >>> low["weight_fake_quant"].extras
       {'qmax': tensor(3.), 'qmin': tensor(-4.)}
     """
+    check_entries("with_bits", qparams)
+    if not isinstance(plan, Plan):
+        sentence, got = "widths are those of a plan's quantizers", type(plan).__name__
+        raise ConfigError(explain("with_bits", sentence, got=got, allowed="q.plan", fix="sq.with_bits(qparams, q.plan, 4)"))
     _check_named_alike(qparams, plan)
     widths: dict[str, Width] = {}
     by_pattern = bits if isinstance(bits, Mapping) else {"*": bits}
@@ -101,6 +106,8 @@ def _check_named_alike(qparams: Mapping[str, QParams], plan: Plan) -> None:
 def _is_width(width: object) -> bool:
     """Whether a bit width lies within bounds; the numbers of a tensor inside a transform cannot be read and pass."""
     if isinstance(width, Tensor):
+        if width.is_complex():
+            return False
         return not is_plain([width]) or bool(((width >= NARROWEST) & (width <= WIDEST)).all())
     if not isinstance(width, int | float) or isinstance(width, bool):
         return False
@@ -163,6 +170,7 @@ def enabled(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> 
       >>> enabled(qp, {"*": False})["a"].extras
       {'enabled': tensor(False)}
     """
+    check_entries("enabled", qparams)
     new = dict(qparams)
     for name, value in _masks(qparams, mask):
         if not _is_mask(value):
@@ -253,9 +261,7 @@ def stack(settings: Sequence[Mapping[str, QParams]]) -> dict[str, QParams]:
 
 def _described(setting: Mapping[str, QParams]) -> dict[str, str]:
     """Dtype and shape of each leaf, by its name in ``q.split``."""
-    if not isinstance(setting, Mapping) or not all(isinstance(entry, QParams) for entry in setting.values()):
-        sentence, got = "this setting cannot be stacked", type(setting).__name__
-        raise StateError(explain("stack", sentence, got=got, allowed="a dict of QParams", fix="sq.stack([qparams])"))
+    check_entries("stack", setting)
     return {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in flat(setting).items()}
 
 
@@ -277,11 +283,21 @@ def _stacked(*leaves: Tensor) -> Tensor:
 def unstack(settings: Mapping[str, QParams]) -> list[dict[str, QParams]]:
     """The settings of a batch, one by one; the inverse of :func:`stack`.
 
+    Raises:
+      StateError: no qparams, or leaves without a first axis of one size.
+
     Example:
       >>> batch = {"a": QParams(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]), {})}
       >>> unstack(batch)[1]["a"].scale
       tensor(2.)
     """
+    check_entries("unstack", settings)
+    sizes = {name: tuple(leaf.shape[:1]) for name, leaf in flat(settings).items()}
+    if len({*sizes.values()}) > 1 or () in sizes.values():
+        name, other = next(iter(sizes)), next((n for n in sizes if sizes[n] != next(iter(sizes.values()))), "")
+        got = f"{sizes[name]} of {name}" + (f", {sizes[other]} of {other}" if other else "")
+        sentence, allowed = "these are no settings along a first axis", "one size of it for all leaves"
+        raise StateError(explain("unstack", sentence, got=got, allowed=allowed, fix="sq.unstack(sq.stack([qparams]))"))
     batches, rebuild = flatten(settings)
     if not batches:
         return []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -20,35 +19,20 @@ from sophq_func.model.value_quantizer import RunQuantizer
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics import pieces
 from sophq_func.numerics.contracts import OBSERVERS, QParams, State
+from sophq_func.numerics.entries import FIELDS, FIX, check_entries, mistyped
 from sophq_func.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup
-from sophq_func.numerics.layout import scale_axes
 from sophq_func.numerics.ranges import no_range
-from sophq_func.numerics.scheme import QScheme, QuantizerConfig
+from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.plan import Plan
 
 Shape: TypeAlias = tuple[int, ...]
 
-FIELDS = ("scale", "zero_point")
-"""What all qparams have; further fields are extras."""
-
-AXES = {0: "shape ()", 1: "one axis"}
-"""What a scale with few axes has, for errors."""
-
-NO_ZERO_POINTS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
-"""Dtypes that no zero point has."""
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes in which torch computes; those of eight bits are for storage alone."""
-
-SIMILAR = 0.7
-"""How alike two names are that are taken for one: a letter of four may differ, two may not."""
 
 MOST_AXES = 64
 """Most axes of a shape that is made up: more than any weight has. A damaged plan may name axis 10 ** 9, and must not cost
 memory."""
-
-FIX = "calibrate with a model of this plan"
-"""The fix in errors about states that belong to another plan."""
 
 UNMAKEABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 """What making a quantizer may raise where a damaged plan names options or shapes that cannot be."""
@@ -185,7 +169,7 @@ def check_ostate(plan: Plan, ostate: Mapping[str, State]) -> None:
 
 def check_qparams(plan: Plan | None, qparams: Mapping[str, QParams]) -> None:
     """Raise a :class:`StateError` unless these are qparams, and those of the plan, with scales that can be used."""
-    _check_types(qparams)
+    check_entries("qparams", qparams, mistyped)
     problems: list[str] = []
     if plan is None:
         for name, entry in qparams.items():
@@ -198,101 +182,6 @@ def check_qparams(plan: Plan | None, qparams: Mapping[str, QParams]) -> None:
         for name in plan:
             problems += _unusable(name, qparams[name], plan[name], expected_of[name].learnable)
     raise_all(problems, StateError)
-
-
-SETTINGS = ("enabled", "noise", "qmax", "qmin")
-"""Extras that any quantizer may be given after ``init``; a quantizer without use for noise refuses it itself."""
-
-GIVEN = ("hessian",)
-"""Extras that some fake quantizers take without making or learning them."""
-
-
-class Kind(NamedTuple):
-    """What is checked of the qparams of one quantizer at each run, as it takes no look at numbers.
-
-    Attributes:
-      axes: how many axes its scale has; ``None``: any number, as where scales are computed from the tensor at hand.
-      extras: names of the extras that it may have; those of a user's own fake quantizer may be others.
-    """
-
-    axes: int | None
-    extras: frozenset[str]
-
-
-def kind_of(scheme: QScheme, learnable: Collection[str]) -> Kind:
-    """The kind of a quantizer's qparams, from its scheme and the fields that it may learn."""
-    axes = None if scheme.dynamic else scale_axes(scheme.granularity)
-    return Kind(axes, frozenset((*SETTINGS, *GIVEN, *learnable)).difference(FIELDS))
-
-
-def check_kinds(qparams: Mapping[str, QParams], kinds: Mapping[str, Kind]) -> None:
-    """Raise a :class:`StateError` for qparams whose fields would broadcast to something else, or that nobody reads.
-
-    Sizes along an axis are compared where a tensor is quantized. Inside a ``vmap`` a field has the shape of one member.
-    """
-    problems: list[str] = []
-    for name, (axes, known) in kinds.items():
-        scale, zero_point, extras = qparams[name]
-        is_fitting = axes is None or (scale.ndim == axes and (axes == 0 or zero_point.shape == scale.shape))
-        # a zero point is int32, floating where it is learned; the others are seen to one by one
-        is_usual = zero_point.dtype == torch.int32 or zero_point.is_floating_point()
-        if extras or not is_fitting or zero_point.ndim != scale.ndim or not is_usual or not scale.is_floating_point():
-            problems += _unfit(name, qparams[name], axes, known)
-    raise_all(problems, StateError)
-
-
-def _unfit(name: str, qparams: QParams, axes: int | None, known: Collection[str]) -> Iterator[str]:
-    """Why qparams of one quantizer do not fit it, in a line each."""
-    where = f"qparams of {name}"
-    scale, zero_point, extras = qparams
-    if axes is not None and scale.ndim != axes:
-        allowed = f"{AXES.get(axes, f'{axes} axes')}, as planned"
-        fix = f"{FIX}; a batch of settings goes through torch.vmap(q.apply, (None, 0, None))(params, settings, x)"
-        yield explain(where, "scale has another number of axes", got=tuple(scale.shape), allowed=allowed, fix=fix)
-    elif zero_point.shape != scale.shape and axes is not None:
-        allowed = f"{tuple(scale.shape)}, that of the scale"
-        yield explain(where, "zero_point has another shape", got=tuple(zero_point.shape), allowed=allowed, fix=FIX)
-    for field, tensor in (("scale", scale), ("zero_point", zero_point)):
-        is_number = tensor.is_floating_point() if field == "scale" else tensor.dtype not in NO_ZERO_POINTS
-        if not is_number:
-            allowed = "torch.float32" if field == "scale" else "torch.int32 or, where it is learned, torch.float32"
-            yield explain(where, f"{field} has a dtype without use", got=tensor.dtype, allowed=allowed, fix=FIX)
-    yield from _misnamed(where, extras, known)
-    if ("qmin" in extras) != ("qmax" in extras):
-        alone = "qmin" if "qmin" in extras else "qmax"
-        fix = "sq.with_bits(qparams, q.plan, bits)"
-        yield explain(where, "bounds of codes come in pairs", got=f"only {alone}", allowed="qmin and qmax", fix=fix)
-    for field in ("qmin", "qmax", "enabled"):
-        bound = extras.get(field)
-        if bound is not None and bound.ndim and (field == "enabled" or bound.shape != scale.shape):
-            allowed = "()" if field == "enabled" else f"() or {tuple(scale.shape)}, that of the scale"
-            yield explain(where, f"{field} has another shape", got=tuple(bound.shape), allowed=allowed, fix=FIX)
-
-
-def _misnamed(where: str, extras: Collection[str], known: Collection[str]) -> Iterator[str]:
-    """A line for each extra whose name is nearly that of one which is missing: nobody would read it."""
-    for field in sorted(set(extras) - set(known)):
-        meant = get_close_matches(field, sorted(set(known) - set(extras)), n=1, cutoff=SIMILAR)
-        if meant:
-            allowed = ", ".join(sorted(known))
-            yield explain(where, "extras has a name that nobody reads", got=field, allowed=allowed, fix=f"{meant[0]!r}")
-
-
-def _check_types(qparams: Mapping[str, QParams]) -> None:
-    """Raise unless every value is QParams of tensors whose names can be written as ``<quantizer>.<field>``."""
-    allowed, fix = "a dict {quantizer: QParams} of tensors", "q.calibrate(params, batches) returns one"
-    if not isinstance(qparams, Mapping):
-        sentence, got = "this is not a dict of qparams", type(qparams).__name__
-        raise StateError(explain("qparams", sentence, got=got, allowed=allowed, fix=fix))
-    for name, entry in qparams.items():
-        where = f"qparams[{name!r}]"
-        if not isinstance(entry, QParams) or not all(isinstance(leaf, Tensor) for leaf in _fields(entry).values()):
-            sentence, got = "this value is not QParams", type(entry).__name__
-            raise StateError(explain(where, sentence, got=got, allowed=allowed, fix=fix))
-        bad = [field for field in entry.extras if field in FIELDS or "." in field]
-        if bad:
-            sentence, because = "extras cannot have these names", "a leaf is named '<quantizer>.<field>'"
-            raise StateError(explain(where, sentence, got=bad, because=because, fix="rename them"))
 
 
 def state_misfits(ostate: Mapping[str, State], expected: Mapping[str, Expected]) -> list[str]:

@@ -81,6 +81,7 @@ def sweep(
     each = unstack(settings) if isinstance(settings, Mapping) else list(settings)
     for setting in each:
         engine.check_state(setting, "qparams")
+        engine.check_kinds(setting)
     _check(how, each)
     keep = reduce or _everything
     frozen = engine.as_frozen()

@@ -14,6 +14,7 @@ from sophq_func.core.public import public
 from sophq_func.core.pytree import named_leaves, refilled, sorted_dict, tree_map
 from sophq_func.core.types import Tree
 from sophq_func.numerics.contracts import QParams
+from sophq_func.numerics.entries import check_entries
 
 V = TypeVar("V")
 
@@ -51,10 +52,7 @@ def cast(qparams: Mapping[str, QParams], dtype: torch.dtype) -> dict[str, QParam
         raise ConfigError(
             explain("cast", "qparams cannot have this dtype", got=dtype, allowed=allowed, because=because, fix=fix)
         )
-    if not isinstance(qparams, Mapping) or not all(isinstance(entry, QParams) for entry in qparams.values()):
-        sentence, got = "these are no qparams", type(qparams).__name__
-        fix = "sq.cast(qparams, torch.float64); of params, {name: p.double() for ...} of the floating ones"
-        raise StateError(explain("cast", sentence, got=got, allowed="a dict {quantizer: QParams}", fix=fix))
+    check_entries("cast", qparams)
     new: dict[str, QParams] = tree_map(
         lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, sorted_dict(qparams)
     )
@@ -123,6 +121,12 @@ def _misfits(ours: Mapping[str, Tree], theirs: Mapping[str, Tree]) -> Iterator[s
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             got, allowed = f"{type(one).__name__} and {type(other).__name__}", "tensors"
             yield explain(f"lerp: {name}", "only tensors have an average", got=got, allowed=allowed)
+        elif one.layout != torch.strided or other.layout != torch.strided:
+            got, fix = f"{one.layout} and {other.layout}", "to_dense() of both"
+            yield explain(f"lerp: {name}", "only dense tensors have an average", got=got, allowed="torch.strided", fix=fix)
+        elif one.is_meta != other.is_meta:
+            got, allowed = f"{one.device} and {other.device}", "tensors with numbers, or none with any"
+            yield explain(f"lerp: {name}", "one of the two tensors has no numbers", got=got, allowed=allowed)
         elif one.dtype != other.dtype or one.shape != other.shape:
             got = f"{one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"
             yield explain(f"lerp: {name}", "the tensors differ in dtype or shape", got=got, allowed="equal ones")

@@ -48,6 +48,22 @@ def working(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+LARGEST_HALF = torch.finfo(torch.float16).max
+"""Largest number of float16. The outermost values of a grid may lie beyond it, where half a step is added to a range."""
+
+
+def narrowed(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``y`` in a dtype; in float16 it saturates, so that no infinity is made of finite numbers.
+
+    Example:
+      >>> narrowed(torch.tensor([0.5, -65540.0]), torch.float16)
+      tensor([ 5.0000e-01, -6.5504e+04], dtype=torch.float16)
+    """
+    if dtype == torch.float16 and y.dtype != dtype:
+        y = y.clamp(-LARGEST_HALF, LARGEST_HALF)
+    return y.to(dtype)
+
+
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: QScheme) -> Tensor:
     """Quantize and dequantize in kernel order; all three tensors broadcast. No gradient with respect to ``x``."""
     code = (torch.round(x * (1 / scale)) + zero_point).clamp(scheme.qmin, scheme.qmax)
@@ -135,12 +151,12 @@ def prepared(
     if whole and noise is None and eager.fits(work, scale, low, high, factor):
         reciprocal, shifted = order == "kernel", order == "expression"
         y = eager.prepared(work, scale, zero, (low, high), factor, reciprocal=reciprocal, shifted=shifted)
-        return y if work is x else lambda: y().to(x.dtype)
+        return y if work is x else lambda: narrowed(y(), x.dtype)
     if factor is None:  # then what is rounded is ``x`` itself, and the step is the scale
         y = partial(recomputed, _composed, work, work, scale, scale, zero, low, high, order, noise)
     else:
         y = partial(_composed_folded, work, factor, scale, zero, low, high, order, noise)
-    return lambda: keeping_layout(y().to(x.dtype), granularity)
+    return lambda: keeping_layout(narrowed(y(), x.dtype), granularity)
 
 
 def many(
@@ -183,7 +199,7 @@ def _one_of_many(
         y = eager.prepared(work, scale, zero, (low, high), reciprocal=reciprocal, shifted=shifted)()
     else:
         y = _evaluated(work, work, given, low, high, order, None, own)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if y.dtype == x.dtype else narrowed(y, x.dtype)
 
 
 def _with_derivative(given: _Constants, share: float) -> tuple[Tensor, Tensor | None]:
@@ -229,7 +245,7 @@ def decode(
     scale = expand(qparams.scale.detach(), level, scheme.granularity)
     if not scheme.symmetric:
         level = level - expand(_zero_point(qparams, scheme, whole).detach(), level, scheme.granularity)
-    return (level * scale).to(dtype)
+    return narrowed(level * scale, dtype)
 
 
 def uncoded(qparams: QParams, scheme: QScheme, *, whole: bool = True) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.constants import table
-from sophq_func.core.errors import ConfigError, explain
+from sophq_func.core.errors import ConfigError, check_flags, explain
 from sophq_func.core.public import public
 from sophq_func.core.registry import Registry
 
@@ -221,6 +221,9 @@ def int_(bits: int, *, signed: bool = True, narrow: bool = False, step: float = 
       tensor([ 2.,  7., -8.])
     """
     _check("int_", "bits", bits, range(1, 25))
+    check_flags("int_", {"signed": signed, "narrow": narrow})
+    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
+        raise ConfigError(explain("int_", "step must be positive", got=step, allowed="a finite number > 0", fix="step=1.0"))
     return Integer(bits=bits, signed=signed, narrow=narrow, step=step)
 
 
@@ -248,6 +251,7 @@ def float_(
     """
     _check("float_", "exponent_bits", exponent_bits, range(2, 9))
     _check("float_", "mantissa_bits", mantissa_bits, range(1, 11))
+    check_flags("float_", {"finite_only": finite_only, "nan": nan, "saturate": saturate})
     if not saturate and finite_only and not nan:
         because = "with finite_only=True and nan=False it has neither infinity nor NaN"
         raise ConfigError(explain("float_", "the format must saturate", because=because, fix="saturate=True"))
@@ -288,14 +292,26 @@ def code_bits(form: Format) -> int:
     return (len(form.values()) - 1).bit_length()
 
 
+@public
 def value_table(form: Format, device: torch.device | str = "cpu") -> Tensor:
     """The values of a format, ascending, float32: the table that :func:`indices` indexes.
+
+    Raises:
+      ConfigError: no format; no device of torch.
 
     Example:
       >>> value_table(E2M1)[8:].tolist()
       [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     """
-    return form.values().float().to(device)
+    if isinstance(form, type | Tensor) or not hasattr(form, "values"):
+        raise ConfigError(explain("value_table", "this is no format", got=form, allowed="a format", fix="sq.formats.E4M3"))
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        allowed = "a torch.device, or its name"
+        text = explain("value_table", "this is no device", got=device, allowed=allowed, fix='device="cpu"')
+        raise ConfigError(text) from error
+    return form.values().float().to(place)
 
 
 def indices(form: Format, x: Tensor) -> Tensor:
@@ -341,7 +357,7 @@ def whole(code: Tensor, noise: Tensor | None) -> Tensor:
 
 def _check(where: str, name: str, value: object, allowed: range) -> None:
     # a bool is an int, and would pass as 0 or 1
-    if value not in allowed or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
         bounds = f"{allowed.start}..{allowed.stop - 1}"
         raise ConfigError(explain(where, f"{name} must be an int in {bounds}", got=value, allowed=bounds))
 

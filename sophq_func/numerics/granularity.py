@@ -135,7 +135,7 @@ def _check_axis(granularity: PerChannel | PerGroup) -> None:
     axis = granularity.axis
     if isinstance(axis, int | None) and not isinstance(axis, bool):
         return
-    if _is_ascending(axis):
+    if not isinstance(axis, int) and _is_ascending(axis):
         object.__setattr__(granularity, "axis", tuple(axis))
         return
     where = type(granularity).__name__

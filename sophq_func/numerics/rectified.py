@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sophq_func.core.arguments import check_reals
 from sophq_func.core.public import public
 
 GAMMA, ZETA = -0.1, 1.1
@@ -21,6 +22,7 @@ def rectified_sigmoid(alpha: Tensor) -> Tensor:
       >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
       tensor([0.0000, 0.5000, 1.0000])
     """
+    check_reals("rectified_sigmoid", {"alpha": alpha})
     stretched = torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA
     # clamp(0, 1), with a gradient in one pass over memory instead of four
     return torch.nn.functional.hardtanh(stretched, 0, 1)

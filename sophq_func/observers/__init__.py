@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sophq_func.core.errors import StateError, explain
-from sophq_func.core.modes import is_plain
 from sophq_func.core.public import public
-from sophq_func.core.pytree import tensors
 from sophq_func.core.registry import Spec
-from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams, State
-from sophq_func.numerics.scheme import QScheme
+from sophq_func.numerics.alone import observer_alone
+from sophq_func.numerics.contracts import OBSERVERS, Observer
 from sophq_func.observers._counts import CountsState, kld, percentile
 from sophq_func.observers._floor import FloorState, VoteState, minmax_floor, pot_mode
 from sophq_func.observers._histogram import HISTOGRAM_UNIT as HISTOGRAM_UNIT
@@ -85,8 +82,9 @@ if not TYPE_CHECKING:  # type checkers see the functions above, and are to refus
 def observer(name: str, **options: object) -> Observer:
     """An observer to use alone, by its short name or its name in sophgo-mq.
 
-    Its ``qparams`` raises a ``StateError`` for statistics that are not finite, where their numbers can be read: in eager
-    mode, of plain tensors. Inside a transform of ``torch.func`` or a compiled function the scale is NaN instead.
+    Its functions raise a ``StateError`` for what is no tensor, and for states of other shapes; ``qparams`` for statistics
+    that are not finite, where their numbers can be read: in eager mode, of plain tensors. Inside a transform of
+    ``torch.func`` or a compiled function the scale is NaN instead.
 
     Args:
       name: ``"minmax"``, ``"EMAMinMaxObserver"``, ...
@@ -99,19 +97,4 @@ def observer(name: str, **options: object) -> Observer:
       >>> observer("EMAMinMaxObserver", ema_ratio=0.9).update
       <function ema_minmax.<locals>.update at ...>
     """
-    built = OBSERVERS.build(OBSERVERS.spec(name, **options))
-
-    def qparams(state: State, scheme: QScheme) -> QParams:
-        result = built.qparams(state, scheme)
-        if is_plain(tensors(state)) and bool(result.scale.isnan().any()):
-            raise StateError(
-                explain(
-                    f"observer {name!r}",
-                    "this state gives no scale",
-                    got=state,
-                    allowed="finite statistics of at least one value",
-                )
-            )
-        return result
-
-    return built._replace(qparams=qparams)
+    return observer_alone(name, OBSERVERS.build(OBSERVERS.spec(name, **options)))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sophq_func.core.arguments import MOST_REPEATS, is_count
 from sophq_func.numerics.contracts import OBSERVERS, Observer, QParams
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import min_max, no_range, range_to_qparams
@@ -78,8 +79,8 @@ def histogram(bins: int = 2048, levels: int = 256) -> Observer:
       >>> obs.qparams(obs.update(obs.init(x, scheme), x, scheme), scheme).scale
       tensor(0.7839)
     """
-    check("histogram", "number of bins", bins, "an int >= 2", ok=isinstance(bins, int) and bins >= 2)
-    check("histogram", "number of levels", levels, "an int >= 2", ok=isinstance(levels, int) and levels >= 2)
+    check("histogram", "number of bins", bins, f"an int from 2 to {MOST_REPEATS}", ok=is_count(bins, least=2))
+    check("histogram", "number of levels", levels, f"an int from 2 to {MOST_REPEATS}", ok=is_count(levels, least=2))
 
     def init(x: Tensor, scheme: QScheme) -> HistogramState:
         lo, hi = no_range(x, scheme.granularity)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sophq_func.core.arguments import MOST_REPEATS, is_count
 from sophq_func.numerics.contracts import OBSERVERS, Observer
 from sophq_func.numerics.layout import rows
 from sophq_func.numerics.ranges import min_max
@@ -53,13 +54,7 @@ def ema_quantile(decay: float = 0.9, threshold: float = 0.99999, bins: int = 204
     """
     check_decay("ema_quantile", decay)
     check("ema_quantile", "threshold", threshold, "a number in (0, 1]", ok=is_number(threshold) and 0 < threshold <= 1)
-    check(
-        "ema_quantile",
-        "number of bins",
-        bins,
-        "an int >= 1",
-        ok=isinstance(bins, int) and not isinstance(bins, bool) and bins >= 1,
-    )
+    check("ema_quantile", "number of bins", bins, f"an int from 1 to {MOST_REPEATS}", ok=is_count(bins))
 
     def update(state: EMAMinMaxState, x: Tensor, scheme: QScheme) -> EMAMinMaxState:
         if x.numel() == 0:

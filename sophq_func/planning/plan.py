@@ -17,9 +17,11 @@ from sophq_func.core.errors import (
     PlanError,
     PlanWarning,
     StateError,
+    UnknownNameError,
     explain,
     near,
     other_prefix,
+    quoted,
     raise_all,
     warn,
 )
@@ -211,10 +213,9 @@ class Plan(Mapping[str, QuantizerConfig]):
           name: with dots, or with underscores in their place.
 
         Raises:
-          KeyError: there is no such quantizer; the message lists near matches.
-          ConfigError: a name with underscores fits several.
+          ConfigError: there is no such quantizer (a ``KeyError``, too); a name with underscores fits several.
         """
-        if name in self._configs:
+        if isinstance(name, str) and name in self._configs:
             return name
         fitting = [full for full in self._configs if underscored(full) == name]
         if len(fitting) > 1:
@@ -222,7 +223,8 @@ class Plan(Mapping[str, QuantizerConfig]):
         if not fitting:
             below = [full for full in self._configs if full.startswith(f"{name}.")]
             hint = f"it has {' and '.join(map(repr, below[:3]))}" if below else near(str(name), self._configs)
-            raise KeyError(f"no quantizer {name!r} in the plan; {hint or 'list(plan) has the names'}")
+            sentence, fix = f"there is no quantizer {quoted(name)}", hint or "list(plan) has the names"
+            raise UnknownNameError(explain("plan", sentence, fix=fix))
         return fitting[0]
 
     def site(self, name: str) -> Site:
@@ -446,4 +448,5 @@ class Plan(Mapping[str, QuantizerConfig]):
             raise StateError(f"not calibrated: {what} lacks {', '.join(map(repr, missing))}. Fix: {fix}.")
         extra = [name for name in names if name not in types and name not in known]
         if extra:
-            raise StateError(f"{what} holds {extra[0]!r}, which is not in the plan; {near(extra[0], self._configs)}.")
+            hint = near(extra[0], self._configs) or "leave it out"
+            raise StateError(explain(what, f"it holds {quoted(extra[0])}, which is not in the plan", fix=hint))

@@ -381,7 +381,7 @@ PLANS: dict[str, tuple[Callable[[Any], None], tuple[str, ...]]] = {
     "an option that is none": (config(W, "observer", {"name": "minmax", "options": {"a": 1}}), (W, "'a'")),
     "an observer that wants a terabyte": (
         config(W, "observer", {"name": "histogram", "options": {"bins": 10**12, "levels": 256}}),
-        (W, "ostate"),
+        (W, "bins"),
     ),
     "an observer that wants all memory": (
         config(W, "observer", {"name": "histogram", "options": {"bins": 10**30, "levels": 256}}),

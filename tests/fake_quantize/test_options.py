@@ -220,7 +220,7 @@ def test_no_option_takes_what_is_never_right(name: str) -> None:
 @pytest.mark.parametrize("name", ["fixed", "learnable", "lsq_plus", "qdrop", "dsq"])
 def test_one_bound_without_the_other_is_refused(name: str, bound: str) -> None:
     qparams = scaled(0.1, **{bound: torch.tensor(3.0)})
-    with pytest.raises(sq.StateError, match=f"bounds of a grid come in pairs: got '{bound} alone'"):
+    with pytest.raises(sq.StateError, match=f"bounds of codes come in pairs: got 'only {bound}'"):
         sq.fake_quantizer(name).apply(sample(0), qparams, SCHEME)
 
 

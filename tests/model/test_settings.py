@@ -255,7 +255,7 @@ def test_settings_that_differ_do_not_stack() -> None:
         sq.stack([qparams, sq.with_bits(qparams, q.plan, 4)])
     with pytest.raises(sq.StateError, match="nothing"):
         sq.stack([])
-    with pytest.raises(sq.StateError, match="this setting"):
+    with pytest.raises(sq.StateError, match="stack: these are no qparams: got 'a dict of int'"):
         sq.stack([{"a": 1}])  # type: ignore[dict-item]
 
 

@@ -73,7 +73,7 @@ def test_explain_says_who_decided_each_field(plan: sq.Plan) -> None:
     assert re.search(r"observe_only +True  <- Rule\(name='conv4", plan.explain("conv4.post_act_fake_quantizer"))
     with pytest.raises(KeyError, match="conv1"):
         plan.explain("conv1.wight_fake_quant")
-    with pytest.raises(KeyError, match=r"no quantizer 'conv1' in the plan; it has 'conv1.weight_fake_quant'"):
+    with pytest.raises(KeyError, match=r"no quantizer 'conv1'. Fix: it has 'conv1.weight_fake_quant'"):
         plan.explain("conv1")
     with pytest.raises(KeyError, match=r"list\(plan\) has the names"):
         plan.explain("zzzzzz")
