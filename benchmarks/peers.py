@@ -300,7 +300,10 @@ def silence() -> Iterator[None]:
 
 def made(name: str, subject: Subject, compiled: bool = False) -> Candidate | str:
     """The candidate, warmed up; or why there is none."""
-    wrap = partial(torch.compile, fullgraph=name.startswith("sophq_func")) if compiled else same
+    wrap = same
+    if compiled:
+        own = {"fullgraph": True, "options": {"guard_filter_fn": sq.skip_guards_on_quantized}}
+        wrap = partial(torch.compile, **(own if name.startswith("sophq_func") else {}))
     try:
         with silence():
             candidate = CANDIDATES[name](subject, wrap)

@@ -55,6 +55,7 @@ from sophq_func.model.build import build as build
 from sophq_func.model.build import prepare_by_platform as prepare_by_platform
 from sophq_func.model.build import quantize as quantize
 from sophq_func.model.flat import merge as merge
+from sophq_func.model.guards import skip_guards_on_quantized as skip_guards_on_quantized
 from sophq_func.model.params import load_into as load_into
 from sophq_func.model.params import split_params as split_params
 from sophq_func.model.quantized import Quantized as Quantized
@@ -166,6 +167,7 @@ __all__ = [
     "rules",
     "save",
     "sensitivity",
+    "skip_guards_on_quantized",
     "split_params",
     "stack",
     "stage",

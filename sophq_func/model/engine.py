@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from secrets import token_hex
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ from sophq_func.planning.plan import Plan
 DERIVATIVES = ("grad", "unpack_dual")
 """Functions that end a derivative: of reverse mode, and of forward mode."""
 
+IDENTITY = "identity"
+"""The attribute of an :class:`Engine` by which a compiled program knows it."""
+
 OState = dict[str, State]
 """Observer states, by quantizer."""
 
@@ -55,6 +59,7 @@ class Engine:
     """A model and its plan, ready to run. Nothing in it changes once it is made, but what ``check_kinds`` remembers.
 
     Attributes:
+      identity: a name that no other engine has.
       skeleton: the model without its weights, or a part of it. Other rooms use the methods below instead.
       plan: the plan of the same.
       frozen: weights are used as they are given, not quantized.
@@ -87,6 +92,8 @@ class Engine:
         whole: Plan | None = None,
         kernels: Kernels = "auto",
     ) -> None:
+        # a string, of which a compiler makes no variable, as it would of a number that differs from one call to the next
+        self.identity = token_hex()
         self.skeleton = skeleton
         self.plan = plan
         self.frozen = frozen
@@ -188,6 +195,8 @@ class Engine:
 
     def check_state(self, state: Mapping[str, State], what: str) -> None:
         """:meth:`check` without params. The state of a part may have entries for the rest of the whole model."""
+        # a compiler asks at each call for what was read here, and need ask nothing else about the engine, see ``guards``
+        assert self.identity
         self.plan.check(state, what, self.entry_types[what], self._names_of_whole)
         if what == "ostate":
             self._check_states(state)

@@ -110,6 +110,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "split_params": ((r.model,), {}),
         "stack": (([r.qparams, r.qparams],), {}),
         "stage": ((torch.sin,), {"backend": "eager"}),
+        "skip_guards_on_quantized": (([],), {}),
         "statistics": ((r.q, r.params, [r.x], r.qparams), {"where": "weight_fake_quant", "progress": False}),
         "top_eigenvalue": ((loss, r.params, {"weight": torch.ones(3, 2)}), {"steps": 1}),
         "trace": ((r.model, (r.x,)), {}),
