@@ -502,8 +502,8 @@ def compiled(check: Check) -> None:
             check.say("out of time")
             return
         network = check.network(name, 4 if check.small else batch, torch.bfloat16)
-        guards = {"guard_filter_fn": sq.skip_guards_on_quantized}
-        plain, ours = torch.compile(network.model), torch.compile(network.q.apply, fullgraph=True, options=guards)
+        options = {"guard_filter_fn": sq.skip_guards_on_quantized}
+        plain, ours = torch.compile(network.model), torch.compile(network.q.apply, fullgraph=True, options=options)
         staged = sq.stage(network.q.apply, backend="inductor")
         args = (network.params, network.qparams, network.x)
         float_call = torch.no_grad()(lambda plain=plain, args=args: plain(args[2]))

@@ -298,12 +298,16 @@ def silence() -> Iterator[None]:
         yield
 
 
+def own_compile(call: Call) -> Call:
+    """A call of this library, compiled without questions about quantized models."""
+    # torch takes options out of the dict that it is given
+    return torch.compile(call, fullgraph=True, options={"guard_filter_fn": sq.skip_guards_on_quantized})
+
+
 def made(name: str, subject: Subject, compiled: bool = False) -> Candidate | str:
     """The candidate, warmed up; or why there is none."""
-    wrap = same
-    if compiled:
-        own = {"fullgraph": True, "options": {"guard_filter_fn": sq.skip_guards_on_quantized}}
-        wrap = partial(torch.compile, **(own if name.startswith("sophq_func") else {}))
+    is_ours = name.startswith("sophq_func")
+    wrap = same if not compiled else own_compile if is_ours else torch.compile
     try:
         with silence():
             candidate = CANDIDATES[name](subject, wrap)

@@ -1,7 +1,8 @@
 """What a compiled function asks at each call of a quantized model in it: nothing, since that cannot change.
 
 Dynamo guards all Python objects that it read while it traced: for a network of twenty layers some 7,000 questions, which
-take longer than the network. A quantized model is immutable, and the constants of this library are none of the data of a call.
+take longer than the network. A quantized model is immutable, and the constants of this library are none of the data of a
+call.
 """
 
 from __future__ import annotations
