@@ -16,6 +16,10 @@ import sophq_func as sq
 from sophq_func.config.site import WeightSite
 from sophq_func.core.pytree import leaves, sorted_dict
 
+RELEASE = tuple(int(number) for number in torch.__version__.partition("+")[0].split(".")[:2])
+NEEDS_ATTRIBUTES = pytest.mark.skipif(
+    RELEASE < (2, 13), reason="Dynamo before torch 2.13 cannot list an object's attributes"
+)
 NEEDS_GROUPED_MM = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch 2.9 has no grouped_mm")
 
 DEFAULT = sq.QuantConfig()

@@ -7,6 +7,7 @@ attribute with names instead of tensors; a run replaces the names by the tensors
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ Subclasses of these containers count as other objects: not every one can be made
 """
 
 
-class _Name(str):
-    """The canonical name of a parameter or buffer, in a template; a class of its own, since a model may hold strings."""
+@dataclass(frozen=True)
+class _Name:
+    """The canonical name of a parameter or buffer, in a template; not a string, since a model may hold strings."""
+
+    name: str
 
 
 class Alias(NamedTuple):
@@ -66,7 +70,7 @@ def _template(value: Tree, names: Mapping[int, str]) -> Template:
 def names_in(template: Template) -> list[str]:
     """The canonical names of the parameters and buffers in a template."""
     if isinstance(template, _Name):
-        return [str(template)]
+        return [template.name]
     if type(template) is dict:
         parts = list(template.values())
     elif type(template) in (list, tuple):
@@ -79,7 +83,7 @@ def names_in(template: Template) -> list[str]:
 def filled(template: Template, tensors: Mapping[str, Tensor]) -> Tree:
     """The value of a template with these tensors, by canonical name."""
     if isinstance(template, _Name):
-        return tensors[str(template)]
+        return tensors[template.name]
     if type(template) is dict:
         return {key: filled(item, tensors) for key, item in template.items()}
     if type(template) in (list, tuple):

@@ -111,7 +111,8 @@ def map_inputs(
     """
     known: Known | None = None if is_compiling() else {}  # Dynamo cannot tell identities of what the program makes itself
     further = (f"{names.rest}.{i}" for i in range(len(args) - len(names.positional)))
-    by_position = zip((*names.positional, *further), args, strict=False)
+    # as many names as arguments: Dynamo of torch 2.9 takes ``strict=False`` for True
+    by_position = zip((*names.positional[: len(args)], *further), args, strict=True)
 
     def mapped(name: str, arg: Tree) -> Tree:
         return map_named(name, arg, f, known) if only is None or name.partition(".")[0] in only else arg

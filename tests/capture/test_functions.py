@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import sophq_func as sq
 from sophq_func.core.pytree import named_leaves
-from tests.helpers import DEFAULT, Ready, same, unchanged
+from tests.helpers import DEFAULT, NEEDS_ATTRIBUTES, Ready, same, unchanged
 
 Tree = Any
 
@@ -289,7 +289,11 @@ def test_every_kind_of_tree_has_the_same_names_and_comes_back_as_it_is(make: Cal
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("make", TREES.values(), ids=TREES)
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, marks=NEEDS_ATTRIBUTES) if "dataclass" in kind else make for kind, make in TREES.items()],
+    ids=TREES,
+)
 def test_every_kind_of_tree_compiles_in_one_graph(make: Callable[[Tensor, Tensor], Tree]) -> None:
     params, x = pair_of(make), batch()
     r = ready(affine_pair, params, x)
@@ -297,6 +301,7 @@ def test_every_kind_of_tree_compiles_in_one_graph(make: Callable[[Tensor, Tensor
     same(compiled(params, r.qparams, x), r(x))
 
 
+@NEEDS_ATTRIBUTES
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_gradient_to_a_tree_compiles_in_one_graph() -> None:
@@ -309,6 +314,7 @@ def test_a_gradient_to_a_tree_compiles_in_one_graph() -> None:
     same(torch.compile(grad(loss), backend="aot_eager", fullgraph=True)(r.params), grad(loss)(r.params))
 
 
+@NEEDS_ATTRIBUTES
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_run_keeps_none_of_the_params() -> None:

@@ -66,9 +66,8 @@ def model() -> dict[str, str]:
     """A plan, and what is calibrated, computed, differentiated and solved for with it."""
     generator = torch.Generator().manual_seed(0)
     torch.default_generator.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(7), nn.Flatten(), nn.Linear(64, 8)
-    ).eval()
+    head = (nn.AvgPool2d(7), nn.Flatten(), nn.Linear(64, 8))
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), *head).eval()
     batches = [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)]
     config = sq.presets.w4a4_lsq()
     q = sq.quantize(net, config, example_args=(batches[0],), kernels="off")
