@@ -28,7 +28,7 @@ from sophq_func.model.bind import NORM_TENSORS
 from sophq_func.model.weight_quantizer import arranged, arranged_scheme, is_regrouped
 from sophq_func.numerics.granularity import Axis
 from sophq_func.numerics.layout import rows, scale_axes
-from sophq_func.planning.checks import is_scaled_grid
+from sophq_func.planning.checks import block_size, is_scaled_grid
 from sophq_func.planning.plan import Plan
 from sophq_func.planning.unite import Counts
 
@@ -37,6 +37,12 @@ FIX = "plan this model anew"
 
 MOST = 20
 """Problems in one message: in a plan of another model, each quantizer has one."""
+
+SHORT_BLOCK = 4096
+"""Blocks of so many elements fit any tensor: filled up, an axis of one element does not take much."""
+
+FILLED = 16
+"""How many times as long as an axis a longer block may be."""
 
 NO_CHANNELS = -1
 """How many output channels a weight has that has several axes of them."""
@@ -54,7 +60,12 @@ def check_fits(skeleton: Skeleton, plan: Plan) -> None:
     """
     sites = [plan.site(name) for name in plan]
     counts, known = plan.counts, frozenset(plan)
-    problems = [*_of_counts(plan, counts, sites), *_of_places(sites), *_of_arguments(skeleton, plan, sites)]
+    problems = [
+        *_of_blocks(plan, sites),
+        *_of_counts(plan, counts, sites),
+        *_of_places(sites),
+        *_of_arguments(skeleton, plan, sites),
+    ]
     modules, tensors = dict(skeleton.module.named_modules()), skeleton.registered()
     most = {pair: max(of_one[pair] for of_one in counts) for pair in counts[0]} if not problems else {}
     for site in sites:
@@ -65,6 +76,14 @@ def check_fits(skeleton: Skeleton, plan: Plan) -> None:
     found = [explain(name, problem, fix=FIX) for name, problem in problems]
     more = [f"plan: {len(found) - MOST} more."] if len(found) > MOST else []
     raise_all([*found[:MOST], *more], PlanError)
+
+
+def _of_blocks(plan: Plan, sites: list[Site]) -> Problems:
+    """Blocks are about as long as an axis at most: shorter axes are filled up with zeros, which take memory."""
+    for site in sites:
+        size = block_size(plan[site.quantizer])
+        if size > max((SHORT_BLOCK, *(FILLED * length for length in site.shape))):
+            yield site.quantizer, f"a tensor of shape {site.shape} has no blocks of {size} elements"
 
 
 def _of_counts(plan: Plan, counts: tuple[Counts, ...], sites: list[Site]) -> Problems:

@@ -81,6 +81,12 @@ WRONG: dict[str, tuple[Callable[[Data, dict[str, Data]], object], str]] = {
     "further counts": (lambda data, entries: data["counts"][0].append(["conv", "", 1]), "it counts calls of ('conv', '')"),
     "two examples, of which one has calls": (lambda data, entries: data["counts"].append(data["counts"][0]), "2 examples"),
     "two quantizers of one weight": (_twice, "acts on the same tensor"),
+    "blocks far longer than the tensor": (
+        lambda data, entries: entries[FC]["config"].update(
+            fake_quantize={"name": "mxfp4", "options": {"block_size": 10**9}}
+        ),
+        "no blocks of 1000000000 elements",
+    ),
     "no such input of a layer": (site(FC, inputs=[["x", "nobody"]]), "no quantizer 'nobody'"),
 }
 
