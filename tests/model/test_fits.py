@@ -171,3 +171,14 @@ def test_a_value_whose_channels_are_others_is_an_error_of_the_run(subject: Subje
 
 def test_mutated_plans_are_refused_in_words_or_right() -> None:
     assert [(text, found) for text, found in plans.plans(80, seed=5) if found.startswith("FAULT")] == []
+
+
+def test_multipliers_of_other_channels_are_an_error_of_the_run(multipliers: Subject) -> None:
+    def change(data: Data, entries: dict[str, Data]) -> None:
+        one, other = (entries[f"{name}.post_act_fake_quantizer"]["site"] for name in ("side", "mean"))
+        one["anchor"], other["anchor"] = other["anchor"], one["anchor"]
+
+    q = sq.build(multipliers.model, changed(multipliers, change))
+    qparams = q.calibrate(multipliers.params, [multipliers.batch], progress=False)
+    with pytest.raises(sq.StateError, match="they have other channels"):
+        q.apply(multipliers.params, qparams, *multipliers.batch)
