@@ -5,6 +5,7 @@ What fits here can still differ from later runs in what no plan says: how many t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from inspect import Parameter
 
@@ -18,6 +19,7 @@ from sophq_func.config.site import (
     RULES_OF_LAYERS,
     RULES_OF_MULTIPLIERS,
     RULES_OF_TERMS,
+    OperandSite,
     Requant,
     Site,
     ValueSite,
@@ -30,6 +32,7 @@ from sophq_func.numerics.granularity import Axis
 from sophq_func.numerics.layout import rows, scale_axes
 from sophq_func.planning.checks import block_size, is_scaled_grid
 from sophq_func.planning.plan import Plan
+from sophq_func.planning.runs import Pair
 from sophq_func.planning.unite import Counts
 
 FIX = "plan this model anew"
@@ -64,6 +67,7 @@ def check_fits(skeleton: Skeleton, plan: Plan) -> None:
         *_of_blocks(plan, sites),
         *_of_counts(plan, counts, sites),
         *_of_places(sites),
+        *_of_names(plan, sites),
         *_of_arguments(skeleton, plan, sites),
     ]
     modules, tensors = dict(skeleton.module.named_modules()), skeleton.registered()
@@ -153,6 +157,25 @@ def _of_value(modules: Mapping[str, object], most: Counts, plan: Plan, known: Se
             yield f"it acts on no operand of {place.pair}"
     if site.requant:
         yield from _of_multipliers(plan, known, site)
+
+
+def _of_names(plan: Plan, sites: list[Site]) -> Problems:
+    """The result on which a quantizer acts has its name: else two quantizers have changed places."""
+    names: dict[OperandSite, set[str]] = {}
+    for run in plan.runs:
+        numbers: Counter[Pair] = Counter()
+        for made in run.calls:
+            if made.counted:
+                names.setdefault(OperandSite(*made.pair, numbers[made.pair], -1), set()).add(made.name)
+                numbers[made.pair] += 1
+    for site in sites if plan.runs else ():
+        if not isinstance(site, ValueSite) or site.argument or site.output < 0 or site.anchor.call == EVERY_CALL:
+            continue
+        value = site.members[-1] if site.members else site.value
+        found = names.get(OperandSite(*site.anchor, -1), set())
+        # of several results of one call, the later ones have a number behind its name
+        if not any(value.startswith(name) for name in found):
+            yield site.quantizer, f"the examples call {' or '.join(sorted(found)) or 'nothing'} where it acts on {value}"
 
 
 def _of_multipliers(plan: Plan, known: Set[str], site: Site) -> Iterator[str]:

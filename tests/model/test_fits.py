@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import sophq_func as sq
+from sophq_func.config.site import Requant
+from sophq_func.model.requantizing import Requantizer
 from tests.fuzz import plans
 from tests.fuzz.subjects import SUBJECTS, Attention, Convolutions, Subject
 
@@ -173,12 +175,18 @@ def test_mutated_plans_are_refused_in_words_or_right() -> None:
     assert [(text, found) for text, found in plans.plans(80, seed=5) if found.startswith("FAULT")] == []
 
 
-def test_multipliers_of_other_channels_are_an_error_of_the_run(multipliers: Subject) -> None:
+def test_two_quantizers_that_have_changed_places_are_refused(multipliers: Subject) -> None:
     def change(data: Data, entries: dict[str, Data]) -> None:
         one, other = (entries[f"{name}.post_act_fake_quantizer"]["site"] for name in ("side", "mean"))
         one["anchor"], other["anchor"] = other["anchor"], one["anchor"]
 
-    q = sq.build(multipliers.model, changed(multipliers, change))
-    qparams = q.calibrate(multipliers.params, [multipliers.batch], progress=False)
+    with pytest.raises(sq.PlanError, match="the examples call mean where it acts on side"):
+        sq.build(multipliers.model, changed(multipliers, change))
+
+
+def test_multipliers_of_other_channels_are_an_error_of_the_run() -> None:
+    requantizer = Requantizer((Requant("layer", "x", axis=-3), Requant("layer", "w", axis=-3)))
+    qparams = {name: sq.QParams(torch.ones(shape), torch.zeros(shape), {}) for name, shape in (("x", ()), ("w", (4,)))}
+    assert requantizer.integers(torch.ones(2, 4, 1, 1), qparams["x"], qparams).shape == (2, 4, 1, 1)
     with pytest.raises(sq.StateError, match="they have other channels"):
-        q.apply(multipliers.params, qparams, *multipliers.batch)
+        requantizer.integers(torch.ones(2, 4), qparams["x"], qparams)
