@@ -244,7 +244,7 @@ class Site(Neutral):
         cls = _KINDS.get(data["kind"])
         if cls is None:
             raise TypeError(f"a site is one of {', '.join(_KINDS)}, got {data['kind']!r}")
-        defaults = _defaults(cls)
+        defaults = _DEFAULTS[cls.kind]
         values = {name: value for name, value in data.items() if name != "kind"}
         if not defaults.keys() - LATE_FIELDS <= values.keys() <= defaults.keys():
             raise TypeError(f"the site of a {cls.kind} has the fields {sorted(defaults)}, got {sorted(values)}")
@@ -365,11 +365,14 @@ _KINDS: Mapping[str, type[Site]] = {cls.kind: cls for cls in (WeightSite, Comput
 """By its name in JSON, a kind of site."""
 
 
-@lru_cache
 def _defaults(cls: type[Site]) -> dict[str, object]:
-    """The default of each field of a kind of site; its type is that of the field."""
     empty = cls(quantizer="")
     return {field.name: getattr(empty, field.name) for field in fields(cls)}
+
+
+# made once: a large plan has thousands of sites
+_DEFAULTS: Mapping[str, Mapping[str, object]] = {kind: _defaults(cls) for kind, cls in _KINDS.items()}
+"""By kind of site, the default of each field; its type is that of the field."""
 
 
 def _field_from_data(name: str, value: object, default: object) -> Any:
@@ -394,15 +397,15 @@ def _tuple_from_data(name: str, value: Sequence[object]) -> tuple[Any, ...]:
         return tuple(_record(name, _RECORDS[name], item) for item in value)
     if name != "shape":
         return _items(name, value, (str,) * len(value))
-    shape = _items(name, value, (int,) * len(value))
+    shape: tuple[int, ...] = _items(name, value, (int,) * len(value))
     if any(size < 0 for size in shape) or prod(shape) > _MOST_ELEMENTS:
         raise ValueError(f"shape of a site cannot be {value!r}")
     return shape
 
 
-def _record(name: str, record: Any, value: object) -> Any:
+def _record(name: str, record: Any, value: object) -> tuple[Any, ...]:
     """One of the named tuples in a site."""
-    made = record(*_items(name, value, _ITEMS[record]))
+    made: tuple[Any, ...] = record(*_items(name, value, _ITEMS[record]))
     for part, item in zip(record._fields, made, strict=True):
         _in_range(part, item)
     return made

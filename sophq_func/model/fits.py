@@ -5,6 +5,7 @@ What fits here can still differ from later runs in what no plan says: how many t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from inspect import Parameter
 
@@ -18,31 +19,39 @@ from sophq_func.config.site import (
     RULES_OF_LAYERS,
     RULES_OF_MULTIPLIERS,
     RULES_OF_TERMS,
+    OperandSite,
     Requant,
     Site,
     ValueSite,
     WeightSite,
 )
-from sophq_func.core.errors import PlanError, StateError, explain, raise_all
+from sophq_func.core.errors import PlanError, StateError, explain, near, raise_all
 from sophq_func.model.bind import NORM_TENSORS
 from sophq_func.model.weight_quantizer import arranged, arranged_scheme, is_regrouped
 from sophq_func.numerics.granularity import Axis
 from sophq_func.numerics.layout import rows, scale_axes
-from sophq_func.planning.checks import is_scaled_grid
+from sophq_func.planning.checks import block_size, is_scaled_grid
 from sophq_func.planning.plan import Plan
+from sophq_func.planning.runs import Pair
 from sophq_func.planning.unite import Counts
 
-FIX = "plan this model anew, sq.plan(sq.trace(model, args), config)"
+FIX = "plan this model anew"
 """What to do about a plan of another model."""
 
 MOST = 20
 """Problems in one message: in a plan of another model, each quantizer has one."""
 
+SHORT_BLOCK = 4096
+"""Blocks of so many elements fit any tensor: filled up, an axis of one element does not take much."""
+
+FILLED = 16
+"""How many times as long as an axis a longer block may be."""
+
 NO_CHANNELS = -1
 """How many output channels a weight has that has several axes of them."""
 
 Problems = Iterator[tuple[str, str]]
-"""The name of a quantizer, or of the plan as a whole; and what does not fit, to continue an error sentence."""
+"""The name of a quantizer, or of the plan as a whole; and what does not fit, as an error sentence."""
 
 
 def check_fits(skeleton: Skeleton, plan: Plan) -> None:
@@ -54,7 +63,13 @@ def check_fits(skeleton: Skeleton, plan: Plan) -> None:
     """
     sites = [plan.site(name) for name in plan]
     counts, known = plan.counts, frozenset(plan)
-    problems = [*_of_counts(plan, counts, sites), *_of_places(sites), *_of_arguments(skeleton, plan, sites)]
+    problems = [
+        *_of_blocks(plan, sites),
+        *_of_counts(plan, counts, sites),
+        *_of_places(sites),
+        *_of_names(plan, sites),
+        *_of_arguments(skeleton, plan, sites),
+    ]
     modules, tensors = dict(skeleton.module.named_modules()), skeleton.registered()
     most = {pair: max(of_one[pair] for of_one in counts) for pair in counts[0]} if not problems else {}
     for site in sites:
@@ -62,9 +77,17 @@ def check_fits(skeleton: Skeleton, plan: Plan) -> None:
             problems += ((site.quantizer, problem) for problem in _of_weight(skeleton, tensors, plan, known, site))
         else:
             problems += ((site.quantizer, problem) for problem in _of_value(modules, most, plan, known, site))
-    found = [explain(name, f"the plan does not fit the model: {problem}", fix=FIX) for name, problem in problems]
+    found = [explain(name, problem, fix=FIX) for name, problem in problems]
     more = [f"plan: {len(found) - MOST} more."] if len(found) > MOST else []
     raise_all([*found[:MOST], *more], PlanError)
+
+
+def _of_blocks(plan: Plan, sites: list[Site]) -> Problems:
+    """Blocks are about as long as an axis at most: shorter axes are filled up with zeros, which take memory."""
+    for site in sites:
+        size = block_size(plan[site.quantizer])
+        if size > max((SHORT_BLOCK, *(FILLED * length for length in site.shape))):
+            yield site.quantizer, f"a tensor of shape {site.shape} has no blocks of {size} elements"
 
 
 def _of_counts(plan: Plan, counts: tuple[Counts, ...], sites: list[Site]) -> Problems:
@@ -117,7 +140,7 @@ def _of_arguments(skeleton: Skeleton, plan: Plan, sites: list[Site]) -> Problems
     named = [(site.quantizer, name) for site in sites if site.argument for name in (site.argument, *site.also)]
     for quantizer, name in (*named, *(("plan", name) for name in plan.written)):
         if not takes_any and name.partition(".")[0] not in known:  # ``x.0`` is a tensor in a list
-            yield quantizer, f"it has no argument {name!r}"
+            yield quantizer, f"the model has no argument {name!r}"
 
 
 def _of_value(modules: Mapping[str, object], most: Counts, plan: Plan, known: Set[str], site: Site) -> Iterator[str]:
@@ -127,13 +150,32 @@ def _of_value(modules: Mapping[str, object], most: Counts, plan: Plan, known: Se
         yield "it acts neither on one result nor on one operand"
     for place in site.places() if not site.argument else ():
         if place.path not in modules:
-            yield f"it has no module {place.path!r}"
+            yield f"the model has no module {place.path!r}"
         elif place.call >= most.get(place.pair, place.call + 1):
             yield f"the examples make {most[place.pair]} calls of {place.pair}, and it acts at call {place.call}"
         if place.operand < 0 <= site.operand:
             yield f"it acts on no operand of {place.pair}"
     if site.requant:
         yield from _of_multipliers(plan, known, site)
+
+
+def _of_names(plan: Plan, sites: list[Site]) -> Problems:
+    """The result on which a quantizer acts has its name: else two quantizers have changed places."""
+    names: dict[OperandSite, set[str]] = {}
+    for run in plan.runs:
+        numbers: Counter[Pair] = Counter()
+        for made in run.calls:
+            if made.counted:
+                names.setdefault(OperandSite(*made.pair, numbers[made.pair], -1), set()).add(made.name)
+                numbers[made.pair] += 1
+    for site in sites if plan.runs else ():
+        if not isinstance(site, ValueSite) or site.argument or site.output < 0 or site.anchor.call == EVERY_CALL:
+            continue
+        value = site.members[-1] if site.members else site.value
+        found = names.get(OperandSite(*site.anchor, -1), set())
+        # of several results of one call, the later ones have a number behind its name
+        if not any(value.startswith(name) for name in found):
+            yield site.quantizer, f"the examples call {' or '.join(sorted(found)) or 'nothing'} where it acts on {value}"
 
 
 def _of_multipliers(plan: Plan, known: Set[str], site: Site) -> Iterator[str]:
@@ -148,7 +190,7 @@ def _of_multipliers(plan: Plan, known: Set[str], site: Site) -> Iterator[str]:
     sources = [requant.source for requant in site.requant]
     for name in dict.fromkeys((site.quantizer, *sources, *([first.result] if first.result else []))):
         if name not in known:
-            yield f"it has no quantizer {name!r}, from whose grid integers come"
+            yield f"the plan has no quantizer {name!r}, from whose grid integers come"
         elif not _has_steps(plan, name, first):
             yield f"integers cannot come from the grid of {name}"
     if first.rule in RULES_OF_LAYERS:
@@ -174,7 +216,7 @@ def _of_weight(
 ) -> Iterator[str]:
     """A weight has the axes, channels and groups of its site; its BatchNorm and its bias have as many channels."""
     if site.parameter not in tensors:
-        yield f"it has no parameter {site.parameter!r}"
+        yield f"the model has no parameter {site.parameter!r}; {near(site.parameter, tensors)}".removesuffix("; ")
         return
     weight = tensors[site.parameter]
     if site.shape and len(site.shape) != weight.ndim:
@@ -197,17 +239,17 @@ def _of_weight(
     if site.norm:
         owned = skeleton.tensors_of(site.norm)
         if not owned.keys() >= NORM_TENSORS or not hasattr(skeleton.module.get_submodule(site.norm), "momentum"):
-            yield f"it has no BatchNorm {site.norm!r}"
+            yield f"the model has no BatchNorm {site.norm!r} to be folded"
         elif any(tensors[owned[name]].numel() != channels for name in NORM_TENSORS - {"num_batches_tracked"}):
             yield f"{site.norm} has other channels than the weight"
     if site.bias and site.bias not in tensors:
-        yield f"it has no bias {site.bias!r}"
+        yield f"the model has no bias {site.bias!r}"
     elif site.bias and (site.source or site.norm) and tuple(tensors[site.bias].shape) != (channels,):
         yield f"{site.bias} has {tuple(tensors[site.bias].shape)} elements, and the weight {channels} channels"
     if site.source:
         yield from _of_rounded_bias(plan, known, site, steps in ([], [channels]))
     lacking = {read.quantizer for read in site.inputs if read.quantizer} - known
-    yield from (f"it has no quantizer {name!r}" for name in sorted(lacking))
+    yield from (f"the plan has no quantizer {name!r}, which its layer reads" for name in sorted(lacking))
 
 
 def _channels(shape: Sequence[int], axis: Axis) -> int:
@@ -218,7 +260,7 @@ def _channels(shape: Sequence[int], axis: Axis) -> int:
 def _of_rounded_bias(plan: Plan, known: Set[str], site: WeightSite, has_channels: bool) -> Iterator[str]:
     """A bias is rounded with one scale of the input, and one of each channel of the weight (``has_channels``)."""
     if site.source not in known:
-        yield f"it has no quantizer {site.source!r}, whose scale rounds the bias"
+        yield f"the plan has no quantizer {site.source!r}, whose scale rounds the bias"
         return
     source, own = plan[site.source], plan[site.quantizer]
     is_value = plan.site(site.source).role == "activation"

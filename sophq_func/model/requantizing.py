@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.config.site import Requant
+from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import as_constant
 from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.ranges import positive
@@ -127,9 +128,15 @@ class Requantizer:
           x: computed in floating point from values that are on the grids of the sources.
           grid: from :meth:`in_force`.
           qparams: of all quantizers.
+
+        Raises:
+          StateError: the sources have other channels than ``x``, as in a plan that was changed.
         """
         step = positive(as_constant(grid.scale)).double()
         codes = self._codes(as_constant(x).double(), step, qparams)
+        if codes.shape != x.shape:  # the steps of channels along another axis than the value has
+            sentence, got = f"integers do not come from the grids of {' and '.join(self.sources)}", tuple(x.shape)
+            raise StateError(explain("apply", sentence, got=got, because="they have other channels", fix="plan anew"))
         return (codes * step).to(x.dtype)
 
     def _codes(self, x: Tensor, step: Tensor, qparams: Mapping[str, QParams]) -> Tensor:

@@ -133,9 +133,9 @@ class PerToken:
 def _check_axis(granularity: PerChannel | PerGroup) -> None:
     """Check the axis of a granularity; a list, as JSON has it, becomes a tuple."""
     axis = granularity.axis
-    if isinstance(axis, int | None) and not isinstance(axis, bool):
+    if axis is None or type(axis) is int:  # ``isinstance`` would take a bool for an int
         return
-    if not isinstance(axis, int) and _is_ascending(axis):
+    if isinstance(axis, list | tuple) and _is_ascending(axis):
         object.__setattr__(granularity, "axis", tuple(axis))
         return
     where = type(granularity).__name__

@@ -39,6 +39,11 @@ def is_integer(config: QuantizerConfig) -> bool:
     return _fake_quantizer(config.fake_quantize).integer
 
 
+def block_size(config: QuantizerConfig) -> int:
+    """How many elements of an axis share a scale in the quantizer's format; 0 in formats without blocks."""
+    return _fake_quantizer(config.fake_quantize).block_size
+
+
 def is_scaled_grid(config: QuantizerConfig) -> bool:
     """Whether the quantizer has a scale that is known before the forward, so that a bias can be rounded with it."""
     fake_quantizer = _fake_quantizer(config.fake_quantize)
@@ -88,7 +93,7 @@ def shape_problems(site: Site, quantizer: QuantizerConfig, unknown: str) -> list
     """
     granularity, shape, name = quantizer.scheme.granularity, site.shape, site.quantizer
     fix = f'sq.Rule(name="{name}", weight=sq.override(granularity=sq.PerChannel()))'
-    has_blocks = bool(_fake_quantizer(quantizer.fake_quantize).block_size)
+    has_blocks = bool(block_size(quantizer))
     if unknown and (has_blocks or isinstance(granularity, PerGroup)):
         because = f"{unknown} does not tell which axes of it are summed over, along which its groups must lie"
         fix = f'sq.Rule(name="{name}", weight=None), or a granularity and a format without groups'

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -80,22 +81,32 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
     if not plan.calls:
         because, fix = "the plan has no calls", "sq.plan(sq.trace(model, args), config)"
         raise PlanError(explain("draw", "there is nothing to draw", because=because, fix=fix))
+    figure, drawn = _figure(plan), io.BytesIO()
+    with _salted():
+        figure.savefig(drawn, format=target.suffix[1:], dpi=DOTS_PER_INCH, metadata=UNDATED[target.suffix])
+    return write_bytes("draw", target, drawn.getvalue())
+
+
+@contextmanager
+def _salted() -> Iterator[None]:
+    """Let matplotlib name the parts of an SVG by their contents, where it takes random numbers otherwise."""
+    from matplotlib import rcParams
+
+    # this entry alone: ``rc_context`` would undo what other threads set in the meantime
+    before, rcParams["svg.hashsalt"] = rcParams["svg.hashsalt"], "sophq_func"
     try:
-        import matplotlib
+        yield
+    finally:
+        rcParams["svg.hashsalt"] = before
+
+
+def _figure(plan: Plan) -> Figure:
+    try:
+        from matplotlib.figure import Figure
     except ImportError as error:
         fix = "pip install matplotlib, or render plan.to_dot() with Graphviz"
         because = "matplotlib is not installed"
         raise PlanError(explain("draw", "the picture cannot be drawn", because=because, fix=fix)) from error
-    drawn = io.BytesIO()
-    # the names of parts of an SVG are random numbers without it
-    with matplotlib.rc_context({"svg.hashsalt": "sophq_func"}):
-        _figure(plan).savefig(drawn, format=target.suffix[1:], dpi=DOTS_PER_INCH, metadata=UNDATED[target.suffix])
-    return write_bytes("draw", target, drawn.getvalue())
-
-
-def _figure(plan: Plan) -> Figure:
-    from matplotlib.figure import Figure
-
     places = layout(plan.calls, plan.edges)
     lanes = [x for x, _ in places.values()]
     left, right, depth = min(lanes), max(lanes), max(y for _, y in places.values())

@@ -48,7 +48,7 @@ EVERY = 50
 SECONDS = 20
 """After which a case hangs."""
 
-GARBLED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+GARBLED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 """What a look into a changed header may raise."""
 
 NUMBERS = (0.0, -1.0, 1e-45, 3e38, -3e38, float("nan"), float("inf"), float("-inf"))

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -213,7 +214,8 @@ def plans(count: int, seed: int) -> Iterator[tuple[str, str]]:
         name = chance.choice(list(subjects))
         tree = json.loads(texts[name])
         for _ in range(chance.choice((1, 1, 1, 2, 4))):
-            chance.choice(MUTATIONS)(tree, chance)
+            with suppress(AttributeError, IndexError, KeyError, TypeError):  # an earlier one left nothing to change
+                chance.choice(MUTATIONS)(tree, chance)
         text = json.dumps(tree)
         signal.alarm(SECONDS)
         with warnings.catch_warnings():

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import sophq_func as sq
+from sophq_func.config.site import Requant
+from sophq_func.model.requantizing import Requantizer
 from tests.fuzz import plans
 from tests.fuzz.subjects import SUBJECTS, Attention, Convolutions, Subject
 
@@ -81,6 +83,12 @@ WRONG: dict[str, tuple[Callable[[Data, dict[str, Data]], object], str]] = {
     "further counts": (lambda data, entries: data["counts"][0].append(["conv", "", 1]), "it counts calls of ('conv', '')"),
     "two examples, of which one has calls": (lambda data, entries: data["counts"].append(data["counts"][0]), "2 examples"),
     "two quantizers of one weight": (_twice, "acts on the same tensor"),
+    "blocks far longer than the tensor": (
+        lambda data, entries: entries[FC]["config"].update(
+            fake_quantize={"name": "mxfp4", "options": {"block_size": 10**9}}
+        ),
+        "no blocks of 1000000000 elements",
+    ),
     "no such input of a layer": (site(FC, inputs=[["x", "nobody"]]), "no quantizer 'nobody'"),
 }
 
@@ -112,7 +120,7 @@ def requant(place: int, value: Any) -> Callable[[Data, dict[str, Data]], object]
 
 @pytest.mark.parametrize(("place", "value"), [(RULE, "magic"), (SOURCE, "nobody"), (RESULT, INPUT), (AXIS, -9)], ids=str)
 def test_multipliers_that_lead_nowhere_are_refused(place: int, value: Any, multipliers: Subject) -> None:
-    with pytest.raises(sq.PlanError, match="the plan does not fit the model"):
+    with pytest.raises(sq.PlanError, match="Fix: plan this model anew"):
         sq.build(multipliers.model, changed(multipliers, requant(place, value)))
 
 
@@ -165,3 +173,20 @@ def test_a_value_whose_channels_are_others_is_an_error_of_the_run(subject: Subje
 
 def test_mutated_plans_are_refused_in_words_or_right() -> None:
     assert [(text, found) for text, found in plans.plans(80, seed=5) if found.startswith("FAULT")] == []
+
+
+def test_two_quantizers_that_have_changed_places_are_refused(multipliers: Subject) -> None:
+    def change(data: Data, entries: dict[str, Data]) -> None:
+        one, other = (entries[f"{name}.post_act_fake_quantizer"]["site"] for name in ("side", "mean"))
+        one["anchor"], other["anchor"] = other["anchor"], one["anchor"]
+
+    with pytest.raises(sq.PlanError, match="the examples call mean where it acts on side"):
+        sq.build(multipliers.model, changed(multipliers, change))
+
+
+def test_multipliers_of_other_channels_are_an_error_of_the_run() -> None:
+    requantizer = Requantizer((Requant("layer", "x", axis=-3), Requant("layer", "w", axis=-3)))
+    qparams = {name: sq.QParams(torch.ones(shape), torch.zeros(shape), {}) for name, shape in (("x", ()), ("w", (4,)))}
+    assert requantizer.integers(torch.ones(2, 4, 1, 1), qparams["x"], qparams).shape == (2, 4, 1, 1)
+    with pytest.raises(sq.StateError, match="they have other channels"):
+        requantizer.integers(torch.ones(2, 4), qparams["x"], qparams)
