@@ -122,7 +122,7 @@ def tables(
         raise ConfigError(unknown("tables", "work mode", work_mode, WORK_MODES))
     if not isinstance(name, str) or not name or Path(name).name != name:
         raise ConfigError(explain("tables", "file names cannot begin with this name", got=name, allowed="a file name"))
-    q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
+    q.engine.check(params, qparams, "tables", "qparams")
     for quantizer, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[quantizer].scale, weight, scheme.granularity)  # raises where the steps do not fit the weight
     check_numbers("tables", q.plan, q.engine.quantizers, params, qparams)

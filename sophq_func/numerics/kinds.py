@@ -108,8 +108,8 @@ class KindCheck:
             return False
         scale, zero_point, extras = qparams
         seen_scale, seen_zero_point, seen_extras = self._seen[name]
-        if seen_scale() is not scale or seen_zero_point() is not zero_point:
-            return False
+        if scale is None or seen_scale() is not scale or seen_zero_point() is not zero_point:
+            return False  # a reference that ended gives None
         if type(extras) is dict and not extras and not seen_extras:
             return True
         is_alike = isinstance(extras, dict) and seen_extras.keys() == extras.keys()
