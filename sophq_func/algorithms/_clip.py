@@ -79,7 +79,7 @@ def clip_solve(weight: Tensor, second: Tensor, scheme: QScheme, qparams: QParams
       >>> bool(error(found) < 0.7 * error(start))
       True
     """
-    check_reals("clip_solve", {"weight": weight, "second": second})
+    check_reals("clip_solve", {"weight": weight, "second": second}, floating=True)
     check_alone("clip_solve: qparams", qparams, scheme)
     work = working(weight.detach())
     form = form_of(work, second.detach().to(work.dtype), scheme, axis)

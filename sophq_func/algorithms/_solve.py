@@ -83,7 +83,7 @@ def gptq_solve(
       tensor([[4., 2.],
               [2., 3.]])
     """
-    check_reals("gptq_solve", {"weight": weight, "second": second})
+    check_reals("gptq_solve", {"weight": weight, "second": second}, floating=True)
     check_alone("gptq_solve: qparams", qparams, scheme)
     check_options("gptq_solve", order, damping, sweeps)
     parts = second.shape[0] if second.ndim == 3 else 1
@@ -98,6 +98,9 @@ def check_options(where: str, order: object, damping: object, sweeps: object) ->
     if order not in ORDERS:
         raise ConfigError(unknown(where, "order", order, ORDERS))
     is_number = isinstance(damping, int | float) and not isinstance(damping, bool)
+    if isinstance(damping, Tensor) and damping.ndim:
+        got, allowed = tuple(damping.shape), "a number, or a tensor of shape ()"
+        raise ConfigError(explain(where, "damping has axes", got=got, allowed=allowed, fix="damping=0.01"))
     if not isinstance(damping, Tensor) and not (is_number and 0 <= damping < math.inf):  # type: ignore[operator]
         sentence = "damping must not be negative"
         raise ConfigError(explain(where, sentence, got=damping, allowed="a number >= 0", fix="damping=0.01"))

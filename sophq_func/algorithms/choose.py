@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple, TypeAlias
@@ -99,7 +100,8 @@ def pareto(
       [(80.0, 0.8), (120.0, 0.4), (160.0, 0.3)]
     """
     program = Program.of(sensitivity, costs, tie)
-    if isinstance(budgets, int) and not is_count(budgets):
+    is_list = not isinstance(budgets, str) and isinstance(budgets, Iterable)
+    if not is_list and not is_count(budgets):
         allowed = f"an int from 1 to {MOST_REPEATS}, or a list"
         raise ConfigError(explain("pareto", "there are no budgets", got=budgets, allowed=allowed))
     if isinstance(budgets, int):
@@ -262,7 +264,15 @@ class Program:
 
 def _of(cost: Cost, key: object, factor: int) -> float:
     """The cost at some widths."""
-    return float(cost[key]) if isinstance(cost, Mapping) else float(cost) * factor  # type: ignore[index]
+    return _as_float(cost[key]) if isinstance(cost, Mapping) else _as_float(cost) * factor  # type: ignore[index]
+
+
+def _as_float(number: float) -> float:
+    """A number as a float; an int that none can hold is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _groups(names: Sequence[str], tie: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -293,10 +303,10 @@ def _check(added: Added, costs: Costs) -> None:
     raise_all([unknown("choose_bits", "quantizer", name, list(added)) for name in dict.fromkeys(names) if name not in added])
     for name, by_bits in added.items():
         for bits, loss in by_bits.items():
-            if not float("-inf") < float(loss) < float("inf"):
+            if not float("-inf") < _as_float(loss) < float("inf"):
                 where, fix = f"choose_bits: {name}", "leave the width out, or measure it with other batches"
                 sentence = f"at {bits} bits it has no finite loss"
-                raise StateError(explain(where, sentence, got=float(loss), allowed="a finite number", fix=fix))
+                raise StateError(explain(where, sentence, got=_as_float(loss), allowed="a finite number", fix=fix))
 
 
 def _package(name: str) -> ModuleType:

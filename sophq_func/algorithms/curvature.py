@@ -248,11 +248,12 @@ def _check_vectors(where: str, vectors: Tensors, params: Tensors, batched: bool)
     samples = next(iter(vectors.values())).shape[:1] if batched else torch.Size()
     for name, vector in vectors.items():
         like = params[name]
-        if vector.shape != samples + like.shape or vector.dtype != like.dtype or 0 in samples:
-            got = f"{vector.dtype} {tuple(vector.shape)}"
+        is_alike = vector.dtype == like.dtype and vector.device == like.device
+        if vector.shape != samples + like.shape or not is_alike or 0 in samples:
+            got = f"{vector.dtype} {tuple(vector.shape)} on {vector.device}"
             shape = ("samples", *like.shape) if batched else tuple(like.shape)
             sentence = f"the vector of {name!r} does not fit"
-            problems.append(explain(where, sentence, got=got, allowed=f"{like.dtype} {shape}"))
+            problems.append(explain(where, sentence, got=got, allowed=f"{like.dtype} {shape} on {like.device}"))
         elif not batched and is_plain([vector]) and not bool(vector.any()):
             problems.append(explain(where, f"a start of 0 for {name!r} leads nowhere", because="a Hessian maps 0 to 0"))
     raise_all(problems, StateError)

@@ -65,7 +65,7 @@ class ParamsCheck:
         found: dict[str, weakref.ref[Tensor]] = {}
         unfit = []
         for name, value in params.items():  # one loop without calls: a step of training may have new tensors each time
-            if name in seen and seen[name]() is value:
+            if name in seen and value is not None and seen[name]() is value:  # a reference that ended gives None
                 continue
             like = likes.get(name, ANY)
             is_fitting = (

@@ -49,6 +49,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     count = per_byte(bits)
     check_reals("pack", {"codes": codes})
+    if codes.is_meta:
+        raise StateError(explain("pack", "codes on the meta device have no numbers", fix="pack the codes of a real tensor"))
     if codes.is_floating_point() or codes.is_complex():
         raise StateError(explain("pack", "codes must be integers", got=codes.dtype, allowed="an integer dtype"))
     flat = codes.detach().reshape(-1)

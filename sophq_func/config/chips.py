@@ -101,6 +101,8 @@ class ChipSpec:
             limits = getattr(self, name)
             if not isinstance(limits, tuple | list | None):
                 yield explain("ChipSpec", f"{name} is not a tuple", got=limits, allowed="a tuple, or None for no limit")
+            elif name != "fake_quantizers" and not all(isinstance(bits, int) for bits in limits or ()):
+                yield explain("ChipSpec", f"{name} holds no widths", got=limits, allowed="a tuple of ints, such as (4, 8)")
         if not isinstance(self.placement, str):
             yield explain("ChipSpec", "placement is no name", got=self.placement, allowed="the name of a strategy")
         if not isinstance(self.arithmetic, Arithmetic | None):

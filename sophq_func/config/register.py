@@ -17,6 +17,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
+from torch import nn
+
 from sophq_func.config.algorithms import ALGORITHMS, Algorithm, Measure, Run, check_promises
 from sophq_func.config.chips import CHIPS, ChipSpec
 from sophq_func.config.patterns import Fused, Part, registered
@@ -257,6 +259,10 @@ def strategy(name: str, strategy: Strategy, *aliases: str) -> Strategy:
       'Inputs'
     """
     _check_kind("register.strategy", name, strategy, Strategy)
+    are_classes = all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in strategy.weights)
+    if not callable(strategy.place) or not are_classes:
+        allowed, fix = "a function, and classes of modules", "sq.strategies.Strategy(place, weights=(torch.nn.Linear,))"
+        raise ConfigError(explain("register.strategy", f"{name!r} places nothing", got=strategy, allowed=allowed, fix=fix))
     PLACEMENTS.add(name, strategy, *aliases)
     return strategy
 

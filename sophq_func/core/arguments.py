@@ -34,18 +34,23 @@ def check_counts(where: str, counts: Mapping[str, object], least: int = 1, most:
     raise_all([explain(where, f"{name} {sentence}", got=count, allowed=allowed) for name, count in wrong.items()])
 
 
-def check_reals(where: str, values: Mapping[str, object]) -> None:
+def check_reals(where: str, values: Mapping[str, object], floating: bool = False) -> None:
     """Raise a :class:`StateError` about the arguments that are to be dense tensors of real numbers and are not.
+
+    Args:
+      where: the function that the user called.
+      values: the arguments, by name.
+      floating: whether they must be floating, too.
 
     Example:
       >>> check_reals("rectified_sigmoid", {"alpha": torch.ones(2)})
     """
-    problems = [not_real(where, name, value) for name, value in values.items()]
+    problems = [not_real(where, name, value, floating) for name, value in values.items()]
     raise_all([problem for problem in problems if problem], StateError)
 
 
-def not_real(where: str, name: str, value: object) -> str:
-    """Why a value is no dense tensor of real numbers; empty if it is one."""
+def not_real(where: str, name: str, value: object, floating: bool = False) -> str:
+    """Why a value is no dense tensor of real, or of floating, numbers; empty if it is one."""
     allowed = "a dense tensor of real numbers"
     if not isinstance(value, Tensor):
         return explain(where, f"{name} is no tensor", got=value, allowed=allowed, fix=f"torch.as_tensor({name})")
@@ -53,4 +58,7 @@ def not_real(where: str, name: str, value: object) -> str:
         return explain(where, f"{name} is complex", got=value.dtype, allowed=allowed, fix=f"{name}.real")
     if value.layout is not torch.strided and not value.is_nested:
         return explain(where, f"{name} is sparse", got=value.layout, allowed=allowed, fix=f"{name}.to_dense()")
+    if floating and not value.is_floating_point():
+        allowed = "a floating dtype"
+        return explain(where, f"{name} is not floating", got=value.dtype, allowed=allowed, fix=f"{name}.float()")
     return ""

@@ -163,6 +163,7 @@ def explain(
         text += f" (because {because})"
     text += "."
     if fix:
+        fix = _cut(fix)
         text += f" Fix: {fix}" + ("" if fix.endswith("?") else ".")
     return text
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 import inspect
+import math
 import numbers
 import sys
 import types
@@ -359,7 +360,9 @@ def check_fields(where: str, value: tuple[object, ...]) -> None:
 
 def _misfits(where: str, name: str, value: object, annotation: object, depth: int = 0) -> Iterator[str]:
     """Why a value does not have a type, or something in it not the type that it is to have, in a line each."""
-    if not fits(value, annotation):
+    if isinstance(value, float) and math.isnan(value):
+        yield explain(where, f"{name} is not a number", got=value, allowed=_spelled(annotation))
+    elif not fits(value, annotation):
         yield explain(where, f"{name} has the wrong type", got=_shown(value), allowed=_spelled(annotation))
     else:
         yield from _items_of_wrong_types(where, name, value, annotation, depth)

@@ -126,7 +126,7 @@ def tables(
     start = Path(folder) / name
     check_place("tables", start)  # before the work, which takes minutes
     check_unicode("tables", q.engine.empty_params())
-    q.plan.check(qparams, "qparams", dict.fromkeys(q.plan, QParams))
+    q.engine.check(params, qparams, "tables", "qparams")
     for quantizer, (weight, scheme) in q.weights_seen(params).items():
         expand(qparams[quantizer].scale, weight, scheme.granularity)  # raises where the steps do not fit the weight
     check_numbers("tables", q.plan, q.engine.quantizers, params, qparams)

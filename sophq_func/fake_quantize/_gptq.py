@@ -129,7 +129,12 @@ def hessian_update(hessian: Tensor, count: Tensor | int, x: Tensor) -> tuple[Ten
       >>> hessian_update(torch.zeros(1, 1), 0, torch.tensor([[1.0], [2.0]]))
       (tensor([[10.]]), 1)
     """
-    check_reals("hessian_update", {"hessian": hessian, "x": x})
+    check_reals("hessian_update", {"hessian": hessian, "x": x}, floating=True)
+    if isinstance(count, Tensor):
+        check_reals("hessian_update", {"count": count})
+    if (isinstance(count, Tensor) and count.ndim) or not isinstance(count, Tensor | int):
+        allowed = "an int, or a tensor of shape ()"
+        raise StateError(explain("hessian_update", "count is no number of samples", got=count, allowed=allowed, fix="0"))
     if hessian.ndim != 2 or hessian.shape != (x.shape[-1], x.shape[-1]):
         allowed = f"({x.shape[-1]}, {x.shape[-1]}) for inputs of shape {tuple(x.shape)}"
         raise StateError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.codes import BY_BLOCKS, Grid, Stored, is_integer, unpack
+from sophq_func.core.arguments import check_reals
 from sophq_func.core.errors import StateError, explain, near
 from sophq_func.core.modes import is_plain
 from sophq_func.core.pytree import tensors, tree_map
@@ -292,6 +293,7 @@ def _widened(call: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
     if not is_plain(tensors(call)):
         fix = "run outside of vmap, grad and compile"
         raise StateError(explain("artifact.run", "an artifact cannot run inside a transform", fix=fix))
+    check_reals("artifact.run", {f"input {i}": leaf for i, leaf in enumerate(tensors(call))})
     widened: tuple[Args, Kwargs] = tree_map(_as_float32, call)
     return widened
 

@@ -94,6 +94,9 @@ def _numbers_of_layer(where: str, weight: WeightQuantizer, params: Mapping[str, 
     for name in filter(None, [site.parameter, site.bias, *folded]):
         if not bool(params[name].isfinite().all()):
             problems.append(_not_a_number(where, name, "NaN or infinity"))
+    if norm is not None and bool((params[norm.var] < 0).any()):
+        because, fix = "no number is its root", f"look at {norm.var}"
+        problems.append(explain(f"{where}: {norm.var}", "a variance is negative", because=because, fix=fix))
     return problems
 
 

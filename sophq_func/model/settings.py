@@ -6,6 +6,7 @@ another setting without being compiled again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.core.constants import number
-from sophq_func.core.errors import ConfigError, StateError, explain, near, raise_all
+from sophq_func.core.errors import ConfigError, StateError, explain, near, quoted, raise_all
 from sophq_func.core.modes import is_plain, outside_inference
 from sophq_func.core.public import public
 from sophq_func.core.pytree import flatten, sorted_dict, tree_map
@@ -186,7 +187,7 @@ def enabled(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> 
 def _is_mask(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.ndim == 0 and (value.dtype == torch.bool or value.is_floating_point())
-    return isinstance(value, bool | float)
+    return isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _masks(qparams: Mapping[str, QParams], mask: Mask | Mapping[str, Mask]) -> Iterator[tuple[str, Mask]]:
@@ -224,7 +225,7 @@ def _fitting(where: str, pattern: object, names: Plan | Mapping[str, QParams]) -
         inside = [name for name in names if name.startswith(f"{pattern}.")]  # a rule would take the path of a module
         hint = near(pattern, names) or f"list({source}) has the names"
         hint = f"'{pattern}.*', which fits {', '.join(inside[:3])}" if inside else hint
-        raise ConfigError(f"{where}: {pattern!r} fits no quantizer. Fix: {hint}")
+        raise ConfigError(f"{where}: {quoted(pattern)} fits no quantizer. Fix: {hint}")
     return fitting
 
 

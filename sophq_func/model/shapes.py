@@ -170,7 +170,10 @@ def check_ostate(plan: Plan, ostate: Mapping[str, State]) -> None:
 def check_qparams(plan: Plan | None, qparams: Mapping[str, QParams]) -> None:
     """Raise a :class:`StateError` unless these are qparams, and those of the plan, with scales that can be used."""
     check_entries("qparams", qparams, mistyped)
-    problems: list[str] = []
+    empty = [name for name, entry in qparams.items() if any(leaf.is_meta for leaf in _fields(entry).values())]
+    sentence, fix = "these are on the meta device, and have no numbers", "qparams = q.calibrate(params, batches)"
+    problems = [explain(f"qparams of {name}", sentence, fix=fix) for name in empty]
+    raise_all(problems, StateError)
     if plan is None:
         for name, entry in qparams.items():
             problems += _not_finite(name, entry, FIELDS)

@@ -38,8 +38,8 @@ def observer_alone(name: str, built: Observer) -> Observer:
     @public_as(f"{where}.update")
     def update(state: State, x: Tensor, scheme: QScheme) -> State:
         _check(f"{where}.update", x, scheme)
-        if is_plain_eager():
-            _check_state(f"{where}.update", state, built.init(x, scheme))
+        if is_plain_eager():  # an empty tensor, whatever its shape, changes no state
+            _check_state(f"{where}.update", state, built.init(x, scheme) if x.numel() else state)
         return built.update(state, x, scheme)
 
     @public_as(f"{where}.merge")
@@ -85,6 +85,7 @@ def fake_quantizer_alone(name: str, built: FakeQuantize) -> FakeQuantize:
         _check(f"{where}.init", x, scheme)
         if is_plain_eager():
             check_entry(f"{where}.init: qparams", qparams)
+            _check_device(f"{where}.init", x, qparams)
             if not scheme.dynamic:
                 check_kind({where: qparams})
         return built.init(qparams, x, scheme)
@@ -94,6 +95,7 @@ def fake_quantizer_alone(name: str, built: FakeQuantize) -> FakeQuantize:
         _check(f"{where}.apply", x, scheme)
         if is_plain_eager():
             check_entry(f"{where}.apply: qparams", qparams)
+            _check_device(f"{where}.apply", x, qparams)
             if not scheme.dynamic:
                 check_kind({where: qparams})
         return built.apply(x, qparams, scheme, noise)
@@ -112,6 +114,12 @@ def _check(where: str, x: object, scheme: object) -> None:
     """Raise unless this is a tensor that can be quantized, and a scheme."""
     _check_scheme(where, scheme)
     check_reals(where, {"x": x})
+
+
+def _check_device(where: str, x: Tensor, qparams: QParams) -> None:
+    if x.device != qparams.scale.device:
+        allowed, fix = f"{qparams.scale.device}, that of the scale", "x and qparams on one device"
+        raise StateError(explain(where, "x is on another device", got=x.device, allowed=allowed, fix=fix))
 
 
 def _check_scheme(where: str, scheme: object) -> None:

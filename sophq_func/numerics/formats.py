@@ -10,6 +10,7 @@ binary16; bfloat16. Rounding is half to even, except in codebooks.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -303,7 +304,7 @@ def value_table(form: Format, device: torch.device | str = "cpu") -> Tensor:
       >>> value_table(E2M1)[8:].tolist()
       [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     """
-    if isinstance(form, type | Tensor) or not hasattr(form, "values"):
+    if isinstance(form, type | Tensor | Mapping) or not hasattr(form, "values"):
         raise ConfigError(explain("value_table", "this is no format", got=form, allowed="a format", fix="sq.formats.E4M3"))
     try:
         place = torch.device(device)

@@ -7,7 +7,7 @@ them by weak references, so that the check costs a comparison of identities.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple, TypeAlias
 
@@ -108,12 +108,14 @@ class KindCheck:
             return False
         scale, zero_point, extras = qparams
         seen_scale, seen_zero_point, seen_extras = self._seen[name]
+        if scale is None or zero_point is None:  # as a reference that ended gives
+            return False
         if seen_scale() is not scale or seen_zero_point() is not zero_point:
             return False
         if type(extras) is dict and not extras and not seen_extras:
             return True
         is_alike = isinstance(extras, dict) and seen_extras.keys() == extras.keys()
-        return is_alike and all(seen_extras[field]() is tensor for field, tensor in extras.items())
+        return is_alike and all(t is not None and seen_extras[field]() is t for field, t in extras.items())
 
     def _compare(self, qparams: Mapping[str, QParams], names: Collection[str]) -> None:
         """Compare what takes no time."""
@@ -134,7 +136,9 @@ class KindCheck:
             return
         scales = [entry.scale.detach().reshape(-1) for entry in read.values()]
         widths = [_width(entry) for entry in read.values() if "qmin" in entry.extras]
-        if _are_all(scales, positive=True) and _are_all(widths, positive=False):
+        learned = [entry.zero_point.detach().reshape(-1) for entry in read.values() if entry.zero_point.is_floating_point()]
+        are_positive = _are_all(scales, lambda numbers: (numbers > 0) & (numbers < torch.inf))
+        if are_positive and _are_all(widths, lambda numbers: numbers >= 0) and _are_all(learned, torch.isfinite):
             return
         raise_all([line for name, entry in read.items() for line in unusable(name, entry, self._kinds[name])], StateError)
 
@@ -198,17 +202,12 @@ def _width(entry: QParams) -> Tensor:
     return (entry.extras["qmax"].detach() - entry.extras["qmin"].detach()).reshape(-1)
 
 
-def _are_all(tensors: list[Tensor], positive: bool) -> bool:
-    """Whether all numbers are finite, and above 0, or not below it."""
+def _are_all(tensors: list[Tensor], is_right: Callable[[Tensor], Tensor]) -> bool:
+    """Whether all numbers are right, from one read for each device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
-    for together in by_device.values():
-        numbers = torch.cat(together)
-        is_right = (numbers > 0 if positive else numbers >= 0) & (numbers < torch.inf)
-        if not bool(is_right.all()):
-            return False
-    return True
+    return all(bool(is_right(torch.cat(together)).all()) for together in by_device.values())
 
 
 def unusable(name: str, qparams: QParams, kind: Kind) -> Iterator[str]:

@@ -150,7 +150,7 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an order": ({"order": "size"}, "order 'size'"),
     "a damping": ({"damping": -1.0}, "damping must not be negative"),
-    "a number of sweeps": ({"sweeps": -1}, "sweeps must not be negative"),
+    "a number of sweeps": ({"sweeps": -1}, "sweeps must be an int: got -1, allowed an int from 0"),
     "moments of another weight": ({"second": torch.eye(3)}, "second moments of this shape"),
     "moments of other parts": ({"second": torch.eye(16).expand(3, 16, 16)}, "has not so many parts"),
     "moments that are not finite": ({"second": torch.full((16, 16), torch.nan)}, "not finite"),

@@ -114,6 +114,14 @@ def test_tensors_are_looked_at_once_and_not_kept_alive() -> None:
     assert alive() is None
 
 
+def test_a_tensor_that_is_gone_is_not_taken_for_none() -> None:
+    model = nn.Linear(2, 3, bias=False)
+    check = check_of(model, dict(model.named_parameters()), is_function=False)
+    assert check.problems({"weight": torch.zeros(3, 2)}, "apply", "fix") == []
+    gc.collect()
+    assert len(check.problems({"weight": None}, "apply", "fix")) == 1
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["copy", "pickle"])
 def test_copies_look_anew(copied: Callable[[sq.Quantized], sq.Quantized]) -> None:
     q, params, qparams, x = ready()

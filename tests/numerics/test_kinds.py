@@ -54,6 +54,15 @@ def test_what_was_seen_is_not_kept_alive() -> None:
         check({**good(), "a": entry(math.nan)})
 
 
+def test_a_tensor_that_is_gone_is_not_taken_for_none() -> None:
+    check = KindCheck({"a": ALONE})
+    check({"a": entry()})
+    gc.collect()
+    for bad in ({"scale": None}, {"zero_point": None}, {"scale": None, "zero_point": None}):
+        with pytest.raises(sq.StateError, match="is no tensor"):
+            check({"a": entry()._replace(**bad)})
+
+
 def test_another_name_of_the_same_extras_is_looked_at() -> None:
     check, low, high = KindCheck(KINDS), torch.tensor(-4.0), torch.tensor(3.0)
     qparams = good()
@@ -79,8 +88,9 @@ NUMBERS: dict[str, tuple[sq.QParams, str]] = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_that_cannot_be_used_are_named(name: str) -> None:
     bad, said = NUMBERS[name]
-    with pytest.raises(sq.StateError, match=f"qparams of a: {said}"):
-        KindCheck(KINDS)({**good(), "a": bad})
+    for others in ({}, {"b": good()["b"]}):  # alone, and beside a learned scale below zero
+        with pytest.raises(sq.StateError, match=f"qparams of a: {said}"):
+            KindCheck({name: KINDS[name] for name in ("a", *others)})({**others, "a": bad})
 
 
 def test_numbers_are_not_read_where_they_mean_nothing() -> None:
