@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
+from sophq_func.capture.calls import restoring
 from sophq_func.capture.contents import params_of, registered_tensors
 from sophq_func.capture.functions import as_module, name_of, signature
 from sophq_func.capture.graph import Graph
@@ -22,6 +23,7 @@ from sophq_func.core.types import Args, Kwargs, Output, Tree
 
 
 @public
+@restoring
 def trace(
     model: nn.Module | Callable[..., Output],
     args: Tree = (),
@@ -125,6 +127,7 @@ def _offloaded(model: nn.Module, params: Mapping[str, Tensor]) -> PlanError:
     return PlanError(explain(name_of(model), sentence, got=shown, because=because, fix=fix))
 
 
+@restoring
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:
     """Like :func:`trace`, for a skeleton and given parameters; ``names`` are the names of the model's arguments."""
     frame = Recorder(skeleton)

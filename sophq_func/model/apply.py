@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sophq_func.capture.transforms import depth, is_inside, outside, whole
+from sophq_func.capture.transforms import depth, is_inside, whole
+from sophq_func.core.modes import outside_of_transforms
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.engine import Engine
@@ -58,8 +59,7 @@ def capture(
 
     def effect(name: str, x: Tensor) -> Tensor:
         if is_inside(x, outer):  # what is captured outlives the transform that wraps the value
-            with outside(outer):
-                captured[name] = before_and_after(name, whole(x, outer))
+            captured[name] = outside_of_transforms(lambda: before_and_after(name, whole(x, outer)), outer)
         else:
             captured[name] = before_and_after(name, x)
         return quantize(name, x)
