@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sophq_func.capture.calls import one_call
 from sophq_func.capture.transforms import depth, is_inside, whole
 from sophq_func.core.modes import outside_of_transforms
 from sophq_func.core.pytree import sorted_dict
@@ -14,6 +15,7 @@ from sophq_func.model.engine import Engine
 from sophq_func.numerics.contracts import QParams
 
 
+@one_call("quantized_apply")
 def apply(engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs) -> Output:
     """See :meth:`sophq_func.Quantized.apply`."""
     named = engine.check(params, qparams, "apply", "qparams")
@@ -21,6 +23,7 @@ def apply(engine: Engine, params: Given, qparams: Mapping[str, QParams], args: A
     return output
 
 
+@one_call("quantized_apply_and_update")
 def apply_and_update(
     engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
 ) -> tuple[Output, Given]:
@@ -38,6 +41,7 @@ def apply_and_update(
     return output, engine.like(params, after)
 
 
+@one_call("quantized_capture")
 def capture(
     engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -68,6 +72,7 @@ def capture(
     return sorted_dict(captured)
 
 
+@one_call("quantize_value")
 def quantize_value(engine: Engine, name: str, x: Tensor, qparams: QParams) -> Tensor:
     """See :meth:`sophq_func.Quantized.quantize_value`."""
     quantizer = engine.quantizers[engine.plan.find(name)]

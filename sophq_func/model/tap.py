@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from sophq_func.capture.calls import one_call
 from sophq_func.capture.frame import unwatched
 from sophq_func.capture.naming import CallNames, apart
 from sophq_func.capture.transforms import depth, wholes
@@ -102,6 +103,7 @@ def tap(engine: Engine, at: str | Collection[str], stop: bool) -> Tapped:
     root_name = type(skeleton.entry).__name__.lower()
 
     @public_as("tap")
+    @one_call("quantized_tap")
     def tapped(params: Params, qparams: Mapping[str, QParams] | None, /, *args: Any, **kwargs: Any) -> tuple[Output, Seen]:
         effect = unchanged if qparams is None else engine.quantizing(qparams)
         runners: list[Tap] = []
