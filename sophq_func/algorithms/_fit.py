@@ -14,8 +14,8 @@ from sophq_func.algorithms._adam import Optimizer
 from sophq_func.algorithms._error import Error, floating
 from sophq_func.algorithms._rounding import Rounding, undecided
 from sophq_func.algorithms.units import Sample, Unit, rows_of
-from sophq_func.capture.transforms import depth, outside
-from sophq_func.core.modes import is_plain
+from sophq_func.capture.transforms import depth
+from sophq_func.core.modes import is_plain, outside_of_transforms
 from sophq_func.core.pytree import flatten
 from sophq_func.core.types import Args, Kwargs, Tree
 from sophq_func.model.engine import Engine, QParamsDict
@@ -251,8 +251,7 @@ class Fit:
 
     def _random(self, draw: Callable[..., Tensor]) -> Tensor:
         """Random numbers, the same for all members of a ``vmap`` around the algorithm."""
-        with outside(0):
-            return draw(generator=self._generator, device=self._generator.device)
+        return outside_of_transforms(lambda: draw(generator=self._generator, device=self._generator.device), 0)
 
     def _mixed(self, sample: Sample) -> Sample:
         """A sample whose elements are those of the float model with the probability of dropping."""

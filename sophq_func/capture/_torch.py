@@ -17,14 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import (
-    TorchFunctionMode,
-    _pop_mode_temporarily,
-)
+from torch.overrides import TorchFunctionMode
 
+from sophq_func.core.modes import level
 from sophq_func.core.pytree import tree_map
 from sophq_func.core.types import Tree
 
@@ -72,9 +69,17 @@ def pop_modes(depth: int) -> None:
         pop_mode()
 
 
-def without_innermost_mode() -> AbstractContextManager[object]:
-    """A context in which the innermost function mode sees nothing."""
-    return _pop_mode_temporarily()
+class WithoutInnermostMode:
+    """A context in which the innermost function mode sees nothing.
+
+    No generator, which would put the mode back when it is deleted: after an interrupt, when the run is long over.
+    """
+
+    def __enter__(self) -> None:
+        self.mode = torch._C._pop_torch_function_stack()
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._push_on_torch_function_stack(self.mode)
 
 
 def is_empty_shell(tensor: Tensor) -> bool:
@@ -203,15 +208,15 @@ def drop_unread(program: torch.export.ExportedProgram) -> None:
     program.graph_signature.input_specs[:] = kept
 
 
-def level() -> int:
-    """How many transforms of ``torch.func`` are active, one inside the other."""
-    return torch._C._functorch.maybe_current_level() or 0
-
-
-def without_innermost_transform() -> AbstractContextManager[object]:
-    """A context in which the transform that began last does not act; no tensor that it wraps may be computed with."""
-    context: AbstractContextManager[object] = temporarily_pop_interpreter_stack()
-    return context
+def end_transforms(outer: int) -> None:
+    """End the transforms of ``torch.func`` that began inside ``outer`` others, as far as nobody has ended them."""
+    end = {
+        "Vmap": torch._C._functorch._vmap_decrement_nesting,
+        "Grad": torch._C._functorch._grad_decrement_nesting,
+        "Jvp": torch._C._functorch._jvp_decrement_nesting,
+    }
+    while level() > outer:
+        end[torch._C._functorch.peek_interpreter_stack().key().name]()
 
 
 def wrapper_level(tensor: Tensor) -> int:
@@ -415,6 +420,20 @@ def has_tag(target: object, tag: torch.Tag) -> bool:
 def schema(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
     """The arguments of an operator, and which of them it writes into or returns views of."""
     return overload._schema
+
+
+def undo_of_recording() -> Callable[[], None]:
+    """What takes back what ``make_fx`` changes while it records, where an interrupt keeps it from doing so itself."""
+    tracing: Any = importlib.import_module("torch.fx._symbolic_trace")
+    is_tracing = tracing._is_fx_tracing_flag
+    methods = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
+
+    def undo() -> None:
+        tracing._is_fx_tracing_flag = is_tracing
+        for name, method in methods.items():
+            setattr(nn.Module, name, method)
+
+    return undo
 
 
 def kernel(overload: torch._ops.OpOverload) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from sophq_func.capture._torch import (
+    WithoutInnermostMode,
     drop_hooks,
     has_only_our_hooks,
     innermost_mode,
@@ -25,7 +26,6 @@ from sophq_func.capture._torch import (
     mode_depth,
     pop_mode,
     push_mode,
-    without_innermost_mode,
     wrap_hooks_before,
 )
 from sophq_func.capture.decompose import DECOMPOSED
@@ -343,7 +343,7 @@ def unwatched() -> AbstractContextManager[object]:
     # not from the mode that the frame noted when the run began: a model may compile a part of itself
     if is_compiling() or not isinstance(innermost_mode(), Watch):
         return nullcontext()
-    return without_innermost_mode()
+    return WithoutInnermostMode()
 
 
 class Watch(TorchFunctionMode):
@@ -368,6 +368,14 @@ class Watch(TorchFunctionMode):
         self.resume()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
+    def finish(self) -> None:
+        """Report nothing any more, even where the mode is still on the stack: the run is over."""
+        self.frame = FINISHED
+
+    def is_finished(self) -> bool:
+        """Whether the run is over."""
+        return self.frame is FINISHED
+
     def pause(self) -> None:
         """See nothing until :meth:`resume`, where that is possible."""
         if not self.frame.paused and not is_compiling() and innermost_mode() is self:
@@ -391,7 +399,7 @@ class Watch(TorchFunctionMode):
         """Report a call that torch shows to no mode, and no call inside it."""
         if self.frame.deferred is not None:
             args, kwargs = self.frame.deferred.filled((args, kwargs))
-        with without_innermost_mode():
+        with WithoutInnermostMode():
             return self._opaque(name, func, args, kwargs)
 
     def _opaque(self, name: str, func: Function, args: Args, kwargs: Kwargs) -> Output:
@@ -438,3 +446,21 @@ class Watch(TorchFunctionMode):
             with self:
                 return DECOMPOSED[name](*args, **kwargs)
         return self.frame.function(name, func, args, kwargs)
+
+
+def _finished() -> Frame:
+    frame = Frame()
+    frame.leaf_depth = 1  # as inside a leaf, where a call is not even taken apart
+    return frame
+
+
+FINISHED = _finished()
+"""What a mode reports to when its run is over: it calls each function as it is."""
+
+
+def drop_finished() -> None:
+    """Take modes of runs that are over off the stack; two interrupts, one after the other, may have left one there."""
+    mode = innermost_mode()
+    while isinstance(mode, Watch) and mode.is_finished():
+        pop_mode()
+        mode = innermost_mode()

@@ -6,8 +6,6 @@ there is none, they call the original. A compiler sees the originals.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,9 +13,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sophq_func.capture._torch import CheckpointParts, checkpoint_parts, innermost_mode, replace_checkpoint_parts
+from sophq_func.capture._torch import (
+    CheckpointParts,
+    checkpoint_parts,
+    innermost_mode,
+    replace_checkpoint_parts,
+)
 from sophq_func.capture.frame import Frame, Watch
-from sophq_func.capture.turns import Turn
+from sophq_func.capture.turns import Guard, Turn
 from sophq_func.core.modes import is_compiling
 from sophq_func.core.operations import is_operation
 from sophq_func.core.types import Output
@@ -114,7 +117,8 @@ def _replace_functions() -> None:
     Else a compiler would look into ``torch.cond`` and ``flex_attention``, which compile themselves.
     """
     FUNCTION.apply, SCRIPT.__call__ = classmethod(reported_apply), reported_script
-    STANCES.append(torch.compiler.set_stance("force_eager"))
+    if not STANCES:
+        STANCES.append(torch.compiler.set_stance("force_eager"))
 
 
 def _restore_functions() -> None:
@@ -134,25 +138,18 @@ class Shared:
 
     def __init__(self, change: Callable[[], None], undo: Callable[[], None]) -> None:
         self._change, self._undo = change, undo
-        self._lock = threading.Lock()
+        self._guard = Guard()
         self._runs: set[object] = set()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._renew)
-
-    def _renew(self) -> None:
-        """Make the lock free in a forked child, which has none of the threads that may hold it."""
-        self._lock = threading.Lock()
 
     def begin(self, run: object) -> None:
         """A run needs the change from now on."""
-        with self._lock:
-            if not self._runs:
-                self._change()
+        with self._guard.lock:
             self._runs.add(run)
+            self._change()  # always: the handler of a signal may have begun and ended a run between these two lines
 
     def end(self, run: object) -> None:
         """A run does not need the change any more, or never did."""
-        with self._lock:
+        with self._guard.lock:
             self._runs.discard(run)
             if not self._runs:
                 self._undo()

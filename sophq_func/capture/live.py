@@ -64,7 +64,10 @@ class Live(Skeleton):
 
     def alone(self) -> AbstractContextManager[object]:
         """A context in which no other thread runs the model; Dynamo cannot trace a lock."""
-        return nullcontext() if modes.is_compiling() else self._turn.lock
+        if modes.is_compiling():
+            return nullcontext()
+        self._turn.settle_left()
+        return self._turn.lock
 
     def is_training(self, path: str) -> bool:
         """Whether the module at a path is in training mode."""

@@ -21,7 +21,16 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from sophq_func.capture._torch import has_tag, is_operator, is_zero_for_ever, kernel, operator_name, schema
+from sophq_func.capture._torch import (
+    has_tag,
+    is_operator,
+    is_zero_for_ever,
+    kernel,
+    operator_name,
+    schema,
+    undo_of_recording,
+)
+from sophq_func.capture.calls import restoring
 from sophq_func.capture.turns import Turn
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.randomness import kept_generators
@@ -61,6 +70,7 @@ class Recorded(NamedTuple):
     read: list[int]
 
 
+@restoring
 def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded:
     """Run ``f`` once on tensors, and record what it computes.
 
@@ -86,7 +96,7 @@ def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded
     copies = [_copied(tensor) for tensor in inputs]
     with kept_generators(inputs), _Readers():
         try:
-            module = RECORDING.take(partial(make_fx(recorded), *copies))
+            module = RECORDING.take(partial(_recorded, recorded, copies))
         except (RuntimeError, NotImplementedError) as error:
             if _reads_a_number(error):
                 raise PlanError(_depends(f"{_line(error)} reads one")) from error
@@ -100,6 +110,12 @@ def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded
     read = _drop_unread(module.graph)
     module.recompile()
     return Recorded(module, outside, read)
+
+
+def _recorded(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
+    """What ``make_fx`` records; an interrupt leaves none of the functions replaced that it replaces meanwhile."""
+    RECORDING.note(undo_of_recording())
+    return make_fx(f)(*inputs)
 
 
 def _copied(tensor: Tensor) -> Tensor:

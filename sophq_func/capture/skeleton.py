@@ -41,6 +41,7 @@ from sophq_func.capture.frame import (
     Slot,
     Watch,
     calls_leaves_alone,
+    drop_finished,
     enter,
     leave,
     report_by_forward,
@@ -409,16 +410,21 @@ class Skeleton:
 
     def _watched(self, watch: Watch, call: Callable[[], Result]) -> Result:
         """A call with a function mode on the stack, where it has something to see."""
-        depth = mode_depth()
         if watch.stays_away:
             return call()
+        if mode_depth():
+            drop_finished()
+        depth = mode_depth()
+        self._note(watch.finish)
         try:
             try:
                 push_mode(watch)
                 return call()
             finally:
+                watch.finish()
                 pop_modes(depth)
         finally:  # again, since an interrupt may have cut it short
+            watch.finish()
             pop_modes(depth)
 
     def _rerun(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 
 import torch
 from torch import Tensor, nn
 
 from sophq_func.capture.arguments import Arguments, arguments, map_inputs
+from sophq_func.capture.calls import restoring
 from sophq_func.capture.contents import params_of, registered_tensors
 from sophq_func.capture.functions import as_module, name_of, signature
 from sophq_func.capture.graph import Graph
@@ -20,8 +22,12 @@ from sophq_func.core.pytree import flatten, tensors
 from sophq_func.core.randomness import kept_generators
 from sophq_func.core.types import Args, Kwargs, Output, Tree
 
+UNFINISHED = (GeneratorType, CoroutineType, AsyncGeneratorType, map, filter)
+"""Objects that compute later."""
+
 
 @public
+@restoring
 def trace(
     model: nn.Module | Callable[..., Output],
     args: Tree = (),
@@ -47,7 +53,7 @@ def trace(
 
     Raises:
       PlanError: the example does not fit ``forward``, or the model cannot be copied, or writes in place into a tensor that
-        is an attribute but no buffer.
+        is an attribute but no buffer, or returns a generator or a coroutine.
 
     Example:
       >>> graph = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (torch.ones(1, 2),))
@@ -91,9 +97,23 @@ def trace(
             sentence, because = "a function must not write into its params", "a run is a pure function of them"
             fix = "write into a clone, and return it if it is a new state"
             raise PlanError(explain(name_of(model), sentence, got=written, because=because, fix=fix))
+    _check_finished(output, model)
     graph = frame.graph(output, model, opaque)
     graph.example = _without_numbers(args, kwargs)
     return graph
+
+
+def _check_finished(output: Output, model: nn.Module) -> None:
+    """Raise a :class:`PlanError` for an output that computes when somebody asks for its items: then the run is over."""
+    for leaf in flatten(output)[0]:
+        if not isinstance(leaf, UNFINISHED):
+            continue
+        if isinstance(leaf, CoroutineType):
+            leaf.close()  # else Python warns that nobody has awaited it
+        sentence, got = "forward returns what it has not computed yet", type(leaf).__name__
+        because = "quantizers act during a run alone, which ends with forward"
+        fix = "return tensors, as in list(...) of a generator; await around q.apply, not in forward"
+        raise PlanError(explain(name_of(model), sentence, got=got, because=because, fix=fix))
 
 
 def _without_numbers(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -125,6 +145,7 @@ def _offloaded(model: nn.Module, params: Mapping[str, Tensor]) -> PlanError:
     return PlanError(explain(name_of(model), sentence, got=shown, because=because, fix=fix))
 
 
+@restoring
 def retrace(skeleton: Skeleton, params: Mapping[str, Tensor], args: Args, kwargs: Kwargs, names: Arguments) -> Graph:
     """Like :func:`trace`, for a skeleton and given parameters; ``names`` are the names of the model's arguments."""
     frame = Recorder(skeleton)

@@ -9,7 +9,6 @@ many of them there are, and leave their wrappers alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +16,11 @@ from torch import Tensor
 
 from sophq_func.capture._torch import (
     is_wrapper,
-    level,
     mapped_axis,
     unwrapped,
-    without_innermost_transform,
     wrapper_level,
 )
-from sophq_func.core.modes import is_compiling, is_mapped
+from sophq_func.core.modes import is_compiling, is_mapped, level, outside_of_transforms
 from sophq_func.core.pytree import tree_map
 from sophq_func.core.types import Tree
 
@@ -58,15 +55,6 @@ def is_inside(tensor: Tensor, outer: int) -> bool:
     return is_mapped() and not is_compiling() and wrapper_level(tensor) > outer
 
 
-@contextmanager
-def outside(outer: int) -> Iterator[None]:
-    """A context in which all transforms but the ``outer`` outermost do not act, so that nothing is wrapped by them."""
-    with ExitStack() as stack:
-        while level() > outer:
-            stack.enter_context(without_innermost_transform())
-        yield
-
-
 def whole(tensor: Tensor, outer: int) -> Tensor:
     """The whole tensor inside the wrappers of the model's own transforms, without their derivatives."""
     order = _front_first(tensor, outer)
@@ -74,8 +62,7 @@ def whole(tensor: Tensor, outer: int) -> Tensor:
         tensor = unwrapped(tensor)
     if order == sorted(order):
         return tensor
-    with outside(outer):
-        return tensor.permute(order)
+    return outside_of_transforms(lambda: tensor.permute(order), outer)
 
 
 def _front_first(tensor: Tensor, outer: int) -> list[int]:

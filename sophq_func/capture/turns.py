@@ -23,7 +23,7 @@ class Turn:
 
     Attributes:
       lock: held during a run; reentrant, since a run may start another of the same skeleton.
-      depth: how many runs are in progress, one inside the other. After an interrupt it may be too high, never too low.
+      depth: how many runs are in progress, one inside the other. After two interrupts it may be too high, never too low.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,7 @@ class Turn:
 
     def take(self, run: Callable[[], T]) -> T:
         """What ``run`` returns. No other thread runs meanwhile, and at the end all that it noted is taken back."""
+        self.settle_left()
         with self.lock:
             noted, outer = len(self._undo), self.depth
             try:
@@ -50,6 +51,7 @@ class Turn:
                     return run()
                 finally:
                     self.settle(noted)
+                    self.depth = outer
             finally:  # again, since an interrupt may have cut it short
                 self.settle(noted)
                 self.depth = outer
@@ -63,6 +65,13 @@ class Turn:
             self._undo[-1]()
             del self._undo[-1]
 
+    def settle_left(self) -> None:
+        """Take back what a run that is over has left: after two interrupts, the second while the first was dealt with."""
+        if self._undo and not self.lock._is_owned():  # type: ignore[attr-defined]
+            with self.lock:  # a run of another thread is over then
+                self.settle(0)
+                self.depth = 0
+
     def settle_in_child(self) -> None:
         """End the run of a thread that was not copied when the process was forked, and make the lock free."""
         if not self.lock.acquire(blocking=False):
@@ -72,11 +81,32 @@ class Turn:
         self.lock.release()
 
 
+class Guard:
+    """A lock for a few lines that change what all threads share; free in a forked child.
+
+    Reentrant, since a signal may come in these lines, whose handler may run a model.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        GUARDS.append(self)
+
+
 TURNS: weakref.WeakSet[Turn] = weakref.WeakSet()
+"""Those of the process."""
+
+GUARDS: list[Guard] = []
 """Those of the process."""
 
 
 def _settle_in_child() -> None:
+    """Leave nothing in a forked child of the threads that it does not have.
+
+    Why here and not by a lock for each process: the child may be forked while a run of another thread has tensors in the
+    skeleton, which a lock alone does not take out.
+    """
+    for guard in GUARDS:  # first, since to take a change back may need one
+        guard.lock = threading.RLock()
     for turn in list(TURNS):
         turn.settle_in_child()
 

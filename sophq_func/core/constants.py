@@ -30,8 +30,8 @@ def table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
 def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if is_plain_eager() and not torch.is_inference_mode_enabled():
         return torch.tensor(values, dtype=dtype, device=device)
-    with outside_of_everything():  # a wrapper of a transform, or an inference tensor, would be of no use afterwards
-        return torch.tensor(values, dtype=dtype, device=device)
+    # a wrapper of a transform, or an inference tensor, would be of no use afterwards
+    return outside_of_everything(lambda: torch.tensor(values, dtype=dtype, device=device))
 
 
 def number(value: Tensor | Number, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -7,15 +7,17 @@ itself, call the single predicates, since there the answer may differ from that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from itertools import repeat, starmap
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+
+T = TypeVar("T")
 
 
 class Mode(NamedTuple):
@@ -90,12 +92,43 @@ def makes_numbers() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
-def outside_of_everything() -> AbstractContextManager[object]:
-    """A context in which tensors are made as if no transform of ``torch.func`` and no inference mode were active."""
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(temporarily_clear_interpreter_stack())
-    return stack
+def level() -> int:
+    """How many transforms of ``torch.func`` are active, one inside the other."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+def outside_of_transforms(f: Callable[[], T], outer: int) -> T:
+    """What ``f`` returns while all transforms but the ``outer`` outermost do not act.
+
+    A function, and no context: an interrupt could come when the context's end begins, before it has put anything back.
+    """
+    before = level()
+    removed: list[object] = []
+    try:
+        try:
+            # one loop in C, so that no interrupt comes between taking a transform off and keeping it
+            removed.extend(starmap(torch._C._functorch.pop_dynamic_layer_stack, repeat((), before - outer)))
+            return f()
+        finally:
+            _put_back(removed, before)
+    finally:  # again, since an interrupt may have cut it short
+        _put_back(removed, before)
+
+
+def _put_back(removed: list[object], before: int) -> None:
+    """Let transforms act again, the outermost first, until ``before`` are active."""
+    while level() < before:
+        torch._C._functorch.push_dynamic_layer_stack(removed[before - level() - 1])  # type: ignore[arg-type]
+
+
+def outside_of_everything(f: Callable[[], T]) -> T:
+    """What ``f`` returns as if no transform of ``torch.func`` and no inference mode were active."""
+
+    def outside_of_inference_mode() -> T:
+        with torch.inference_mode(False):
+            return f()
+
+    return outside_of_transforms(outside_of_inference_mode, 0)
 
 
 def is_plain_eager() -> bool:

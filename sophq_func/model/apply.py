@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sophq_func.capture.transforms import depth, is_inside, outside, whole
+from sophq_func.capture.calls import one_call
+from sophq_func.capture.transforms import depth, is_inside, whole
 from sophq_func.core.errors import StateError, explain
+from sophq_func.core.modes import outside_of_transforms
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.engine import Engine
@@ -15,6 +17,7 @@ from sophq_func.numerics.contracts import QParams
 from sophq_func.numerics.kinds import check_alone
 
 
+@one_call("quantized_apply")
 def apply(engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs) -> Output:
     """See :meth:`sophq_func.Quantized.apply`."""
     named = engine.check(params, qparams, "apply", "qparams")
@@ -22,6 +25,7 @@ def apply(engine: Engine, params: Given, qparams: Mapping[str, QParams], args: A
     return output
 
 
+@one_call("quantized_apply_and_update")
 def apply_and_update(
     engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
 ) -> tuple[Output, Given]:
@@ -39,6 +43,7 @@ def apply_and_update(
     return output, engine.like(params, after)
 
 
+@one_call("quantized_capture")
 def capture(
     engine: Engine, params: Given, qparams: Mapping[str, QParams], args: Args, kwargs: Kwargs
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -60,8 +65,7 @@ def capture(
 
     def effect(name: str, x: Tensor) -> Tensor:
         if is_inside(x, outer):  # what is captured outlives the transform that wraps the value
-            with outside(outer):
-                captured[name] = before_and_after(name, whole(x, outer))
+            captured[name] = outside_of_transforms(lambda: before_and_after(name, whole(x, outer)), outer)
         else:
             captured[name] = before_and_after(name, x)
         return quantize(name, x)
@@ -70,6 +74,7 @@ def capture(
     return sorted_dict(captured)
 
 
+@one_call("quantize_value")
 def quantize_value(engine: Engine, name: str, x: Tensor, qparams: QParams) -> Tensor:
     """See :meth:`sophq_func.Quantized.quantize_value`."""
     name = engine.plan.find(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from sophq_func.capture.calls import one_call
 from sophq_func.capture.live import Live, without_hooks
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, explain
@@ -193,6 +194,7 @@ class Bound(nn.Module):
             vars(self)["_sophq_engine"] = Engine(live, binding.q.plan, binding.frozen, kernels=binding.q.kernels)
         return self._sophq_engine
 
+    @one_call("quantized_forward")
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
         """A run of the quantized model with the tensors that the modules hold now."""
         live = self._live()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sophq_func.capture.calls import one_call
 from sophq_func.core.errors import ConfigError, StateError, explain, raise_all
 from sophq_func.core.modes import is_distributed, outside_inference
 from sophq_func.core.progress import shown
@@ -28,6 +29,7 @@ Quantizer = WeightQuantizer | RunQuantizer
 """The quantizer of a weight, or of a value."""
 
 
+@one_call("calibrate")
 def calibrate(
     engine: Engine, params: Given, batches: Iterable[Tree], inputs: Callable[[Tree], Tree] | None, progress: bool
 ) -> QParamsDict:
@@ -54,6 +56,7 @@ def calibrate(
         return resolve(engine, constants, ostate)
 
 
+@one_call("quantized_init")
 def init(engine: Engine, params: Given, ostate: Mapping[str, State] | None) -> OState:
     """See :meth:`sophq_func.Quantized.init`."""
     named = engine.skeleton.check(params, "init")
@@ -69,6 +72,7 @@ def init(engine: Engine, params: Given, ostate: Mapping[str, State] | None) -> O
     return sorted_dict(states)
 
 
+@one_call("quantized_observe")
 def observe(engine: Engine, params: Given, ostate: Mapping[str, State], args: Args, kwargs: Kwargs) -> tuple[Output, OState]:
     """See :meth:`sophq_func.Quantized.observe`."""
     named = engine.check(params, ostate, "observe", "ostate")
@@ -78,6 +82,7 @@ def observe(engine: Engine, params: Given, ostate: Mapping[str, State], args: Ar
     return output, sorted_dict(states)
 
 
+@one_call("observe_quantized")
 def observe_quantized(
     engine: Engine,
     params: Given,
@@ -102,6 +107,7 @@ def observe_quantized(
     return output, sorted_dict(states)
 
 
+@one_call("quantized_qparams")
 def resolve(engine: Engine, params: Given, ostate: Mapping[str, State], bits: int | Widths | None = None) -> QParamsDict:
     """See :meth:`sophq_func.Quantized.qparams`."""
     named = engine.check(params, ostate, "qparams", "ostate")

@@ -5,7 +5,7 @@ Users meet it as :class:`~sophq_func.model.quantized.Quantized`; conversions and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from secrets import token_hex
@@ -17,10 +17,10 @@ from sophq_func.capture.arguments import arguments, as_call, check_call
 from sophq_func.capture.graph import Graph
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.capture.trace import retrace
-from sophq_func.capture.transforms import depth, is_inside, members, on_whole, outside, whole
+from sophq_func.capture.transforms import depth, is_inside, members, on_whole, whole
 from sophq_func.core.arguments import check_reals
 from sophq_func.core.errors import StateError, explain, raise_all
-from sophq_func.core.modes import as_constant, is_compiling, is_distributed, may_differentiate
+from sophq_func.core.modes import as_constant, is_compiling, is_distributed, may_differentiate, outside_of_transforms
 from sophq_func.core.public import is_absent
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output, Tree
@@ -220,17 +220,21 @@ class Engine:
         """The effect of a run that observes: values stay, and their observers' states in ``states`` are replaced."""
         outer = depth()
 
+        def update(name: str, seen: Iterable[Tensor]) -> None:
+            quantizer = self.running[name]
+            for x in seen:
+                states[name] = quantizer.observed(states[name], x)
+
         def effect(name: str, x: Tensor) -> Tensor:
             quantizer = self.running[name]
             _refuse_unfit(name, x)
             if isinstance(quantizer.scheme.granularity, PerToken):  # the next batch has other tokens
                 return x
             if is_inside(x, outer):  # a state outlives the transform that wraps the value
-                with outside(outer):
-                    for seen in members(x, outer) if quantizer.is_inner else [whole(x, outer)]:
-                        states[name] = quantizer.observed(states[name], seen)
-                return x
-            states[name] = quantizer.observed(states[name], x)
+                each = members if quantizer.is_inner else _whole_alone
+                outside_of_transforms(lambda: update(name, each(x, outer)), outer)
+            else:
+                update(name, [x])
             return x
 
         return effect
@@ -388,6 +392,11 @@ class Engine:
           biases: by path of a layer, the canonical name of its bias and a tensor of its shape.
         """
         return self.loop.on(self.skeleton.altered(skipped, biases))
+
+
+def _whole_alone(x: Tensor, outer: int) -> list[Tensor]:
+    """The whole tensor, in the form of :func:`members`."""
+    return [whole(x, outer)]
 
 
 def _refuse_unfit(name: str, x: Tensor) -> None:

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from sophq_func.capture.calls import one_call
 from sophq_func.capture.frame import unwatched
 from sophq_func.capture.naming import CallNames, apart
-from sophq_func.capture.transforms import depth, outside, wholes
+from sophq_func.capture.transforms import depth, wholes
 from sophq_func.config.names import underscored
 from sophq_func.core.errors import ConfigError, StateError, unknown
+from sophq_func.core.modes import outside_of_transforms
 from sophq_func.core.public import public_as
 from sophq_func.core.pytree import copied, tensors
 from sophq_func.core.types import Args, Kwargs, Output, Tree
@@ -101,6 +103,7 @@ def tap(engine: Engine, at: str | Collection[str], stop: bool) -> Tapped:
     root_name = type(skeleton.entry).__name__.lower()
 
     @public_as("tap")
+    @one_call("quantized_tap")
     def tapped(params: Params, qparams: Mapping[str, QParams] | None, /, *args: Any, **kwargs: Any) -> tuple[Output, Seen]:
         effect = unchanged if qparams is None else engine.quantizing(qparams)
         runners: list[Tap] = []
@@ -292,8 +295,7 @@ class Tap(Runner):
         with self.aside(), unwatched():
             if depth() == self._outer:
                 return copied(tree)
-            with outside(self._outer):
-                return copied(wholes(tree, self._outer))
+            return outside_of_transforms(lambda: copied(wholes(tree, self._outer)), self._outer)
 
     def _end(self, pair: Pair) -> tuple[str, Given]:
         """A call ends: its name and its arguments."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -91,14 +92,17 @@ def every_function_inside_a_layer_of_torch_would_be_watched() -> None:
         assert mode.calls == 1
 
 
-@without("_pop_mode_temporarily")
-def the_arithmetic_of_quantizers_would_be_counted_as_calls_of_the_model() -> None:
-    with Counting() as mode:
-        with _torch.without_innermost_mode():
-            torch.ones(1).add(1)
-        assert mode.calls == 0
-        torch.ones(1)
-        assert mode.calls == 1
+@without("_vmap_decrement_nesting")
+@without("_grad_decrement_nesting")
+@without("_jvp_decrement_nesting")
+def a_transform_that_an_interrupt_has_cut_off_would_last_for_ever() -> None:
+    torch._C._functorch._vmap_increment_nesting(2, "error")
+    torch._C._functorch._grad_increment_nesting()
+    torch._C._functorch._jvp_increment_nesting()
+    _torch.end_transforms(1)
+    assert modes.level() == 1
+    _torch.end_transforms(0)
+    assert modes.level() == 0
 
 
 @without("_ConvNd")
@@ -346,6 +350,32 @@ def test_operators_registered_here_compute_what_torch_ao_computes() -> None:
         scales, zeros = torch.rand(4) + 0.1, torch.randint(-9, 9, (4,))
         each = theirs.dequantize_per_channel(codes, scales, zeros, axis, *bounds)
         assert torch.equal(_torch.dequantize_per_channel(codes, scales, zeros, axis, *bounds), each)
+
+
+@without("_symbolic_trace")
+@without("_is_fx_tracing_flag")
+def an_interrupted_recording_would_leave_the_methods_of_modules_replaced() -> None:
+    tracing, call = importlib.import_module("torch.fx._symbolic_trace"), nn.Module.__call__
+    seen = []
+
+    def recorded(x: Tensor) -> Tensor:
+        seen.append((nn.Module.__call__ is call, tracing._is_fx_tracing_flag))
+        undo()
+        seen.append((nn.Module.__call__ is call, tracing._is_fx_tracing_flag))
+        return x + 1
+
+    undo = _torch.undo_of_recording()
+    make_fx(recorded)(torch.ones(1))
+    assert seen == [(False, True), (True, False)]
+
+
+def test_the_innermost_mode_sees_nothing_for_a_while() -> None:
+    with Counting() as mode:
+        with _torch.WithoutInnermostMode():
+            torch.ones(1).add(1)
+        assert mode.calls == 0
+        torch.ones(1)
+        assert mode.calls == 1
 
 
 def private_names(file: str) -> set[str]:

@@ -2,121 +2,86 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FunctionType
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-import sophq_func as sq
 from sophq_func.capture import _torch, hidden
-from tests.helpers import Ready, ready
+from sophq_func.capture.frame import Frame, Watch
+from tests.fuzz import forks, interrupts
+from tests.fuzz._scenes import Functions, plain_torch, scenes
+from tests.helpers import ready
 
-ROOT = Path(sq.__file__).parent
-TRACED = (str(ROOT / "capture"), str(ROOT / "model" / "runner.py"))
-Line = tuple[str, int, int]
-"""A file, the number of a line, and how many times a run has come there before, counted up to :data:`TIMES`."""
-
-TIMES = 3
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * gradients[0]
-
-
-class Everything(nn.Module):
-    """Layers, functions, a scope, an attribute that a run binds anew, an ``autograd.Function``, and a checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-        self.head = nn.Linear(4, 2)
-        self.steps = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.steps += 1
-        x = Doubled.apply(self.body(x)).mean((2, 3))
-        return checkpoint(self.head, x, use_reentrant=False) @ torch.ones(2, 2)
-
-
-@contextmanager
-def at_each_line(act: Callable[[Line], None]) -> Iterator[None]:
-    """Call ``act`` before each line of the room ``capture`` and of the runner."""
-    visits: dict[tuple[str, int], int] = {}
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(TRACED):
-            return None
-        # the line of a ``with`` comes again when its block is done, outside of what it protects; no interrupt is taken there
-        if event == "line" and frame.f_lineno not in withs(frame.f_code.co_filename):
-            place = (frame.f_code.co_filename, frame.f_lineno)
-            visits[place] = visits.get(place, 0) + 1
-            if visits[place] <= TIMES:
-                act((*place, visits[place]))
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(None)
-
-
-@functools.cache
-def withs(file: str) -> frozenset[int]:
-    """Numbers of the lines with which a context begins."""
-    lines = Path(file).read_text().splitlines()
-    return frozenset(number for number, line in enumerate(lines, 1) if line.strip().startswith("with "))
-
-
-def interrupt_at(line: Line) -> Callable[[Line], None]:
-    def act(now: Line) -> None:
-        if now == line:
-            raise KeyboardInterrupt
-
-    return act
-
-
-def assert_nothing_is_left(made: Ready, x: Tensor, expected: Tensor) -> None:
-    skeleton = made.q.engine.skeleton
-    assert _torch.innermost_mode() is None
-    assert skeleton._slot.watch is None and not skeleton._turn._undo
-    assert all(tensor.is_meta for tensor in (*skeleton.module.parameters(), *skeleton.module.buffers()))
-    assert skeleton.module.steps == 0
-    assert torch.autograd.Function.__dict__["apply"] is hidden.FUNCTION_APPLY
-    assert not hidden.STANCES and not hidden.CHECKPOINTS._runs and not hidden.FUNCTIONS._runs
-    assert torch.equal(made.q.apply(made.params, made.qparams, x), expected)
+SAMPLE = ("chain: apply", "functions: apply", "checkpoint: backward", "training: bound", "mapped: observe")
+"""Scenes of the campaign of interrupts that show each way to run: without a mode, with one, in a backward pass, as a module,
+and with a transform in the model."""
 
 
 @pytest.mark.slow
-def test_an_interrupt_at_any_line_is_an_interrupt_and_leaves_nothing() -> None:
+@pytest.mark.parametrize("scene, count", [*((scene, 30) for scene in SAMPLE), ("chain: quantize", 10)])
+def test_an_interrupt_anywhere_is_an_interrupt_and_leaves_nothing(scene: str, count: int) -> None:
+    outcomes = interrupts.campaign(count, seed=0, only=scene)
+    assert not outcomes.faults
+    # where an object is deleted, Python goes on
+    assert outcomes.counts["interrupt"] >= count - 2 and sum(outcomes.counts.values()) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scene, function",
+    [
+        ("mapped: apply", contextlib._GeneratorContextManager.__exit__),
+        ("training: bound", torch.no_grad.__exit__),
+        ("chain: stage", torch.fx._symbolic_trace._Patcher.revert_all_patches),
+    ],
+)
+def test_an_interrupt_when_a_context_of_torch_begins_to_end(scene: str, function: FunctionType) -> None:
+    case, code = interrupts.Case(scenes()[scene]), function.__code__
+    point = interrupts.Point("call", code.co_filename, code.co_firstlineno, visit=1)
+    assert case.faults(point) == ("interrupt", [])
+
+
+@pytest.mark.slow
+def test_what_a_second_interrupt_leaves_does_nothing_and_the_next_run_takes_it_away() -> None:
+    assert not interrupts.campaign(40, seed=0, only="functions: apply", twice=True).faults
+
+
+def test_a_mode_whose_run_is_over_does_nothing_and_the_next_run_takes_it_away() -> None:
     x = torch.randn(2, 3, 2, 2)
-    made = ready(Everything().eval(), x)
-    expected = made.q.apply(made.params, made.qparams, x)
-    lines: list[Line] = []
-    with at_each_line(lines.append):
-        made.q.apply(made.params, made.qparams, x)
-    assert len(lines) > 200
-    for line in lines:
-        with pytest.raises(KeyboardInterrupt), at_each_line(interrupt_at(line)):
-            made.q.apply(made.params, made.qparams, x)
-        assert_nothing_is_left(made, x, expected)
+    made = ready(Functions().eval(), x)
+    square = torch.ones(4, 4)
+    expected, plain = made(x), plain_torch(square)
+
+    class Reports(Frame):
+        def function(self, *args: object) -> Tensor:
+            raise AssertionError("the run is over")
+
+        inner_function = function
+
+    left = Watch(Reports(), lambda *args: None)
+    _torch.push_mode(left)
+    left.finish()
+    assert all(map(torch.equal, plain_torch(square), plain))
+    assert torch.equal(made(x), expected)
+    assert _torch.innermost_mode() is None
+
+
+def test_an_undoing_that_was_cut_short_is_made_good_by_the_next_run() -> None:
+    x = torch.randn(2, 3, 2, 2)
+    made = ready(Functions().eval(), x)
+    expected = made(x)
+    turn, undone = made.q.engine.skeleton._turn, []
+    turn.note(lambda: undone.append(1))
+    turn.depth = 1
+    assert torch.equal(made(x), expected)
+    assert undone == [1] and turn.depth == 0 and not turn._undo
 
 
 class Waits(nn.Module):
@@ -168,3 +133,35 @@ def test_a_child_that_is_forked_during_a_run_of_another_thread_can_run(monkeypat
     runs.join()
     GO_ON.clear()
     assert process.exitcode == 7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_children_that_are_forked_at_any_moment_of_runs_of_other_threads_can_run() -> None:
+    assert forks.campaign(12, seed=0) == {"right": 12}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_that_is_forked_while_a_function_of_torch_is_replaced_can_run() -> None:
+    x = torch.randn(2, 3, 2, 2)
+    made = ready(Functions().eval(), x)
+    expected = made(x)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with hidden.FUNCTIONS._guard.lock:
+            held.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(forks.in_child(made, x, expected)))
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+    done.set()
+    holder.join()
+    assert process.exitcode == forks.RIGHT
