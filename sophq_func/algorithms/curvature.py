@@ -250,10 +250,12 @@ def _check_vectors(where: str, vectors: Tensors, params: Tensors, batched: bool)
         like = params[name]
         is_alike = vector.dtype == like.dtype and vector.device == like.device
         if vector.shape != samples + like.shape or not is_alike or 0 in samples:
-            got = f"{vector.dtype} {tuple(vector.shape)} on {vector.device}"
+            places = (vector.device, like.device)
+            ours, theirs = ("", "") if places[0] == places[1] else (f" on {place}" for place in places)
+            got = f"{vector.dtype} {tuple(vector.shape)}{ours}"
             shape = ("samples", *like.shape) if batched else tuple(like.shape)
             sentence = f"the vector of {name!r} does not fit"
-            problems.append(explain(where, sentence, got=got, allowed=f"{like.dtype} {shape} on {like.device}"))
+            problems.append(explain(where, sentence, got=got, allowed=f"{like.dtype} {shape}{theirs}"))
         elif not batched and is_plain([vector]) and not bool(vector.any()):
             problems.append(explain(where, f"a start of 0 for {name!r} leads nowhere", because="a Hessian maps 0 to 0"))
     raise_all(problems, StateError)

@@ -24,15 +24,17 @@ class Like(NamedTuple):
     Attributes:
       shape: its shape; ``None`` where it may have any.
       is_floating: it holds floating numbers.
+      is_any: it may hold numbers of any kind; else, where they are not floating, real ones.
       is_dense: it is strided.
     """
 
     shape: tuple[int, ...] | None
     is_floating: bool
+    is_any: bool
     is_dense: bool
 
 
-ANY = Like(None, is_floating=False, is_dense=False)
+ANY = Like(None, is_floating=False, is_any=True, is_dense=False)
 """What is expected of a tensor of which nothing is known."""
 
 
@@ -71,7 +73,7 @@ class ParamsCheck:
             is_fitting = (
                 isinstance(value, Tensor)
                 and (like.shape is None or value.shape == like.shape)
-                and (not like.is_floating or value.is_floating_point())
+                and (value.is_floating_point() if like.is_floating else like.is_any or not value.is_complex())
                 and (not like.is_dense or value.layout is torch.strided)
             )
             if is_fitting:
@@ -97,6 +99,8 @@ class ParamsCheck:
         like = self._likes[name]
         if like.is_floating and not value.is_floating_point():
             yield explain(place, "it holds no floating numbers", got=value.dtype, allowed="a floating dtype", fix=fix)
+        elif not like.is_any and value.is_complex():
+            yield explain(place, "it is complex", got=value.dtype, allowed="real numbers, as in the model", fix=fix)
         if like.is_dense and value.layout is not torch.strided:
             yield explain(place, "it is sparse", got=value.layout, allowed="torch.strided", fix="its to_dense()")
         if like.shape is not None and value.shape != like.shape:
@@ -121,7 +125,7 @@ def check_of(model: nn.Module, registered: Mapping[str, Tensor], is_function: bo
         if is_lazy(tensor):
             continue
         shape = tuple(tensor.shape) if id(tensor) in fixed and not is_function else None
-        likes[name] = Like(shape, tensor.is_floating_point(), tensor.layout == torch.strided)
+        likes[name] = Like(shape, tensor.is_floating_point(), tensor.is_complex(), tensor.layout == torch.strided)
     return ParamsCheck(likes)
 
 

@@ -51,6 +51,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a batch": ("first.weight", torch.zeros(5, 8, 4), r"got \(5, 8, 4\).*torch.vmap"),
     "integers": ("first.weight", torch.zeros(8, 4, dtype=torch.int64), "no floating numbers: got torch.int64"),
     "complex": ("first.bias", torch.zeros(8, dtype=torch.complex64), "no floating numbers"),
+    "a complex count": ("norm.num_batches_tracked", torch.tensor(1j), "it is complex"),
     "sparse": ("first.weight", torch.zeros(8, 4).to_sparse(), "it is sparse"),
     "meta": ("second.bias", torch.zeros(2, device="meta"), "where there are no numbers"),
     "a statistic": ("norm.running_mean", torch.zeros(4), r"got \(4,\), allowed \(8,\)"),

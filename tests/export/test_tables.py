@@ -301,8 +301,9 @@ def test_an_operation_without_an_op_type_needs_a_name(tmp_path: Path) -> None:
 def test_steps_that_do_not_fit_the_weight_are_refused(tmp_path: Path) -> None:
     q, params, qparams = small()
     name = "fc.weight_fake_quant"
+    two = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(sq.StateError, match="their shape does not fit"):
-        tables(q, params, {**qparams, name: qparams[name]._replace(scale=torch.ones(2))}, tmp_path)
+        tables(q, params, {**qparams, name: qparams[name]._replace(scale=torch.ones(2), zero_point=two)}, tmp_path)
     with pytest.raises(sq.StateError, match="not calibrated"):
         tables(q, params, {}, tmp_path)
     with pytest.raises(sq.StateError, match="folder of this file"):

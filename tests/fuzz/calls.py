@@ -443,7 +443,7 @@ def is_carried(case: Case, call: ValidCall) -> bool:
     is_qparams = "scale" in case.where or "zero_point" in case.where
     if case.spoiled.label.endswith("3e+38"):
         return True  # finite, and so large that a product is not
-    if case.spoiled.label in ("empty", "an argument less") and call.name.startswith(("observer(", "q.init")):
+    if case.spoiled.label in ("empty", "an argument less", "None") and call.name.startswith(("observer(", "q.init")):
         return True  # nothing was seen
     is_batch = call.name == "report" and case.where.startswith("args[3]")
     return is_data and not is_qparams and (is_batch or not call.name.startswith(STORING))
