@@ -32,6 +32,9 @@ class Turn:
         self._undo: list[Undo] = []
         TURNS.add(self)
 
+    def __del__(self) -> None:
+        self.settle(0)  # of a skeleton that is gone no next run takes back what two interrupts have left
+
     def note(self, undo: Undo) -> None:
         """Note what takes back a change that the run is about to make."""
         self._undo.append(undo)

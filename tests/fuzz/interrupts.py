@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import sophq_func
 from sophq_func.capture import hidden
 from sophq_func.capture.turns import TURNS
+from sophq_func.core.modes import level
 from sophq_func.core.pytree import leaves
 from tests.fuzz._scenes import Scene, plain_torch, scenes
 
@@ -101,9 +102,12 @@ def _takes_no_signal(frame: FrameType) -> bool:
     return line in _withs(code.co_filename) and frame.f_lasti != _starts(code).get(line)
 
 
-TORCHS = "torch/_functorch/predispatch.py"
-"""Where torch begins and ends transforms: one that is interrupted while it begins ends the one around it, in torch alone,
-too."""
+def _is_torchs(frame: FrameType) -> bool:
+    """Whether an interrupt when this function begins ends the wrong one of two transforms, as it does in torch alone."""
+    if frame.f_code.co_filename.endswith("torch/_functorch/predispatch.py"):  # begins and ends them
+        return True
+    caller = frame.f_back
+    return caller is not None and caller.f_code.co_name == "custom_function_call_vmap_helper" and level() > 0
 
 
 def _is_inside(frame: FrameType | None) -> bool:
@@ -126,7 +130,7 @@ def traced(visit: Callable[[str, str, int], None]) -> Iterator[None]:
 
     def at_call(frame: FrameType, event: str, arg: object) -> Any:
         file = frame.f_code.co_filename
-        if file == __file__ or file.startswith("<") or file.endswith(TORCHS):
+        if file == __file__ or file.startswith("<") or _is_torchs(frame):
             return None
         if _is_inside(frame):
             visit("call", file, frame.f_code.co_firstlineno)
