@@ -480,9 +480,9 @@ def channels_of_several_weights_may_be_rounded_as_one(piece: Piece, scheme: QSch
     fq = made(piece)
 
     def as_one(weights: list[Tensor], own: list[QParams]) -> Tensor:
-        zero_point = UNREAD if scheme.symmetric else torch.cat([one.zero_point for one in own])
         rows = torch.cat([x.reshape(len(x), -1) for x in weights])
-        return fq.apply(rows, QParams(torch.cat([one.scale for one in own]), zero_point, {}), scheme).reshape(2, *SHAPE)
+        scale, zero_point = (torch.cat([getattr(one, field) for one in own]) for field in ("scale", "zero_point"))
+        return fq.apply(rows, QParams(scale, zero_point, {}), scheme).reshape(2, *SHAPE)
 
     _agrees_with_apply(piece, scheme, as_one, [sample(1), sample(3)])
 
@@ -494,15 +494,11 @@ def many_tensors_may_be_prepared_together(piece: Piece, scheme: QScheme, copies:
     assert many is not None
 
     def together(values: list[Tensor], own: list[QParams]) -> Tensor:
-        zero_points = UNREAD if scheme.symmetric else torch.stack([one.zero_point for one in own])
-        functions = many(QParams(torch.stack([one.scale for one in own]), zero_points, {}), scheme)
+        scales, zero_points = (torch.stack([getattr(one, field) for one in own]) for field in ("scale", "zero_point"))
+        functions = many(QParams(scales, zero_points, {}), scheme)
         return torch.stack([function(x) for function, x in zip(functions, values, strict=True)])
 
     _agrees_with_apply(piece, scheme, together, [sample(1).repeat(copies, 1, 1), sample(3).repeat(copies, 1, 1)])
-
-
-UNREAD = torch.zeros((), dtype=torch.int32)
-"""In the place of zero points that a symmetric scheme does not read."""
 
 
 def _agrees_with_apply(piece: Piece, scheme: QScheme, f: Rounds, tensors: list[Tensor]) -> None:
