@@ -46,12 +46,14 @@ class Kind(NamedTuple):
       extras: names of the extras that it may have; those of a user's own fake quantizer may be others.
       is_read: its numbers must be usable: not where it only observes, or where it is optional and may have seen nothing.
       is_signed: its scale may be negative, as only the absolute value of a learned one counts.
+      has_floor: its scale may be 0, which stands for the smallest scale there is.
     """
 
     axes: int | None
     extras: frozenset[str]
     is_read: bool
     is_signed: bool
+    has_floor: bool = False
 
 
 def kind_of(config: QuantizerConfig, scheme: QScheme, learnable: Collection[str]) -> Kind:
@@ -219,7 +221,8 @@ def unusable(name: str, qparams: QParams, kind: Kind) -> Iterator[str]:
         if not bool(tensor.detach().isfinite().all()):
             got, allowed = "NaN or infinity", "finite numbers"
             yield explain(where, f"the {field} is not finite", got=got, allowed=allowed, fix=anew)
-    if not kind.is_signed and bool((qparams.scale.detach() <= 0).any()):
+    scale = qparams.scale.detach()
+    if not kind.is_signed and bool(((scale < 0) if kind.has_floor else (scale <= 0)).any()):
         yield explain(where, "a scale must be positive", got="0 or less", allowed="numbers > 0", fix=anew)
     if "qmin" in qparams.extras and not bool((_width(qparams) >= 0).all()):
         allowed, fix = "qmin <= qmax", "sq.with_bits(qparams, q.plan, bits)"
