@@ -76,8 +76,8 @@ def fake_quantizer_alone(name: str, built: FakeQuantize) -> FakeQuantize:
       built: the fake quantizer.
     """
     where = f"fake quantizer {name!r}"
-    # A scheme comes with each call, so that the number of axes is no part of the kind. Most fake quantizers take a scale of 0
-    # for the smallest that they divide by; no observer gives it to a model.
+    # A scheme comes with each call, so that the number of axes is no part of the kind. Most fake quantizers take a scale of
+    # 0 for the smallest that they divide by; no observer gives it to a model.
     kind = Kind(
         axes=None, extras=frozenset(built.learnable), is_read=True, is_signed="scale" in built.learnable, has_floor=True
     )
