@@ -27,13 +27,14 @@ class Turn:
     """
 
     def __init__(self) -> None:
+        self._undo: list[Undo] = []
         self.lock = threading.RLock()
         self.depth = 0
-        self._undo: list[Undo] = []
         TURNS.add(self)
 
     def __del__(self) -> None:
-        self.settle(0)  # of a skeleton that is gone no next run takes back what two interrupts have left
+        if hasattr(self, "_undo"):  # an interrupt may come as it is made
+            self.settle(0)  # of a skeleton that is gone no next run takes back what two interrupts have left
 
     def note(self, undo: Undo) -> None:
         """Note what takes back a change that the run is about to make."""

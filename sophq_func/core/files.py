@@ -18,6 +18,9 @@ try:
 except ImportError:  # Windows, which does not delete a file that is open: there a file needs no lock
     fcntl = None  # type: ignore[assignment]
 
+LONGEST_NAME = 255
+"""Bytes in the name of a file, on all file systems in use."""
+
 LONGEST_STEM = 32
 """Characters of a file's name in that of its temporary file: all of it and the rest must fit in 255 bytes."""
 
@@ -162,13 +165,28 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def as_path(where: str, path: object) -> Path:
+    """What a user gives as the path of a file.
+
+    Raises:
+      FileError: it is none, or no file system has such names.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise FileError(explain(where, "this is no path", got=path, allowed="a str or pathlib.Path", fix='"name.html"'))
+    name = Path(path).name
+    if "\0" in name or len(name.encode(errors="surrogatepass")) > LONGEST_NAME:
+        allowed = f"up to {LONGEST_NAME} bytes, and none of them 0"
+        raise FileError(explain(where, "no file can have this name", got=name, allowed=allowed, fix="a shorter one"))
+    return Path(path)
+
+
 def write_bytes(where: str, path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file atomically; see :func:`replacing`.
 
     Returns:
       The path.
     """
-    target = Path(path)
+    target = as_path(where, path)
     with replacing(where, target) as file:
         file.write(data)
     return target

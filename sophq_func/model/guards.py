@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from sophq_func.core.errors import ConfigError, explain
 from sophq_func.core.public import public
 from sophq_func.model.engine import IDENTITY, Engine
 
@@ -38,12 +39,18 @@ def skip_guards_on_quantized(guards: Sequence[Guard]) -> list[bool]:
     Returns:
       For each guard, whether it is kept.
 
+    Raises:
+      ConfigError: it was called with something else.
+
     Example:
       >>> import torch, sophq_func as sq
       >>> model, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
       >>> q = sq.quantize(model, sq.QuantConfig(), example_args=(x,))
       >>> fast = torch.compile(q.apply, options={"guard_filter_fn": sq.skip_guards_on_quantized})
     """
+    if not all(hasattr(guard, "name") and hasattr(guard, "value") for guard in guards):
+        allowed, fix = "a sequence of guards, from torch.compile", 'options={"guard_filter_fn": sq.skip_guards_on_quantized}'
+        raise ConfigError(explain("skip_guards_on_quantized", "these are no guards", got=guards, allowed=allowed, fix=fix))
     names = {guard.name for guard in guards}
     engines = {guard.name for guard in guards if isinstance(guard.value, Engine)}
     # without the question which one it is, the program of one model would serve another

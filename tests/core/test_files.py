@@ -14,7 +14,7 @@ from torch import nn
 
 import sophq_func as sq
 from sophq_func.core.errors import FileError
-from sophq_func.core.files import ENDING, LONGEST_STEM, check_regular, replacing, write_text
+from sophq_func.core.files import ENDING, LONGEST_STEM, as_path, check_regular, replacing, write_text
 from tests.fuzz import kills
 from tests.helpers import Ready, ready
 
@@ -174,3 +174,9 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         refused(lambda path=path: check_regular("here", path), "cannot be read as a file")
     with pytest.raises(FileNotFoundError):
         check_regular("here", tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"a", ["a"], "a\0b", "x" * 300])
+def test_what_no_file_can_be_called_is_refused(path: object) -> None:
+    with pytest.raises(sq.StateError, match=r"^here: (this is no path|no file can have this name)"):
+        as_path("here", path)
