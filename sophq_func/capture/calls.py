@@ -16,8 +16,8 @@ from sophq_func.core.types import Output
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-TORN = "dynamicLayerStack"
-"""In torch's error about the end of a transform that is not active."""
+TORN = ("dynamicLayerStack", "pop from empty mode stack")
+"""In torch's errors about the end of a transform, or of a function mode, that is not active."""
 
 
 def one_call(name: str) -> Callable[[T], T]:
@@ -90,12 +90,13 @@ def _restore(error: BaseException, grad: bool, transforms: int, modes: int) -> B
     """Take back what contexts of torch have not taken back.
 
     The end of such a context is a function in Python: an interrupt may come when it begins, and before it does anything.
-    Transforms around it then end in the wrong order, of which torch says so instead of the interrupt.
+    What is around it then ends in the wrong order, or twice, and torch says so instead of the interrupt.
 
     Returns:
       The interrupt in whose place there is an error of torch.
     """
-    is_torn = type(error) is RuntimeError and TORN in str(error) and isinstance(error.__context__, KeyboardInterrupt)
+    is_of_torch = type(error) is RuntimeError and any(part in str(error) for part in TORN)
+    is_torn = is_of_torch and isinstance(error.__context__, KeyboardInterrupt)
     interrupt = error.__context__ if is_torn else None
     if is_torn or level() > transforms:
         for each in filter(None, (error, interrupt)):  # else contexts that wait there to be deleted would end once more
