@@ -48,7 +48,8 @@ def check_entries(
         if not isinstance(name, str):
             sentence, allowed = "this names no quantizer", "a string"
             problems.append(explain(f"{where}: qparams", sentence, got=name, allowed=allowed, fix=DICT_FIX))
-        problems += (find or flaws)(f"{where}: qparams of {name}", entry)
+        # a list: Dynamo of torch 2.9 adds no generator to one
+        problems += [*(find or flaws)(f"{where}: qparams of {name}", entry)]
     raise_all(problems, StateError)
 
 

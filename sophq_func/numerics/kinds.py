@@ -125,7 +125,7 @@ class KindCheck:
         for name in names:
             entry, kind = qparams[name], self._kinds[name]
             if not _is_usual(entry, kind.axes):
-                problems += _unfit(name, entry, kind)
+                problems += [*_unfit(name, entry, kind)]  # a list, see ``check_entries``
         raise_all(problems, StateError)
 
     def _look_closer(self, qparams: Mapping[str, QParams]) -> None:
