@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.model.guards import Guard
-from tests.helpers import ready
+from tests.helpers import RELEASE, ready
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +37,7 @@ def compiled(f: Callable[..., Any], kept: list[int] | None = None) -> Callable[.
     return torch.compile(f, fullgraph=True, backend="eager", options={"guard_filter_fn": guards})
 
 
+@pytest.mark.skipif(RELEASE < (2, 13), reason="Dynamo makes a variable of bits that differ from one model to the next")
 def test_a_program_of_one_model_never_serves_another() -> None:
     ((one, params, qparams), x), ((other, _, _), _) = network(8), network(2)
     assert not torch.equal(one.apply(params, qparams, x), other.apply(params, qparams, x))
