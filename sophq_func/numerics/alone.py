@@ -83,24 +83,22 @@ def fake_quantizer_alone(name: str, built: FakeQuantize) -> FakeQuantize:
     )
     check_kind = KindCheck({where: kind})
 
-    @public_as(f"{where}.init")
-    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
-        _check(f"{where}.init", x, scheme)
+    def check(function: str, x: Tensor, qparams: QParams, scheme: QScheme) -> None:
+        _check(f"{where}.{function}", x, scheme)
         if is_plain_eager():
-            check_entry(f"{where}.init: qparams", qparams)
-            _check_device(f"{where}.init", x, qparams)
+            check_entry(f"{where}.{function}: qparams", qparams)
+            _check_device(f"{where}.{function}", x, qparams)
             if not scheme.dynamic:
                 check_kind({where: qparams})
+
+    @public_as(f"{where}.init")
+    def init(qparams: QParams, x: Tensor, scheme: QScheme) -> QParams:
+        check("init", x, qparams, scheme)
         return built.init(qparams, x, scheme)
 
     @public_as(f"{where}.apply")
     def apply(x: Tensor, qparams: QParams, scheme: QScheme, noise: Tensor | None = None) -> Tensor:
-        _check(f"{where}.apply", x, scheme)
-        if is_plain_eager():
-            check_entry(f"{where}.apply: qparams", qparams)
-            _check_device(f"{where}.apply", x, qparams)
-            if not scheme.dynamic:
-                check_kind({where: qparams})
+        check("apply", x, qparams, scheme)
         return built.apply(x, qparams, scheme, noise)
 
     return built._replace(init=_named(init, built.init), apply=_named(apply, built.apply))

@@ -34,7 +34,12 @@ def good() -> dict[str, sq.QParams]:
 def test_the_same_tensors_are_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     check, qparams = KindCheck(KINDS), good()
-    monkeypatch.setattr(kinds, "_is_usual", lambda entry, axes: bool(seen.append("looked")) or True)
+
+    def looked(entry: sq.QParams, axes: int | None) -> bool:
+        seen.append("looked")
+        return True
+
+    monkeypatch.setattr(kinds, "_is_usual", looked)
     check(qparams)
     assert len(seen) == 2
     check({name: own._replace() for name, own in qparams.items()})  # other tuples and dicts, of the same tensors
