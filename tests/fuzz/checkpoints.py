@@ -17,7 +17,6 @@ import resource
 import signal
 import sys
 import tempfile
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,8 +29,6 @@ import torch
 import sophq_func as sq
 from tests.fuzz import plans
 from tests.fuzz.subjects import SUBJECTS, Subject
-
-OURS = (sq.ConfigError, sq.PlanError, sq.StateError)
 
 TIMES = 3
 """Most memory that reading a large file may take at its peak, in sizes of the file."""
@@ -141,7 +138,7 @@ def replan(header: Header, data: bytearray, chance: random.Random) -> None:
     tree = json.loads(text["plan"])
     chance.choice(plans.MUTATIONS)(tree, chance)
     text["plan"] = json.dumps(tree)
-    with suppress(*OURS):
+    with suppress(*plans.OURS):
         text["digest"] = sq.Plan.from_json(text["plan"]).digest()
 
 
@@ -196,13 +193,8 @@ def outcome(path: Path, subject: Subject) -> str:
         stage = "apply"
         q.apply(params, subject.qparams if found.qparams is None else found.qparams, *subject.batch)
         return "used"
-    except OURS as error:
-        if "\x1b" in str(error):
-            return "FAULT control characters in an error"
-        return f"refused by {stage}: {type(error).__name__}"
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"FAULT {stage}: {type(error).__name__} at {place.filename.rpartition('/')[2]}:{place.lineno}: {error}"[:170]
+        return plans.refused(stage, error)
 
 
 def _status(key: str) -> int:
@@ -219,7 +211,7 @@ def large(path: Path, chance: random.Random) -> str:
     size = path.stat().st_size
     Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here on
     before, found = _status("VmRSS"), None
-    with suppress(*OURS):
+    with suppress(*plans.OURS):
         found = sq.load(path)
     times = (_status("VmHWM") - before) / size
     kind = "refused" if found is None else "read"

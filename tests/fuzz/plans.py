@@ -191,13 +191,18 @@ def outcome(text: str, subject: Subject) -> str:
             return "the same plan"
         assert made.shape == subject.q.apply(subject.params, subject.qparams, *subject.batch).shape, "another shape"
         return "another plan, which runs"
-    except OURS as error:
-        if "\x1b" in str(error):
-            return "FAULT control characters in an error"
-        return f"refused by {stage}: {type(error).__name__}"
     except Exception as error:
+        return refused(stage, error)
+
+
+def refused(stage: str, error: Exception) -> str:
+    """The outcome of a case that ended in an error: a fault, unless the library says in words what is wrong."""
+    if not isinstance(error, OURS):
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"FAULT {stage}: {type(error).__name__} at {place.filename.rpartition('/')[2]}:{place.lineno}: {error}"[:150]
+        return f"FAULT {stage}: {type(error).__name__} at {place.filename.rpartition('/')[2]}:{place.lineno}: {error}"[:170]
+    if "\x1b" in str(error):
+        return "FAULT control characters in an error"
+    return f"refused by {stage}: {type(error).__name__}"
 
 
 def _alarm(*_: object) -> None:
