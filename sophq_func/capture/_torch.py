@@ -69,6 +69,23 @@ def pop_modes(depth: int) -> None:
         pop_mode()
 
 
+def undo_of_dispatch_modes() -> Callable[[], None]:
+    """What puts back the dispatch modes of now, and what torch notes about them."""
+    dispatch: Any = importlib.import_module("torch.utils._python_dispatch")
+    notes = {name: note for name, note in vars(dispatch).items() if name.startswith("_is_in_")}
+    modes = dispatch._get_current_dispatch_mode_stack()
+
+    def undo() -> None:
+        # all of them: torch keeps its own modes below those of a user, in whatever order they came
+        while torch._C._len_torch_dispatch_stack():
+            torch._C._pop_torch_dispatch_stack(None)
+        for mode in modes:
+            torch._C._push_on_torch_dispatch_stack(mode)
+        vars(dispatch).update(notes)
+
+    return undo
+
+
 class WithoutInnermostMode:
     """A context in which the innermost function mode sees nothing.
 

@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from sophq_func.capture._torch import WithoutInnermostMode, end_transforms, innermost_mode, mode_depth, pop_modes
+from sophq_func.capture._torch import (
+    WithoutInnermostMode,
+    end_transforms,
+    innermost_mode,
+    mode_depth,
+    pop_modes,
+    undo_of_dispatch_modes,
+)
 from sophq_func.capture.frame import Watch, drop_finished
 from sophq_func.core.modes import is_compiling, level
 from sophq_func.core.types import Output
@@ -75,9 +82,11 @@ def restoring(function: T) -> T:
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         grad, transforms, modes = torch.is_grad_enabled(), level(), mode_depth()
+        put_back = undo_of_dispatch_modes()
         try:
             return function(*args, **kwargs)
         except BaseException as error:
+            put_back()
             interrupt = _restore(error, grad, transforms, modes)
             if interrupt is not None:
                 raise interrupt from None

@@ -31,6 +31,7 @@ from sophq_func.capture._torch import (
     undo_of_recording,
 )
 from sophq_func.capture.calls import restoring
+from sophq_func.capture.interrupts import Waiting
 from sophq_func.capture.turns import Turn
 from sophq_func.core.errors import PlanError, explain
 from sophq_func.core.randomness import kept_generators
@@ -115,6 +116,9 @@ def record(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Recorded
 def _recorded(f: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
     """What ``make_fx`` records; an interrupt leaves none of the functions replaced that it replaces meanwhile."""
     RECORDING.note(undo_of_recording())
+    ctrl_c = Waiting()
+    RECORDING.note(ctrl_c.end)
+    ctrl_c.begin()
     return make_fx(f)(*inputs)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sophq_func.capture import imagined
+from sophq_func.capture.calls import restoring
 from sophq_func.capture.graph import Graph, Node
 from sophq_func.config.site import ComputedSite, WeightSite
 from sophq_func.core.modes import is_plain
@@ -48,6 +49,7 @@ def derived_names(engine: Engine) -> list[str]:
     return [name for name, piece in engine.running.items() if isinstance(piece.site, ComputedSite)]
 
 
+@restoring
 def derived(engine: Engine, params: Params, qparams: QParamsDict, example: Call | None, names: Collection[str]) -> Derived:
     """Evaluate the derived weights of a model once.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -489,3 +491,57 @@ def test_a_compiler_sees_through_a_staged_function() -> None:
     x = torch.ones(3)
     torch.testing.assert_close(torch.compile(staged, fullgraph=True, backend="aot_eager")(x), staged(x))
     assert staged.cache_info().misses == 1
+
+
+class Interrupted:
+    """A function that is interrupted so many times while it computes, and notes how far it comes."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.came: list[str] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.came.append("begin")
+        for _ in range(self.times):
+            signal.raise_signal(signal.SIGINT)
+        self.came.append("end")
+        return x * 2
+
+
+@pytest.mark.parametrize("times, came", [(1, ["begin", "end"]), (2, ["begin"])])
+def test_while_a_recorder_is_at_work_the_first_ctrl_c_waits_and_a_second_does_not(times: int, came: list[str]) -> None:
+    function, before = Interrupted(times), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        sq.stage(function)(torch.ones(2))
+    assert function.came == came
+    assert signal.getsignal(signal.SIGINT) == before
+    assert torch.equal(sq.stage(Interrupted(0))(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_what_answers_a_ctrl_c_may_be_changed_while_a_recorder_is_at_work() -> None:
+    def function(x: Tensor) -> Tensor:
+        signal.signal(signal.SIGINT, mine)
+        return x * 2
+
+    def mine(*_: object) -> None:
+        raise AssertionError
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        sq.stage(function)(torch.ones(2))
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_that_records_leaves_signals_alone() -> None:
+    found: list[object] = []
+
+    def function(x: Tensor) -> Tensor:
+        found.append(signal.getsignal(signal.SIGINT))
+        return x * 2
+
+    thread = threading.Thread(target=sq.stage(function), args=(torch.ones(2),))
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
+from torch.utils import _python_dispatch, checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sophq_func as sq
 from sophq_func.capture import _torch
@@ -49,6 +50,13 @@ class Counting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Passing(TorchDispatchMode):
+    """Changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
@@ -103,6 +111,24 @@ def a_transform_that_an_interrupt_has_cut_off_would_last_for_ever() -> None:
     assert modes.level() == 1
     _torch.end_transforms(0)
     assert modes.level() == 0
+
+
+@without("_python_dispatch")
+@without("_get_current_dispatch_mode_stack")
+@without("_len_torch_dispatch_stack")
+@without("_pop_torch_dispatch_stack")
+@without("_push_on_torch_dispatch_stack")
+@without("_is_in_")
+def a_fake_mode_that_an_interrupt_left_would_take_the_numbers_of_what_a_user_computes() -> None:
+    users = Passing()
+    with users:  # torch's own modes lie below it, whenever they come
+        put_back = _torch.undo_of_dispatch_modes()
+        FakeTensorMode().__enter__()
+        assert _torch.is_empty_shell(torch.ones(2))
+        put_back()
+        assert not _torch.is_empty_shell(torch.ones(2))
+        assert _python_dispatch._get_current_dispatch_mode_stack() == [users]
+    assert not _python_dispatch.is_in_torch_dispatch_mode()
 
 
 @without("_ConvNd")

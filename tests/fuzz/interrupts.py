@@ -11,6 +11,7 @@ import dis
 import functools
 import math
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -23,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils import _python_dispatch
 
 import sophq_func
 from sophq_func.capture import hidden
+from sophq_func.capture.interrupts import Waiting
 from sophq_func.capture.turns import TURNS
 from sophq_func.core.modes import level
 from sophq_func.core.pytree import leaves
@@ -41,6 +43,9 @@ HITS = 4
 
 SHARE_OF_CORE = 0.8
 """Of the cases of a campaign."""
+
+ON_CTRL_C = signal.getsignal(signal.SIGINT)
+"""Of this program."""
 
 NOP = dis.opmap["NOP"]
 
@@ -57,7 +62,7 @@ class Point(NamedTuple):
     Attributes:
       kind: ``"line"``: before a line of the library; ``"call"``: when Python enters a function, of whatever package, on the
         way from the library; ``"done"``: when a function in C that the library has called returns. At the last two Python
-        looks for signals; the first is stricter.
+        looks for signals, and not where the library lets a Ctrl-C wait; the first is stricter.
       file, line: of the line, of the function, or of the call.
       visit: the how manieth time a run comes there, from 1.
     """
@@ -110,6 +115,11 @@ def _is_torchs(frame: FrameType) -> bool:
     return caller is not None and caller.f_code.co_name == "custom_function_call_vmap_helper" and level() > 0
 
 
+def _waits() -> bool:
+    """Whether the library lets a Ctrl-C wait, so that none can come here. A line of its own is interrupted all the same."""
+    return isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Waiting)
+
+
 def _is_inside(frame: FrameType | None) -> bool:
     """Whether the library is on the way to a call: what torch does before and after is none of its."""
     while frame is not None:
@@ -132,12 +142,12 @@ def traced(visit: Callable[[str, str, int], None]) -> Iterator[None]:
         file = frame.f_code.co_filename
         if file == __file__ or file.startswith("<") or _is_torchs(frame):
             return None
-        if _is_inside(frame):
+        if not _waits() and _is_inside(frame):
             visit("call", file, frame.f_code.co_firstlineno)
         return at_line if file.startswith(str(ROOT)) else None
 
     def at_return(frame: FrameType, event: str, arg: object) -> None:
-        if event == "c_return" and frame.f_code.co_filename.startswith(str(ROOT)):
+        if event == "c_return" and frame.f_code.co_filename.startswith(str(ROOT)) and not _waits():
             visit("done", frame.f_code.co_filename, frame.f_lineno)
 
     sys.setprofile(at_return)
@@ -224,6 +234,8 @@ class World(NamedTuple):
 
     function_modes: int
     dispatch_modes: int
+    in_dispatch_mode: bool
+    on_ctrl_c: object
     transform: bool
     dual_level: int
     grad: bool
@@ -239,7 +251,9 @@ class World(NamedTuple):
     def now() -> World:
         return World(
             function_modes=len(_get_current_function_mode_stack()),
-            dispatch_modes=len(_get_current_dispatch_mode_stack()),
+            dispatch_modes=len(_python_dispatch._get_current_dispatch_mode_stack()),
+            in_dispatch_mode=_python_dispatch.is_in_torch_dispatch_mode(),
+            on_ctrl_c=signal.getsignal(signal.SIGINT),
             transform=torch._C._functorch.peek_interpreter_stack() is not None,
             dual_level=torch.autograd.forward_ad._current_level,
             grad=torch.is_grad_enabled(),
@@ -337,6 +351,8 @@ def clean() -> None:
         torch._C._pop_torch_function_stack()
     while torch._C._len_torch_dispatch_stack():
         torch._C._pop_torch_dispatch_stack(None)
+    vars(_python_dispatch).update(_is_in_torch_dispatch_mode=False, _is_in_non_infra_torch_dispatch_mode=False)
+    signal.signal(signal.SIGINT, ON_CTRL_C)
     while torch._C._functorch.peek_interpreter_stack() is not None:
         torch._C._functorch.pop_dynamic_layer_stack()
     for shared in (hidden.CHECKPOINTS, hidden.FUNCTIONS):
