@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 
 from sophq_func.core.modes import level
 from sophq_func.core.pytree import tree_map
@@ -71,9 +72,8 @@ def pop_modes(depth: int) -> None:
 
 def undo_of_dispatch_modes() -> Callable[[], None]:
     """What puts back the dispatch modes of now, and what torch notes about them."""
-    dispatch: Any = importlib.import_module("torch.utils._python_dispatch")
-    notes = {name: note for name, note in vars(dispatch).items() if name.startswith("_is_in_")}
-    modes = dispatch._get_current_dispatch_mode_stack()
+    notes = {name: note for name, note in vars(_python_dispatch).items() if name.startswith("_is_in_")}
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
 
     def undo() -> None:
         # all of them: torch keeps its own modes below those of a user, in whatever order they came
@@ -81,7 +81,7 @@ def undo_of_dispatch_modes() -> Callable[[], None]:
             torch._C._pop_torch_dispatch_stack(None)
         for mode in modes:
             torch._C._push_on_torch_dispatch_stack(mode)
-        vars(dispatch).update(notes)
+        vars(_python_dispatch).update(notes)
 
     return undo
 

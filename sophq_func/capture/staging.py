@@ -238,12 +238,19 @@ class _Program(NamedTuple):
 
     def run(self, inputs: list[Tensor]) -> Output:
         """The output. What was recorded is below autograd and autocast, and so must not go through them again."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for device, (is_cast, _) in zip(AUTOCAST, self.around[-1], strict=True):  # type: ignore[call-overload]
-                if is_cast:
+        is_grad = torch.is_grad_enabled()
+        cast = [device for device, (is_cast, _) in zip(AUTOCAST, self.around[-1], strict=True) if is_cast]  # type: ignore[call-overload]
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                for device in cast:
                     stack.enter_context(torch.autocast(device, enabled=False))
-            return self.outputs.filled(self.function(*[inputs[i] for i in self.read]))
+                return self.outputs.filled(self.function(*[inputs[i] for i in self.read]))
+        except BaseException:  # an interrupt when a context begins to end keeps it from ending
+            torch.set_grad_enabled(is_grad)
+            for device in cast:
+                torch.set_autocast_enabled(device, True)
+            raise
 
 
 def _around() -> tuple[object, ...]:

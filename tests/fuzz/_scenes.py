@@ -202,10 +202,20 @@ def _parts(model: nn.Module, x: Tensor, path: str, given: Tensor) -> Scene:
     return Scene(lambda: part.apply(made.params, made.qparams, given), skeletons_of(made.q, part), [model])
 
 
-def _staged(model: nn.Module, x: Tensor) -> Scene:
+def _staged(model: nn.Module, x: Tensor) -> dict[str, Scene]:
+    """To record a program, and to run one."""
     made = ready(model.eval(), x)
-    act = lambda: sq.stage(made.q.apply)(made.params, made.qparams, x)  # noqa: E731
-    return Scene(act, skeletons_of(made.q), [model], slow=True)
+    staged = sq.stage(made.q.apply)
+
+    def cast() -> Tensor:
+        with torch.autocast("cpu"):
+            return staged(made.params, made.qparams, x)
+
+    skeletons = skeletons_of(made.q)
+    return {
+        "stage": Scene(lambda: sq.stage(made.q.apply)(made.params, made.qparams, x), skeletons, [model], slow=True),
+        "staged": Scene(cast, skeletons, [model]),
+    }
 
 
 def _of_function(x: Tensor) -> dict[str, Scene]:
@@ -248,8 +258,8 @@ def scenes(kernels: str = "off") -> dict[str, Scene]:
     found |= {f"training: {way}": scene for way, scene in _in_training(Functions(), image).items()}
     found["chain: part"] = _parts(chain(), row, "2", torch.randn(3, 8))
     found["functions: part"] = _parts(Functions(), image, "body", image)
-    found["chain: stage"] = _staged(chain(), row)
-    found["functions: stage"] = _staged(Functions(), image)
+    found |= {f"chain: {way}": scene for way, scene in _staged(chain(), row).items()}
+    found |= {f"functions: {way}": scene for way, scene in _staged(Functions(), image).items()}
     found |= {f"function: {way}": scene for way, scene in _of_function(row).items()}
     if kernels != "off":
         ways = _scenes_of(chain(), row, config, kernels)
