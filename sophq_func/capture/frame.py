@@ -376,6 +376,10 @@ class Watch(TorchFunctionMode):
         """Whether the run is over."""
         return self.frame is FINISHED
 
+    def is_missing(self) -> bool:
+        """Whether an interrupt has kept torch from putting it back, which takes it off the stack for a moment."""
+        return not self.frame.paused and innermost_mode() is not self
+
     def pause(self) -> None:
         """See nothing until :meth:`resume`, where that is possible."""
         if not self.frame.paused and not is_compiling() and innermost_mode() is self:

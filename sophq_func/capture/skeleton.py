@@ -9,6 +9,7 @@ is. This file is the only caller of ``functional_call``.
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -420,6 +421,11 @@ class Skeleton:
             try:
                 push_mode(watch)
                 return call()
+            except BaseException as error:
+                if watch.is_missing():
+                    # else torch would put it back when its context, which waits in these frames, is deleted: after the run
+                    traceback.clear_frames(error.__traceback__)
+                raise
             finally:
                 watch.finish()
                 pop_modes(depth)

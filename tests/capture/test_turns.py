@@ -39,7 +39,7 @@ def test_an_interrupt_anywhere_is_an_interrupt_and_leaves_nothing(scene: str, co
     [
         ("mapped: apply", contextlib._GeneratorContextManager.__exit__),
         ("training: bound", torch.no_grad.__exit__),
-        ("chain: stage", torch.fx._symbolic_trace._Patcher.revert_all_patches),
+        ("chain: quantize", contextlib._GeneratorContextManager.__exit__),
     ],
 )
 def test_an_interrupt_when_a_context_of_torch_begins_to_end(scene: str, function: FunctionType) -> None:
