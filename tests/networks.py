@@ -195,7 +195,8 @@ def weight_norm(here: _Here, x: Tensor, _: Tensor) -> Tensor:
 
 
 def _make_hooked(network: Network, step: Step) -> None:
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch announces that the old hooks will go
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch announces that the old hooks will go
         network.add_module(f"l{step.number}", nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH, bias=False)))
 
 
