@@ -76,14 +76,26 @@ def undo_of_dispatch_modes() -> Callable[[], None]:
     modes = _python_dispatch._get_current_dispatch_mode_stack()
 
     def undo() -> None:
-        # all of them: torch keeps its own modes below those of a user, in whatever order they came
-        while torch._C._len_torch_dispatch_stack():
+        # held here, since torch 2.9 reads a mode that it has taken off after nobody else may hold it
+        found = _python_dispatch._get_current_dispatch_mode_stack()
+        for _ in found:  # all of them: torch keeps its own below those of a user, in whatever order they came
             torch._C._pop_torch_dispatch_stack(None)
         for mode in modes:
             torch._C._push_on_torch_dispatch_stack(mode)
         vars(_python_dispatch).update(notes)
 
     return undo
+
+
+def saved_tensors_hooks() -> object:
+    """The innermost hooks for tensors that are saved for a backward pass, such as a checkpoint sets; ``None``: none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def pop_saved_tensors_hooks(outer: object) -> None:
+    """Take such hooks off their stack until ``outer`` are the innermost ones."""
+    while saved_tensors_hooks() not in (None, outer):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 class WithoutInnermostMode:
@@ -442,11 +454,13 @@ def schema(overload: torch._ops.OpOverload) -> torch.FunctionSchema:
 def undo_of_recording() -> Callable[[], None]:
     """What takes back what ``make_fx`` changes while it records, where an interrupt keeps it from doing so itself."""
     tracing: Any = importlib.import_module("torch.fx._symbolic_trace")
-    is_tracing = tracing._is_fx_tracing_flag
+    own = getattr(tracing, "_is_fx_tracing_tls", None)  # from torch 2.15 on, each thread has a flag
+    flags, flag = (vars(tracing), "_is_fx_tracing_flag") if own is None else (vars(own), "flag")
+    is_tracing = flags.get(flag, False)
     methods = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
 
     def undo() -> None:
-        tracing._is_fx_tracing_flag = is_tracing
+        flags[flag] = is_tracing
         for name, method in methods.items():
             setattr(nn.Module, name, method)
 

@@ -15,6 +15,8 @@ from sophq_func.capture._torch import (
     innermost_mode,
     mode_depth,
     pop_modes,
+    pop_saved_tensors_hooks,
+    saved_tensors_hooks,
     undo_of_dispatch_modes,
 )
 from sophq_func.capture.frame import Watch, drop_finished
@@ -45,11 +47,11 @@ def one_call(name: str) -> Callable[[T], T]:
                 return _among_modes(name, function, args, kwargs)
             if is_compiling():
                 return function(*args, **kwargs)
-            grad, transforms = torch.is_grad_enabled(), level()
+            grad, transforms, hooks = torch.is_grad_enabled(), level(), saved_tensors_hooks()
             try:
                 return function(*args, **kwargs)
             except BaseException as error:
-                interrupt = _restore(error, grad, transforms, modes)
+                interrupt = _restore(error, grad, transforms, modes, hooks)
                 if interrupt is not None:
                     raise interrupt from None
                 raise
@@ -81,13 +83,13 @@ def restoring(function: T) -> T:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        grad, transforms, modes = torch.is_grad_enabled(), level(), mode_depth()
+        grad, transforms, modes, hooks = torch.is_grad_enabled(), level(), mode_depth(), saved_tensors_hooks()
         put_back = undo_of_dispatch_modes()
         try:
             return function(*args, **kwargs)
         except BaseException as error:
             put_back()
-            interrupt = _restore(error, grad, transforms, modes)
+            interrupt = _restore(error, grad, transforms, modes, hooks)
             if interrupt is not None:
                 raise interrupt from None
             raise
@@ -95,7 +97,7 @@ def restoring(function: T) -> T:
     return called  # type: ignore[return-value]
 
 
-def _restore(error: BaseException, grad: bool, transforms: int, modes: int) -> BaseException | None:
+def _restore(error: BaseException, grad: bool, transforms: int, modes: int, hooks: object) -> BaseException | None:
     """Take back what contexts of torch have not taken back.
 
     The end of such a context is a function in Python: an interrupt may come when it begins, and before it does anything.
@@ -107,10 +109,11 @@ def _restore(error: BaseException, grad: bool, transforms: int, modes: int) -> B
     is_of_torch = type(error) is RuntimeError and any(part in str(error) for part in TORN)
     is_torn = is_of_torch and isinstance(error.__context__, KeyboardInterrupt)
     interrupt = error.__context__ if is_torn else None
-    if is_torn or level() > transforms:
+    if is_torn or level() > transforms or saved_tensors_hooks() != hooks:
         for each in filter(None, (error, interrupt)):  # else contexts that wait there to be deleted would end once more
             traceback.clear_frames(each.__traceback__)
         end_transforms(transforms)
     pop_modes(modes)
+    pop_saved_tensors_hooks(hooks)
     torch.set_grad_enabled(grad)
     return interrupt

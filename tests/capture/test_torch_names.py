@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -100,6 +101,19 @@ def every_function_inside_a_layer_of_torch_would_be_watched() -> None:
         assert mode.calls == 1
 
 
+@without("_autograd")
+@without("_top_saved_tensors_default_hooks")
+@without("_pop_saved_tensors_default_hooks")
+def a_checkpoint_that_an_interrupt_has_cut_off_would_take_what_every_later_backward_pass_saves() -> None:
+    with saved_tensors_hooks(Tensor.clone, Tensor.clone):
+        outer = _torch.saved_tensors_hooks()
+        saved_tensors_hooks(torch.neg, torch.neg).__enter__()
+        saved_tensors_hooks(torch.neg, torch.neg).__enter__()
+        _torch.pop_saved_tensors_hooks(outer)
+        assert _torch.saved_tensors_hooks() == outer == (Tensor.clone, Tensor.clone)
+    assert _torch.saved_tensors_hooks() is None
+
+
 @without("_vmap_decrement_nesting")
 @without("_grad_decrement_nesting")
 @without("_jvp_decrement_nesting")
@@ -115,7 +129,6 @@ def a_transform_that_an_interrupt_has_cut_off_would_last_for_ever() -> None:
 
 @without("_python_dispatch")
 @without("_get_current_dispatch_mode_stack")
-@without("_len_torch_dispatch_stack")
 @without("_pop_torch_dispatch_stack")
 @without("_push_on_torch_dispatch_stack")
 @without("_is_in_")
@@ -380,14 +393,15 @@ def test_operators_registered_here_compute_what_torch_ao_computes() -> None:
 
 @without("_symbolic_trace")
 @without("_is_fx_tracing_flag")
+@without("_is_fx_tracing_tls")
 def an_interrupted_recording_would_leave_the_methods_of_modules_replaced() -> None:
     tracing, call = importlib.import_module("torch.fx._symbolic_trace"), nn.Module.__call__
     seen = []
 
     def recorded(x: Tensor) -> Tensor:
-        seen.append((nn.Module.__call__ is call, tracing._is_fx_tracing_flag))
+        seen.append((nn.Module.__call__ is call, tracing.is_fx_tracing()))
         undo()
-        seen.append((nn.Module.__call__ is call, tracing._is_fx_tracing_flag))
+        seen.append((nn.Module.__call__ is call, tracing.is_fx_tracing()))
         return x + 1
 
     undo = _torch.undo_of_recording()

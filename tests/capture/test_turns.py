@@ -12,6 +12,8 @@ from types import FunctionType
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from sophq_func.capture import _torch, hidden
 from sophq_func.capture.frame import Frame, Watch
@@ -40,6 +42,7 @@ def test_an_interrupt_anywhere_is_an_interrupt_and_leaves_nothing(scene: str, co
         ("mapped: apply", contextlib._GeneratorContextManager.__exit__),
         ("training: bound", torch.no_grad.__exit__),
         ("chain: quantize", contextlib._GeneratorContextManager.__exit__),
+        ("checkpoint: backward", torch.autograd.graph.saved_tensors_hooks.__exit__),
     ],
 )
 def test_an_interrupt_when_a_context_of_torch_begins_to_end(scene: str, function: FunctionType) -> None:
@@ -165,3 +168,21 @@ def test_a_child_that_is_forked_while_a_function_of_torch_is_replaced_can_run() 
     done.set()
     holder.join()
     assert process.exitcode == forks.RIGHT
+
+
+def test_an_error_in_a_checkpoint_takes_its_hooks_with_it_and_none_of_the_caller() -> None:
+    """The generator in which torch's checkpoint waits is in the frames of the error, and ends when these are deleted."""
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(torch.matmul, x, torch.ones(len(x), 1), use_reentrant=False)
+
+    made = ready(Broken().eval(), torch.ones(4, 4))
+    with saved_tensors_hooks(Tensor.clone, Tensor.clone):
+        hooks = _torch.saved_tensors_hooks()
+        with pytest.raises(RuntimeError, match=r"size mismatch|shapes cannot be multiplied") as raised:
+            made(torch.ones(3, 4))
+        assert _torch.saved_tensors_hooks() == hooks
+        del raised
+        assert _torch.saved_tensors_hooks() == hooks
+    assert _torch.saved_tensors_hooks() is None

@@ -236,6 +236,7 @@ class World(NamedTuple):
     dispatch_modes: int
     in_dispatch_mode: bool
     on_ctrl_c: object
+    saved_tensors_hooks: object
     transform: bool
     dual_level: int
     grad: bool
@@ -254,6 +255,7 @@ class World(NamedTuple):
             dispatch_modes=len(_python_dispatch._get_current_dispatch_mode_stack()),
             in_dispatch_mode=_python_dispatch.is_in_torch_dispatch_mode(),
             on_ctrl_c=signal.getsignal(signal.SIGINT),
+            saved_tensors_hooks=torch._C._autograd._top_saved_tensors_default_hooks(True),
             transform=torch._C._functorch.peek_interpreter_stack() is not None,
             dual_level=torch.autograd.forward_ad._current_level,
             grad=torch.is_grad_enabled(),
@@ -270,7 +272,7 @@ class World(NamedTuple):
                 torch.utils.checkpoint.CheckpointFunction,
                 nn.Module.__call__,
                 nn.Module.__getattr__,
-                torch.fx._symbolic_trace._is_fx_tracing_flag,
+                torch.fx._symbolic_trace.is_fx_tracing(),
             ),
         )
 
@@ -355,6 +357,8 @@ def clean() -> None:
     signal.signal(signal.SIGINT, ON_CTRL_C)
     while torch._C._functorch.peek_interpreter_stack() is not None:
         torch._C._functorch.pop_dynamic_layer_stack()
+    while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
     for shared in (hidden.CHECKPOINTS, hidden.FUNCTIONS):
         shared._runs.clear()
         shared._undo()
