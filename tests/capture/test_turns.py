@@ -171,7 +171,7 @@ def test_a_child_that_is_forked_while_a_function_of_torch_is_replaced_can_run() 
 
 
 def test_an_error_in_a_checkpoint_takes_its_hooks_with_it_and_none_of_the_caller() -> None:
-    """The generator in which torch's checkpoint waits is in the frames of the error, and ends when these are deleted."""
+    """Neither at once nor when its frames, in which torch's contexts may wait, are deleted."""
 
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
