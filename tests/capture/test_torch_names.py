@@ -399,9 +399,9 @@ def an_interrupted_recording_would_leave_the_methods_of_modules_replaced() -> No
     seen = []
 
     def recorded(x: Tensor) -> Tensor:
-        seen.append((nn.Module.__call__ is call, tracing.is_fx_tracing()))
+        seen.append((nn.Module.__call__ is call, tracing.is_fx_symbolic_tracing()))
         undo()
-        seen.append((nn.Module.__call__ is call, tracing.is_fx_tracing()))
+        seen.append((nn.Module.__call__ is call, tracing.is_fx_symbolic_tracing()))
         return x + 1
 
     undo = _torch.undo_of_recording()

@@ -272,7 +272,7 @@ class World(NamedTuple):
                 torch.utils.checkpoint.CheckpointFunction,
                 nn.Module.__call__,
                 nn.Module.__getattr__,
-                torch.fx._symbolic_trace.is_fx_tracing(),
+                torch.fx._symbolic_trace.is_fx_symbolic_tracing(),
             ),
         )
 
