@@ -304,7 +304,7 @@ def program(
     params = q.engine.check(params, qparams, where, "qparams")
     check_numbers(where, q.plan, q.engine.quantizers, params, qparams)
     with torch.no_grad():
-        made = _Expressing(q, params, qparams, target, example)
+        made = _Expressing(q, params, tree_map(_in_float32, dict(qparams)), target, example)
         fix = "give it a plain grid, leave it out by a rule, or pass simulate=True to compute it in floating point"
         texts = [
             explain(name, f"{where} cannot express this quantizer", because=why, fix=fix)

@@ -9,7 +9,7 @@ from torch import Tensor
 from sophq_func.capture.calls import one_call
 from sophq_func.capture.transforms import depth, is_inside, whole
 from sophq_func.core.errors import StateError, explain
-from sophq_func.core.modes import outside_of_transforms
+from sophq_func.core.modes import outside_inference, outside_of_transforms
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.types import Args, Given, Kwargs, Output
 from sophq_func.model.engine import Engine
@@ -41,6 +41,17 @@ def apply_and_update(
         if site.source:
             after.update(weight.mean_shift(named, qparams[site.quantizer], qparams[site.source], after))
     return output, engine.like(params, after)
+
+
+@one_call("freeze")
+def freeze(engine: Engine, params: Given, qparams: Mapping[str, QParams]) -> Given:
+    """The params of :meth:`sophq_func.Quantized.freeze`."""
+    named = engine.check(params, qparams, "freeze", "qparams")
+    if engine.skeleton.entry.training:
+        fix = "q.eval().freeze(params, qparams)"
+        raise StateError(explain("freeze", "a model in training mode cannot be frozen", fix=fix))
+    quantized = engine.quantized_params(named, qparams)
+    return engine.like(params, {name: outside_inference(tensor.detach()) for name, tensor in quantized.items()})
 
 
 @one_call("quantized_capture")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sophq_func.capture.calls import one_call
 from sophq_func.capture.transforms import depth, is_inside, whole
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.modes import outside_inference
@@ -18,6 +19,7 @@ from sophq_func.model.weight_quantizer import Params
 from sophq_func.numerics.contracts import QParams
 
 
+@one_call("with_noise")
 def with_noise(
     engine: Engine,
     params: Given,

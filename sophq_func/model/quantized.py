@@ -16,7 +16,6 @@ from torch import Tensor
 from sophq_func.capture.functions import name_of
 from sophq_func.capture.skeleton import Skeleton
 from sophq_func.core.errors import ConfigError, StateError, explain
-from sophq_func.core.modes import outside_inference
 from sophq_func.core.public import in_loops, public
 from sophq_func.core.pytree import sorted_dict
 from sophq_func.core.texts import printable
@@ -490,13 +489,8 @@ class Quantized:
           >>> torch.equal(frozen.apply(baked, qparams, x), q.apply(params, qparams, x))
           True
         """
-        named = self.engine.check(params, qparams, "freeze", "qparams")
-        if self.training:
-            fix = "q.eval().freeze(params, qparams)"
-            raise StateError(explain("freeze", "a model in training mode cannot be frozen", fix=fix))
-        quantized = self.engine.quantized_params(named, qparams)
-        constants = {name: outside_inference(tensor.detach()) for name, tensor in quantized.items()}
-        return self._with(self.engine.skeleton, frozen=True), self.engine.like(params, constants)
+        weights = apply.freeze(self.engine, params, qparams)
+        return self._with(self.engine.skeleton, frozen=True), weights
 
     @public
     def bind(self, params: Given, qparams: Mapping[str, QParams], /, learn: Learn = None) -> Bound:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sophq_func.capture.calls import one_call
 from sophq_func.core.errors import StateError, explain
 from sophq_func.core.progress import shown
 from sophq_func.core.pytree import flatten, leaves, taken_apart, tensors
@@ -66,6 +67,7 @@ KEPT = 2
 """How many versions of a weight are kept: on and off, where a sweep switches quantizers one by one."""
 
 
+@one_call("sweep")
 def sweep(
     engine: Engine,
     params: Given,
@@ -106,8 +108,8 @@ def sweep(
                 return _mapped(run_alone, each, size)
             except RuntimeError as error:  # such as Python that branches on a value
                 why = str(error).strip().partition("\n")[0]
-                # level 3 is the line that called Quantized.sweep
-                warnings.warn(f"sweep: settings run one by one, as vmap fails: {why}", RuntimeWarning, stacklevel=3)
+                # level 4 is the line that called Quantized.sweep
+                warnings.warn(f"sweep: settings run one by one, as vmap fails: {why}", RuntimeWarning, stacklevel=4)
         if how == "compile":
             run = torch.compile(run_alone)
             return _joined([run(setting) for setting in shown(each, "sweep", progress)])

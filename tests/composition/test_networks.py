@@ -28,6 +28,8 @@ from tests.networks import (
 
 FEW = 40
 NETWORKS = int(os.environ.get("NETWORKS", "2000"))
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # fused attention under vmap
+
 MANY = NETWORKS // 4
 COMPILED = NETWORKS // 80
 """How many networks: in a quick run, in each of four slow ones, and in the one that compiles (one takes as long as twenty).

@@ -217,6 +217,17 @@ def test_models_of_other_dtypes(make: Any, dtype: torch.dtype, simulate: bool, t
     is_near(sq.convert(*made).run(x), expected, steps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_scales_of_other_dtypes_are_written_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = normalized()
+    q, params, qparams = ready(model.eval(), x)
+    exact = {name: entry._replace(scale=entry.scale.to(dtype)) for name, entry in qparams.items()}
+    same = {name: entry._replace(scale=entry.scale.float()) for name, entry in exact.items()}
+    for path, scales in ("other.onnx", exact), ("float.onnx", same):
+        sq.export.onnx(q, params, scales, x, tmp_path / path)
+    assert (tmp_path / "other.onnx").read_bytes() == (tmp_path / "float.onnx").read_bytes()
+
+
 class Cast(nn.Module):
     """A model that insists on its dtype."""
 

@@ -77,7 +77,20 @@ def frozen(inner: Ready) -> Middle:
     return lambda h: module(h)
 
 
-MIDDLES = (apply, observe, calibrate, tap, mapped, gradient, bound, frozen)
+def freeze(inner: Ready) -> Middle:
+    def middle(h: Tensor) -> Tensor:
+        q, weights = inner.q.freeze(inner.params, inner.qparams)
+        return q.apply(weights, inner.qparams, h)
+
+    return middle
+
+
+def with_noise(inner: Ready) -> Middle:
+    draws = torch.Generator()
+    return lambda h: inner.q.apply(inner.params, inner.q.with_noise(inner.params, inner.qparams, draws, h), h)
+
+
+MIDDLES = (apply, observe, calibrate, tap, mapped, gradient, bound, frozen, freeze, with_noise)
 
 
 @pytest.mark.parametrize("make", MIDDLES)
@@ -114,6 +127,12 @@ def test_a_quantized_model_inside_another_compiles(inner: Ready) -> None:
 def test_it_is_one_call_of_the_other_model(inner: Ready) -> None:
     graph = sq.trace(Around(inner).eval(), (torch.randn(3, 4),))
     assert [node for node in graph.nodes if node != "x"] == ["first", "quantized_apply", "relu", "add", "last"]
+
+
+def test_a_sweep_is_one_call_too_and_passes_no_gradient(inner: Ready) -> None:
+    middle = lambda h: inner.q.sweep(inner.params, [inner.qparams], h, how="loop", progress=False)[0]  # noqa: E731
+    graph = sq.trace(Around(middle).eval(), (torch.randn(3, 4),))
+    assert [node for node in graph.nodes if node != "x"] == ["first", "sweep", "getitem", "relu", "add", "last"]
 
 
 def test_a_bound_model_inside_a_model_is_refused_by_its_path(inner: Ready) -> None:
