@@ -20,8 +20,8 @@ from torch import Tensor
 
 import sophq_func as sq
 from sophq_func.numerics.contracts import FAKE_QUANTIZERS
-from sophq_func.testing import fake_quantizers as laws
-from sophq_func.testing.fake_quantizers import EXCEPT, TANH, VARIANTS, floating, made, objective, put, ready
+from sophq_func.testing import fake_derivatives, fake_values
+from sophq_func.testing.fakes import EXCEPT, TANH, VARIANTS, floating, made, objective, put, ready
 from tests.contracts import NARROW, SHAPE, assert_same, calibrated, sample
 from tests.contracts import over_static_granularities as over_granularities
 from tests.contracts import over_static_schemes as over_schemes
@@ -46,77 +46,77 @@ NO_ZERO = torch.tensor(0, dtype=torch.int32)
 @over_quantizers
 @over_schemes
 def test_inputs_stay_as_they_are(name: str, scheme: sq.QScheme) -> None:
-    laws.inputs_stay_as_they_are(name, scheme)
+    fake_values.inputs_stay_as_they_are(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_learnable_names_are_floating_fields_and_extras_are_sorted(name: str, scheme: sq.QScheme) -> None:
-    laws.learnable_names_are_floating_fields_and_extras_are_sorted(name, scheme)
+    fake_values.learnable_names_are_floating_fields_and_extras_are_sorted(name, scheme)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if made(name).prepare is not None])
 @over_schemes
 def test_what_is_prepared_is_quantizing_between_a_factor_and_its_inverse(name: str, scheme: sq.QScheme) -> None:
-    laws.what_is_prepared_is_quantizing_between_a_factor_and_its_inverse(name, scheme)
+    fake_values.what_is_prepared_is_quantizing_between_a_factor_and_its_inverse(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_shape_and_dtype_come_back(name: str, scheme: sq.QScheme) -> None:
-    laws.shape_and_dtype_come_back(name, scheme)
+    fake_values.shape_and_dtype_come_back(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_nothing_is_made_on_another_device(name: str, scheme: sq.QScheme) -> None:
-    laws.nothing_is_made_on_another_device(name, scheme)
+    fake_values.nothing_is_made_on_another_device(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_half_types_are_computed_in_float32(name: str, scheme: sq.QScheme) -> None:
-    laws.half_types_are_computed_in_float32(name, scheme)
+    fake_values.half_types_are_computed_in_float32(name, scheme)
 
 
 @over_all_but("idempotent", ALL)
 @over_schemes
 def test_quantizing_twice_is_quantizing_once(name: str, scheme: sq.QScheme) -> None:
-    laws.quantizing_twice_is_quantizing_once(name, scheme)
+    fake_values.quantizing_twice_is_quantizing_once(name, scheme)
 
 
 @over_all_but("monotone", ALL)
 @over_schemes
 def test_order_is_kept(name: str, scheme: sq.QScheme) -> None:
-    laws.order_is_kept(name, scheme)
+    fake_values.order_is_kept(name, scheme)
 
 
 @over_all_but("zero", ALL)
 @over_schemes
 def test_zero_stays_zero(name: str, scheme: sq.QScheme) -> None:
-    laws.zero_stays_zero(name, scheme)
+    fake_values.zero_stays_zero(name, scheme)
 
 
 @over_all_but("local", ALL)
 def test_nan_stays_nan_and_the_rest_is_as_without_it(name: str) -> None:
-    laws.nan_stays_nan_and_the_rest_is_as_without_it(name)
+    fake_values.nan_stays_nan_and_the_rest_is_as_without_it(name)
 
 
 @over_quantizers
 def test_one_nan_or_infinity_makes_no_other(name: str) -> None:
-    laws.one_nan_or_infinity_makes_no_other(name)
+    fake_values.one_nan_or_infinity_makes_no_other(name)
 
 
 @pytest.mark.slow
 @over_quantizers
 def test_tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name: str) -> None:
-    laws.tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name)
+    fake_values.tiny_and_huge_finite_tensors_have_finite_scales_and_no_nan(name)
 
 
 @over_all_but("odd", ALL)
 @over_granularities_of_narrow
 def test_the_mirror_image_of_a_tensor_becomes_the_mirror_image(name: str, scheme: sq.QScheme) -> None:
-    laws.the_mirror_image_of_a_tensor_becomes_the_mirror_image(name, scheme)
+    fake_values.the_mirror_image_of_a_tensor_becomes_the_mirror_image(name, scheme)
 
 
 @pytest.mark.parametrize("name", TANH)
@@ -128,72 +128,72 @@ def test_order_is_kept_inside_one_tensor(name: str) -> None:
 
 @over_integer
 def test_infinite_and_huge_values_saturate_with_finite_gradients(name: str) -> None:
-    laws.infinite_and_huge_values_saturate_with_finite_gradients(name)
+    fake_values.infinite_and_huge_values_saturate_with_finite_gradients(name)
 
 
 @over_quantizers
 def test_an_empty_tensor_comes_back_empty(name: str) -> None:
-    laws.an_empty_tensor_comes_back_empty(name)
+    fake_values.an_empty_tensor_comes_back_empty(name)
 
 
 @over_quantizers
 @over_schemes
 def test_a_dynamic_scheme_takes_the_range_of_the_tensor_at_hand(name: str, scheme: sq.QScheme) -> None:
-    laws.a_dynamic_scheme_takes_the_range_of_the_tensor_at_hand(name, scheme)
+    fake_values.a_dynamic_scheme_takes_the_range_of_the_tensor_at_hand(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_bounds_as_tensors_equal_those_of_the_scheme(name: str, scheme: sq.QScheme) -> None:
-    laws.bounds_as_tensors_equal_those_of_the_scheme(name, scheme)
+    fake_values.bounds_as_tensors_equal_those_of_the_scheme(name, scheme)
 
 
 @over_quantizers
 @over_granularities
 def test_bit_widths_can_be_mapped_over(name: str, scheme: sq.QScheme) -> None:
-    laws.bit_widths_can_be_mapped_over(name, scheme)
+    fake_values.bit_widths_can_be_mapped_over(name, scheme)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_alias_leads_to_one_spec(name: str) -> None:
-    laws.every_alias_leads_to_one_spec(name)
+    fake_values.every_alias_leads_to_one_spec(name)
 
 
 @over_quantizers
 @over_schemes
 def test_vmap_over_tensors_equals_the_loop(name: str, scheme: sq.QScheme) -> None:
-    laws.vmap_over_tensors_equals_the_loop(name, scheme)
+    fake_derivatives.vmap_over_tensors_equals_the_loop(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_vmap_over_qparams_equals_the_loop(name: str, scheme: sq.QScheme) -> None:
-    laws.vmap_over_qparams_equals_the_loop(name, scheme)
+    fake_derivatives.vmap_over_qparams_equals_the_loop(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_vmap_of_a_gradient_equals_the_loop(name: str, scheme: sq.QScheme) -> None:
-    laws.vmap_of_a_gradient_equals_the_loop(name, scheme)
+    fake_derivatives.vmap_of_a_gradient_equals_the_loop(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_forward_mode_agrees_with_reverse_mode(name: str, scheme: sq.QScheme) -> None:
-    laws.forward_mode_agrees_with_reverse_mode(name, scheme)
+    fake_derivatives.forward_mode_agrees_with_reverse_mode(name, scheme)
 
 
 @over_quantizers
 @over_schemes
 def test_hessian_vector_products_keep_float32(name: str, scheme: sq.QScheme) -> None:
-    laws.hessian_vector_products_keep_float32(name, scheme)
+    fake_derivatives.hessian_vector_products_keep_float32(name, scheme)
 
 
 @pytest.mark.slow
 @over_quantizers
 @pytest.mark.parametrize("granularity", [sq.PerTensor(), sq.PerChannel(1)], ids=str)
 def test_compiled_forward_and_gradient_equal_the_eager_ones(name: str, granularity: Any) -> None:
-    laws.compiled_forward_and_gradient_equal_the_eager_ones(name, granularity)
+    fake_derivatives.compiled_forward_and_gradient_equal_the_eager_ones(name, granularity)
 
 
 SCALES: dict[Any, tuple[int, ...]] = {
