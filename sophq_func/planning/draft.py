@@ -30,7 +30,6 @@ from sophq_func.core.errors import PlanError, raise_all
 from sophq_func.numerics.scheme import QuantizerConfig
 from sophq_func.planning.biases import Biases, round_biases
 from sophq_func.planning.checks import names_of, shape_problems, stray_globs, unknown_names, unseen_leaves
-from sophq_func.planning.coverage import Decided, Work, measure
 from sophq_func.planning.deciding import Outcome, decide
 from sophq_func.planning.fusing import fuse
 from sophq_func.planning.inputs import Planned, layer_inputs
@@ -40,6 +39,7 @@ from sophq_func.planning.requantizing import NOT_EXACT, Exact, requantize
 from sophq_func.planning.sharing import share
 from sophq_func.planning.values import NO_VALUES, quantize_values
 from sophq_func.planning.weights import WeightPlace, find_weights
+from sophq_func.planning.work import Decided, Work, measure
 
 
 class Draft(NamedTuple):
