@@ -9,8 +9,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from sophq_func.algorithms._matrix import output_axis
 from sophq_func.algorithms._measure import layer_errors
 from sophq_func.algorithms._scales import Form, form_of
+from sophq_func.algorithms._solve import check_second
 from sophq_func.algorithms._walk import Walk, units_of, walked
 from sophq_func.algorithms.contract import Start, as_batches, begin, fits
 from sophq_func.config.register import algorithm
@@ -26,8 +28,9 @@ from sophq_func.model.select import Where
 from sophq_func.model.weight_quantizer import WeightQuantizer
 from sophq_func.numerics.affine import fake_quantize, working
 from sophq_func.numerics.contracts import QParams
-from sophq_func.numerics.granularity import Axis
+from sophq_func.numerics.granularity import Axis, PerChannel
 from sophq_func.numerics.kinds import check_alone
+from sophq_func.numerics.layout import rows
 from sophq_func.numerics.moments import Moments
 from sophq_func.numerics.ranges import EPS, bounds, min_max, qparams_to_range, range_to_qparams
 from sophq_func.numerics.scheme import QScheme
@@ -70,6 +73,9 @@ def clip_solve(weight: Tensor, second: Tensor, scheme: QScheme, qparams: QParams
     Returns:
       Qparams of the same shapes, dtypes and extras. No gradient.
 
+    Raises:
+      StateError: second moments of another number of columns, or that are not finite.
+
     Example:
       >>> scheme = QScheme(bits=2, symmetric=False)
       >>> weight = torch.randn(4, 256)
@@ -81,6 +87,7 @@ def clip_solve(weight: Tensor, second: Tensor, scheme: QScheme, qparams: QParams
     """
     check_reals("clip_solve", {"weight": weight, "second": second}, floating=True)
     check_alone("clip_solve: qparams", qparams, scheme)
+    check_second("clip_solve", rows(weight, PerChannel(output_axis(scheme, axis))).shape[-1], second)
     work = working(weight.detach())
     form = form_of(work, second.detach().to(work.dtype), scheme, axis)
     search = Search(work, scheme, form, lambda qp: fake_quantize(work, qp, scheme, "kernel"))

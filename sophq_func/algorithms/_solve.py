@@ -88,7 +88,7 @@ def gptq_solve(
     check_options("gptq_solve", order, damping, sweeps)
     parts = second.shape[0] if second.ndim == 3 else 1
     columns = columns_of("gptq_solve", weight.detach(), parts, qparams, scheme, axis)
-    _check_second("gptq_solve", columns.weight, second)
+    check_second("gptq_solve", columns.weight.shape[-2], second)
     moments = second.detach().to(columns.weight.dtype).reshape(*columns.weight.shape[:-2], *second.shape[-2:])
     return columns.back(_solved(columns, moments, order, damping, sweeps)), qparams
 
@@ -107,9 +107,8 @@ def check_options(where: str, order: object, damping: object, sweeps: object) ->
     check_counts(where, {"sweeps": sweeps}, least=0)
 
 
-def _check_second(where: str, weight: Tensor, second: Tensor) -> None:
-    """Raise a :class:`StateError` unless second moments fit a weight as :class:`Columns` has it, and are finite."""
-    n = weight.shape[-2]
+def check_second(where: str, n: int, second: Tensor) -> None:
+    """Raise a :class:`StateError` unless second moments are those of ``n`` numbers, and finite."""
     if second.ndim not in (2, 3) or second.shape[-2:] != (n, n):
         allowed = f"({n}, {n}), or (G, {n}, {n}): an output channel reads {n} numbers"
         raise StateError(explain(where, "second moments of this shape do not fit", got=tuple(second.shape), allowed=allowed))

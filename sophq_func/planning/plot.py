@@ -75,7 +75,7 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> Path:
         raise PlanError(explain("draw", "only a plan can be drawn", got=got, allowed=allowed, fix=fix))
     target = Path(path)
     if target.suffix not in FORMATS:
-        allowed, fix = ", ".join(FORMATS), f'sq.draw(plan, "{target.stem}.png")'
+        allowed, fix = ", ".join(FORMATS), 'sq.draw(plan, "plan.png")'
         raise PlanError(explain("draw", "the ending of path is no format", got=target.name, allowed=allowed, fix=fix))
     check_place("draw", target)
     if not plan.calls:

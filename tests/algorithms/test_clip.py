@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sophq_func as sq
 from sophq_func.algorithms._measure import layer_errors
@@ -86,3 +86,9 @@ def test_a_quantizer_whose_scale_is_no_free_field_is_refused(kind: str, why: str
     params = sq.params_of(model)
     with pytest.raises(sq.ConfigError, match=why):
         sq.algorithms.clip(q, params, q.calibrate(params, [x], progress=False), [x])
+
+
+@pytest.mark.parametrize("second", [torch.eye(3), torch.ones(4), torch.full((4, 4), torch.nan)])
+def test_moments_that_do_not_fit_the_weight_are_refused(second: Tensor) -> None:
+    with pytest.raises(sq.StateError, match="second moments"):
+        clip_solve(torch.randn(2, 4), second, sq.QScheme(), sq.QParams(torch.tensor(0.1), torch.tensor(0), {}))
