@@ -54,6 +54,7 @@ class Coverage:
 
     Example:
       >>> import torch, sophq_func as sq
+      >>> from torch import nn
       >>> model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
       >>> config = sq.QuantConfig(rules=(sq.Rule(name="1", weight=None, activation=None),))
       >>> print(sq.plan(sq.trace(model, (torch.ones(1, 4),)), config).coverage)
