@@ -3,7 +3,7 @@
 # make quick: under a minute of them.  make docs: the documentation as a site.
 # make demo-chip: the digits on the chips' own compiler and simulator, which it installs into CHIP_HOME: 2 GB, and a
 # CPython 3.10, which CHIP_PYTHON names.  make test-chip: what the pages say of that compiler.
-# make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: two settings of eighteen).
+# make test-isa: those that compare sums of floats, as other CPUs compute them (FEW=--few: one setting instead of eighteen).
 # make test-floors: the tests with the oldest versions that pyproject.toml allows (FLOORS=newest: with the newest).
 # make fuzz: the campaigns of tests/fuzz for SECONDS (60), beginning with SEED, then many random networks.
 # make dist: the files of a release, checked.
@@ -43,14 +43,14 @@ $(EXAMPLES): %: $(VENV)/.demo
 	$(BIN)/python $*
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 	NETWORKS=20000 $(BIN)/python -m pytest -n 2 tests/composition/test_networks.py
 
 quick: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --quick
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
 test-isa: $(VENV)/.test
 	$(BIN)/python tools/isa.py $(FEW)
