@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._inductor import list_options
 from torch.func import grad
 from torch.utils import _pytree
 
@@ -21,13 +22,13 @@ from tests.composition.registry import COMPILED_INSIDE, each, row, same, some
 from tests.composition.subjects import Subject, curved
 
 SMALL: Mapping[str, Any] = {"cpp.simdlen": 0, "cpp.max_horizontal_fusion_size": 1, "realize_cpu_opcount_threshold": 10}
-"""Options of inductor with which a C++ compiler is done with its kernels three times sooner."""
+"""Options of inductor with which a C++ compiler is done with its kernels three times sooner. Older versions lack one."""
 
 
 def compiled(f: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     """``f`` as one graph, or an error."""
     torch._dynamo.reset()
-    options = dict(SMALL) if backend == "inductor" else None
+    options = {name: SMALL[name] for name in SMALL.keys() & {*list_options()}} if backend == "inductor" else None
     return torch.compile(f, fullgraph=True, backend=backend, options=options)
 
 
